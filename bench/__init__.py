@@ -1,0 +1,1 @@
+"""Benchmarks and performance guards; installed as ``deq.bench``."""

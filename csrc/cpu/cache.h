@@ -1,0 +1,32 @@
+// Packed weights, kept between calls and found again by content.
+#pragma once
+#include <stdint.h>
+
+#include <memory>
+
+#include "../kernels.h"
+
+namespace deq {
+
+struct Packed {
+  void* data = nullptr;    // S matrices, each of `matrix_bytes`, aligned to 64 bytes
+  int64_t matrix_bytes = 0, bytes = 0;
+  int64_t bad_element = 0;  // 1 + flat index of the first non-finite element of W; data is null then
+  ~Packed();
+};
+
+// The packed form of the (S, m, m) view W for the kernels in use, from the cache or made now with `threads` threads.
+//
+// The key is the content itself (a 128-bit fingerprint, one read of W: about a third of the price of packing), not an address
+// or a version counter: writing through .data, views, freed and reused memory can never bring back old weights.
+// Null when out of memory.
+template <class T>
+std::shared_ptr<const Packed> packed_weights(const DeqProblem& problem, int threads);
+
+int64_t cache_bytes();
+int64_t clear_cache();
+
+// Aligned to 64 bytes (huge pages where the size allows); freed with free().
+void* allocate(int64_t bytes);
+
+}  // namespace deq

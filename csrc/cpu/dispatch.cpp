@@ -1,0 +1,87 @@
+// Chooses the instruction set: the best that this CPU and this build have, or the one asked for by name.
+#include <string.h>
+
+#include <atomic>
+
+#include "../kernels.h"
+#include "cache.h"
+#include "kernels.h"
+
+namespace deq {
+namespace {
+
+enum Isa { kPortable, kAvx2, kAvx512 };
+
+bool usable(Isa isa) {
+  switch (isa) {
+    case kAvx512:
+#ifdef DEQ_HAVE_AVX512
+      return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
+             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
+#else
+      return false;
+#endif
+    case kAvx2:
+#ifdef DEQ_HAVE_AVX2
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#else
+      return false;
+#endif
+    default: return true;
+  }
+}
+
+Isa best() { return usable(kAvx512) ? kAvx512 : usable(kAvx2) ? kAvx2 : kPortable; }
+
+std::atomic<Isa>& chosen() {
+  static std::atomic<Isa> isa{best()};
+  return isa;
+}
+
+template <class T>
+const Kernels<T>* table_of(Isa isa) {
+#ifdef DEQ_HAVE_AVX512
+  if (isa == kAvx512) return avx512_kernels<T>();
+#endif
+#ifdef DEQ_HAVE_AVX2
+  if (isa == kAvx2) return avx2_kernels<T>();
+#endif
+  (void)isa;
+  return portable_kernels<T>();
+}
+
+}  // namespace
+
+template <>
+const Kernels<float>& kernels<float>() {
+  return *table_of<float>(chosen());
+}
+template <>
+const Kernels<double>& kernels<double>() {
+  return *table_of<double>(chosen());
+}
+
+}  // namespace deq
+
+const char* deq_cpu_isa(void) { return deq::kernels<float>().name; }
+
+int32_t deq_cpu_set_isa(const char* name) {
+  deq::Isa isa = deq::best();
+  if (name && strcmp(name, "auto") != 0) {
+    if (strcmp(name, "avx512") == 0) {
+      isa = deq::kAvx512;
+    } else if (strcmp(name, "avx2") == 0) {
+      isa = deq::kAvx2;
+    } else if (strcmp(name, "portable") == 0) {
+      isa = deq::kPortable;
+    } else {
+      return DEQ_BAD_ARGUMENT;
+    }
+  }
+  if (!deq::usable(isa)) return DEQ_BAD_ARGUMENT;
+  deq::chosen() = isa;
+  return DEQ_OK;
+}
+
+int64_t deq_cpu_clear_cache(void) { return deq::clear_cache(); }
+int64_t deq_cpu_cache_bytes(void) { return deq::cache_bytes(); }

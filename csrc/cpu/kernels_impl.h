@@ -1,0 +1,464 @@
+// The inner loops for one instruction set. The including file defines DEQ_VECTOR_BYTES, DEQ_TILE_ROWS and kName.
+//
+// Register tile: up to DEQ_TILE_ROWS samples x two vectors of outputs. Every output is summed over k in the same order in
+// every tile shape, so that a sample's result does not depend on which samples share its tile.
+#pragma once
+#include "../activations.h"
+#include "../kernels.h"
+#include "kernels.h"
+#include "vec.h"
+
+namespace {
+
+using deq::Step;
+
+// Sums over k are cut into chunks: the rounding error of a long sum grows with the chunk, not with m.
+constexpr int64_t kChunk = 512;
+
+template <class T>
+constexpr int kLanes = VecMath<T>::kLanes;
+
+template <class T>
+int64_t padded(int64_t m) {
+  return (m + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+}
+
+// Calls f with the activation's struct.
+template <class T, class F>
+DEQ_INLINE void with_activation(int32_t number, F&& f) {
+  using M = VecMath<T>;
+  switch (number) {
+    case deq::kRelu: return f(deq::Relu<M>{});
+    case deq::kLeakyRelu: return f(deq::LeakyRelu<M>{});
+    case deq::kElu: return f(deq::Elu<M>{});
+    case deq::kGelu: return f(deq::Gelu<M>{});
+    case deq::kSilu: return f(deq::Silu<M>{});
+    case deq::kTanh: return f(deq::Tanh<M>{});
+    case deq::kSigmoid: return f(deq::Sigmoid<M>{});
+    case deq::kSoftplus: return f(deq::Softplus<M>{});
+    default: return f(deq::Identity<M>{});
+  }
+}
+
+// 1 in the lanes that hold elements below m, 0 in the padding.
+template <class T>
+DEQ_INLINE typename Simd<T>::V valid_lanes(int64_t j, int64_t m) {
+  typename Simd<T>::V v{};
+  for (int i = 0; i < kLanes<T>; ++i) v[i] = j + i < m ? T(1) : T(0);
+  return v;
+}
+
+// acc[r][p * 2 + v] = sum_k z[r][k] * w[p][k][v] over NP panels of NV vectors.
+template <class T, int MR, int NV, int NP>
+DEQ_INLINE void product(const T* const* z, const T* w, int64_t panel_stride, int64_t k0, int64_t k1,
+                        typename Simd<T>::V (&acc)[MR][NV * NP]) {
+  using M = VecMath<T>;
+  using V = typename M::V;
+  const T* row[MR];
+#pragma GCC unroll 8
+  for (int r = 0; r < MR; ++r) row[r] = z[r];
+#pragma GCC unroll 8
+  for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < NV * NP; ++v) acc[r][v] = V{};
+  const T* wk = w + k0 * (NV * kLanes<T>);
+  for (int64_t k = k0; k < k1; ++k, wk += NV * kLanes<T>) {
+    V b[NV * NP];
+#pragma GCC unroll 8
+    for (int p = 0; p < NP; ++p)
+#pragma GCC unroll 2
+      for (int v = 0; v < NV; ++v) b[p * NV + v] = M::load(wk + p * panel_stride + v * kLanes<T>);
+#pragma GCC unroll 8
+    for (int r = 0; r < MR; ++r) {
+      V a = row[r][k] - V{};  // a broadcast: x - 0 is x for every x, x + 0 is not
+#pragma GCC unroll 8
+      for (int v = 0; v < NV * NP; ++v) acc[r][v] += a * b[v];
+    }
+  }
+}
+
+// Finishes one vector of one row.
+template <class T, class Act>
+DEQ_INLINE void finish(typename Simd<T>::V x, typename Simd<T>::V valid, const T* z, T* out, typename Simd<T>::V* step2,
+                       typename Simd<T>::V* size2) {
+  using M = VecMath<T>;
+  typename M::V y = Act::value(x) * valid, diff = y - M::load(z);
+  M::store(out, y);
+  *step2 += diff * diff;
+  *size2 += y * y;
+}
+
+// The same for a tile whose pre-activations were spilled to `tile`: the activations too large to inline in every tile shape.
+template <class T, class Act>
+void finish_tile(const T* tile, int rows, int vectors, const Step<T>& s, int row0, int64_t j) {
+  using M = VecMath<T>;
+  const int L = kLanes<T>;
+  for (int v = 0; v < vectors; ++v) {
+    const typename M::V valid = valid_lanes<T>(j + v * L, s.width);
+    for (int r = 0; r < rows; ++r) {
+      T* sums = s.sums[row0 + r];
+      typename M::V step2 = M::load(sums), size2 = M::load(sums + L);
+      const int64_t at = j + v * L;
+      typename M::V x = M::load(tile + (r * vectors + v) * L) + M::load(s.c[row0 + r] + at);
+      finish<T, Act>(x, valid, s.z[row0 + r] + at, s.out[row0 + r] + at, &step2, &size2);
+      M::store(sums, step2);
+      M::store(sums + L, size2);
+    }
+  }
+}
+
+template <class T>
+using FinishTile = void (*)(const T*, int, int, const Step<T>&, int, int64_t);
+
+template <class T>
+FinishTile<T> finish_tile_for(int32_t activation) {
+  FinishTile<T> f = nullptr;
+  with_activation<T>(activation, [&](auto act) { f = &finish_tile<T, decltype(act)>; });
+  return f;
+}
+
+// Finishes the register tile in place; `map(r, v, x)` is the inlined activation.
+template <class T, int MR, int N, class Map>
+DEQ_INLINE void finish_rows(const Step<T>& s, int row0, int64_t j, const typename Simd<T>::V (&acc)[MR][N], Map map) {
+  using M = VecMath<T>;
+  using V = typename M::V;
+  const int L = kLanes<T>;
+#pragma GCC unroll 8
+  for (int r = 0; r < MR; ++r) {
+    T* sums = s.sums[row0 + r];
+    const T *c = s.c[row0 + r] + j, *z = s.z[row0 + r] + j;
+    T* out = s.out[row0 + r] + j;
+    V step2 = M::load(sums), size2 = M::load(sums + L);
+#pragma GCC unroll 8
+    for (int v = 0; v < N; ++v) {
+      V y = map(r, v, acc[r][v] + M::load(c + v * L));
+      V diff = y - M::load(z + v * L);
+      M::store(out + v * L, y);
+      step2 += diff * diff;
+      size2 += y * y;
+    }
+    M::store(sums, step2);
+    M::store(sums + L, size2);
+  }
+}
+
+// One register tile: rows [row0, row0 + MR), NP panels of NV vectors from column j.
+template <class T, int MR, int NV, int NP>
+__attribute__((noinline)) void tile(const Step<T>& s, FinishTile<T> finish_spilled, int row0, int64_t j) {
+  using M = VecMath<T>;
+  using V = typename M::V;
+  constexpr int N = NV * NP;
+  const int L = kLanes<T>;
+  const T* w = s.packed + j * s.width;
+  const int64_t stride = NV * L * s.width;
+  V acc[MR][N];
+  product<T, MR, NV, NP>(s.z + row0, w, stride, 0, s.width < kChunk ? s.width : kChunk, acc);
+  for (int64_t k = kChunk; k < s.width; k += kChunk) {
+    V part[MR][N];
+    product<T, MR, NV, NP>(s.z + row0, w, stride, k, s.width < k + kChunk ? s.width : k + kChunk, part);
+#pragma GCC unroll 8
+    for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 8
+      for (int v = 0; v < N; ++v) acc[r][v] += part[r][v];
+  }
+  if (s.d == nullptr && s.activation != deq::kRelu) {
+    alignas(DEQ_VECTOR_BYTES) T spilled[MR * N * kLanes<T>];
+#pragma GCC unroll 8
+    for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 8
+      for (int v = 0; v < N; ++v) M::store(spilled + (r * N + v) * L, acc[r][v]);
+    finish_spilled(spilled, MR, N, s, row0, j);
+    return;
+  }
+  // relu(0) = 0 and d = 0 in the padding: no lanes to mask.
+  if (s.d) {
+    finish_rows<T, MR, N>(s, row0, j, acc, [&](int r, int v, V x) { return M::load(s.d[row0 + r] + j + v * L) * x; });
+  } else {
+    finish_rows<T, MR, N>(s, row0, j, acc, [](int, int, V x) { return deq::Relu<M>::value(x); });
+  }
+}
+
+template <class T, int NV, int NP>
+DEQ_INLINE void tile_rows(int rows, const Step<T>& s, FinishTile<T> f, int row0, int64_t j) {
+  switch (rows) {
+    case 1: return tile<T, 1, NV, NP>(s, f, row0, j);
+    case 2: return tile<T, 2, NV, NP>(s, f, row0, j);
+#if DEQ_TILE_ROWS >= 4
+    case 3: return tile<T, 3, NV, NP>(s, f, row0, j);
+    case 4: return tile<T, 4, NV, NP>(s, f, row0, j);
+#endif
+#if DEQ_TILE_ROWS >= 6
+    case 5: return tile<T, 5, NV, NP>(s, f, row0, j);
+    case 6: return tile<T, 6, NV, NP>(s, f, row0, j);
+#endif
+#if DEQ_TILE_ROWS >= 8
+    case 7: return tile<T, 7, NV, NP>(s, f, row0, j);
+    case 8: return tile<T, 8, NV, NP>(s, f, row0, j);
+#endif
+  }
+}
+
+template <class T>
+void step_with(const Step<T>& s, int n, FinishTile<T> f) {
+  const int64_t L = kLanes<T>, columns = padded<T>(s.width), full = columns / (2 * L) * (2 * L);
+  int64_t j = 0;
+  // One or two rows do not fill the FMA pipeline with one panel: take several at once.
+  if (n == 1)
+    for (; j + 8 * L <= full; j += 8 * L) tile<T, 1, 2, 4>(s, f, 0, j);
+  else if (n == 2)
+    for (; j + 4 * L <= full; j += 4 * L) tile<T, 2, 2, 2>(s, f, 0, j);
+  const int blocks = (n + DEQ_TILE_ROWS - 1) / DEQ_TILE_ROWS, base = n / blocks, extra = n % blocks;
+  for (; j < columns; j += 2 * L) {
+    int row = 0;
+    for (int b = 0; b < blocks; ++b) {  // even blocks: 9 rows are 5 + 4, not 8 + 1
+      const int rows = base + (b < extra);
+      if (j < full)
+        tile_rows<T, 2, 1>(rows, s, f, row, j);
+      else
+        tile_rows<T, 1, 1>(rows, s, f, row, j);
+      row += rows;
+    }
+  }
+}
+
+template <class T>
+void step(const Step<T>& s, int n) {
+  step_with<T>(s, n, finish_tile_for<T>(s.activation));
+}
+
+// The derivative as a finish: out = act'(x), no sums.
+template <class T, class Act>
+void finish_derivative(const T* tile, int rows, int vectors, const Step<T>& s, int row0, int64_t j) {
+  using M = VecMath<T>;
+  for (int r = 0; r < rows; ++r)
+    for (int v = 0; v < vectors; ++v) {
+      const int64_t at = j + v * kLanes<T>;
+      typename M::V x = M::load(tile + (r * vectors + v) * kLanes<T>) + M::load(s.c[row0 + r] + at);
+      M::store(s.out[row0 + r] + at, Act::derivative(x));
+    }
+}
+
+template <class T>
+void derivative(const Step<T>& s, int n) {
+  Step<T> spilling = s;
+  FinishTile<T> f = nullptr;
+  with_activation<T>(s.activation, [&](auto act) { f = &finish_derivative<T, decltype(act)>; });
+  spilling.activation = deq::kActivations;  // any number but relu: always through f
+  step_with<T>(spilling, n, f);
+}
+
+// x = act(.) becomes act'(.), in place; kept at zero in the padding.
+template <class T>
+void derivative_of_value(int32_t activation, T* x, int64_t m) {
+  using M = VecMath<T>;
+  with_activation<T>(activation, [&](auto act) {
+    using Act = decltype(act);
+    if constexpr (Act::kOfValue) {
+      for (int64_t j = 0; j < padded<T>(m); j += kLanes<T>)
+        M::store(x + j, Act::of_value(M::load(x + j)) * valid_lanes<T>(j, m));
+    }
+  });
+}
+
+template <class T>
+double first(int32_t activation, const T* c, const T* d, T* out, int64_t m) {
+  using M = VecMath<T>;
+  typename M::V size2{};
+  with_activation<T>(activation, [&](auto act) {
+    using Act = decltype(act);
+    for (int64_t j = 0; j < padded<T>(m); j += kLanes<T>) {
+      typename M::V x = M::load(c + j), y = d ? M::load(d + j) * x : Act::value(x) * valid_lanes<T>(j, m);
+      M::store(out + j, y);
+      size2 += y * y;
+    }
+  });
+  return static_cast<double>(LaneSum<T, DEQ_VECTOR_BYTES>::of(size2));
+}
+
+template <class T>
+void reduce(const T* sums, double* step2, double* size2) {
+  using M = VecMath<T>;
+  *step2 = static_cast<double>(LaneSum<T, DEQ_VECTOR_BYTES>::of(M::load(sums)));
+  *size2 = static_cast<double>(LaneSum<T, DEQ_VECTOR_BYTES>::of(M::load(sums + kLanes<T>)));
+}
+
+template <class T>
+void residual(const T* f, const T* y, T* f_row, T* g_row, int64_t n) {
+  using M = VecMath<T>;
+  for (int64_t j = 0; j < n; j += kLanes<T>) {
+    typename M::V v = M::load(f + j);
+    M::store(f_row + j, v);
+    M::store(g_row + j, v - M::load(y + j));
+  }
+}
+
+template <class T>
+void dots(const T* g, const T* const* rows, int count, int64_t n, double* out) {
+  using M = VecMath<T>;
+  for (int i = 0; i < count; ++i) {
+    typename M::V sum{};
+    for (int64_t j = 0; j < n; j += kLanes<T>) sum += M::load(g + j) * M::load(rows[i] + j);
+    out[i] = static_cast<double>(LaneSum<T, DEQ_VECTOR_BYTES>::of(sum));
+  }
+}
+
+template <class T>
+void mix(const T* const* rows, const T* weights, int count, int64_t n, T* out) {
+  using M = VecMath<T>;
+  for (int64_t j = 0; j < n; j += kLanes<T>) {
+    typename M::V sum = M::set(0.0) + weights[0] * M::load(rows[0] + j);
+    for (int i = 1; i < count; ++i) sum += weights[i] * M::load(rows[i] + j);
+    M::store(out + j, sum);
+  }
+}
+
+template <class T>
+T copy_in(const T* src, int64_t n, int64_t to, T* dst) {
+  using M = VecMath<T>;
+  using I = typename M::I;
+  const int64_t L = kLanes<T>;
+  const I infinite = reinterpret_cast<I>(M::set(INFINITY));
+  I largest{};  // magnitudes order like their bit patterns, NaN above infinity
+  int64_t j = 0;
+  for (; j + L <= n; j += L) {
+    typename M::V v = M::load(src + j);
+    I bits = reinterpret_cast<I>(M::abs(v));
+    largest = bits > largest ? bits : largest;
+    M::store(dst + j, v);
+  }
+  for (; j < to; j += L) {
+    typename M::V v{};
+    for (int i = 0; i < L; ++i)
+      if (j + i < n) v[i] = src[j + i];
+    I bits = reinterpret_cast<I>(M::abs(v));
+    largest = bits > largest ? bits : largest;
+    M::store(dst + j, v);
+  }
+  T result = 0;
+  for (int i = 0; i < L; ++i) {
+    const T value = largest[i] >= infinite[i] ? static_cast<T>(INFINITY) : reinterpret_cast<typename M::V>(largest)[i];
+    if (value > result) result = value;
+  }
+  return result;
+}
+
+template <class T>
+void scale(T* x, T factor, int64_t n) {
+  using M = VecMath<T>;
+  for (int64_t j = 0; j < n; j += kLanes<T>) M::store(x + j, M::load(x + j) * factor);
+}
+
+template <class T>
+bool copy_out(const T* src, T factor, int64_t n, T* dst) {
+  using M = VecMath<T>;
+  using I = typename M::I;
+  const int64_t L = kLanes<T>;
+  I bad{};
+  int64_t j = 0;
+  for (; j + L <= n; j += L) {
+    typename M::V v = M::load(src + j) * factor;
+    bad |= ~(M::abs(v) < M::set(INFINITY));
+    M::store(dst + j, v);
+  }
+  bool ok = true;
+  for (; j < n; ++j) {
+    dst[j] = src[j] * factor;
+    ok = ok && fabs(static_cast<double>(dst[j])) < INFINITY;
+  }
+  for (int i = 0; i < L; ++i) ok = ok && bad[i] == 0;
+  return ok;
+}
+
+template <class T>
+void pack(const T* w, int64_t row_stride, int64_t column_stride, int64_t m, T* packed, int64_t first, int64_t last) {
+  const int64_t L = kLanes<T>, columns = padded<T>(m);
+  for (int64_t panel = first; panel < last; ++panel) {
+    const int64_t j0 = panel * 2 * L, width = columns - j0 < 2 * L ? L : 2 * L, valid = m - j0 < width ? m - j0 : width;
+    T* dst = packed + j0 * m;
+    constexpr int64_t kBlock = 16;  // rows of W are read in short runs that stay in L1 with the block written
+    for (int64_t k0 = 0; k0 < m; k0 += kBlock) {
+      const int64_t k1 = m < k0 + kBlock ? m : k0 + kBlock;
+      for (int64_t j = 0; j < valid; ++j)
+        for (int64_t k = k0; k < k1; ++k) dst[k * width + j] = w[(j0 + j) * row_stride + k * column_stride];
+      for (int64_t k = k0; k < k1; ++k)
+        for (int64_t j = valid; j < width; ++j) dst[k * width + j] = T(0);
+    }
+  }
+}
+
+// Multiply-rotate in 64-bit lanes: the order of the words and every bit of them count.
+void absorb(uint64_t* lanes, const void* data, int64_t blocks) {
+  typedef uint64_t U __attribute__((vector_size(DEQ_VECTOR_BYTES)));
+  constexpr int kVectors = deq::kHashLanes * 8 / DEQ_VECTOR_BYTES;
+  U h[kVectors];
+  memcpy(h, lanes, sizeof h);
+  const char* p = static_cast<const char*>(data);
+  for (int64_t n = 0; n < blocks; ++n, p += sizeof h) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kVectors; ++i) {
+      U w;
+      memcpy(&w, p + i * sizeof w, sizeof w);
+      U x = (h[i] ^ w) * 0x9E3779B185EBCA87ull;
+      h[i] = (x << 31) | (x >> 33);
+    }
+  }
+  memcpy(lanes, h, sizeof h);
+}
+
+template <class T>
+bool all_finite(const T* x, int64_t n) {
+  using M = VecMath<T>;
+  typename M::I bad{};
+  int64_t j = 0;
+  for (; j + kLanes<T> <= n; j += kLanes<T>) bad |= ~(M::abs(M::load(x + j)) < M::set(INFINITY));
+  bool ok = true;
+  for (; j < n; ++j) ok = ok && fabs(static_cast<double>(x[j])) < INFINITY;
+  for (int i = 0; i < kLanes<T>; ++i) ok = ok && bad[i] == 0;
+  return ok;
+}
+
+// Independent FMA chains on registers: the ceiling that the tiles are measured against.
+template <class T>
+double peak_flops(int64_t repeats) {
+  using V = typename Simd<T>::V;
+  constexpr int kChains = DEQ_TILE_ROWS + 4;
+  V acc[kChains], a = VecMath<T>::set(0.5), b = VecMath<T>::set(1e-3);
+  for (int i = 0; i < kChains; ++i) acc[i] = VecMath<T>::set(i);
+  for (int64_t n = 0; n < repeats; ++n) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kChains; ++i) acc[i] = acc[i] * a + b;
+  }
+  V sum{};
+  for (int i = 0; i < kChains; ++i) sum += acc[i];
+  volatile T sink = sum[0];
+  (void)sink;
+  return 2.0 * kChains * kLanes<T> * repeats;
+}
+
+template <class T>
+const deq::Kernels<T>* table() {
+  static constexpr deq::Kernels<T> kTable = {
+      .name = kName,
+      .lanes = kLanes<T>,
+      .panel = 2 * kLanes<T>,
+      .rows = DEQ_TILE_ROWS,
+      .copy_in = copy_in<T>,
+      .scale = scale<T>,
+      .copy_out = copy_out<T>,
+      .pack = pack<T>,
+      .step = step<T>,
+      .derivative = derivative<T>,
+      .derivative_of_value = derivative_of_value<T>,
+      .first = first<T>,
+      .reduce = reduce<T>,
+      .residual = residual<T>,
+      .dots = dots<T>,
+      .mix = mix<T>,
+      .absorb = absorb,
+      .all_finite = all_finite<T>,
+      .peak_flops = peak_flops<T>,
+  };
+  return &kTable;
+}
+
+}  // namespace

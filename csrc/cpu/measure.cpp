@@ -1,0 +1,83 @@
+// Ceilings of this core, measured: the FMA peak, and the inner loop alone without the solve around it.
+#include <stdlib.h>
+#include <string.h>
+
+#include <algorithm>
+#include <chrono>
+#include <vector>
+
+#include "../activations.h"
+#include "../kernels.h"
+#include "cache.h"
+#include "kernels.h"
+
+namespace deq {
+namespace {
+
+double now() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+// Best rate over short bursts: the peak is what the core does when nothing else takes it.
+template <class F>
+double best_gflops(double seconds, F burst) {
+  double best = 0;
+  const double end = now() + seconds;
+  do {
+    const double start = now(), flops = burst();
+    best = std::max(best, flops / (now() - start) * 1e-9);
+  } while (now() < end);
+  return best;
+}
+
+template <class T>
+double kernel_gflops(int64_t batch, int64_t m, double seconds) {
+  const Kernels<T>& k = kernels<T>();
+  const int64_t padded = (m + k.lanes - 1) / k.lanes * k.lanes, stride = padded + 64 / static_cast<int64_t>(sizeof(T));
+  const int64_t sums_size = 2 * k.lanes;
+  T* packed = static_cast<T*>(allocate(packed_elements(k, m) * static_cast<int64_t>(sizeof(T))));
+  T* rows = static_cast<T*>(allocate(batch * (3 * stride + sums_size) * static_cast<int64_t>(sizeof(T))));
+  if (!packed || !rows) {
+    free(packed);
+    free(rows);
+    return 0;
+  }
+  std::vector<T> w(m * m, T(0.5) / static_cast<T>(m));
+  k.pack(w.data(), m, 1, m, packed, 0, (m + k.panel - 1) / k.panel);
+  memset(rows, 0, batch * (3 * stride + sums_size) * sizeof(T));
+  std::vector<const T*> z(batch), c(batch);
+  std::vector<T*> out(batch), sums(batch);
+  for (int64_t b = 0; b < batch; ++b) {
+    T* at = rows + b * (3 * stride + sums_size);
+    sums[b] = at;
+    z[b] = at + sums_size;
+    out[b] = at + sums_size + stride;
+    c[b] = at + sums_size + 2 * stride;
+  }
+  const Step<T> step{z.data(), out.data(), c.data(), nullptr, sums.data(), packed, m, kRelu};
+  const double flops = 2.0 * batch * m * m;
+  const int repeats = static_cast<int>(1e6 / flops) + 1;
+  const double best = best_gflops(seconds, [&] {
+    for (int i = 0; i < repeats; ++i) k.step(step, static_cast<int>(batch));
+    return repeats * flops;
+  });
+  free(packed);
+  free(rows);
+  return best;
+}
+
+}  // namespace
+}  // namespace deq
+
+double deq_cpu_peak_gflops(int32_t type, double seconds) {
+  constexpr int64_t kRepeats = 20000;
+  return deq::best_gflops(seconds, [&] {
+    return type == DEQ_FLOAT64 ? deq::kernels<double>().peak_flops(kRepeats) : deq::kernels<float>().peak_flops(kRepeats);
+  });
+}
+
+double deq_cpu_kernel_gflops(int32_t type, int64_t batch, int64_t width, double seconds) {
+  if (batch < 1 || width < 1) return 0;
+  return type == DEQ_FLOAT64 ? deq::kernel_gflops<double>(batch, width, seconds)
+                             : deq::kernel_gflops<float>(batch, width, seconds);
+}

@@ -1,0 +1,456 @@
+// The row engine: one call solves the whole batch.
+//
+// Every thread owns a tile of sample slots. A slot holds one sample's iterate, injection and, if needed, its Anderson window;
+// all slots of a tile take one step together, so that every panel of W is read once for the tile. A sample that is done
+// leaves at once and the slot is refilled from a shared queue. Threads never wait for each other.
+#include <omp.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <limits>
+#include <memory>
+
+#include "../activations.h"
+#include "../anderson.h"
+#include "../judge.h"
+#include "../kernels.h"
+#include "cache.h"
+#include "convert.h"
+#include "kernels.h"
+
+namespace deq {
+namespace {
+
+constexpr int kMaxTile = 64;
+// Half of a 1 MB L2 for the rows of a tile; the rest for the panels of W that stream through.
+constexpr int64_t kTileBytes = 512 << 10;
+// Rows start this many bytes apart modulo 4096, so that the rows of a tile do not share cache sets.
+constexpr int64_t kRowSkew = 64;
+
+// Memory that a thread keeps between calls, so that small solves do not pay for page faults.
+class Arena {
+ public:
+  ~Arena() { free(data_); }
+  void* get(int64_t bytes) {
+    if (bytes > size_) {
+      free(data_);
+      data_ = allocate(bytes);
+      size_ = data_ ? bytes : 0;
+    }
+    return data_;
+  }
+  void trim() {
+    if (size_ <= kKeptBytes) return;
+    free(data_);
+    data_ = nullptr;
+    size_ = 0;
+  }
+
+ private:
+  static constexpr int64_t kKeptBytes = 4 << 20;
+  void* data_ = nullptr;
+  int64_t size_ = 0;
+};
+thread_local Arena rows_arena, window_arena;
+
+// Shared by the threads of a call.
+struct Totals {
+  std::atomic<int64_t> failed{0}, bad_injection{0}, bad_start{0};
+  std::atomic<int32_t> error{DEQ_OK};
+  static void keep_first(std::atomic<int64_t>& at, int64_t index) {
+    int64_t now = at.load();
+    while ((now == 0 || index + 1 < now) && !at.compare_exchange_weak(now, index + 1)) {
+    }
+  }
+};
+
+template <class T>
+struct Slot {
+  T* buffer[2];
+  T *c, *d, *sums;
+  int64_t sample;  // flat index s * B + b
+  double scale;    // the sample was multiplied by this power of two
+  Record record;
+  double before2;  // step2 of three evaluations ago
+  bool saved;      // the output row holds the best iterate
+  bool accelerated;
+  int window, newest;  // Anderson: pairs held, ring position of the newest
+  double gram[kMaxDepth][kMaxDepth];  // by ring position
+};
+
+template <class T>
+class Tile {
+ public:
+  Tile(const DeqProblem& p, const Packed& packed, Totals& totals)
+      : p_(p),
+        k_(kernels<T>()),
+        packed_(packed),
+        totals_(totals),
+        m_(p.width),
+        padded_((p.width + k_.lanes - 1) / k_.lanes * k_.lanes),
+        rule_(make_rule(p.tol, p.max_iter, p.criterion, p.width, sizeof(T) == 8)),
+        depth_(std::min<int>(std::max(p.depth, 1), kMaxDepth)),
+        // Linear in the injection up to a positive factor: rescaling by a power of two changes no bit of the path, and
+        // keeps every square in range.
+        rescaled_(p.mask.data != nullptr || is_homogeneous(p.activation)) {}
+
+  // Solves samples of matrix s taken from `queue` until it is empty.
+  void run(int64_t s, std::atomic<int64_t>& queue, int threads) {
+    matrix_ = s;
+    if (!reserve(threads)) {
+      totals_.error = DEQ_NO_MEMORY;
+      return;
+    }
+    const T* z[kMaxTile];
+    const T* c[kMaxTile];
+    const T* d[kMaxTile];
+    T* out[kMaxTile];
+    T* sums[kMaxTile];
+    int active[kMaxTile], n = 0;
+    for (int i = 0; i < size_ && fill(slots_[i], queue); ++i) active[n++] = i;
+    while (n > 0) {
+      for (int a = 0; a < n; ++a) {
+        Slot<T>& slot = slots_[active[a]];
+        z[a] = slot.buffer[current_];
+        out[a] = slot.buffer[1 - current_];
+        c[a] = slot.c;
+        d[a] = slot.d;
+        sums[a] = slot.sums;
+        memset(slot.sums, 0, 2 * k_.lanes * sizeof(T));
+      }
+      const T* w = static_cast<const T*>(packed_.data) + s * (packed_.matrix_bytes / static_cast<int64_t>(sizeof(T)));
+      k_.step(Step<T>{z, out, c, p_.mask.data ? d : nullptr, sums, w, m_, p_.activation}, n);
+      current_ = 1 - current_;
+      int kept = 0;
+      for (int a = 0; a < n; ++a)
+        if (advance(slots_[active[a]]) || fill(slots_[active[a]], queue)) active[kept++] = active[a];
+      n = kept;
+    }
+    rows_arena.trim();
+    window_arena.trim();
+  }
+
+ private:
+  bool reserve(int threads) {
+    const int64_t stride = padded_ + kRowSkew / static_cast<int64_t>(sizeof(T));
+    const int rows = p_.mask.data ? 4 : 3;
+    const int64_t fit = kTileBytes / (rows * stride * static_cast<int64_t>(sizeof(T)));
+    const int64_t share = (p_.batch + threads - 1) / threads;
+    size_ = static_cast<int>(std::min<int64_t>({kMaxTile, std::max<int64_t>(2 * k_.rows, fit / k_.rows * k_.rows), share}));
+    const int64_t sums = 2 * k_.lanes, per_slot = rows * stride + sums;
+    T* at = static_cast<T*>(rows_arena.get(size_ * per_slot * static_cast<int64_t>(sizeof(T))));
+    if (!at) return false;
+    for (int i = 0; i < size_; ++i, at += per_slot) {
+      slots_[i].sums = at;
+      slots_[i].buffer[0] = at + sums;
+      slots_[i].buffer[1] = at + sums + stride;
+      slots_[i].c = at + sums + 2 * stride;
+      slots_[i].d = p_.mask.data ? at + sums + 3 * stride : nullptr;
+    }
+    stride_ = stride;
+    window_ = nullptr;
+    return true;
+  }
+
+  static int64_t offset(const DeqView& view, int64_t s, int64_t b) { return s * view.stride[0] + b * view.stride[1]; }
+
+  // Largest magnitude, infinity if any element is not finite.
+  T read(const DeqView& view, int64_t b, T* dst) {
+    const int64_t first = offset(view, matrix_, b);
+    const bool native = p_.type == DEQ_FLOAT32 || p_.type == DEQ_FLOAT64;
+    if (native && view.stride[2] == 1) return k_.copy_in(static_cast<const T*>(view.data) + first, m_, padded_, dst);
+    load_row<T>(view, p_.type, first, T(1), m_, dst);
+    return k_.copy_in(dst, m_, padded_, dst);
+  }
+
+  void write(Slot<T>& slot, const T* row) {
+    const int64_t first = offset(p_.out, matrix_, slot.sample - matrix_ * p_.batch);
+    const T factor = static_cast<T>(1 / slot.scale);
+    const bool native = p_.type == DEQ_FLOAT32 || p_.type == DEQ_FLOAT64;
+    if (native && k_.copy_out(row, factor, m_, static_cast<T*>(p_.out.data) + first)) return;
+    if (!store_row<T>(p_.out, p_.type, first, factor, m_, row)) overflowed_ = true;
+  }
+
+  // Takes the next sample of the queue that is not done at once; false when there is none.
+  bool fill(Slot<T>& slot, std::atomic<int64_t>& queue) {
+    for (;;) {
+      const int64_t b = queue.fetch_add(1, std::memory_order_relaxed);
+      if (b >= p_.batch) return false;
+      slot.sample = matrix_ * p_.batch + b;
+      slot.record = new_record();
+      slot.before2 = INFINITY;
+      slot.saved = false;
+      slot.accelerated = p_.acceleration == DEQ_ANDERSON;
+      slot.window = 0;
+      slot.scale = 1;
+      T* y = slot.buffer[current_];
+      T largest = read(p_.injection, b, slot.c), start = 0;
+      if (p_.start.data) start = read(p_.start, b, y);
+      if (!std::isfinite(largest) || !std::isfinite(start)) {
+        if (!std::isfinite(largest)) Totals::keep_first(totals_.bad_injection, slot.sample);
+        if (!std::isfinite(start)) Totals::keep_first(totals_.bad_start, slot.sample);
+        refuse(slot, b);
+        continue;
+      }
+      if (p_.mask.data) {
+        read(p_.mask, b, slot.d);
+        if (p_.mask_is_value) k_.derivative_of_value(p_.activation, slot.d, m_);
+      }
+      const T reach = std::max(largest, start);
+      if (rescaled_ && reach > 0) {
+        int exponent;
+        std::frexp(reach, &exponent);
+        constexpr int kLimit = std::numeric_limits<T>::max_exponent - 2;
+        slot.scale = std::ldexp(1.0, std::clamp(-exponent, -kLimit, kLimit));
+        if (slot.scale != 1) {
+          k_.scale(slot.c, static_cast<T>(slot.scale), padded_);
+          if (p_.start.data) k_.scale(y, static_cast<T>(slot.scale), padded_);
+        }
+      }
+      if (p_.start.data) return true;
+      // From zero the first evaluation is act(c): no product. Its step and its size are the same.
+      double size2 = k_.first(p_.activation, slot.c, slot.d, y, m_);
+      if (!in_range(size2)) size2 = size_of(y);
+      const Verdict verdict = judge(rule_, slot.record, size2, size2, 0.0);
+      if (verdict == Verdict::kContinue) return true;
+      finish(slot, verdict, y);
+    }
+  }
+
+  // A sample whose input is not finite: refused, or for the adjoint NaN in, NaN out (a loss scaler looks for it).
+  void refuse(Slot<T>& slot, int64_t b) {
+    const T value = p_.mask.data ? std::numeric_limits<T>::quiet_NaN() : T(0);
+    for (int64_t j = 0; j < m_; ++j) slot.c[j] = value;
+    const int64_t first = offset(p_.out, matrix_, b);
+    store_value(first, slot.c);
+    p_.iterations[slot.sample] = 0;
+    static_cast<T*>(p_.residual)[slot.sample] = std::numeric_limits<T>::infinity();
+    p_.status[slot.sample] = DEQ_NONFINITE;
+    totals_.failed.fetch_add(1, std::memory_order_relaxed);
+  }
+
+  void store_value(int64_t first, const T* row) {
+    for (int64_t j = 0; j < m_; ++j) {
+      if (p_.type == DEQ_BFLOAT16) {
+        static_cast<uint16_t*>(p_.out.data)[first + j] = to_bfloat16(static_cast<float>(row[j]));
+      } else if (p_.type == DEQ_FLOAT16) {
+        static_cast<uint16_t*>(p_.out.data)[first + j] = to_float16(static_cast<float>(row[j]));
+      } else {
+        static_cast<T*>(p_.out.data)[first + j] = row[j];
+      }
+    }
+  }
+
+  // Squares of T lose their meaning outside: there the sums are formed again in double, which float squares cannot leave.
+  static bool in_range(double sum) {
+    return sum == 0.0 ? false : sum > (sizeof(T) == 4 ? 1e-20 : 1e-200) && sum < (sizeof(T) == 4 ? 1e30 : 1e200);
+  }
+  double size_of(const T* y) const {
+    double sum = 0;
+    for (int64_t j = 0; j < m_; ++j) sum += static_cast<double>(y[j]) * static_cast<double>(y[j]);
+    return sum;
+  }
+  double distance(const T* f, const T* y) const {
+    double sum = 0;
+    for (int64_t j = 0; j < m_; ++j) {
+      const double diff = static_cast<double>(f[j]) - static_cast<double>(y[j]);
+      sum += diff * diff;
+    }
+    return sum;
+  }
+
+  // Judges the evaluation just made and prepares the next iterate; false when the sample is done.
+  bool advance(Slot<T>& slot) {
+    T *f = slot.buffer[current_], *y = slot.buffer[1 - current_];
+    double step2, size2;
+    k_.reduce(slot.sums, &step2, &size2);
+    if (!in_range(size2)) {
+      step2 = distance(f, y);
+      size2 = size_of(f);
+    }
+    const double start2 = slot.record.iteration == 0 ? size_of(y) : 0.0, before2 = slot.record.step2[1];
+    const Verdict verdict = judge(rule_, slot.record, step2, size2, start2);
+    const bool is_best = slot.record.best_at == slot.record.iteration;
+    if (is_best) {
+      slot.saved = false;
+    } else if (!slot.saved) {
+      // The previous evaluation was the best: f of it is the iterate just left, or the newest of the window.
+      write(slot, slot.accelerated && slot.window ? window_row(slot, slot.newest, 0) : y);
+      slot.saved = true;
+    }
+    if (verdict != Verdict::kContinue) {
+      finish(slot, verdict, is_best ? f : nullptr);
+      return false;
+    }
+    if (p_.acceleration == DEQ_ON_DEMAND && !slot.accelerated) slot.accelerated = is_slow(slot.record, before2);
+    if (slot.accelerated) accelerate(slot, f, y);
+    return true;
+  }
+
+  // `best` null: the output row already holds the best iterate.
+  void finish(Slot<T>& slot, Verdict verdict, const T* best) {
+    overflowed_ = false;
+    if (best) write(slot, best);
+    if (overflowed_) verdict = Verdict::kDiverged;  // it left the range of the caller's dtype
+    p_.iterations[slot.sample] = static_cast<int32_t>(slot.record.iteration);
+    static_cast<T*>(p_.residual)[slot.sample] = static_cast<T>(std::sqrt(slot.record.best));
+    p_.status[slot.sample] = static_cast<uint8_t>(verdict);
+    if (verdict != Verdict::kConverged) totals_.failed.fetch_add(1, std::memory_order_relaxed);
+  }
+
+  // Row `ring` of the slot's window: part 0 holds f(y), part 1 f(y) - y.
+  T* window_row(const Slot<T>& slot, int ring, int part) {
+    return window_ + (((&slot - slots_) * depth_ + ring) * 2 + part) * stride_;
+  }
+
+  // Anderson: replaces f by the mixture of the window. One new row of the Gram matrix; the rest is remembered.
+  void accelerate(Slot<T>& slot, T* f, const T* y) {
+    if (!window_) {
+      window_ = static_cast<T*>(window_arena.get(size_ * depth_ * 2 * stride_ * static_cast<int64_t>(sizeof(T))));
+      if (!window_) {
+        totals_.error = DEQ_NO_MEMORY;
+        return;
+      }
+    }
+    slot.newest = slot.window ? (slot.newest + 1) % depth_ : 0;
+    slot.window = std::min(slot.window + 1, depth_);
+    k_.residual(f, y, window_row(slot, slot.newest, 0), window_row(slot, slot.newest, 1), padded_);
+    int ring[kMaxDepth];
+    const T *F[kMaxDepth], *G[kMaxDepth];
+    for (int i = 0; i < slot.window; ++i) {
+      ring[i] = (slot.newest - i + depth_) % depth_;
+      F[i] = window_row(slot, ring[i], 0);
+      G[i] = window_row(slot, ring[i], 1);
+    }
+    double dots[kMaxDepth];
+    k_.dots(G[0], G, slot.window, padded_, dots);
+    for (int i = 0; i < slot.window; ++i) slot.gram[slot.newest][ring[i]] = slot.gram[ring[i]][slot.newest] = dots[i];
+    double gram[kMaxDepth][kMaxDepth], weights[kMaxDepth];
+    for (int i = 0; i < slot.window; ++i)
+      for (int j = 0; j < slot.window; ++j) gram[i][j] = slot.gram[ring[i]][ring[j]];
+    for (int count = slot.window; count > 1; --count) {
+      if (!anderson_weights(gram, count, 10 * rule_.eps, weights)) continue;
+      T w[kMaxDepth];
+      for (int i = 0; i < count; ++i) w[i] = static_cast<T>(weights[i]);
+      k_.mix(F, w, count, padded_, f);
+      return;
+    }
+  }
+
+  const DeqProblem& p_;
+  const Kernels<T>& k_;
+  const Packed& packed_;
+  Totals& totals_;
+  const int64_t m_, padded_;
+  const Rule rule_;
+  const int depth_;
+  const bool rescaled_;
+  int64_t matrix_ = 0, stride_ = 0;
+  int size_ = 0, current_ = 0;
+  bool overflowed_ = false;
+  T* window_ = nullptr;
+  Slot<T> slots_[kMaxTile];
+};
+
+// Threads worth their start: a parallel region costs a few microseconds.
+int useful_threads(const DeqProblem& p) {
+  const double flops = 2.0 * p.weights * p.batch * p.width * p.width;
+  return flops < 1e5 ? 1 : static_cast<int>(std::min<int64_t>(std::max(p.threads, 1), p.weights * p.batch));
+}
+
+template <class T>
+int32_t solve(const DeqProblem& p) {
+  const int threads = useful_threads(p);
+  std::shared_ptr<const Packed> packed = packed_weights<T>(p, threads);
+  if (!packed) return DEQ_NO_MEMORY;
+  *p.report = DeqReport{0, packed->bad_element, 0, 0};
+  if (packed->bad_element) return DEQ_OK;
+  Totals totals;
+  if (p.weights > 1 && p.weights >= threads) {  // one matrix a thread
+#pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
+    for (int64_t s = 0; s < p.weights; ++s) {
+      std::atomic<int64_t> queue{0};
+      auto tile = std::make_unique<Tile<T>>(p, *packed, totals);
+      tile->run(s, queue, 1);
+    }
+  } else {
+    for (int64_t s = 0; s < p.weights; ++s) {
+      std::atomic<int64_t> queue{0};
+#pragma omp parallel num_threads(threads) if (threads > 1)
+      {
+        auto tile = std::make_unique<Tile<T>>(p, *packed, totals);
+        tile->run(s, queue, threads);
+      }
+    }
+  }
+  p.report->failed = totals.failed;
+  p.report->bad_injection = totals.bad_injection;
+  p.report->bad_start = totals.bad_start;
+  return totals.error;
+}
+
+template <class T>
+int32_t derivative(const DeqProblem& p) {
+  const int threads = useful_threads(p);
+  const Kernels<T>& k = kernels<T>();
+  std::shared_ptr<const Packed> packed = packed_weights<T>(p, threads);
+  if (!packed) return DEQ_NO_MEMORY;
+  if (packed->bad_element) return DEQ_BAD_ARGUMENT;
+  const int64_t m = p.width, padded = (m + k.lanes - 1) / k.lanes * k.lanes;
+  const int64_t tiles = (p.batch + k.rows - 1) / k.rows;
+  std::atomic<int32_t> error{DEQ_OK};
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+  for (int64_t i = 0; i < p.weights * tiles; ++i) {
+    const int64_t s = i / tiles, first = i % tiles * k.rows;
+    const int n = static_cast<int>(std::min<int64_t>(k.rows, p.batch - first));
+    T* memory = static_cast<T*>(rows_arena.get(3 * n * padded * static_cast<int64_t>(sizeof(T))));
+    if (!memory) {
+      error = DEQ_NO_MEMORY;
+      continue;
+    }
+    const T *z[kMaxTile], *c[kMaxTile];
+    T* out[kMaxTile];
+    for (int r = 0; r < n; ++r) {
+      T* row = memory + 3 * r * padded;
+      auto read = [&](const DeqView& view, T* dst) {
+        load_row<T>(view, p.type, s * view.stride[0] + (first + r) * view.stride[1], T(1), m, dst);
+        std::fill(dst + m, dst + padded, T(0));
+        return dst;
+      };
+      z[r] = read(p.start, row);
+      c[r] = read(p.injection, row + padded);
+      out[r] = row + 2 * padded;
+    }
+    const T* w = static_cast<const T*>(packed->data) + s * (packed->matrix_bytes / static_cast<int64_t>(sizeof(T)));
+    k.derivative(Step<T>{z, out, c, nullptr, nullptr, w, m, p.activation}, n);
+    for (int r = 0; r < n; ++r)
+      store_row<T>(p.out, p.type, s * p.out.stride[0] + (first + r) * p.out.stride[1], T(1), m, out[r]);
+    rows_arena.trim();
+  }
+  return error;
+}
+
+bool well_formed(const DeqProblem* p) {
+  return p && p->weights >= 0 && p->batch >= 0 && p->width >= 1 && p->type >= DEQ_FLOAT32 && p->type <= DEQ_FLOAT16 &&
+         p->activation >= 0 && p->activation < kActivations && p->max_iter >= 1 && p->report &&
+         !(p->mask.data && p->mask_is_value && !has_of_value(p->activation));
+}
+
+}  // namespace
+}  // namespace deq
+
+int32_t deq_cpu_solve(const DeqProblem* p) {
+  if (!deq::well_formed(p)) return DEQ_BAD_ARGUMENT;
+  *p->report = DeqReport{0, 0, 0, 0};
+  if (p->weights * p->batch == 0) return DEQ_OK;
+  return p->type == DEQ_FLOAT64 ? deq::solve<double>(*p) : deq::solve<float>(*p);
+}
+
+int32_t deq_cpu_derivative(const DeqProblem* p) {
+  if (!p || p->width < 1 || p->activation < 0 || p->activation >= deq::kActivations) return DEQ_BAD_ARGUMENT;
+  if (p->weights * p->batch == 0) return DEQ_OK;
+  return p->type == DEQ_FLOAT64 ? deq::derivative<double>(*p) : deq::derivative<float>(*p);
+}

@@ -1,0 +1,63 @@
+// C interface of the compiled kernels: pointers, sizes and strides; no torch, no Python.
+// Functions return 0, or a DeqError; they never throw and never print.
+#pragma once
+#include <stdint.h>
+
+#define DEQ_API extern "C" __attribute__((visibility("default")))
+
+enum DeqType : int32_t { DEQ_FLOAT32 = 0, DEQ_FLOAT64 = 1, DEQ_BFLOAT16 = 2, DEQ_FLOAT16 = 3 };
+enum DeqAcceleration : int32_t { DEQ_PLAIN = 0, DEQ_ANDERSON = 1, DEQ_ON_DEMAND = 2 };
+enum DeqCriterion : int32_t { DEQ_RESIDUAL = 0, DEQ_ERROR_ESTIMATE = 1 };
+enum DeqStatus : uint8_t { DEQ_CONVERGED = 0, DEQ_MAX_ITER = 1, DEQ_STALLED = 2, DEQ_DIVERGED = 3, DEQ_NONFINITE = 4 };
+enum DeqError : int32_t { DEQ_OK = 0, DEQ_BAD_ARGUMENT = 1, DEQ_NO_MEMORY = 2 };
+
+// What the fields of DeqReport say about a finished call.
+struct DeqReport {
+  int64_t failed;           // samples that did not converge
+  int64_t bad_weight;       // 1 + flat index (s * m + i) * m + j of the first NaN or infinity in W, else 0
+  int64_t bad_injection;    // 1 + flat sample index (s * B + b) of the first non-finite injection, else 0
+  int64_t bad_start;        // the same for the starting point
+};
+
+// A strided view of (S, rows, m) elements; strides in elements.
+struct DeqView {
+  void* data;
+  int64_t stride[3];
+};
+
+// z = act(W z + c), or with `mask` the adjoint u = d * (A u + g) (W holds A, injection holds g).
+struct DeqProblem {
+  int64_t weights, batch, width;  // S, B, m
+  int32_t type;                   // DeqType of every view; halves are computed in float32
+  int32_t activation;             // number in deq/activations.py
+  struct DeqView W;               // (S, m, m)
+  struct DeqView injection;       // (S, B, m)
+  struct DeqView start;           // (S, B, m), data null for zero
+  struct DeqView mask;            // (S, B, m), data null for a solve
+  int32_t mask_is_value;          // 1: mask holds act(x) and d is derived from it; 0: mask holds d itself
+  struct DeqView out;             // (S, B, m), rows contiguous; may be the mask
+  int32_t* iterations;            // (S, B)
+  void* residual;                 // (S, B), float, double for float64
+  uint8_t* status;                // (S, B)
+  struct DeqReport* report;
+  int32_t acceleration, depth, criterion;
+  int64_t max_iter;
+  double tol;
+  int32_t threads;
+};
+
+DEQ_API int32_t deq_cpu_solve(const struct DeqProblem* problem);
+
+// out (S, B, m) = act'(W start + injection); uses weights, batch, width, type, activation, W, injection, start, out, threads.
+DEQ_API int32_t deq_cpu_derivative(const struct DeqProblem* problem);
+
+// Instruction set in use: "avx512", "avx2" or "portable".
+DEQ_API const char* deq_cpu_isa(void);
+// Choose one by name (tests, benchmarks); null or "auto" for the best here. DEQ_BAD_ARGUMENT if this CPU or build lacks it.
+DEQ_API int32_t deq_cpu_set_isa(const char* name);
+// Packed weights are cached by content; this drops them. Returns the bytes they held.
+DEQ_API int64_t deq_cpu_clear_cache(void);
+DEQ_API int64_t deq_cpu_cache_bytes(void);
+// Fused multiply-add peak of one core, and the micro-kernel alone on (batch, width); GFLOP/s, best of `seconds`.
+DEQ_API double deq_cpu_peak_gflops(int32_t type, double seconds);
+DEQ_API double deq_cpu_kernel_gflops(int32_t type, int64_t batch, int64_t width, double seconds);

@@ -1,0 +1,316 @@
+// Registers the compiled kernels with PyTorch's dispatcher; the only file that knows of torch.
+//
+// Every operator writes into tensors that its caller allocated, so nothing here allocates and its fake is empty. What the C
+// interface trusts (shapes, dtypes, strides) is checked here: a wrong call raises RuntimeError and never crashes.
+#include <dlfcn.h>
+#include <string.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+#include "torch_abi.h"
+
+namespace {
+
+#define DEQ_FUNCTION(name, arguments) int32_t(*name) arguments = nullptr;
+#define DEQ_DTYPE(name) int32_t name = -1;
+struct Torch {
+  DEQ_TORCH_FUNCTIONS(DEQ_FUNCTION)
+  struct Dtypes {
+    DEQ_TORCH_DTYPES(DEQ_DTYPE)
+  } dtype;
+} torch_;
+#undef DEQ_FUNCTION
+#undef DEQ_DTYPE
+
+// Where a message is about: "deq::solve_: W".
+struct Place {
+  const char* op;
+  const char* argument;
+  [[noreturn]] void fail(const std::string& what) const {
+    throw std::runtime_error(std::string("deq::") + op + ": " + argument + " " + what);
+  }
+};
+
+std::string tuple(const int64_t* values, int64_t count) {
+  std::string text = "(";
+  for (int64_t i = 0; i < count; ++i) text += (i ? ", " : "") + std::to_string(values[i]);
+  return text + ")";
+}
+
+std::string dtype_name(int32_t dtype) {
+#define DEQ_NAME(name) \
+  if (dtype == torch_.dtype.name) return #name;
+  DEQ_TORCH_DTYPES(DEQ_NAME)
+#undef DEQ_NAME
+  return "torch's dtype number " + std::to_string(dtype);
+}
+
+// A tensor argument taken off the boxed stack; owns its handle. The constructor does not throw, so that a kernel which has
+// taken all its arguments frees all of them whichever check fails.
+class Tensor {
+ public:
+  Tensor(const char* op, const char* name, StableIValue boxed) noexcept : place_{op, name} {
+    memcpy(&handle_, &boxed, sizeof handle_);
+  }
+  Tensor(const Tensor&) = delete;
+  Tensor& operator=(const Tensor&) = delete;
+  ~Tensor() { torch_.aoti_torch_delete_tensor_object(handle_); }
+
+  const Place& place() const { return place_; }
+  int64_t dim() const { return get<int64_t>(torch_.aoti_torch_get_dim); }
+  int32_t dtype() const { return get<int32_t>(torch_.aoti_torch_get_dtype); }
+  const int64_t* sizes() const { return get<int64_t*>(torch_.aoti_torch_get_sizes); }
+  const int64_t* strides() const { return get<int64_t*>(torch_.aoti_torch_get_strides); }
+  template <class T>
+  T* data() const {
+    return static_cast<T*>(get<void*>(torch_.aoti_torch_get_data_ptr));
+  }
+  bool empty() const {
+    for (int64_t i = 0; i < dim(); ++i)
+      if (sizes()[i] == 0) return true;
+    return false;
+  }
+  // As (S, rows, m), where a tensor of two dimensions is the S = 1 without its dimension.
+  DeqView view() const {
+    const int64_t* stride = strides();
+    return dim() == 2 ? DeqView{data<void>(), {0, stride[0], stride[1]}}
+                      : DeqView{data<void>(), {stride[0], stride[1], stride[2]}};
+  }
+
+  void expect_dim(int64_t expected, const char* meaning) const {
+    if (dim() != expected) place_.fail(std::string("must be ") + meaning + "; got shape " + tuple(sizes(), dim()));
+  }
+  void expect_dtype(int32_t expected) const {
+    if (dtype() != expected) place_.fail("must be " + dtype_name(expected) + "; got " + dtype_name(dtype()));
+  }
+  // `shape` with its leading S, or for a problem with one unstacked W without it.
+  template <size_t N>
+  void expect_shape(const int64_t (&shape)[N], bool stacked = true) const {
+    const int64_t *expected = shape + !stacked, count = static_cast<int64_t>(N) - !stacked;
+    if (dim() != count || memcmp(sizes(), expected, count * sizeof *expected) != 0)
+      place_.fail("must have shape " + tuple(expected, count) + "; got " + tuple(sizes(), dim()));
+  }
+  void expect_contiguous() const {
+    if (empty()) return;
+    int64_t stride = 1;
+    for (int64_t i = dim() - 1; i >= 0; --i) {
+      if (sizes()[i] > 1 && strides()[i] != stride) place_.fail("must be contiguous; got strides " + tuple(strides(), dim()));
+      stride *= sizes()[i];
+    }
+  }
+  // An output (S, B, m): elements of a row side by side, rows apart.
+  void expect_separate_rows() const {
+    if (empty()) return;
+    const int64_t drop = dim() == 2, size[] = {drop ? 1 : sizes()[0], sizes()[1 - drop], sizes()[2 - drop]};
+    const DeqView rows = view();
+    const int64_t* stride = rows.stride;
+    const bool side_by_side = size[2] == 1 || stride[2] == 1;
+    const bool b_inside =
+        (size[1] == 1 || stride[1] >= size[2]) && (size[0] == 1 || stride[0] >= (size[1] - 1) * stride[1] + size[2]);
+    const bool s_inside =
+        (size[0] == 1 || stride[0] >= size[2]) && (size[1] == 1 || stride[1] >= (size[0] - 1) * stride[0] + size[2]);
+    if (!side_by_side || !(b_inside || s_inside))
+      place_.fail("must have contiguous rows that do not overlap; got strides " + tuple(stride, 3));
+  }
+
+ private:
+  template <class T>
+  T get(int32_t (*query)(AtenTensorHandle, T*)) const {
+    T value{};
+    if (query(handle_, &value)) place_.fail("could not be read through LibTorch's C interface");
+    return value;
+  }
+
+  Place place_;
+  AtenTensorHandle handle_;
+};
+
+int32_t integer(const Place& place, StableIValue boxed, int64_t low, int64_t high) {
+  const auto value = static_cast<int64_t>(boxed);
+  if (value < low || value > high)
+    place.fail("must lie in " + std::to_string(low) + ".." + std::to_string(high) + "; got " + std::to_string(value));
+  return static_cast<int32_t>(value);
+}
+
+double tolerance(const Place& place, StableIValue boxed) {
+  double value;
+  memcpy(&value, &boxed, sizeof value);
+  if (!(value >= 0)) place.fail("must not be negative or NaN; got " + std::to_string(value));
+  return value;
+}
+
+DeqType type_of(const Place& place, int32_t dtype) {
+  if (dtype == torch_.dtype.float32) return DEQ_FLOAT32;
+  if (dtype == torch_.dtype.float64) return DEQ_FLOAT64;
+  if (dtype == torch_.dtype.bfloat16) return DEQ_BFLOAT16;
+  if (dtype == torch_.dtype.float16) return DEQ_FLOAT16;
+  place.fail("must be float32, float64, bfloat16 or float16; got " + dtype_name(dtype));
+}
+
+// The sizes S, B, m and the type of a problem, from W (S, m, m) and the injection (S, B, m), or (m, m) and (B, m).
+DeqProblem problem_of(const Tensor& W, const Tensor& injection) {
+  DeqProblem p{};
+  const bool stacked = W.dim() == 3;
+  if (!stacked) W.expect_dim(2, "(m, m) or (S, m, m)");
+  injection.expect_dim(W.dim(), stacked ? "(S, B, m)" : "(B, m)");
+  const int64_t* size = injection.sizes();
+  p.weights = stacked ? size[0] : 1, p.batch = size[stacked], p.width = size[1 + stacked];
+  p.type = type_of(injection.place(), injection.dtype());
+  W.expect_shape({p.weights, p.width, p.width}, stacked);
+  W.expect_dtype(injection.dtype());
+  p.W = W.view();
+  p.injection = injection.view();
+  uint32_t threads = 1;
+  if (torch_.torch_get_num_threads(&threads)) throw std::runtime_error("deq: torch_get_num_threads failed");
+  p.threads = static_cast<int32_t>(threads);
+  return p;
+}
+
+// One more tensor of the injection's shape.
+DeqView batch_of(const DeqProblem& p, const Tensor& W, const Tensor& tensor) {
+  tensor.expect_shape({p.weights, p.batch, p.width}, W.dim() == 3);
+  tensor.expect_dtype(W.dtype());
+  return tensor.view();
+}
+
+DeqView output_of(const DeqProblem& p, const Tensor& W, const Tensor& tensor) {
+  const DeqView view = batch_of(p, W, tensor);
+  tensor.expect_separate_rows();
+  return view;
+}
+
+// What each sample reports, and how the iteration is run; `options` are the last five arguments.
+void set_outcome(DeqProblem& p, bool stacked, const Tensor& iterations, const Tensor& residual, const Tensor& status, const Tensor& report) {
+  for (const Tensor* per_sample : {&iterations, &residual, &status}) {
+    per_sample->expect_shape({p.weights, p.batch}, stacked);
+    per_sample->expect_contiguous();
+  }
+  iterations.expect_dtype(torch_.dtype.int32);
+  status.expect_dtype(torch_.dtype.uint8);
+  residual.expect_dtype(p.type == DEQ_FLOAT64 ? torch_.dtype.float64 : torch_.dtype.float32);
+  constexpr int64_t kFields = sizeof(DeqReport) / sizeof(int64_t);
+  report.expect_shape({kFields});
+  report.expect_dtype(torch_.dtype.int64);
+  report.expect_contiguous();
+  p.iterations = iterations.data<int32_t>();
+  p.residual = residual.data<void>();
+  p.status = status.data<uint8_t>();
+  p.report = report.data<DeqReport>();
+}
+
+void set_options(DeqProblem& p, const char* op, const StableIValue* options) {
+  p.acceleration = integer({op, "acceleration"}, options[0], DEQ_PLAIN, DEQ_ON_DEMAND);
+  p.depth = integer({op, "depth"}, options[1], 0, INT32_MAX);
+  p.criterion = integer({op, "criterion"}, options[2], DEQ_RESIDUAL, DEQ_ERROR_ESTIMATE);
+  p.tol = tolerance({op, "tol"}, options[3]);
+  p.max_iter = integer({op, "max_iter"}, options[4], 1, INT32_MAX);
+}
+
+void run(const char* op, int32_t (*kernel)(const DeqProblem*), const DeqProblem& p) {
+  switch (const int32_t error = kernel(&p)) {
+    case DEQ_OK:
+      return;
+    case DEQ_BAD_ARGUMENT:
+      throw std::runtime_error(std::string("deq::") + op + ": an argument is out of range (activation " +
+                               std::to_string(p.activation) + ", depth " + std::to_string(p.depth) + ", width " +
+                               std::to_string(p.width) + ")");
+    case DEQ_NO_MEMORY:
+      throw std::runtime_error(std::string("deq::") + op + ": not enough memory");
+    default:
+      throw std::runtime_error(std::string("deq::") + op + ": failed with code " + std::to_string(error));
+  }
+}
+
+constexpr const char* kSolve =
+    "solve_(Tensor W, Tensor c, Tensor z0, Tensor(a!) z, Tensor(b!) iterations, Tensor(c!) residual, Tensor(d!) status, "
+    "Tensor(e!) report, int activation, int acceleration, int depth, int criterion, float tol, int max_iter) -> ()";
+
+void solve(StableIValue* stack, uint64_t, uint64_t) {
+  constexpr const char* op = "solve_";
+  const Tensor W(op, "W", stack[0]), c(op, "c", stack[1]), z0(op, "z0", stack[2]), z(op, "z", stack[3]);
+  const Tensor iterations(op, "iterations", stack[4]), residual(op, "residual", stack[5]), status(op, "status", stack[6]);
+  const Tensor report(op, "report", stack[7]);
+  DeqProblem p = problem_of(W, c);
+  z0.expect_dim(W.dim(), "of the shape of c, or of its dimensions without elements to start at zero");
+  if (!z0.empty()) p.start = batch_of(p, W, z0);
+  p.out = output_of(p, W, z);
+  set_outcome(p, W.dim() == 3, iterations, residual, status, report);
+  p.activation = integer({op, "activation"}, stack[8], 0, INT32_MAX);
+  set_options(p, op, stack + 9);
+  run(op, deq_cpu_solve, p);
+}
+
+constexpr const char* kMaskedLinear =
+    "masked_linear_(Tensor A, Tensor g, Tensor d, Tensor(a!) u, Tensor(b!) iterations, Tensor(c!) residual, "
+    "Tensor(d!) status, Tensor(e!) report, int value_of, int acceleration, int depth, int criterion, float tol, "
+    "int max_iter) -> ()";
+
+void masked_linear(StableIValue* stack, uint64_t, uint64_t) {
+  constexpr const char* op = "masked_linear_";
+  const Tensor A(op, "A", stack[0]), g(op, "g", stack[1]), d(op, "d", stack[2]), u(op, "u", stack[3]);
+  const Tensor iterations(op, "iterations", stack[4]), residual(op, "residual", stack[5]), status(op, "status", stack[6]);
+  const Tensor report(op, "report", stack[7]);
+  DeqProblem p = problem_of(A, g);
+  p.mask = batch_of(p, A, d);
+  p.out = output_of(p, A, u);
+  set_outcome(p, A.dim() == 3, iterations, residual, status, report);
+  const int32_t value_of = integer({op, "value_of"}, stack[8], -1, INT32_MAX);
+  p.mask_is_value = value_of >= 0;
+  p.activation = value_of >= 0 ? value_of : 0;
+  set_options(p, op, stack + 9);
+  run(op, deq_cpu_solve, p);
+}
+
+constexpr const char* kDerivative = "derivative_(Tensor W, Tensor c, Tensor z, Tensor(a!) d, int activation) -> ()";
+
+void derivative(StableIValue* stack, uint64_t, uint64_t) {
+  constexpr const char* op = "derivative_";
+  const Tensor W(op, "W", stack[0]), c(op, "c", stack[1]), z(op, "z", stack[2]), d(op, "d", stack[3]);
+  DeqProblem p = problem_of(W, c);
+  p.start = batch_of(p, W, z);
+  p.out = output_of(p, W, d);
+  p.activation = integer({op, "activation"}, stack[4], 0, INT32_MAX);
+  run(op, deq_cpu_derivative, p);
+}
+
+void* torch_symbol(const char* name) {
+  void* library = dlopen("libtorch_cpu.so", RTLD_NOLOAD | RTLD_LAZY);
+  return library ? dlsym(library, name) : nullptr;
+}
+
+}  // namespace
+
+// Version of the package that this library was built for.
+DEQ_API const char* deq_version(void) { return DEQ_VERSION; }
+
+// Registers the operators; call once, after `import torch`. Returns null, or what went wrong.
+DEQ_API const char* deq_register(void) {
+#define DEQ_LOAD(name, arguments)                                             \
+  torch_.name = reinterpret_cast<decltype(torch_.name)>(torch_symbol(#name)); \
+  if (!torch_.name) return "torch has no " #name;
+  DEQ_TORCH_FUNCTIONS(DEQ_LOAD)
+#undef DEQ_LOAD
+#define DEQ_LOAD(name)                                             \
+  if (void* number = torch_symbol("aoti_torch_dtype_" #name))      \
+    torch_.dtype.name = reinterpret_cast<int32_t (*)()>(number)(); \
+  else                                                             \
+    return "torch has no aoti_torch_dtype_" #name;
+  DEQ_TORCH_DTYPES(DEQ_LOAD)
+#undef DEQ_LOAD
+
+  TorchLibraryHandle schemas = nullptr, cpu = nullptr;  // kept for the life of the process: deleting them unregisters
+  if (torch_.aoti_torch_library_init_fragment("deq", __FILE__, __LINE__, &schemas) ||
+      torch_.aoti_torch_library_init_impl("deq", "CPU", __FILE__, __LINE__, &cpu))
+    return "torch refused the operator namespace deq";
+  const struct {
+    const char *name, *schema;
+    BoxedKernel kernel;
+  } operators[] = {
+      {"solve_", kSolve, solve}, {"masked_linear_", kMaskedLinear, masked_linear}, {"derivative_", kDerivative, derivative}};
+  for (const auto& op : operators)
+    if (torch_.aoti_torch_library_def(schemas, op.schema) || torch_.aoti_torch_library_impl(cpu, op.name, op.kernel))
+      return "torch refused an operator's schema or kernel";
+  return nullptr;
+}

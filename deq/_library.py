@@ -1,0 +1,70 @@
+"""Finds the compiled library, loads it, and registers its operators with torch.
+
+``compiled`` is the library with its C signatures (csrc/kernels.h), or None: then ``reason`` says why, and solves run on
+the reference backend. ``path`` is its file and ``build`` what CMake recorded about how it was built.
+"""
+
+import ctypes
+import json
+import warnings
+from pathlib import Path
+
+import torch
+
+import deq
+
+OPERATORS = ("solve_", "masked_linear_", "derivative_")
+
+# Exported function: result type, argument types.
+_SIGNATURES = {
+    "deq_version": (ctypes.c_char_p,),
+    "deq_register": (ctypes.c_char_p,),
+    "deq_cpu_isa": (ctypes.c_char_p,),
+    "deq_cpu_set_isa": (ctypes.c_int32, ctypes.c_char_p),
+    "deq_cpu_clear_cache": (ctypes.c_int64,),
+    "deq_cpu_cache_bytes": (ctypes.c_int64,),
+    "deq_cpu_peak_gflops": (ctypes.c_double, ctypes.c_int32, ctypes.c_double),
+    "deq_cpu_kernel_gflops": (ctypes.c_double, ctypes.c_int32, ctypes.c_int64, ctypes.c_int64, ctypes.c_double),
+}
+
+
+def _find(name: str) -> Path | None:
+    # Along the package's path and not beside this file: an editable install keeps built files in site-packages.
+    return next((file for folder in deq.__path__ if (file := Path(folder) / name).is_file()), None)
+
+
+def _load(path: Path) -> ctypes.CDLL:
+    """The library at ``path``, its operators registered. Raises ImportError saying why it cannot be used."""
+    try:
+        library = ctypes.CDLL(str(path))
+        for name, (result, *arguments) in _SIGNATURES.items():
+            function = getattr(library, name)
+            function.restype, function.argtypes = result, arguments
+    except (OSError, AttributeError) as error:
+        raise ImportError(f"{path} cannot be loaded: {error}") from error
+    version = library.deq_version().decode()
+    if version != deq.__version__:
+        raise ImportError(f"{path} belongs to deq {version}, this is deq {deq.__version__}: install it again")
+    if problem := library.deq_register():
+        raise ImportError(f"{path} cannot be used with torch {torch.__version__}: {problem.decode()}")
+    for name in OPERATORS:  # they write into tensors that the caller allocated: nothing to do for a fake tensor
+        torch.library.register_fake(f"deq::{name}", lambda *arguments: None)
+    return library
+
+
+def _read_build() -> dict:
+    file = _find("_build.json")
+    return json.loads(file.read_text()) if file else {}
+
+
+build = _read_build()
+path = _find("libdeq.so")
+compiled, reason = None, ""
+if path is None:
+    reason = build.get("why_not", "") or "this is a bare checkout: nothing has been built (pip install -e . builds it)"
+else:
+    try:
+        compiled = _load(path)
+    except ImportError as error:
+        reason = str(error)
+        warnings.warn(f"deq runs without its compiled library. {reason}", RuntimeWarning, stacklevel=2)

@@ -1,0 +1,26 @@
+"""One small module a backend, all with the same three functions.
+
+Every tensor is canonical: W, A (m, m) with c, z0, z, g, d, u (B, m), or W, A (S, m, m) with the others (S, B, m); any
+strides, one dtype and device.
+
+``solve(W, c, z0, activation, plan) -> Outcome``                   fixed point of ``act(W z + c)``, from zero if z0 is None
+``masked_linear(A, g, d, value_of, plan, out=None) -> Outcome``    fixed point of ``d * (A u + g)``; with ``value_of`` naming an
+                                                                   activation, d holds its values instead of its derivative
+``derivative(W, c, z, activation) -> Tensor``                      ``act'(W z + c)``
+
+A non-finite ``g`` gives NaN for its sample; any other non-finite input is named in ``Outcome.report``.
+"""
+
+from types import ModuleType
+
+from . import cpu, reference
+from .outcome import Outcome
+
+__all__ = ["Outcome", "get_backend"]
+
+_MODULES = {"cpu": cpu, "reference": reference}
+
+
+def get_backend(name: str) -> ModuleType:
+    """The module of a backend that :func:`deq.plan.make_plan` chose."""
+    return _MODULES[name]

@@ -1,0 +1,62 @@
+"""Plain PyTorch (deq/reference.py) behind the backend interface: any device, halves computed in float32."""
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..activations import ACTIVATIONS
+from ..plan import Plan
+from ..solution import Status
+from .outcome import Outcome
+
+
+def _wide(plan: Plan, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    dtype = getattr(torch, plan.precision)
+    return tuple(None if t is None else t.to(dtype) for t in tensors)
+
+
+def _options(plan: Plan) -> dict:
+    names = ("tol", "max_iter", "acceleration", "depth", "criterion")
+    return {name: getattr(plan, name) for name in names}
+
+
+def _first(bad: Tensor) -> int:
+    """One plus the flat index of the first true element, 0 if there is none."""
+    index = bad.reshape(-1).nonzero()
+    return int(index[0]) + 1 if index.numel() else 0
+
+
+def _outcome(z: Tensor, iterations: Tensor, residual: Tensor, status: Tensor, dtype: torch.dtype, bad: list[int]) -> Outcome:
+    # A value that leaves the range of the caller's dtype is held at its largest number and said to have diverged.
+    largest = torch.finfo(dtype).max
+    status = torch.where((z.abs() > largest).any(-1), int(Status.DIVERGED), status).to(torch.uint8)
+    failed = int((status != Status.CONVERGED).sum())
+    return Outcome(z.clamp(-largest, largest).to(dtype), iterations, residual, status, torch.tensor([failed, *bad]))
+
+
+def solve(W: Tensor, c: Tensor, z0: Tensor | None, activation: str, plan: Plan) -> Outcome:
+    bad = [_first(~torch.isfinite(W)), _first(~torch.isfinite(c).all(-1))]
+    bad.append(0 if z0 is None else _first(~torch.isfinite(z0).all(-1)))
+    W, wide, z0 = _wide(plan, W, c, z0)
+    return _outcome(*reference.solve(W, wide, activation, z0, **_options(plan)), c.dtype, bad)
+
+
+def masked_linear(
+    A: Tensor, g: Tensor, d: Tensor, value_of: str | None, plan: Plan, out: Tensor | None = None
+) -> Outcome:
+    dtype, finite = g.dtype, torch.isfinite(g).all(-1, keepdim=True)
+    bad = [_first(~torch.isfinite(A)), _first(~finite), 0]
+    A, g, d = _wide(plan, A, g, d)
+    if value_of is not None:
+        d = ACTIVATIONS[value_of].derivative_of_value(d)
+    u, *stats = reference.masked_linear(A, d, torch.where(finite, g, 0.0), **_options(plan))
+    outcome = _outcome(u, *stats, dtype, bad)
+    u = torch.where(finite, outcome.z, torch.nan)
+    if out is not None:
+        u = out.copy_(u)
+    return outcome._replace(z=u, status=torch.where(finite.squeeze(-1), outcome.status, int(Status.NONFINITE)).to(torch.uint8))
+
+
+def derivative(W: Tensor, c: Tensor, z: Tensor, activation: str) -> Tensor:
+    wide = torch.float64 if c.dtype == torch.float64 else torch.float32
+    return reference.derivative(W.to(wide), c.to(wide), z.to(wide), activation).to(c.dtype)

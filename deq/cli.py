@@ -1,0 +1,127 @@
+"""The command ``deq``."""
+
+import difflib
+from pathlib import Path
+
+import click
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="deq")
+def main() -> None:
+    """Deep equilibrium models in PyTorch: experiments and facts about this installation."""
+
+
+@main.command()
+def info() -> None:
+    """Show what is compiled, loaded and usable here, and why not if not."""
+    import deq
+
+    click.echo(deq.info())
+
+
+def _list_experiments(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if not wanted or ctx.resilient_parsing:
+        return
+    from .experiments import REGISTRY
+
+    for experiment in REGISTRY.values():
+        click.secho(f"{experiment.name:<10}{experiment.title}", bold=True)
+        text = f"{experiment.claim} Width: {experiment.width_means} (default {experiment.width[0]})."
+        click.echo(click.wrap_text(text, 78, "          ", "          "))
+    ctx.exit()
+
+
+@main.command()
+@click.argument("experiment", metavar="EXPERIMENT|all")
+@click.option("--list", is_flag=True, is_eager=True, expose_value=False, callback=_list_experiments, help="List them.")
+@click.option("--width", type=click.IntRange(min=1), help="Neurons of the DEQ; --list says what it means for each.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of all random numbers.")
+@click.option("--seeds", type=click.IntRange(min=1), help="Networks trained per model.")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("results"),
+    show_default=True,
+    help="Folder for the JSON result, figure and table.",
+)
+@click.option("--quick", is_flag=True, help="Seconds instead of minutes: checks every theorem, trains briefly.")
+@click.pass_context
+def run(
+    ctx: click.Context,
+    experiment: str,
+    width: int | None,
+    seed: int,
+    seeds: int | None,
+    device: str,
+    out: Path,
+    quick: bool,
+) -> None:
+    """Run an experiment of the paper, or all of them.
+
+    Writes EXPERIMENT.json, .png and .md into --out. Exit code 0: every proved claim held; 1: one did not; 2: bad options;
+    130: interrupted, and the same command goes on where it stopped.
+    """
+    from rich.console import Console
+
+    from .experiments import REGISTRY, SettingsError, execute, parts_path
+
+    names = _names(experiment, list(REGISTRY))
+    device = _device(device)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise click.BadParameter(f"cannot create {out}: {error.strerror}.", param_hint="--out") from error
+    console = Console()
+    violated = []
+    for name in names:
+        chosen = REGISTRY[name]
+        settings = chosen.settings(width=width, seed=seed, seeds=seeds, device=device, quick=quick)
+        try:
+            result = execute(chosen, settings, out, console)
+        except SettingsError as error:
+            raise click.BadParameter(str(error), param_hint="--width") from error
+        except KeyboardInterrupt:
+            kept = parts_path(out, name)
+            where = (
+                f"finished parts are kept in {kept}; the same command resumes them" if kept.exists() else "nothing kept"
+            )
+            click.echo(f"Interrupted {name}: {where}.", err=True)
+            ctx.exit(130)
+        violated += [f"{name}: this proved claim does not hold: {claim.sentence()}." for claim in result.violated]
+    for sentence in violated:
+        click.echo(sentence, err=True)
+    ctx.exit(1 if violated else 0)
+
+
+def _names(experiment: str, known: list[str]) -> list[str]:
+    if experiment == "all":
+        return known
+    if experiment in known:
+        return [experiment]
+    close = difflib.get_close_matches(experiment, known, n=1)
+    hint = f"Did you mean {close[0]!r}? " if close else ""
+    raise click.BadParameter(
+        f"there is no experiment {experiment!r}. {hint}Known: {', '.join(known)}, all.", param_hint="EXPERIMENT"
+    )
+
+
+def _device(text: str) -> str:
+    """The device with its index, checked to be here."""
+    import torch
+
+    kind, _, index = text.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not (kind == "cuda" and index.isdigit())):
+        raise click.BadParameter(f"must be cpu, cuda or cuda:N; got {text!r}.", param_hint="--device")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise click.BadParameter("torch sees no CUDA GPU here; `deq info` says why.", param_hint="--device")
+    if index and int(index) >= torch.cuda.device_count():
+        raise click.BadParameter(
+            f"there is no {text}: torch sees {torch.cuda.device_count()} GPU(s).", param_hint="--device"
+        )
+    return text
+
+
+if __name__ == "__main__":
+    main()

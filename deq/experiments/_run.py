@@ -1,0 +1,235 @@
+"""Runs one experiment: settings, parts that survive an interruption, progress, and the files it writes."""
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from ._report import markdown, print_result
+from ._result import Result, number, to_json
+
+SCHEMA = 1  # of the JSON file; raise it when a key changes its meaning
+
+Tick = Callable[[float], None]  # called with the finished fraction of a part
+
+
+class SettingsError(ValueError):
+    """Settings that this experiment cannot run with; the message says what is allowed."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run depends on, and nothing else.
+
+    width: neurons of the DEQ. seed: of every random number. seeds: networks trained per model. device: a torch device.
+    quick: a run of seconds that checks every theorem and trains too briefly to judge training.
+    """
+
+    width: int
+    seed: int
+    seeds: int
+    device: str
+    quick: bool
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One entry of the registry.
+
+    name: as typed in ``deq run NAME``. title: one line. claim: what the paper says, in a sentence or two.
+    function: ``Run -> Result``. width_means: what ``--width`` sets. The numbers are defaults, the second for ``--quick``.
+    """
+
+    name: str
+    title: str
+    claim: str
+    function: Callable[["Run"], Result]
+    width_means: str
+    width: tuple[int, int]
+    seeds: tuple[int, int] = (1, 1)
+
+    def settings(
+        self, *, width: int | None = None, seed: int = 0, seeds: int | None = None, device="cpu", quick=False
+    ) -> Settings:
+        """Fill what was not given with this experiment's defaults."""
+        return Settings(width or self.width[quick], seed, seeds or self.seeds[quick], str(device), quick)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece of work whose result is JSON, kept on disk as soon as it is finished."""
+
+    key: str
+    label: str
+    compute: Callable[[Tick], object]
+
+
+class Run:
+    """What an experiment's function is given: its settings and a way to run parts."""
+
+    def __init__(self, settings: Settings, kept: "KeptParts", progress: Progress):
+        self.settings = settings
+        self.device = torch.device(settings.device)
+        self.resumed: list[str] = []
+        self.seconds: dict[str, float] = {}
+        self._kept = kept
+        self._progress = progress
+
+    def generator(self, purpose: str) -> torch.Generator:
+        """Random numbers that depend on the seed and ``purpose`` only, not on which parts ran before."""
+        digest = hashlib.sha256(f"{self.settings.seed}/{purpose}".encode()).digest()
+        return torch.Generator(self.device).manual_seed(int.from_bytes(digest[:6], "big"))
+
+    def parts(self, parts: Sequence[Part]) -> dict[str, dict]:
+        """Run every part that is not kept from an interrupted run; results by key, in order."""
+        done = {p.key: self._kept.values[p.key] for p in parts if p.key in self._kept.values}
+        self.resumed += done
+        if done:
+            self._progress.console.print(f"Resuming: {len(done)} of {len(parts)} parts are kept from an earlier run.")
+        task = self._progress.add_task("", total=len(parts), completed=len(done))
+        for part in parts:
+            if part.key in done:
+                continue
+            self._progress.update(task, description=part.label)
+            base, start = len(done), time.perf_counter()
+            value = part.compute(lambda share, base=base: self._progress.update(task, completed=base + share))
+            self.seconds[part.key] = round(time.perf_counter() - start, 3)
+            done[part.key] = self._kept.keep(part.key, value)
+            self._progress.update(task, completed=len(done))
+            self._progress.console.print(f"  {part.label:<58}{self.seconds[part.key]:8.1f} s", highlight=False)
+        return {p.key: done[p.key] for p in parts}
+
+
+class KeptParts:
+    """Finished parts in one file, valid for one fingerprint: other settings or other code start afresh."""
+
+    def __init__(self, path: Path, fingerprint: str):
+        self.path = path
+        self.fingerprint = fingerprint
+        self.values: dict[str, object] = {}
+        try:
+            stored = json.loads(path.read_text())
+            if stored["fingerprint"] == fingerprint:
+                self.values = stored["parts"]
+        except (FileNotFoundError, json.JSONDecodeError, KeyError, TypeError):
+            pass  # nothing kept, or nothing that can be read: compute everything
+
+    def keep(self, key: str, value: object) -> object:
+        """Write ``value`` to disk and return it as a resumed run would read it."""
+        self.values[key] = json.loads(json.dumps(to_json(value), allow_nan=False))
+        _write(self.path, json.dumps({"fingerprint": self.fingerprint, "parts": self.values}))
+        return self.values[key]
+
+    def forget(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+
+def parts_path(out: Path, name: str) -> Path:
+    """Where the finished parts of an interrupted run are kept."""
+    return out / f"{name}.parts.json"
+
+
+def execute(experiment: Experiment, settings: Settings, out: Path, console: Console) -> Result:
+    """Run, print the short report and write ``<name>.json``, ``<name>.png`` and ``<name>.md`` into ``out``.
+
+    KeyboardInterrupt passes through; what was finished by then is in :func:`parts_path` and the next run with the same
+    settings and code starts from it.
+    """
+    from ._plot import save  # matplotlib takes a second to import
+
+    out.mkdir(parents=True, exist_ok=True)
+    console.print(f"[bold]{experiment.name}[/]  {experiment.title}", highlight=False)
+    kept = KeptParts(parts_path(out, experiment.name), _fingerprint(experiment, settings))
+    started, start = datetime.now(timezone.utc), time.perf_counter()
+    columns = (TextColumn("  {task.description:<48}"), BarColumn(bar_width=16), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        run = Run(settings, kept, progress)
+        result = experiment.function(run)
+
+    record = {
+        "schema": SCHEMA,
+        "experiment": experiment.name,
+        "title": experiment.title,
+        "claim": experiment.claim,
+        "settings": asdict(settings),
+        "provenance": {
+            **_provenance(run.device),
+            "started": started.isoformat(timespec="seconds"),
+            "seconds": round(time.perf_counter() - start, 2),
+            "seconds_per_part": run.seconds,
+            "resumed_parts": run.resumed,
+        },
+        "verdict": result.verdict,
+        "claims": [asdict(c) for c in result.claims],
+        "tables": [asdict(t) for t in result.tables],
+        "notes": list(result.notes),
+        "values": result.values,
+    }
+    save(result.figure, out / f"{experiment.name}.png")
+    _write(out / f"{experiment.name}.json", json.dumps(to_json(record), indent=1, allow_nan=False) + "\n")
+    _write(out / f"{experiment.name}.md", markdown(experiment, settings, result))
+    kept.forget()
+    print_result(console, result)
+    seconds = number(record["provenance"]["seconds"])
+    console.print(f"Wrote {out / experiment.name}.json, .md and .png in {seconds} s.", highlight=False, soft_wrap=True)
+    return result
+
+
+def _write(path: Path, text: str) -> None:
+    """Replace the file in one step: an interruption leaves the old one or the new one."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _fingerprint(experiment: Experiment, settings: Settings) -> str:
+    """Of everything a part's value depends on: settings, torch, and every line of Python in this package."""
+    digest = hashlib.sha256(json.dumps([experiment.name, asdict(settings), torch.__version__]).encode())
+    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _provenance(device: torch.device) -> dict:
+    commit, modified = _commit()
+    return {
+        "commit": commit,
+        "modified": modified,
+        "versions": {name: _version(name) for name in ("deq", "torch", "numpy", "matplotlib")}
+        | {"python": platform.python_version()},
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> tuple[str | None, bool | None]:
+    """Commit of the checkout that this file is tracked in and whether it was modified; None for an installed package."""
+
+    def git(*args: str) -> str:
+        where = Path(__file__).parent
+        return subprocess.run(["git", "-C", where, *args], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
+    except (OSError, subprocess.CalledProcessError):
+        return None, None

@@ -1,0 +1,21 @@
+"""Layers whose output is an equilibrium."""
+
+from .equilibrium_linear import EquilibriumLinear
+from .weight_modules import (
+    ContractiveWeight,
+    DenseWeight,
+    DiagonalLowRankWeight,
+    DiagonalWeight,
+    LowerTriangularWeight,
+    MonotoneWeight,
+)
+
+__all__ = [
+    "ContractiveWeight",
+    "DenseWeight",
+    "DiagonalLowRankWeight",
+    "DiagonalWeight",
+    "EquilibriumLinear",
+    "LowerTriangularWeight",
+    "MonotoneWeight",
+]

@@ -1,0 +1,115 @@
+"""The layer ``z = act(W z + U x + b)``."""
+
+import difflib
+import inspect
+
+import torch
+from torch import Tensor, nn
+
+from ..activations import get_activation
+from ..solution import Solution
+from ..solve import solve
+from .weight_modules import WEIGHTS, WeightModule
+
+SOLVE_OPTIONS = tuple(
+    name for name, p in inspect.signature(solve).parameters.items() if p.kind is p.KEYWORD_ONLY and name != "z0"
+)
+
+
+class EquilibriumLinear(nn.Module):
+    """Maps x (..., in_features) to the equilibrium z (..., width) of ``z = act(W z + U x + b)``.
+
+    in_features, width: sizes of x and z, at least 1.
+    activation: a name of ``deq.activations.ACTIVATIONS``.
+    weight: how W is parametrised. "dense": free. "contractive": ||W||_2 <= 0.95. "monotone": ``sym(I - W) >= 0.1 I``.
+        "lower_triangular" and "diagonal": ``|W_ii| <= 0.95``. "diagonal_low_rank": ``diag(d) + P Q^T`` of rank 16. Or a
+        module whose call returns a structure of ``deq.weights``, such as ``deq.nn.DiagonalLowRankWeight(width, rank=4)``.
+        All but dense and diagonal_low_rank keep exactly one equilibrium whatever training does ("monotone" not for
+        gelu and silu); every one of them starts where the plain iteration converges.
+    bias: whether b exists.
+    options: keyword arguments of ``deq.solve`` other than z0, used in every call.
+
+    ``layer(x, z0=None)`` solves from z0 (..., width) or zero. Gradients reach x, U, b, the parameters of W and follow
+    ``torch.is_grad_enabled()``, in training and evaluation alike. ``layer.solution`` is the last Solution, detached; it is
+    neither saved nor copied with the layer. Under autocast only ``U x + b`` runs in the lower precision.
+
+    Parameters: ``injection.weight`` U (width, in_features), drawn with variance 1 / in_features so that c has the variance
+    of x; ``injection.bias`` b (width,), zero; ``weight.*``, see :mod:`deq.nn.weight_modules`.
+    Raises TypeError for an unknown option and ValueError for other arguments that cannot be.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        width: int,
+        activation: str = "relu",
+        weight: str | nn.Module = "dense",
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **options,
+    ):
+        super().__init__()
+        for name, value in (("in_features", in_features), ("width", width)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a positive integer; got {value!r}")
+        _check_options(options)
+        self.in_features = in_features
+        self.width = width
+        self.activation = activation
+        self.options = options
+        self.solution: Solution | None = None
+        lipschitz = get_activation(activation).lipschitz
+        self.weight = _make_weight(weight, width, lipschitz, device, dtype)
+        self.injection = nn.Linear(in_features, width, bias=bias, device=device, dtype=dtype)
+        self._reset_injection()
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters afresh from torch's global generator."""
+        self.weight.reset_parameters()
+        self._reset_injection()
+
+    @torch.no_grad()
+    def _reset_injection(self) -> None:
+        self.injection.weight.normal_(0.0, self.in_features**-0.5)
+        if self.injection.bias is not None:
+            self.injection.bias.zero_()
+
+    def forward(self, x: Tensor, z0: Tensor | None = None) -> Tensor:
+        if x.dim() == 0 or x.shape[-1] != self.in_features:
+            raise ValueError(f"x must be (..., {self.in_features}), in_features last; got {tuple(x.shape)}")
+        c = self.injection(x)
+        with torch.autocast(x.device.type, enabled=False):
+            W = self.weight()
+            solution = solve(W, c.to(W.dtype), self.activation, z0=z0, **self.options)
+        self.solution = solution.detach()
+        return solution.z
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "solution": None}
+
+    def extra_repr(self) -> str:
+        options = "".join(f", {name}={value!r}" for name, value in self.options.items())
+        return f"in_features={self.in_features}, width={self.width}, activation={self.activation!r}{options}"
+
+
+def _make_weight(weight: str | nn.Module, width: int, lipschitz: float, device, dtype) -> nn.Module:
+    if isinstance(weight, nn.Module):
+        if getattr(weight, "width", width) != width:
+            raise ValueError(f"weight must be of width {width}; got a {type(weight).__name__} of width {weight.width}")
+        return weight.to(device=device, dtype=dtype)
+    if not isinstance(weight, str) or weight not in WEIGHTS:
+        known = ", ".join(map(repr, WEIGHTS))
+        raise ValueError(f"weight must be one of {known}, or a module that returns a structure; got {weight!r}")
+    kind: type[WeightModule] = WEIGHTS[weight]
+    return kind(width, lipschitz, device=device, dtype=dtype)
+
+
+def _check_options(options: dict) -> None:
+    unknown = [name for name in options if name not in SOLVE_OPTIONS]
+    if unknown:
+        close = difflib.get_close_matches(unknown[0], SOLVE_OPTIONS, n=1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        raise TypeError(
+            f"unknown solve option {', '.join(map(repr, unknown))}{hint}; allowed are {', '.join(SOLVE_OPTIONS)}"
+        )

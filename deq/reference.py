@@ -1,0 +1,188 @@
+"""Every operation in plain PyTorch: the definition, the oracle of the tests and the fallback backend.
+
+Shapes: W (m, m) with c, z, g, u (..., m), or W (S, m, m) with c, z, g, u (S, ..., m). Any floating dtype that torch
+can multiply. Every sample is judged on its own, and a sample that is done is never touched again.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .activations import get_activation
+from .solution import Status
+
+# How a sample is judged; csrc/judge.h holds the same numbers and rule.
+SLOW_AFTER = 12  # evaluations before acceleration "on_demand" may start
+SLOW_CONTRACTION = 0.8  # measured contraction above which it does
+PATIENCE = 128  # evaluations without a better residual until STALLED, at least m: with a strictly lower triangular W
+# the residual may fall only at evaluation m
+PATIENCE_AT_FLOOR = 32  # the same once the residual is within FLOOR_EPS machine epsilons
+FLOOR_EPS = 1000.0
+MAX_WEIGHT = 1e3  # Anderson weights of larger 1-norm are not trusted
+
+
+def cell(W: Tensor, c: Tensor, z: Tensor, activation: str) -> Tensor:
+    """``act(W z + c)`` for every sample."""
+    return get_activation(activation).value(z @ W.mT + c)
+
+
+def derivative(W: Tensor, c: Tensor, z: Tensor, activation: str) -> Tensor:
+    """``act'(W z + c)``, the diagonal of D in the implicit gradient."""
+    return get_activation(activation).derivative(z @ W.mT + c)
+
+
+def solve(W: Tensor, c: Tensor, activation: str, z0: Tensor | None = None, **options) -> tuple[Tensor, ...]:
+    """Fixed point of :func:`cell`, started at ``z0`` or zero. Options of :func:`iterate`; z, iterations, residual, status."""
+    act = get_activation(activation).value
+    z0 = torch.zeros_like(c) if z0 is None else z0
+    return _each_weight(lambda A, c, z0: iterate(lambda z, rows: act(z @ A.mT + c[rows]), z0, **options), W, c, z0)
+
+
+def masked_linear(A: Tensor, d: Tensor, g: Tensor, **options) -> tuple[Tensor, ...]:
+    """Fixed point of ``u = d * (A u + g)``. With ``A = W^T``, ``d`` = :func:`derivative` at the equilibrium and ``g``
+    the gradient of the loss there, ``u`` is the gradient of c, and ``u z^T`` summed over samples that of W."""
+    return _each_weight(
+        lambda A, d, g: iterate(lambda u, rows: d[rows] * (u @ A.mT + g[rows]), torch.zeros_like(g), **options), A, d, g
+    )
+
+
+def implicit_gradient(W: Tensor, c: Tensor, z: Tensor, g: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """Closed form of the gradients of W (m, m) and c (B, m): ``u = D (I - D W)^-T g`` and ``u^T z``; dense, O(B m^3)."""
+    D = derivative(W, c, z, activation)
+    eye = torch.eye(W.shape[-1], dtype=W.dtype, device=W.device)
+    u = D * torch.linalg.solve((eye - D.unsqueeze(-1) * W).mT, g)
+    return u.mT @ z, u
+
+
+def iterate(
+    f: Callable[[Tensor, Tensor], Tensor],
+    y: Tensor,
+    *,
+    tol: float,
+    max_iter: int,
+    acceleration: str = "none",
+    depth: int = 5,
+    criterion: str = "residual",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Iterate ``y <- f(y, rows)`` for every row of ``y`` (B, m) until its own residual is at most ``tol``.
+
+    ``rows`` (n,) int64 names the samples that the n rows of the argument belong to. ``criterion="residual"`` judges
+    ``r = ||f(y) - y|| / ||f(y)||``, ``"error"`` judges ``r q / (1 - q)`` with the measured contraction ``q``.
+    Returns z = f(y) (B, m), iterations (B,) int32, residual (B,), status (B,) uint8.
+    """
+    B, m = y.shape
+    eps = torch.finfo(y.dtype).eps
+    patience = max(PATIENCE, m)
+    z = y.clone()
+    iterations = torch.zeros(B, dtype=torch.int32, device=y.device)
+    residual = torch.full((B,), torch.inf, dtype=y.dtype, device=y.device)  # of the best point, per sample
+    status = torch.full((B,), int(Status.MAX_ITER), dtype=torch.uint8, device=y.device)
+
+    rows = torch.arange(B, device=y.device)  # the samples still being solved; all below is indexed by position in it
+    steps = torch.full((2, B), torch.inf, dtype=y.dtype, device=y.device)  # last two ||f(y) - y||
+    best_at = torch.zeros(B, dtype=torch.int32, device=y.device)
+    limit = torch.zeros(B, dtype=y.dtype, device=y.device)
+    accelerated = torch.full((B,), acceleration == "anderson", device=y.device)
+    history = _History(B if acceleration != "none" else 0, depth, m, y)
+
+    for k in range(1, max_iter + 1):
+        if rows.numel() == 0:
+            break
+        fy = f(y, rows)
+        step, size = _norm(fy - y), _norm(fy)
+        r = torch.where(step > 0, step / size, step)
+        if k == 1:
+            limit = torch.maximum(size, _norm(y)) / eps**2
+        finite = torch.isfinite(step) & torch.isfinite(size)
+        better = finite & (r < residual[rows])
+        z[rows[better]] = fy[better]
+        residual[rows[better]] = r[better]
+        best_at = torch.where(better, k, best_at)
+        iterations[rows] = k
+
+        q = torch.maximum(step / steps[0], steps[0] / steps[1]).nan_to_num(nan=1.0)
+        if criterion == "residual":
+            converged = finite & (r <= tol)
+        else:
+            converged = finite & ((step == 0) | ((q < 1) & (r * q <= tol * (1 - q))))
+        z[rows[converged]] = fy[converged]
+        residual[rows[converged]] = r[converged]
+        at_floor = residual[rows] <= FLOOR_EPS * eps
+        stalled = k - best_at >= torch.where(at_floor, PATIENCE_AT_FLOOR, patience)
+        diverged = ~finite | (size > limit)
+        for mask, verdict in ((stalled, Status.STALLED), (diverged, Status.DIVERGED), (converged, Status.CONVERGED)):
+            status[rows[mask]] = int(verdict)
+
+        if acceleration == "on_demand" and k >= SLOW_AFTER:
+            accelerated = accelerated | (torch.minimum(step / steps[0], steps[0] / steps[1]) > SLOW_CONTRACTION)
+        steps = torch.stack((step, steps[0]))
+        if acceleration != "none":
+            y = torch.where(accelerated.unsqueeze(-1), history.mix(y, fy, accelerated), fy)
+        else:
+            y = fy
+        keep = ~(converged | stalled | diverged)
+        if not keep.all():
+            rows, y, best_at, limit, accelerated = (t[keep] for t in (rows, y, best_at, limit, accelerated))
+            steps = steps[:, keep]
+            history.keep(keep)
+    return z, iterations, residual, status
+
+
+class _History:
+    """Anderson's window of the last ``depth`` pairs (f(y), f(y) - y) of every sample."""
+
+    def __init__(self, B: int, depth: int, m: int, like: Tensor):
+        self.F = like.new_zeros(B, depth, m)
+        self.G = like.new_zeros(B, depth, m)
+        self.count = torch.zeros(B, dtype=torch.int64, device=like.device)
+
+    def keep(self, mask: Tensor) -> None:
+        if self.F.shape[0]:
+            self.F, self.G, self.count = self.F[mask], self.G[mask], self.count[mask]
+
+    def mix(self, y: Tensor, fy: Tensor, active: Tensor) -> Tensor:
+        """Add the pair of every active sample and return ``sum_i alpha_i f(y_i)`` with ``alpha`` minimising
+        ``||sum_i alpha_i (f(y_i) - y_i)||`` subject to ``sum_i alpha_i = 1`` (Anderson 1965, type II)."""
+        depth = self.F.shape[1]
+        self.F[active] = torch.cat((fy.unsqueeze(1), self.F[:, :-1]), 1)[active]  # newest first
+        self.G[active] = torch.cat(((fy - y).unsqueeze(1), self.G[:, :-1]), 1)[active]
+        self.count = torch.where(active, (self.count + 1).clamp(max=depth), self.count)
+        out = fy.clone()
+        todo = active & torch.isfinite(fy).all(-1)
+        for size in range(depth, 1, -1):  # drop the oldest pair until the normal equations can be trusted
+            todo_now = todo & (self.count >= size)
+            if not todo_now.any():
+                continue
+            G = self.G[todo_now, :size].double()
+            norms = G.norm(dim=-1).clamp(min=torch.finfo(torch.float64).tiny)
+            G = G / norms.unsqueeze(-1)  # unit diagonal: the regulariser below is relative by construction
+            eye = torch.eye(size, dtype=torch.float64, device=G.device)
+            L, info = torch.linalg.cholesky_ex(G @ G.mT + 10 * torch.finfo(fy.dtype).eps * eye)
+            a = torch.cholesky_solve((1 / norms).unsqueeze(-1), L).squeeze(-1) / norms
+            a = a / a.sum(-1, keepdim=True)
+            trusted = (info == 0) & (a.abs().sum(-1) < MAX_WEIGHT)  # false for NaN
+            index = todo_now.nonzero().squeeze(-1)[trusted]
+            out[index] = torch.einsum("bs,bsm->bm", a[trusted].to(fy.dtype), self.F[index, :size])
+            todo[index] = False
+        return out
+
+
+def _norm(y: Tensor) -> Tensor:
+    """Row 2-norms that neither overflow nor underflow."""
+    scale = y.abs().amax(-1, keepdim=True) if y.shape[-1] else y.sum(-1, keepdim=True)
+    scale = torch.where((scale > 0) & torch.isfinite(scale), scale, torch.ones_like(scale))
+    return (y / scale).norm(dim=-1) * scale.squeeze(-1)
+
+
+def _each_weight(run: Callable[..., tuple[Tensor, ...]], A: Tensor, *batches: Tensor) -> tuple[Tensor, ...]:
+    """Flatten the sample dimensions, run once per weight matrix, restore the shapes."""
+    shape = batches[0].shape
+    weights = A.unsqueeze(0) if A.dim() == 2 else A
+    flat = [b.reshape(weights.shape[0], -1, shape[-1]) for b in batches]
+    parts = [run(w, *(b[s] for b in flat)) for s, w in enumerate(weights)]
+    if not parts:  # S = 0
+        empty = batches[0].new_empty(shape[:-1])
+        return batches[0].clone(), empty.int(), empty, empty.to(torch.uint8)
+    z, *rest = (torch.stack(t) for t in zip(*parts, strict=True))
+    return (z.reshape(shape), *(t.reshape(shape[:-1]) for t in rest))

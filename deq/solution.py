@@ -1,0 +1,88 @@
+"""What a solve returns: the equilibrium and, for every sample, how it was reached."""
+
+import enum
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+class Status(enum.IntEnum):
+    """How one sample's solve ended. Only CONVERGED carries the promise ``residual <= tol``."""
+
+    CONVERGED = 0
+    MAX_ITER = 1  # still making progress when the iterations ran out
+    STALLED = 2  # the residual stopped falling: a limit cycle, or the floor of the precision
+    DIVERGED = 3  # the iterates grew until nothing of the injection was left in them
+    NONFINITE = 4  # the function returned NaN or infinity
+
+
+class ConvergenceWarning(RuntimeWarning):
+    """Some samples did not converge; their best iterates were returned."""
+
+
+class ConvergenceError(RuntimeError):
+    """Some samples did not converge and ``on_failure="raise"``; ``solution`` holds what was computed."""
+
+    def __init__(self, message: str, solution: "Solution"):
+        super().__init__(message)
+        self.solution = solution
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """Equilibria of a batch.
+
+    z: (..., m) equilibrium in the dtype of the injection; carries the gradient.
+    iterations: (...) int32, evaluations of ``f`` that the sample needed, the free first one ``f(0) = act(c)`` included.
+    residual: (...) float32 or float64, ``||f(y) - y|| / ||f(y)||`` (2-norm) at the last point ``y`` judged; ``z`` is
+        ``f(y)``, one evaluation better. For a sample that failed, ``y`` is the point with the smallest residual.
+    status: (...) uint8, values of :class:`Status`.
+    plan: what was run and why.
+    """
+
+    z: Tensor
+    iterations: Tensor
+    residual: Tensor
+    status: Tensor
+    plan: object = None
+
+    @property
+    def converged(self) -> Tensor:
+        """(...) bool, true where ``status`` is CONVERGED."""
+        return self.status == Status.CONVERGED
+
+    def detach(self) -> "Solution":
+        """The same solution without its autograd graph."""
+        return Solution(self.z.detach(), self.iterations, self.residual, self.status, self.plan)
+
+    def __repr__(self) -> str:
+        done = int(self.converged.sum())
+        total = self.status.numel()
+        most = int(self.iterations.max()) if total else 0
+        worst = float(self.residual.max()) if total else 0.0
+        return (
+            f"Solution(z={tuple(self.z.shape)}, converged={done}/{total}, "
+            f"iterations<={most}, residual<={worst:.1e}, plan={self.plan})"
+        )
+
+
+def report_failures(solution: Solution, on_failure: str, tol: float, what: str) -> None:
+    """Warn or raise once for all samples that did not converge; silent for ``on_failure="ignore"``."""
+    if on_failure == "ignore" or solution.status.numel() == 0:
+        return
+    failed = ~solution.converged
+    count = int(failed.sum())
+    if count == 0:
+        return
+    kinds = torch.bincount(solution.status[failed].reshape(-1).long(), minlength=len(Status)).tolist()
+    named = ", ".join(f"{n} {Status(k).name}" for k, n in enumerate(kinds) if n)
+    worst = float(solution.residual[failed].max())
+    message = (
+        f"{what}: {count} of {solution.status.numel()} samples did not converge ({named}); "
+        f"worst residual {worst:.1e}, tol {tol:.1e}. Their best iterates were returned"
+    )
+    if on_failure == "raise":
+        raise ConvergenceError(message, solution)
+    warnings.warn(message + "; pass on_failure='ignore' to silence this.", ConvergenceWarning, stacklevel=4)

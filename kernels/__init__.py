@@ -1,0 +1,1 @@
+"""Triton kernels of the engine, one kernel idea a file; installed as ``deq.kernels``."""

@@ -1,0 +1,15 @@
+# No code compiled for one instruction set may be visible to the linker under a name that another unit could share:
+# it keeps one copy, and a CPU without that instruction set would run it.
+foreach(object IN LISTS OBJECTS)
+  if(object MATCHES "/kernels_[a-z0-9]+\\.cpp")
+    execute_process(COMMAND ${NM} --defined-only ${object} OUTPUT_VARIABLE symbols COMMAND_ERROR_IS_FATAL ANY)
+    string(REGEX MATCHALL " [WVu] [^\n]+" shared "${symbols}")
+    if(shared)
+      message(SEND_ERROR "${object} shares code with other units: ${shared}")
+    endif()
+    list(APPEND units ${object})
+  endif()
+endforeach()
+if(NOT units)
+  message(FATAL_ERROR "found no instruction set unit among ${OBJECTS}")
+endif()

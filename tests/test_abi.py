@@ -1,0 +1,241 @@
+"""The boundary to torch: hand-written declarations against torch's headers, the operators' own checks, its threads."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from deq import _library, activations
+from deq.plan import ANDERSON_DEPTH
+
+ROOT = Path(__file__).resolve().parents[1]
+HEADER = (ROOT / "csrc" / "torch_abi.h").read_text()
+COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+
+CHECK = """
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/c/shim.h>
+#include <type_traits>
+#define DEQ_TORCH_TYPES_DECLARED
+#include "torch_abi.h"
+#define SAME(name, arguments) static_assert(std::is_same_v<decltype(&::name), int32_t(*) arguments>, #name);
+DEQ_TORCH_FUNCTIONS(SAME)
+#define GETTER(name) static_assert(std::is_same_v<decltype(&::aoti_torch_dtype_##name), int32_t (*)()>, #name);
+DEQ_TORCH_DTYPES(GETTER)
+static_assert(std::is_same_v<StableIValue, uint64_t>);
+static_assert(std::is_pointer_v<AtenTensorHandle> && std::is_pointer_v<TorchLibraryHandle>);
+"""
+
+
+def compile_check(folder: Path, header: str) -> subprocess.CompletedProcess:
+    """Compile CHECK with ``header``, torch's headers showing only what torch 2.10 already had."""
+    (folder / "torch_abi.h").write_text(header)
+    (folder / "check.cpp").write_text(CHECK)
+    include = Path(torch.__file__).parent / "include"
+    target = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # the oldest torch that pyproject.toml allows
+    command = [COMPILER, "-std=c++17", "-fsyntax-only", target, f"-I{folder}", f"-I{include}", folder / "check.cpp"]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+needs_compiler = pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler to read torch's headers with")
+needs_library = pytest.mark.skipif(_library.compiled is None, reason=f"no compiled library: {_library.reason}")
+
+
+@needs_compiler
+def test_declarations_match_torch(tmp_path):
+    done = compile_check(tmp_path, HEADER)
+    assert done.returncode == 0, done.stderr
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "right, wrong",
+    [
+        ("aoti_torch_get_dim, (AtenTensorHandle, int64_t*)", "aoti_torch_get_dim, (AtenTensorHandle, int32_t*)"),
+        ("torch_get_num_threads, (uint32_t*)", "torch_get_num_threads, ()"),
+        ("torch_get_num_threads, (uint32_t*)", "torch_list_size, (uint32_t*)"),
+        ("F(uint8)", "F(float8)"),
+        ("F(torch_get_num_threads, (uint32_t*))", "F(torch_exception_get_what, ())"),  # younger than torch 2.10
+    ],
+)
+def test_wrong_declarations_are_caught(tmp_path, right, wrong):
+    assert HEADER.count(right) == 1
+    done = compile_check(tmp_path, HEADER.replace(right, wrong))
+    assert done.returncode != 0
+    assert wrong.split(",")[0].removeprefix("F(").rstrip(")") in done.stderr
+
+
+# ---- operators ------------------------------------------------------------------------------------------------------
+
+SIZES = (2, 3, 5)  # S, B, m
+RUN = (0, ANDERSON_DEPTH, 0, 1e-5, 100)  # acceleration, depth, criterion, tol, max_iter
+
+
+def outcome(S=2, B=3, dtype=torch.float32):
+    """iterations, residual, status, report"""
+    return (
+        torch.empty(S, B, dtype=torch.int32),
+        torch.empty(S, B, dtype=torch.float64 if dtype == torch.float64 else torch.float32),
+        torch.empty(S, B, dtype=torch.uint8),
+        torch.zeros(4, dtype=torch.int64),
+    )
+
+
+def arguments(op: str, dtype=torch.float32) -> list:
+    """A well-formed call of ``op``."""
+    S, B, m = SIZES
+    generator = torch.Generator().manual_seed(0)
+    W = (0.1 * torch.randn(S, m, m, generator=generator)).to(dtype)
+    c, d = (torch.rand(S, B, m, generator=generator).to(dtype) for _ in range(2))
+    out = torch.empty(S, B, m, dtype=dtype)
+    relu = activations.get_activation("relu").number
+    return {
+        "solve_": [W, c, torch.empty(0, 0, 0, dtype=dtype), out, *outcome(S, B, dtype), relu, *RUN],
+        "masked_linear_": [W, c, d, out, *outcome(S, B, dtype), -1, *RUN],
+        "derivative_": [W, c, d, out, relu],
+    }[op]
+
+
+def operator(op: str):
+    return getattr(torch.ops.deq, op).default
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("op", _library.OPERATORS)
+def test_opcheck(op, dtype):
+    torch.library.opcheck(operator(op), tuple(arguments(op, dtype)))
+
+
+@needs_library
+def test_every_operator_has_a_schema_that_names_what_it_writes():
+    written = {
+        "solve_": ["z", "iterations", "residual", "status", "report"],
+        "masked_linear_": ["u", "iterations", "residual", "status", "report"],
+        "derivative_": ["d"],
+    }
+    assert set(written) == set(_library.OPERATORS)
+    for op, names in written.items():
+        schema = operator(op)._schema
+        assert [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write] == names
+        assert schema.returns == []
+
+
+S, B, m = SIZES
+WRONG_TENSORS = {
+    "W has two dimensions": ("solve_", 0, torch.zeros(m, m), r"W must have shape \(2, 5, 5\); got \(5, 5\)"),
+    "W is not square": ("solve_", 0, torch.zeros(S, m, m + 1), r"W must have shape \(2, 5, 5\); got \(2, 5, 6\)"),
+    "W is of another dtype": ("solve_", 0, torch.zeros(S, m, m).double(), "W must be float32; got float64"),
+    "c has two dimensions": ("solve_", 1, torch.zeros(B, m), r"c must be \(S, B, m\); got shape \(3, 5\)"),
+    "c of integers": ("solve_", 1, torch.zeros(S, B, m).int(), "c must be float32, .*; got int32"),
+    "c is complex": ("solve_", 1, torch.zeros(S, B, m).cfloat(), "c must be float32, .*; got torch's dtype number"),
+    "z0 has no shape of a start": ("solve_", 2, torch.zeros(1), r"z0 must be \(S, B, m\), or .*; got shape \(1\)"),
+    "z0 for another batch": ("solve_", 2, torch.zeros(S, B + 1, m), r"z0 must have shape \(2, 3, 5\); got"),
+    "z for another batch": ("solve_", 3, torch.zeros(S, B - 1, m), r"z must have shape \(2, 3, 5\); got \(2, 2, 5\)"),
+    "z with scattered rows": ("solve_", 3, torch.zeros(S, m, B).mT, "z must have contiguous rows"),
+    "z with one row for all": ("solve_", 3, torch.zeros(S, 1, m).expand(S, B, m), "z must .* not overlap"),
+    "z with one batch for all": ("solve_", 3, torch.zeros(1, B, m).expand(S, B, m), "z must .* not overlap"),
+    "iterations of another dtype": ("solve_", 4, torch.zeros(S, B).long(), "iterations must be int32; got int64"),
+    "residual too short": ("solve_", 5, torch.zeros(S, B - 1), r"residual must have shape \(2, 3\)"),
+    "residual too precise": ("solve_", 5, torch.zeros(S, B).double(), "residual must be float32; got float64"),
+    "status transposed": ("solve_", 6, torch.zeros(B, S).byte().T, "status must be contiguous"),
+    "report too short": ("solve_", 7, torch.zeros(3).long(), r"report must have shape \(4\); got \(3\)"),
+    "A for another width": ("masked_linear_", 0, torch.zeros(S, m - 1, m), "masked_linear_: A must have shape"),
+    "d for another width": ("masked_linear_", 2, torch.zeros(S, B, m - 1), "masked_linear_: d must have shape"),
+    "u of another dtype": ("masked_linear_", 3, torch.zeros(S, B, m).half(), "u must be float32; got float16"),
+    "z of another dtype": ("derivative_", 2, torch.zeros(S, B, m).double(), "derivative_: z must be float32"),
+}
+WRONG_NUMBERS = {
+    "activation unknown": ("solve_", 8, 99, "solve_: an argument is out of range .activation 99"),
+    "activation negative": ("solve_", 8, -1, "activation must lie in 0"),
+    "acceleration": ("solve_", 9, 3, "acceleration must lie in 0..2; got 3"),
+    "depth": ("solve_", 10, -1, "depth must lie in 0"),
+    "criterion": ("solve_", 11, 2, "criterion must lie in 0..1; got 2"),
+    "tol is NaN": ("solve_", 12, float("nan"), "tol must not be negative or NaN"),
+    "tol is negative": ("solve_", 12, -1e-3, "tol must not be negative or NaN"),
+    "max_iter is 0": ("solve_", 13, 0, "max_iter must lie in 1"),
+    "max_iter is huge": ("solve_", 13, 2**40, "max_iter must lie in 1.*; got 1099511627776"),
+    "mask of an activation that hides it": (
+        "masked_linear_",
+        8,
+        activations.get_activation("gelu").number,
+        "masked_linear_: an argument is out of range",
+    ),
+    "derivative of an unknown activation": ("derivative_", 4, 99, "derivative_: an argument is out of range"),
+}
+
+
+@needs_library
+@pytest.mark.parametrize("case", WRONG_TENSORS | WRONG_NUMBERS)
+def test_wrong_call_raises_and_names_the_argument(case):
+    op, position, value, message = (WRONG_TENSORS | WRONG_NUMBERS)[case]
+    wrong = arguments(op)
+    operator(op)(*wrong)  # right up to here
+    wrong[position] = value
+    with pytest.raises(RuntimeError, match=message):
+        operator(op)(*wrong)
+
+
+@needs_library
+def test_width_zero_raises():
+    empty = torch.zeros(S, B, 0)
+    with pytest.raises(RuntimeError, match="width 0"):
+        operator("solve_")(torch.zeros(S, 0, 0), empty, empty, empty.clone(), *outcome(), 1, *RUN)
+
+
+@needs_library
+@pytest.mark.parametrize("shape", [(2, 0, 5), (0, 3, 5), (0, 0, 1)])
+def test_no_samples_is_no_work(shape):
+    S, B, m = shape
+    c, report = torch.zeros(shape), torch.ones(4, dtype=torch.int64)
+    operator("solve_")(torch.zeros(S, m, m), c, c, c.clone(), *outcome(S, B)[:3], report, 1, *RUN)
+    assert report.tolist() == [0, 0, 0, 0]
+
+
+@needs_library
+@pytest.mark.parametrize("spoil", [None, 5], ids=["success", "error"])
+def test_no_argument_is_kept_alive(spoil):
+    call = arguments("solve_")
+    refs = [StorageWeakRef(a.untyped_storage()) for a in call if isinstance(a, torch.Tensor)]
+    if spoil is None:
+        operator("solve_")(*call)
+    else:
+        call[spoil] = torch.zeros(1)
+        refs[spoil] = StorageWeakRef(call[spoil].untyped_storage())
+        with pytest.raises(RuntimeError, match="residual must"):
+            operator("solve_")(*call)
+    del call
+    assert [ref.expired() for ref in refs] == [True] * len(refs)
+
+
+THREADS = """
+import os, torch, deq
+def team():
+    return len(os.listdir("/proc/self/task"))
+def solve():
+    z = torch.empty(1, 256, 64)
+    out = torch.empty(1, 256, dtype=torch.int32), torch.empty(1, 256), torch.empty(1, 256, dtype=torch.uint8)
+    W, c = torch.full((1, 64, 64), 0.01), torch.ones(1, 256, 64)
+    torch.ops.deq.solve_(W, c, c, z, *out, torch.zeros(4).long(), 1, 0, 5, 0, 1e-5, 100)
+    return team()
+torch.set_num_threads(1)
+torch.ones(2**20).exp()
+before = team()
+one = solve()
+torch.set_num_threads(3)
+three = solve()
+torch.ones(2**22).exp()
+print(one - before, three - before, team() - before)
+"""
+
+
+@pytest.mark.skipif(not _library.build.get("openmp"), reason="the library was built without OpenMP, or not at all")
+def test_threads_are_those_of_torch():
+    done = subprocess.run([sys.executable, "-c", THREADS], capture_output=True, text=True, check=True)
+    # One thread adds none, three add two, and torch's own work afterwards finds its team already there.
+    assert done.stdout.split() == ["0", "2", "2"]

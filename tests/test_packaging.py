@@ -1,0 +1,115 @@
+"""Every way to get the package: source archive, wheel, bare checkout, and builds that cannot or must not compile."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import deq
+
+ROOT = Path(__file__).resolve().parents[1]
+HAS_COMPILER = any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++"))
+
+USE = """
+import json, torch
+import deq, deq.kernels, deq.bench
+from deq.cli import main
+torch.manual_seed(0)
+W, c = 0.3 * torch.randn(8, 8) / 8**0.5, torch.randn(5, 8)
+sol = deq.solve(W, c, tol=1e-6)
+error = (sol.z - torch.relu(sol.z @ W.T + c)).abs().max().item()
+files = [module.__file__ for module in (deq, deq.kernels, deq.bench)]
+print(json.dumps([files, deq.info().as_dict(), sol.plan.backend, bool(sol.converged.all()), error]))
+"""
+
+
+def use(site: Path, cwd: Path) -> tuple[list[str], dict, str]:
+    """Solve with the deq in ``site``, from another folder; -S keeps an editable install from answering the import."""
+    path = os.pathsep.join((str(site), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")))
+    command = [sys.executable, "-S", "-W", "error::RuntimeWarning", "-c", USE]
+    done = subprocess.run(command, cwd=cwd, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    files, found, backend, converged, error = json.loads(done.stdout)
+    assert all(Path(file).is_relative_to(site) for file in files), files
+    assert converged
+    assert error < 1e-5
+    return files, found, backend
+
+
+def build_wheel(source: Path, folder: Path, *settings: str, **environment: str) -> Path:
+    """The wheel of ``source``, built without network and outside the checkout, unpacked into ``folder``/site."""
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "--no-index"]
+    command += ["-w", folder, "-C", f"build-dir={folder / 'build'}"]
+    for setting in settings:
+        command += ["-C", setting]
+    done = subprocess.run([*command, source], env=os.environ | environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder / "site")
+    return wheel
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("sdist")
+    code = "import sys; from scikit_build_core.build import build_sdist; print(build_sdist(sys.argv[1]))"
+    subprocess.run([sys.executable, "-c", code, folder], cwd=ROOT, check=True, capture_output=True, text=True)
+    (archive,) = folder.glob("*.tar.gz")
+    return archive
+
+
+def test_sdist_holds_sources_and_nothing_built(sdist):
+    with tarfile.open(sdist) as archive:
+        names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
+    for needed in ("CMakeLists.txt", "LICENSE", "csrc/kernels.h", "csrc/torch_ops.cpp", "deq/solve.py", "tests/conftest.py"):
+        assert needed in names
+    assert any(name.startswith("kernels/") for name in names)
+    assert any(name.startswith("bench/") for name in names)
+    assert not any(name.startswith(("build/", ".venv/")) or name.endswith((".so", ".pyc")) for name in names)
+
+
+def test_wheel_from_sdist(sdist, tmp_path):
+    wheel = build_wheel(sdist, tmp_path)
+    assert wheel.name.startswith(f"deq_engine-{deq.__version__}-py3-none-linux_")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    assert not any("/bench/results/" in name for name in names)
+    assert {name.split("/")[0] for name in names} == {"deq", f"deq_engine-{deq.__version__}.dist-info"}
+    _, found, backend = use(tmp_path / "site", tmp_path)
+    if HAS_COMPILER:
+        assert found["library"] == str(tmp_path / "site" / "deq" / "libdeq.so")
+        assert "portable" in found["isas_built"]
+        assert backend == "cpu"
+    else:
+        assert "no working C++ compiler" in found["why_no_library"]
+
+
+@pytest.mark.parametrize(
+    "settings, environment, why",
+    [
+        (["cmake.define.DEQ_COMPILED=OFF"], {}, "DEQ_COMPILED=OFF"),
+        ([], {"CXX": "/nonexistent/c++"}, "no working C++ compiler"),
+        ([], {"CXX": "/bin/false"}, "no working C++ compiler"),
+    ],
+    ids=["compiled=off", "missing compiler", "broken compiler"],
+)
+def test_build_without_compiled_library_works_and_says_why(tmp_path, settings, environment, why):
+    build_wheel(ROOT, tmp_path, *settings, **environment)
+    _, found, backend = use(tmp_path / "site", tmp_path)
+    assert found["library"] is None
+    assert why in found["why_no_library"]
+    assert backend == "reference"
+
+
+def test_bare_checkout_works(tmp_path):
+    _, found, backend = use(ROOT, tmp_path)
+    assert "bare checkout" in found["why_no_library"]
+    assert backend == "reference"
