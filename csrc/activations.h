@@ -1,7 +1,7 @@
 // The activations of z = act(W z + c), written once for every vector width and for the device.
 //
 // `M` is a math policy: M::V is the value type (a SIMD vector or a scalar) and M has set, select, abs, exp, expm1, log1p01 and
-// erf. One struct per row of deq/activations.py; tests/test_activations.py holds the two languages together.
+// erfc_abs. One struct per row of deq/activations.py; tests/test_activations.py holds the two languages together.
 #pragma once
 #include <stdint.h>
 
@@ -73,7 +73,11 @@ template <class M>
 struct Gelu {
   using V = typename M::V;
   static constexpr bool kOfValue = false;
-  static DEQ_HD V cdf(V x) { return M::set(0.5) * (M::set(1.0) + M::erf(x * M::set(0.70710678118654752440))); }
+  // By erfc of |x|: 1 + erf(x) would lose every digit on the negative side.
+  static DEQ_HD V cdf(V x) {
+    V tail = M::set(0.5) * M::erfc_abs(x * M::set(0.70710678118654752440));
+    return M::select(x > M::set(0.0), M::set(1.0) - tail, tail);
+  }
   static DEQ_HD V value(V x) { return x * cdf(x); }
   static DEQ_HD V derivative(V x) {
     return cdf(x) + x * M::exp(M::set(-0.5) * x * x) * M::set(0.39894228040143267794);

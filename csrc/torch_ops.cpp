@@ -48,62 +48,66 @@ std::string dtype_name(int32_t dtype) {
 }
 
 // A tensor argument taken off the boxed stack; owns its handle. The constructor does not throw, so that a kernel which has
-// taken all its arguments frees all of them whichever check fails.
+// taken all its arguments frees all of them whichever check fails; a tensor that cannot be read fits no shape.
 class Tensor {
  public:
   Tensor(const char* op, const char* name, StableIValue boxed) noexcept : place_{op, name} {
     memcpy(&handle_, &boxed, sizeof handle_);
+    if (torch_.aoti_torch_get_sizes(handle_, &sizes_) || torch_.aoti_torch_get_strides(handle_, &strides_) ||
+        torch_.aoti_torch_get_dtype(handle_, &dtype_) || torch_.aoti_torch_get_dim(handle_, &dim_))
+      dim_ = -1;
   }
   Tensor(const Tensor&) = delete;
   Tensor& operator=(const Tensor&) = delete;
   ~Tensor() { torch_.aoti_torch_delete_tensor_object(handle_); }
 
   const Place& place() const { return place_; }
-  int64_t dim() const { return get<int64_t>(torch_.aoti_torch_get_dim); }
-  int32_t dtype() const { return get<int32_t>(torch_.aoti_torch_get_dtype); }
-  const int64_t* sizes() const { return get<int64_t*>(torch_.aoti_torch_get_sizes); }
-  const int64_t* strides() const { return get<int64_t*>(torch_.aoti_torch_get_strides); }
+  int64_t dim() const { return dim_; }
+  int32_t dtype() const { return dtype_; }
+  const int64_t* sizes() const { return sizes_; }
   template <class T>
   T* data() const {
-    return static_cast<T*>(get<void*>(torch_.aoti_torch_get_data_ptr));
+    void* data = nullptr;
+    if (torch_.aoti_torch_get_data_ptr(handle_, &data)) place_.fail("has no memory to read");
+    return static_cast<T*>(data);
   }
   bool empty() const {
-    for (int64_t i = 0; i < dim(); ++i)
-      if (sizes()[i] == 0) return true;
+    for (int64_t i = 0; i < dim_; ++i)
+      if (sizes_[i] == 0) return true;
     return false;
   }
   // As (S, rows, m), where a tensor of two dimensions is the S = 1 without its dimension.
   DeqView view() const {
-    const int64_t* stride = strides();
-    return dim() == 2 ? DeqView{data<void>(), {0, stride[0], stride[1]}}
-                      : DeqView{data<void>(), {stride[0], stride[1], stride[2]}};
+    const int64_t* stride = strides_;
+    return dim_ == 2 ? DeqView{data<void>(), {0, stride[0], stride[1]}}
+                     : DeqView{data<void>(), {stride[0], stride[1], stride[2]}};
   }
 
   void expect_dim(int64_t expected, const char* meaning) const {
-    if (dim() != expected) place_.fail(std::string("must be ") + meaning + "; got shape " + tuple(sizes(), dim()));
+    if (dim_ != expected) place_.fail(std::string("must be ") + meaning + "; got shape " + tuple(sizes_, dim_));
   }
   void expect_dtype(int32_t expected) const {
-    if (dtype() != expected) place_.fail("must be " + dtype_name(expected) + "; got " + dtype_name(dtype()));
+    if (dtype_ != expected) place_.fail("must be " + dtype_name(expected) + "; got " + dtype_name(dtype_));
   }
   // `shape` with its leading S, or for a problem with one unstacked W without it.
   template <size_t N>
   void expect_shape(const int64_t (&shape)[N], bool stacked = true) const {
     const int64_t *expected = shape + !stacked, count = static_cast<int64_t>(N) - !stacked;
-    if (dim() != count || memcmp(sizes(), expected, count * sizeof *expected) != 0)
-      place_.fail("must have shape " + tuple(expected, count) + "; got " + tuple(sizes(), dim()));
+    if (dim_ != count || memcmp(sizes_, expected, count * sizeof *expected) != 0)
+      place_.fail("must have shape " + tuple(expected, count) + "; got " + tuple(sizes_, dim_));
   }
   void expect_contiguous() const {
     if (empty()) return;
     int64_t stride = 1;
-    for (int64_t i = dim() - 1; i >= 0; --i) {
-      if (sizes()[i] > 1 && strides()[i] != stride) place_.fail("must be contiguous; got strides " + tuple(strides(), dim()));
-      stride *= sizes()[i];
+    for (int64_t i = dim_ - 1; i >= 0; --i) {
+      if (sizes_[i] > 1 && strides_[i] != stride) place_.fail("must be contiguous; got strides " + tuple(strides_, dim_));
+      stride *= sizes_[i];
     }
   }
   // An output (S, B, m): elements of a row side by side, rows apart.
   void expect_separate_rows() const {
     if (empty()) return;
-    const int64_t drop = dim() == 2, size[] = {drop ? 1 : sizes()[0], sizes()[1 - drop], sizes()[2 - drop]};
+    const int64_t drop = dim_ == 2, size[] = {drop ? 1 : sizes_[0], sizes_[1 - drop], sizes_[2 - drop]};
     const DeqView rows = view();
     const int64_t* stride = rows.stride;
     const bool side_by_side = size[2] == 1 || stride[2] == 1;
@@ -112,19 +116,15 @@ class Tensor {
     const bool s_inside =
         (size[0] == 1 || stride[0] >= size[2]) && (size[1] == 1 || stride[1] >= (size[0] - 1) * stride[0] + size[2]);
     if (!side_by_side || !(b_inside || s_inside))
-      place_.fail("must have contiguous rows that do not overlap; got strides " + tuple(stride, 3));
+      place_.fail("must have contiguous rows that do not overlap; got strides " + tuple(strides_, dim_));
   }
 
  private:
-  template <class T>
-  T get(int32_t (*query)(AtenTensorHandle, T*)) const {
-    T value{};
-    if (query(handle_, &value)) place_.fail("could not be read through LibTorch's C interface");
-    return value;
-  }
-
   Place place_;
   AtenTensorHandle handle_;
+  int64_t dim_ = -1;
+  int64_t *sizes_ = nullptr, *strides_ = nullptr;  // borrowed from the tensor
+  int32_t dtype_ = -1;
 };
 
 int32_t integer(const Place& place, StableIValue boxed, int64_t low, int64_t high) {
@@ -182,7 +182,8 @@ DeqView output_of(const DeqProblem& p, const Tensor& W, const Tensor& tensor) {
 }
 
 // What each sample reports, and how the iteration is run; `options` are the last five arguments.
-void set_outcome(DeqProblem& p, bool stacked, const Tensor& iterations, const Tensor& residual, const Tensor& status, const Tensor& report) {
+void set_outcome(DeqProblem& p, bool stacked, const Tensor& iterations, const Tensor& residual, const Tensor& status,
+                 const Tensor& report) {
   for (const Tensor* per_sample : {&iterations, &residual, &status}) {
     per_sample->expect_shape({p.weights, p.batch}, stacked);
     per_sample->expect_contiguous();

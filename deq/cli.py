@@ -5,9 +5,11 @@ from pathlib import Path
 
 import click
 
+from . import __version__
+
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="deq")
+@click.version_option(__version__, prog_name="deq")
 def main() -> None:
     """Deep equilibrium models in PyTorch: experiments and facts about this installation."""
 
@@ -33,7 +35,7 @@ def _list_experiments(ctx: click.Context, _: click.Parameter, wanted: bool) -> N
 
 
 @main.command()
-@click.argument("experiment", metavar="EXPERIMENT|all")
+@click.argument("experiment", required=False, metavar="EXPERIMENT|all")
 @click.option("--list", is_flag=True, is_eager=True, expose_value=False, callback=_list_experiments, help="List them.")
 @click.option("--width", type=click.IntRange(min=1), help="Neurons of the DEQ; --list says what it means for each.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of all random numbers.")
@@ -50,7 +52,7 @@ def _list_experiments(ctx: click.Context, _: click.Parameter, wanted: bool) -> N
 @click.pass_context
 def run(
     ctx: click.Context,
-    experiment: str,
+    experiment: str | None,
     width: int | None,
     seed: int,
     seeds: int | None,
@@ -60,32 +62,34 @@ def run(
 ) -> None:
     """Run an experiment of the paper, or all of them.
 
-    Writes EXPERIMENT.json, .png and .md into --out. Exit code 0: every proved claim held; 1: one did not; 2: bad options;
-    130: interrupted, and the same command goes on where it stopped.
+    Writes EXPERIMENT.json, .png and .md into --out. Exit code 0: every proved claim held; 1: one did not; 2: bad
+    options; 130: interrupted, and the same command goes on where it stopped.
     """
     from rich.console import Console
 
     from .experiments import REGISTRY, SettingsError, execute, parts_path
 
     names = _names(experiment, list(REGISTRY))
-    device = _device(device)
+    options = {"width": width, "seed": seed, "seeds": seeds, "device": _device(device), "quick": quick}
+    try:
+        settings = {name: REGISTRY[name].settings(**options) for name in names}
+    except SettingsError as error:
+        raise click.UsageError(f"{error}.") from error
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise click.BadParameter(f"cannot create {out}: {error.strerror}.", param_hint="--out") from error
+        raise click.BadParameter(f"cannot create {out}: {error.strerror}.", param_hint="'--out'") from error
     console = Console()
     violated = []
-    for name in names:
-        chosen = REGISTRY[name]
-        settings = chosen.settings(width=width, seed=seed, seeds=seeds, device=device, quick=quick)
+    for name, options in settings.items():
         try:
-            result = execute(chosen, settings, out, console)
-        except SettingsError as error:
-            raise click.BadParameter(str(error), param_hint="--width") from error
+            result = execute(REGISTRY[name], options, out, console)
         except KeyboardInterrupt:
             kept = parts_path(out, name)
             where = (
-                f"finished parts are kept in {kept}; the same command resumes them" if kept.exists() else "nothing kept"
+                f"finished parts are kept in {kept}; the same command resumes them"
+                if kept.exists()
+                else "no part was finished"
             )
             click.echo(f"Interrupted {name}: {where}.", err=True)
             ctx.exit(130)
@@ -95,7 +99,9 @@ def run(
     ctx.exit(1 if violated else 0)
 
 
-def _names(experiment: str, known: list[str]) -> list[str]:
+def _names(experiment: str | None, known: list[str]) -> list[str]:
+    if experiment is None:
+        raise click.UsageError(f"name an experiment: {', '.join(known)} or all. `deq run --list` describes them.")
     if experiment == "all":
         return known
     if experiment in known:
@@ -113,12 +119,12 @@ def _device(text: str) -> str:
 
     kind, _, index = text.partition(":")
     if kind not in ("cpu", "cuda") or (index and not (kind == "cuda" and index.isdigit())):
-        raise click.BadParameter(f"must be cpu, cuda or cuda:N; got {text!r}.", param_hint="--device")
+        raise click.BadParameter(f"must be cpu, cuda or cuda:N; got {text!r}.", param_hint="'--device'")
     if kind == "cuda" and not torch.cuda.is_available():
-        raise click.BadParameter("torch sees no CUDA GPU here; `deq info` says why.", param_hint="--device")
+        raise click.BadParameter("torch sees no CUDA GPU here; `deq info` says why.", param_hint="'--device'")
     if index and int(index) >= torch.cuda.device_count():
         raise click.BadParameter(
-            f"there is no {text}: torch sees {torch.cuda.device_count()} GPU(s).", param_hint="--device"
+            f"there is no {text}: torch sees {torch.cuda.device_count()} GPU(s).", param_hint="'--device'"
         )
     return text
 

@@ -19,6 +19,7 @@ PATIENCE = 128  # evaluations without a better residual until STALLED, at least 
 # the residual may fall only at evaluation m
 PATIENCE_AT_FLOOR = 32  # the same once the residual is within FLOOR_EPS machine epsilons
 FLOOR_EPS = 1000.0
+MARGIN = 3.0  # a sample leaves at tol / MARGIN, or at tol where it contracts slowly (csrc/judge.h says why)
 MAX_WEIGHT = 1e3  # Anderson weights of larger 1-norm are not trusted
 
 
@@ -68,7 +69,8 @@ def iterate(
     """Iterate ``y <- f(y, rows)`` for every row of ``y`` (B, m) until its own residual is at most ``tol``.
 
     ``rows`` (n,) int64 names the samples that the n rows of the argument belong to. ``criterion="residual"`` judges
-    ``r = ||f(y) - y|| / ||f(y)||``, ``"error"`` judges ``r q / (1 - q)`` with the measured contraction ``q``.
+    ``r = ||f(y) - y|| / ||f(y)||``, ``"error"`` judges ``r q / (1 - q)`` with the measured contraction ``q``. A sample that
+    does not contract slowly is taken to ``tol / MARGIN``.
     Returns z = f(y) (B, m), iterations (B,) int32, residual (B,), status (B,) uint8.
     """
     B, m = y.shape
@@ -103,7 +105,8 @@ def iterate(
 
         q = torch.maximum(step / steps[0], steps[0] / steps[1]).nan_to_num(nan=1.0)
         if criterion == "residual":
-            converged = finite & (r <= tol)
+            slow = step > SLOW_CONTRACTION * steps[0]
+            converged = finite & (r <= tol) & ((r <= tol / MARGIN) | slow | (k == max_iter))
         else:
             converged = finite & ((step == 0) | ((q < 1) & (r * q <= tol * (1 - q))))
         z[rows[converged]] = fy[converged]

@@ -1,4 +1,4 @@
-"""Weights of an equilibrium layer: structures that ``deq.solve`` knows, and parametrisations that guarantee an equilibrium.
+"""Weights: structures that ``deq.solve`` knows, and parametrisations that guarantee an equilibrium.
 
 A structure stands in for the (m, m) matrix ``W`` of ``z = act(W z + c)``; ``dense()`` is that matrix, differentiable in
 the structure's own tensors. The parametrisations turn unconstrained parameters into a ``W`` with a proved property.
@@ -124,15 +124,16 @@ class DiagonalLowRank(Structure):
 def contractive(V: Tensor, bound: float = 0.95) -> Tensor:
     """``W = V min(1, bound / s)`` with a certified ``s >= ||V||_2``, so that ``||W||_2 <= bound``.
 
-    V: (m, m), any floating dtype; W has the same dtype. ``s`` exceeds ||V||_2 by about 1 % (m > 192) or by rounding only.
-    With an activation of Lipschitz constant L and ``bound L < 1``, ``z -> act(W z + c)`` is a contraction in the 2-norm:
-    the equilibrium exists, is unique, and the plain iteration gains a factor ``bound L`` per step.
+    V: (m, m), any floating dtype; W has the same dtype. Where ``s`` is not above the bound, ``W = V`` exactly. It
+    exceeds ||V||_2 by 1 % (m > 192) or by rounding only; for the latter, bfloat16 takes 6 % at m = 256.
+    With an activation of Lipschitz constant L and ``bound L < 1``, ``z -> act(W z + c)`` is a contraction in the
+    2-norm: the equilibrium exists, is unique, and the plain iteration gains a factor of at least ``bound L`` per step.
 
-    Proof of the bound: :func:`spectral_norm_bound` is at least ||V||_2. Rounding the product to the dtype of V with unit
-    roundoff u and smallest subnormal t changes an entry by at most ``u |scale V_ij| + t / 2``, so
-    ``||W||_2 <= scale (||V||_2 + u ||V||_F) + m t / 2`` with ``||V||_F <= sqrt(m) ||V||_2``, and ``scale`` makes the right
-    side at most ``bound``. Where ``s`` is not above the bound, ``W = V`` exactly. Differentiable once in V (the largest singular value is
-    differentiable where it is simple). Raises ValueError for a V that is not square or not finite and a bound outside (0, 1).
+    Proof of the bound: :func:`spectral_norm_bound` is at least ||V||_2. Rounding the product to the dtype of V with
+    unit roundoff u and smallest subnormal t changes an entry by at most ``u |scale V_ij| + t / 2``, so
+    ``||W||_2 <= scale (||V||_2 + u ||V||_F) + m t / 2`` with ``||V||_F <= sqrt(m) ||V||_2``, and ``scale`` makes the
+    right side at most ``bound``. Differentiable once in V, wherever its largest singular value is simple or below the
+    bound. Raises ValueError for a V that is not square or not finite and for a bound outside (0, 1).
     """
     _check_square("V", V)
     if not 0.0 < bound < 1.0:
@@ -140,12 +141,14 @@ def contractive(V: Tensor, bound: float = 0.95) -> Tensor:
     kind = torch.finfo(V.dtype)
     target = bound - 0.5 * V.shape[0] * kind.smallest_normal * kind.eps
     largest = spectral_norm_bound(V) * (1.0 + 0.5 * kind.eps * V.shape[0] ** 0.5)
-    scale = largest.new_tensor(target) / largest.clamp(min=target)  # of tensors: a Python number over one is not 1 for equals
+    scale = largest.new_tensor(target) / largest.clamp(
+        min=target
+    )  # of tensors: a Python number over one is not 1 for equals
     return (V.double() * scale).to(V.dtype)
 
 
 def monotone(A: Tensor, B: Tensor, mu: float = 0.1) -> Tensor:
-    """``W = (1 - mu) I - A^T A + B - B^T`` (m, m), so that ``sym(I - W) = mu I + A^T A >= mu I`` (Winston, Kolter 2020).
+    """``W = (1 - mu) I - A^T A + B - B^T`` (m, m): ``sym(I - W) = mu I + A^T A >= mu I`` (Winston, Kolter 2020).
 
     A: (r, m) of any rank r, B: (m, m), same floating dtype; half precisions are formed in float32. For every
     nondecreasing 1-Lipschitz activation (all of the table but gelu and silu) the equilibrium exists, is unique and is
@@ -172,9 +175,10 @@ def bounded(v: Tensor, bound: float = 0.95) -> Tensor:
     """``bound tanh(v / bound)``, elementwise: every entry w has ``|w| <= bound``, and ``w ~ v`` near zero.
 
     For a diagonal W = diag(w) and an activation with ``0 <= act' <= 1``, or ``|act'| <= L`` and ``bound L < 1``:
-    ``z - act(w z + c)`` has derivative ``1 - w act' >= 1 - bound L > 0``, so it has exactly one root. ``w < 1`` alone is
-    enough for that with a nondecreasing 1-Lipschitz activation; the bound from below as well makes the plain
-    iteration contract with factor ``bound L``, which a ``w <= -1`` would not. Raises ValueError for a bound outside (0, 1).
+    ``z - act(w z + c)`` has derivative ``1 - w act' >= 1 - bound L > 0``, so it has exactly one root. ``w < 1`` alone
+    is enough for that with a nondecreasing 1-Lipschitz activation; the bound from below as well makes the plain
+    iteration contract with factor ``bound L``, which a ``w <= -1`` would not.
+    Raises ValueError for a bound outside (0, 1).
     """
     if not 0.0 < bound < 1.0:
         raise ValueError(f"bound must lie strictly between 0 and 1; got {bound!r}")
@@ -230,7 +234,7 @@ class _SpectralNormBound(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        upper, left, v = output
+        _, left, v = output
         ctx.mark_non_differentiable(left, v)
         ctx.save_for_backward(left, v)
         ctx.dtype = inputs[0].dtype
@@ -243,7 +247,7 @@ class _SpectralNormBound(torch.autograd.Function):
 
 
 def _top_eigenpair(G: Tensor) -> tuple[Tensor, Tensor]:
-    """Of G (m, m) float64, symmetric: a number not below the largest eigenvalue but for rounding, and its unit eigenvector."""
+    """Of G (m, m) float64, symmetric: an upper bound of the largest eigenvalue (up to rounding), its vector."""
     m = G.shape[0]
     if m > EXACT_UP_TO:
         v = _krylov_estimate(G)

@@ -1,15 +1,15 @@
 """The activations of ``deq/activations.py`` as Triton functions of a block, in float32 or float64.
 
 ``value(x, NUMBER)`` is ``act(x)`` and ``derivative(x, NUMBER)`` is ``act'(x)``; NUMBER is a compile-time constant, so
-that a kernel contains the one branch it uses. Triton has neither expm1, log1p nor tanh: the first two are Kahan's
-identities on exp and log, whose rounding errors cancel, and every exponential is of a non-positive number, so that
-nothing overflows.
+that a kernel contains the one branch it uses. Triton has no expm1, log1p and tanh that its interpreter knows too, so
+they are built here from exp and short series. Every exponential is of a non-positive number: nothing overflows.
 """
 
 import math
 
 import triton
 import triton.language as tl
+
 from deq.activations import ACTIVATIONS, INV_SQRT_2PI, LEAKY_SLOPE
 
 IDENTITY = tl.constexpr(ACTIVATIONS["identity"].number)
@@ -50,7 +50,7 @@ def value(x, NUMBER: tl.constexpr):
         y = _sigmoid(x)
     else:
         tl.static_assert(NUMBER == SOFTPLUS, "no such activation")
-        y = tl.maximum(x, 0.0) + _log1p(tl.exp(-tl.abs(x)))
+        y = tl.where(x > 20.0, x, tl.maximum(x, 0.0) + _log1p(tl.exp(-tl.abs(x))))  # torch's threshold
     return y
 
 
@@ -89,18 +89,20 @@ def _sigmoid(x):
 
 @triton.jit
 def _expm1(x):
-    """``exp(x) - 1`` for x <= 0 (Kahan; Higham, Accuracy and Stability of Numerical Algorithms, 1.14.1)."""
-    u = tl.exp(x)
-    low = u - 1.0
-    lost = (u == 1.0) | (low == -1.0)  # x is below half an ulp of 1, or exp(x) is
-    y = low * (x / tl.log(tl.where(lost, 0.5, u)))
-    return tl.where(lost, tl.maximum(x, -1.0), y)
+    """``exp(x) - 1`` for x <= 0; where the difference would cancel, Taylor's series to the last bit of x's dtype."""
+    TERMS: tl.constexpr = 7 if x.dtype == tl.float32 else 13
+    y = tl.full(x.shape, 1.0, x.dtype)
+    for n in tl.static_range(TERMS, 1, -1):
+        y = 1.0 + x * (1.0 / n) * y
+    return tl.where(x > -0.35, x * y, tl.exp(x) - 1.0)
 
 
 @triton.jit
 def _log1p(x):
-    """``log(1 + x)`` for 0 <= x <= 1 (the same identity)."""
-    u = 1.0 + x
-    lost = u == 1.0
-    y = tl.log(u) * (x / tl.where(lost, 1.0, u - 1.0))
-    return tl.where(lost, x, y)
+    """``log(1 + x) = 2 atanh(x / (2 + x))`` for 0 <= x <= 1; the series converges like 9^-n there."""
+    TERMS: tl.constexpr = 7 if x.dtype == tl.float32 else 16
+    s = x / (2.0 + x)
+    y = tl.zeros(x.shape, x.dtype)
+    for n in tl.static_range(TERMS, 0, -1):
+        y = y * (s * s) + 1.0 / (2 * n - 1)
+    return 2.0 * s * y

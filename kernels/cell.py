@@ -1,13 +1,13 @@
-"""The cell of a deep equilibrium model as one kernel: product with W, injection, activation and residual in one pass.
+"""The cell of a deep equilibrium model in one kernel: product with W, injection, activation and residual in one pass.
 
-One template serves three epilogues on the product ``x = z W^T`` of a tile, still in registers:
+One template computes ``x = z W^T`` of a tile and ends it, while ``x`` is still in registers, in one of three ways:
 
-    cell            out = act(x + c),   and ||out - z||, ||out|| of every sample
-    adjoint_cell    out = d * (x + g),  and the same norms, with W = A and z = u
+    cell            out = act(x + c)
+    adjoint_cell    out = d * (x + g), with A for W and u for z
     derivative      out = act'(x + c)
 
-Norms leave the kernel as one partial 2-norm per tile and sample, written to slots of their own and added by the caller
-in a fixed order: no atomics, so the same input gives the same bits.
+The first two also write what a solver judges a sample by, ``||out - z||^2`` and ``||out||^2``: one partial sum per tile
+in a slot of its own, which the caller adds in a fixed order. No atomics, so the same input gives the same bits.
 """
 
 from dataclasses import dataclass
@@ -15,22 +15,24 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from deq.activations import get_activation
 from torch import Tensor
+
+from deq.activations import get_activation
 
 from .activations import derivative as activation_derivative
 from .activations import value as activation_value
 
 PRECISIONS = ("ieee", "tf32x3", "tf32")
 VALUE, ADJOINT, DERIVATIVE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-# Triton decides at import whether kernels are compiled or interpreted; the interpreter needs two detours below.
+BAND = tl.constexpr(8)
+# Whether a kernel is compiled or interpreted is settled when it is defined.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """How the (B, m) output is cut: one program computes ``samples`` x ``units`` of it in steps of ``depth`` along the
-    product's inner dimension, with so many warps and so many steps in flight."""
+    """A program computes ``samples`` x ``units`` of the output, ``depth`` of the inner dimension at a time, with so
+    many warps and so many steps of ``depth`` in flight."""
 
     samples: int
     units: int
@@ -39,8 +41,174 @@ class Tiles:
     stages: int
 
 
-# Largest first. TODO measured reasons
-TILES = {}
+# Largest first. As far as cell_tiles chooses them none spills a register or needs more shared memory than the 99 kB that
+# every GPU since Ampere has (bench/resources.py). Hopper's wgmma takes 64 rows or more. The smallest tiles read long
+# pieces of W, so that few programs have enough bytes in flight.
+_HALF = (
+    Tiles(128, 128, 64, 8, 3),
+    Tiles(64, 128, 64, 4, 3),
+    Tiles(64, 64, 64, 4, 4),
+    Tiles(32, 64, 64, 4, 4),
+    Tiles(16, 64, 128, 4, 3),
+    Tiles(16, 32, 128, 4, 4),
+)
+TILES = {
+    "bfloat16": _HALF,
+    "float16": _HALF,
+    "float32": (
+        Tiles(128, 64, 32, 8, 3),
+        Tiles(64, 64, 32, 4, 3),
+        Tiles(32, 64, 32, 8, 3),
+        Tiles(16, 64, 64, 4, 3),
+        Tiles(16, 32, 64, 4, 4),
+    ),
+    "float64": (
+        Tiles(64, 64, 32, 8, 3),
+        Tiles(32, 64, 32, 4, 3),
+        Tiles(16, 32, 32, 4, 4),
+    ),
+}
+# About half of the processors of an A100 or H200 draw all that its L2 cache can give; more programs on smaller tiles
+# would read W more often and wait for it.
+ENOUGH_PROGRAMS = 64
+# Rows that start at multiples of this many elements are read in pieces of 16 bytes. Others are read element by element:
+# each needs an address in a register, and tiles of more rows would spill.
+ALIGNMENT = 16
+RAGGED_SAMPLES = 32
+
+
+def cell_tiles(B: int, m: int, dtype: str) -> Tiles:
+    """The tiles for B samples of width m: the largest that waste no row on samples that are not there and still make
+    :data:`ENOUGH_PROGRAMS` programs, else the smallest.
+
+    dtype: "float32" | "float64" | "bfloat16" | "float16". The tiles decide the order of the sums, so that the last bits
+    of a sample may differ between batch sizes; they do not depend on its place in the batch.
+    """
+    most = max(16, triton.next_power_of_2(B))
+    if m % ALIGNMENT:
+        most = min(most, RAGGED_SAMPLES)
+    for tiles in TILES[dtype]:
+        programs = triton.cdiv(B, tiles.samples) * triton.cdiv(m, tiles.units)
+        if tiles.samples <= most and programs >= ENOUGH_PROGRAMS:
+            return tiles
+    return TILES[dtype][-1]
+
+
+def cell(
+    z: Tensor, W: Tensor, c: Tensor, activation: str, *, precision: str = "ieee", tiles: Tiles | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``out = act(z W^T + c)`` and the partial sums of its residual. No autograd.
+
+    z, c: (B, m), W: (m, m), one dtype of float32, float64, bfloat16, float16; m >= 1, B >= 0. Any strides, but what the
+    kernel cannot read well is copied first: rows of z or c that are not contiguous, W when neither its rows nor its
+    columns are, addresses that are no multiples of 16 elements when m is. Sums are float32, for float64 float64.
+    precision: how float32 is multiplied: "ieee", or on tensor cores as "tf32x3" (three products) or "tf32" (one).
+    tiles: default :func:`cell_tiles`.
+    Returns out (B, m), contiguous, in the dtype of z, and step2, size2 (n, B), float32 or float64: their sums over the
+    n tiles of units are ``||out - z||^2`` and ``||out||^2`` of every sample, taken before ``out`` is rounded to its
+    dtype. Squares leave the range of float32 at norms of 1e19 and 1e-22: scale the problem where those may come.
+    Raises ValueError for an argument with the wrong shape, dtype or device, or an unknown activation or precision.
+    """
+    number = get_activation(activation).number
+    return _launch(VALUE.value, number, {"z": z, "W": W, "c": c}, precision, tiles)
+
+
+def adjoint_cell(
+    u: Tensor, A: Tensor, d: Tensor, g: Tensor, *, precision: str = "ieee", tiles: Tiles | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``out = d * (u A^T + g)`` and the partial sums of its residual: the cell of the implicit gradient.
+
+    With ``A = W.mT``, d = :func:`derivative` at the equilibrium and g the gradient of the loss there, the fixed point
+    is the gradient of c. u, d, g: (B, m), A: (m, m); all else as in :func:`cell`.
+    """
+    return _launch(ADJOINT.value, 0, {"u": u, "A": A, "g": g, "d": d}, precision, tiles)
+
+
+def derivative(
+    z: Tensor, W: Tensor, c: Tensor, activation: str, *, precision: str = "ieee", tiles: Tiles | None = None
+) -> Tensor:
+    """``act'(z W^T + c)``, (B, m). Arguments and errors of :func:`cell`."""
+    number = get_activation(activation).number
+    return _launch(DERIVATIVE.value, number, {"z": z, "W": W, "c": c}, precision, tiles)[0]
+
+
+def _launch(
+    epilogue: int, activation: int, operands: dict[str, Tensor], precision: str, tiles: Tiles | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check(operands, precision)
+    z, W, c, *rest = (_readable(name, operand) for name, operand in operands.items())
+    d = rest[0] if rest else None
+    B, m = z.shape
+    tiles = tiles or cell_tiles(B, m, _name(z.dtype))
+    columns = triton.cdiv(m, tiles.units)
+    out = torch.empty(B, m, dtype=z.dtype, device=z.device)
+    sums = torch.float64 if z.dtype == torch.float64 else torch.float32
+    step2, size2 = torch.empty(2, columns, B, dtype=sums, device=z.device)
+    if B > 0:
+        with torch.cuda.device_of(z):
+            cell_kernel[(triton.cdiv(B, tiles.samples) * columns,)](
+                z,
+                W,
+                c,
+                d,
+                out,
+                step2,
+                size2,
+                B,
+                m,
+                z.stride(0),
+                *W.stride(),
+                c.stride(0),
+                d.stride(0) if rest else 0,
+                EPILOGUE=epilogue,
+                ACTIVATION=activation,
+                PRECISION=precision,
+                BLOCK_B=tiles.samples,
+                BLOCK_N=tiles.units,
+                BLOCK_K=tiles.depth,
+                num_warps=tiles.warps,
+                num_stages=tiles.stages,
+                enable_fp_fusion=True,
+            )
+    return out, step2, size2
+
+
+def _readable(name: str, operand: Tensor) -> Tensor:
+    """The operand, copied if the kernel would be slow on its strides or wrong about them."""
+    along, across = operand.stride(1), operand.stride(0)
+    if name in ("W", "A") and along != 1:
+        along, across = across, along
+    aligned = operand.shape[1] % ALIGNMENT or (across % ALIGNMENT == 0 and operand.data_ptr() % 16 == 0)
+    return operand if along == 1 and aligned else operand.clone(memory_format=torch.contiguous_format)
+
+
+def _check(operands: dict[str, Tensor], precision: str) -> None:
+    (first, z), (_, W), *_ = operands.items()
+    name = _name(z.dtype)
+    if name not in TILES:
+        raise ValueError(f"{first} must be of dtype {', '.join(TILES)}; got {name}")
+    if z.dim() != 2 or z.shape[1] < 1:
+        raise ValueError(f"{first} must have shape (B, m) with m >= 1; got {tuple(z.shape)}")
+    for key, operand in operands.items():
+        shape = (z.shape[1], z.shape[1]) if operand is W else tuple(z.shape)
+        if tuple(operand.shape) != shape:
+            raise ValueError(
+                f"{key} must have shape {shape} beside {first} {tuple(z.shape)}; got {tuple(operand.shape)}"
+            )
+        if operand.dtype != z.dtype:
+            raise ValueError(f"{key} must be {name} like {first}; got {_name(operand.dtype)}")
+        if operand.device != z.device:
+            raise ValueError(f"{key} must be on {z.device} like {first}; got {operand.device}")
+    if not z.is_cuda and not INTERPRETED.value:
+        raise ValueError(f"{first} must be on a CUDA device, as Triton has no interpreter here; got {z.device}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(map(repr, PRECISIONS))}; got {precision!r}")
+    if precision != "ieee" and z.dtype != torch.float32:
+        raise ValueError(f"precision={precision!r} is a way to multiply float32; {first} is {name}")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 @triton.jit
@@ -50,102 +218,87 @@ def cell_kernel(
     c_ptr,
     d_ptr,
     out_ptr,
-    step_ptr,
-    size_ptr,
+    step2_ptr,
+    size2_ptr,
     B,
-    M,
-    stride_zb,
-    stride_zm,
+    m,
+    stride_z,
     stride_wn,
     stride_wk,
-    stride_cb,
-    stride_cm,
-    stride_db,
-    stride_dm,
+    stride_c,
+    stride_d,
     EPILOGUE: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr,
 ):
-    # Programs that run together share few rows of W: a band of GROUP sample tiles goes through all unit tiles.
+    """One (BLOCK_B, BLOCK_N) tile of the output. Rows of z, c and d are contiguous, their strides are between samples;
+    w may have any strides. See the functions above for the operands."""
+    # Consecutive programs go down a band of BAND tiles of samples before they move on in W: what runs at the same time
+    # then shares its rows of z and of W in the L2 cache.
     tiles_b = tl.cdiv(B, BLOCK_B)
-    tiles_n = tl.cdiv(M, BLOCK_N)
+    tiles_n = tl.cdiv(m, BLOCK_N)
     program = tl.program_id(0)
-    band = program // (GROUP * tiles_n)
-    height = tl.minimum(tiles_b - band * GROUP, GROUP)
-    within = program - band * GROUP * tiles_n
-    tile_b = band * GROUP + within % height
-    tile_n = within // height
+    first = program // (BAND * tiles_n) * BAND
+    height = tl.minimum(tiles_b - first, BAND)
+    place = program - first * tiles_n
+    tile_b = first + place % height
+    tile_n = place // height
 
-    # 64-bit offsets: B * m passes 2**31 long before memory ends.
-    rb = tile_b.to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
-    rn = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    rk = tl.arange(0, BLOCK_K)
-    in_b = (rb < B)[:, None]
-    in_n = (rn < M)[None, :]
-    z_ptrs = z_ptr + rb[:, None] * stride_zb + rk.to(tl.int64)[None, :] * stride_zm
-    w_ptrs = w_ptr + rn[None, :] * stride_wn + rk.to(tl.int64)[:, None] * stride_wk
-    advance = tl.full((), BLOCK_K, tl.int64)
-    inside = in_b & in_n
-    c = tl.load(c_ptr + rb[:, None] * stride_cb + rn[None, :] * stride_cm, mask=inside, other=0.0)
-    if EPILOGUE != DERIVATIVE:
-        z_old = tl.load(z_ptr + rb[:, None] * stride_zb + rn[None, :] * stride_zm, mask=inside, other=0.0)
-    if EPILOGUE == ADJOINT:
-        d = tl.load(d_ptr + rb[:, None] * stride_db + rn[None, :] * stride_dm, mask=inside, other=0.0)
+    in_b = tl.arange(0, BLOCK_B) < B - tile_b * BLOCK_B
+    in_n = (tl.arange(0, BLOCK_N) < m - tile_n * BLOCK_N)[None, :]
+    inside = in_b[:, None] & in_n
+    # 64-bit offsets: B m passes 2^31 long before memory ends.
+    b = tile_b.to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    n = (tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+    k = tl.arange(0, BLOCK_K).to(tl.int64)
+    z_ptrs = z_ptr + b[:, None] * stride_z + k[None, :]
+    w_ptrs = w_ptr + n * stride_wn + k[:, None] * stride_wk
+    next_k = tl.full((), BLOCK_K, tl.int64)
     if z_ptr.dtype.element_ty == tl.float64:
         x = tl.zeros((BLOCK_B, BLOCK_N), tl.float64)
     else:
         x = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
-    if INTERPRETED:  # Triton 3.6 cannot interpret a range with a run-time end, and compiles only `for` to a pipeline
-        k = 0
-        while k < M:
-            x = _multiply_add(x, z_ptrs, w_ptrs, in_b, in_n, rk < M - k, PRECISION)
-            z_ptrs += advance * stride_zm
-            w_ptrs += advance * stride_wk
-            k += BLOCK_K
+    # The compiler overlaps loads and products in `for` only; the interpreter of Triton 3.6 has no run-time range.
+    if INTERPRETED:
+        done = 0
+        while done < m:
+            x = _multiply_add(x, z_ptrs, w_ptrs, in_b, in_n, m - done, PRECISION, BLOCK_K)
+            z_ptrs += BLOCK_K
+            w_ptrs += next_k * stride_wk
+            done += BLOCK_K
     else:
-        for k in range(0, M, BLOCK_K):
-            x = _multiply_add(x, z_ptrs, w_ptrs, in_b, in_n, rk < M - k, PRECISION)
-            z_ptrs += advance * stride_zm
-            w_ptrs += advance * stride_wk
+        for done in range(0, m, BLOCK_K):
+            x = _multiply_add(x, z_ptrs, w_ptrs, in_b, in_n, m - done, PRECISION, BLOCK_K)
+            z_ptrs += BLOCK_K
+            w_ptrs += next_k * stride_wk
 
-    x += c.to(x.dtype)
+    # Added last: a large injection in the running sum would cost the product its low bits.
+    x += tl.load(c_ptr + b[:, None] * stride_c + n, mask=inside, other=0.0).to(x.dtype)
     if EPILOGUE == VALUE:
         out = activation_value(x, ACTIVATION)
     elif EPILOGUE == ADJOINT:
-        out = d.to(x.dtype) * x
+        out = x * tl.load(d_ptr + b[:, None] * stride_d + n, mask=inside, other=0.0).to(x.dtype)
     else:
         out = activation_derivative(x, ACTIVATION)
-    tl.store(out_ptr + rb[:, None] * M + rn[None, :], out.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + b[:, None] * m + n, out.to(out_ptr.dtype.element_ty), mask=inside)
     if EPILOGUE != DERIVATIVE:
-        # The residual is that of `out` before it is rounded to the dtype of the tensors.
-        out = tl.where(inside, out, 0.0)  # act(0) may not be zero
-        slot = tile_n.to(tl.int64) * B + rb
-        tl.store(size_ptr + slot, _row_norms(out), mask=rb < B)
-        tl.store(step_ptr + slot, _row_norms(out - z_old.to(x.dtype)), mask=rb < B)
+        out = tl.where(in_n, out, 0.0)  # act(0) need not be zero
+        step = out - tl.load(z_ptr + b[:, None] * stride_z + n, mask=inside, other=0.0).to(x.dtype)
+        slot = tile_n.to(tl.int64) * B + b
+        tl.store(step2_ptr + slot, tl.sum(step * step, axis=1), mask=in_b)
+        tl.store(size2_ptr + slot, tl.sum(out * out, axis=1), mask=in_b)
 
 
 @triton.jit
-def _multiply_add(x, z_ptrs, w_ptrs, in_b, in_n, in_k, PRECISION: tl.constexpr):
-    """``x + z W^T`` for one step along the inner dimension."""
-    z = tl.load(z_ptrs, mask=in_b & in_k[None, :], other=0.0)
+def _multiply_add(x, z_ptrs, w_ptrs, in_b, in_n, left, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr):
+    """``x + z W^T`` for the next BLOCK_K of the ``left`` terms of the inner dimension."""
+    in_k = tl.arange(0, BLOCK_K) < left
+    z = tl.load(z_ptrs, mask=in_b[:, None] & in_k[None, :], other=0.0)
     w = tl.load(w_ptrs, mask=in_k[:, None] & in_n, other=0.0)
-    if INTERPRETED:  # which multiplies the bit patterns of bfloat16
+    if INTERPRETED:  # it would multiply the bit patterns of bfloat16
         z = z.to(x.dtype)
         w = w.to(x.dtype)
     return tl.dot(z, w, x, input_precision=PRECISION, out_dtype=x.dtype)
-
-
-@triton.jit
-def _row_norms(x):
-    """2-norm of every row, scaled so that squares of large or small rows neither overflow nor vanish."""
-    peak = tl.max(tl.abs(x), axis=1)
-    if x.dtype == tl.float64:
-        scale = tl.clamp(peak, 2.0**-1000, 2.0**1000)
-    else:
-        scale = tl.clamp(peak, 2.0**-126, 2.0**126)  # the range in which 1 / scale is a normal number
-    y = x * (1.0 / scale)[:, None]
-    return tl.sqrt(tl.sum(y * y, axis=1)) * scale

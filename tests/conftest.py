@@ -4,6 +4,10 @@ import os
 
 os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined: before anything imports deq
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from deq import _library
@@ -20,3 +24,19 @@ def isa(request):
         pytest.skip(f"this CPU or build has no {request.param}")
     yield request.param
     library.deq_cpu_set_isa(before)
+
+
+@pytest.fixture
+def run_with(tmp_path):
+    """``run_with(site, code)``: what ``code`` prints in a new process whose deq is the one in ``site``."""
+    checkout = Path(__file__).resolve().parents[1]
+    others = [entry for entry in sys.path if entry and Path(entry).resolve() != checkout]
+
+    def run(site: Path, code: str) -> str:
+        env = os.environ | {"PYTHONPATH": os.pathsep.join((str(site), *others))}
+        # -S: no .pth file, so that an editable install of deq cannot answer the import.
+        done = subprocess.run([sys.executable, "-S", "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run

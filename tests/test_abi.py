@@ -86,19 +86,20 @@ def outcome(S=2, B=3, dtype=torch.float32):
     )
 
 
-def arguments(op: str, dtype=torch.float32) -> list:
-    """A well-formed call of ``op``."""
+def arguments(op: str, dtype=torch.float32, stacked: bool = True) -> list:
+    """A well-formed call of ``op`` on W (S, m, m), or without S on the first W alone."""
     S, B, m = SIZES
     generator = torch.Generator().manual_seed(0)
     W = (0.1 * torch.randn(S, m, m, generator=generator)).to(dtype)
     c, d = (torch.rand(S, B, m, generator=generator).to(dtype) for _ in range(2))
     out = torch.empty(S, B, m, dtype=dtype)
     relu = activations.get_activation("relu").number
-    return {
-        "solve_": [W, c, torch.empty(0, 0, 0, dtype=dtype), out, *outcome(S, B, dtype), relu, *RUN],
+    call = {
+        "solve_": [W, c, c[..., :0], out, *outcome(S, B, dtype), relu, *RUN],
         "masked_linear_": [W, c, d, out, *outcome(S, B, dtype), -1, *RUN],
         "derivative_": [W, c, d, out, relu],
     }[op]
+    return call if stacked else [a[0] if isinstance(a, torch.Tensor) and a.dim() > 1 else a for a in call]
 
 
 def operator(op: str):
@@ -110,6 +111,17 @@ def operator(op: str):
 @pytest.mark.parametrize("op", _library.OPERATORS)
 def test_opcheck(op, dtype):
     torch.library.opcheck(operator(op), tuple(arguments(op, dtype)))
+    torch.library.opcheck(operator(op), tuple(arguments(op, dtype, stacked=False)))
+
+
+@needs_library
+@pytest.mark.parametrize("op", _library.OPERATORS)
+def test_one_weight_without_its_dimension_is_the_same_problem(op):
+    stacked, single = arguments(op), arguments(op, stacked=False)
+    operator(op)(*stacked)
+    single_out = single[3] = torch.full_like(single[3], torch.nan)
+    operator(op)(*single)
+    assert torch.equal(single_out, stacked[3][0])
 
 
 @needs_library
@@ -128,13 +140,19 @@ def test_every_operator_has_a_schema_that_names_what_it_writes():
 
 S, B, m = SIZES
 WRONG_TENSORS = {
-    "W has two dimensions": ("solve_", 0, torch.zeros(m, m), r"W must have shape \(2, 5, 5\); got \(5, 5\)"),
+    "W has two dimensions": ("solve_", 0, torch.zeros(m, m), r"c must be \(B, m\); got shape \(2, 3, 5\)"),
+    "W has one dimension": ("solve_", 0, torch.zeros(m), r"W must be \(m, m\) or \(S, m, m\); got shape \(5\)"),
     "W is not square": ("solve_", 0, torch.zeros(S, m, m + 1), r"W must have shape \(2, 5, 5\); got \(2, 5, 6\)"),
     "W is of another dtype": ("solve_", 0, torch.zeros(S, m, m).double(), "W must be float32; got float64"),
     "c has two dimensions": ("solve_", 1, torch.zeros(B, m), r"c must be \(S, B, m\); got shape \(3, 5\)"),
     "c of integers": ("solve_", 1, torch.zeros(S, B, m).int(), "c must be float32, .*; got int32"),
     "c is complex": ("solve_", 1, torch.zeros(S, B, m).cfloat(), "c must be float32, .*; got torch's dtype number"),
-    "z0 has no shape of a start": ("solve_", 2, torch.zeros(1), r"z0 must be \(S, B, m\), or .*; got shape \(1\)"),
+    "z0 has no shape of a start": (
+        "solve_",
+        2,
+        torch.zeros(1),
+        r"z0 must be of the shape of c, or .*; got shape \(1\)",
+    ),
     "z0 for another batch": ("solve_", 2, torch.zeros(S, B + 1, m), r"z0 must have shape \(2, 3, 5\); got"),
     "z for another batch": ("solve_", 3, torch.zeros(S, B - 1, m), r"z must have shape \(2, 3, 5\); got \(2, 2, 5\)"),
     "z with scattered rows": ("solve_", 3, torch.zeros(S, m, B).mT, "z must have contiguous rows"),

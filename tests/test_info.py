@@ -1,13 +1,8 @@
 """What deq.info() reports, and that a library which cannot be used never breaks `import deq`."""
 
-import ctypes.util
 import json
-import os
 import platform
 import shutil
-import subprocess
-import sys
-import sysconfig
 from pathlib import Path
 
 import pytest
@@ -29,6 +24,10 @@ def test_versions_and_threads():
         assert deq.info().threads == 1
     finally:
         torch.set_num_threads(before)
+
+
+def test_library_is_loaded_wherever_it_was_built():
+    assert (_library.compiled is not None) == _library.build.get("compiled", False), _library.reason
 
 
 @pytest.mark.skipif(_library.compiled is None, reason=f"no compiled library: {_library.reason}")
@@ -88,23 +87,23 @@ print(json.dumps([deq.info().as_dict(), [str(w.message) for w in caught], sol.z.
 """
 
 
-def load_beside(library: Path | None, folder: Path, version: str | None = None):
-    """Import a copy of deq that has ``library`` as its libdeq.so, in a process that knows no other deq."""
-    shutil.copytree(ROOT / "deq", folder / "deq", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copytree(ROOT / "kernels", folder / "deq" / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
-    if library:
-        shutil.copy(library, folder / "deq" / "libdeq.so")
-    if version:
-        init = folder / "deq" / "__init__.py"
-        init.write_text(init.read_text().replace(f'__version__ = "{deq.__version__}"', f'__version__ = "{version}"'))
-    # -S: no .pth file, so that an editable install of deq cannot answer the import.
-    path = os.pathsep.join((str(folder), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")))
-    env = os.environ | {"PYTHONPATH": path}
-    done = subprocess.run([sys.executable, "-S", "-c", LOAD], cwd=folder, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found, warned, z = json.loads(done.stdout)
-    assert torch.allclose(torch.tensor(z), torch.full((2, 3), 2.0), atol=1e-4)
-    return found, [w for w in warned if "compiled library" in w]
+@pytest.fixture
+def load_beside(tmp_path, run_with):
+    """``load_beside(library)``: import a copy of deq that has ``library`` as its libdeq.so; info and warnings."""
+
+    def load(library: Path | None, version: str = deq.__version__) -> tuple[dict, list[str]]:
+        package = tmp_path / "site" / "deq"
+        shutil.copytree(ROOT / "deq", package, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / "kernels", package / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
+        if library:
+            shutil.copy(library, package / "libdeq.so")
+        init = (package / "__init__.py").read_text()
+        (package / "__init__.py").write_text(init.replace(f'"{deq.__version__}"', f'"{version}"'))
+        found, warned, z = json.loads(run_with(package.parent, LOAD))
+        assert torch.allclose(torch.tensor(z), torch.full((2, 3), 2.0), atol=1e-4)
+        return found, [w for w in warned if "compiled library" in w]
+
+    return load
 
 
 def broken(tmp_path: Path) -> Path:
@@ -114,15 +113,14 @@ def broken(tmp_path: Path) -> Path:
 
 
 def foreign(tmp_path: Path) -> Path:
-    name = ctypes.util.find_library("m")
-    maps = Path("/proc/self/maps").read_text().split()
-    ctypes.CDLL(name)
-    return next(Path(word) for word in maps if word.startswith("/") and Path(word).name.startswith("libm"))
+    """A library that loads but is not ours: the C library's mathematics, which this process already holds."""
+    mapped = Path("/proc/self/maps").read_text().split()
+    return next(Path(word) for word in mapped if word.startswith("/") and Path(word).name.startswith("libm.so"))
 
 
 @pytest.mark.parametrize("make, why", [(broken, "cannot be loaded"), (foreign, "deq_version")])
-def test_unusable_library_warns_once_and_leaves_the_reference(tmp_path, make, why):
-    found, warned = load_beside(make(tmp_path), tmp_path / "site")
+def test_unusable_library_warns_once_and_leaves_the_reference(load_beside, tmp_path, make, why):
+    found, warned = load_beside(make(tmp_path))
     assert found["library"] is None
     assert why in found["why_no_library"]
     assert len(warned) == 1
@@ -130,13 +128,13 @@ def test_unusable_library_warns_once_and_leaves_the_reference(tmp_path, make, wh
 
 
 @pytest.mark.skipif(_library.compiled is None, reason=f"no compiled library: {_library.reason}")
-def test_library_of_another_version_is_refused(tmp_path):
-    found, warned = load_beside(_library.path, tmp_path / "site", version="99.0.0")
+def test_library_of_another_version_is_refused(load_beside):
+    found, warned = load_beside(_library.path, version="99.0.0")
     assert f"belongs to deq {deq.__version__}, this is deq 99.0.0" in found["why_no_library"]
     assert len(warned) == 1
 
 
-def test_no_library_is_no_reason_to_warn(tmp_path):
-    found, warned = load_beside(None, tmp_path / "site")
+def test_no_library_is_no_reason_to_warn(load_beside):
+    found, warned = load_beside(None)
     assert "nothing has been built" in found["why_no_library"]
     assert warned == []

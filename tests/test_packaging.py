@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
@@ -18,7 +17,8 @@ ROOT = Path(__file__).resolve().parents[1]
 HAS_COMPILER = any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++"))
 
 USE = """
-import json, torch
+import json, torch, warnings
+warnings.simplefilter("error", RuntimeWarning)  # a library that was built must load
 import deq, deq.kernels, deq.bench
 from deq.cli import main
 torch.manual_seed(0)
@@ -30,17 +30,18 @@ print(json.dumps([files, deq.info().as_dict(), sol.plan.backend, bool(sol.conver
 """
 
 
-def use(site: Path, cwd: Path) -> tuple[list[str], dict, str]:
-    """Solve with the deq in ``site``, from another folder; -S keeps an editable install from answering the import."""
-    path = os.pathsep.join((str(site), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")))
-    command = [sys.executable, "-S", "-W", "error::RuntimeWarning", "-c", USE]
-    done = subprocess.run(command, cwd=cwd, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    files, found, backend, converged, error = json.loads(done.stdout)
-    assert all(Path(file).is_relative_to(site) for file in files), files
-    assert converged
-    assert error < 1e-5
-    return files, found, backend
+@pytest.fixture
+def use(run_with):
+    """``use(site)``: solve with the deq in ``site``; deq.info() of it and the backend it chose."""
+
+    def solve(site: Path) -> tuple[dict, str]:
+        files, found, backend, converged, error = json.loads(run_with(site, USE))
+        assert all(Path(file).is_relative_to(site) for file in files), files
+        assert converged
+        assert error < 1e-5
+        return found, backend
+
+    return solve
 
 
 def build_wheel(source: Path, folder: Path, *settings: str, **environment: str) -> Path:
@@ -69,21 +70,20 @@ def sdist(tmp_path_factory) -> Path:
 def test_sdist_holds_sources_and_nothing_built(sdist):
     with tarfile.open(sdist) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
-    for needed in ("CMakeLists.txt", "LICENSE", "csrc/kernels.h", "csrc/torch_ops.cpp", "deq/solve.py", "tests/conftest.py"):
-        assert needed in names
+    assert {"CMakeLists.txt", "LICENSE", "README.md", "csrc/kernels.h", "deq/solve.py", "tests/conftest.py"} <= names
     assert any(name.startswith("kernels/") for name in names)
     assert any(name.startswith("bench/") for name in names)
     assert not any(name.startswith(("build/", ".venv/")) or name.endswith((".so", ".pyc")) for name in names)
 
 
-def test_wheel_from_sdist(sdist, tmp_path):
+def test_wheel_from_sdist(sdist, use, tmp_path):
     wheel = build_wheel(sdist, tmp_path)
     assert wheel.name.startswith(f"deq_engine-{deq.__version__}-py3-none-linux_")
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     assert not any("/bench/results/" in name for name in names)
     assert {name.split("/")[0] for name in names} == {"deq", f"deq_engine-{deq.__version__}.dist-info"}
-    _, found, backend = use(tmp_path / "site", tmp_path)
+    found, backend = use(tmp_path / "site")
     if HAS_COMPILER:
         assert found["library"] == str(tmp_path / "site" / "deq" / "libdeq.so")
         assert "portable" in found["isas_built"]
@@ -101,15 +101,15 @@ def test_wheel_from_sdist(sdist, tmp_path):
     ],
     ids=["compiled=off", "missing compiler", "broken compiler"],
 )
-def test_build_without_compiled_library_works_and_says_why(tmp_path, settings, environment, why):
+def test_build_without_compiled_library_works_and_says_why(use, tmp_path, settings, environment, why):
     build_wheel(ROOT, tmp_path, *settings, **environment)
-    _, found, backend = use(tmp_path / "site", tmp_path)
+    found, backend = use(tmp_path / "site")
     assert found["library"] is None
     assert why in found["why_no_library"]
     assert backend == "reference"
 
 
-def test_bare_checkout_works(tmp_path):
-    _, found, backend = use(ROOT, tmp_path)
+def test_bare_checkout_works(use):
+    found, backend = use(ROOT)
     assert "bare checkout" in found["why_no_library"]
     assert backend == "reference"

@@ -270,7 +270,9 @@ class TestBounded:
 
     def test_is_the_identity_near_zero(self):
         v = torch.tensor([0.0, 1e-6, -1e-6], dtype=torch.float64)
-        torch.testing.assert_close(bounded(v), v, rtol=1e-11, atol=0)  # bound tanh(v / bound) = v (1 - v^2 / (3 bound^2) ..)
+        torch.testing.assert_close(
+            bounded(v), v, rtol=1e-11, atol=0
+        )  # bound tanh(v / bound) = v (1 - v^2 / (3 bound^2) ..)
 
     def test_gradient(self):
         assert torch.autograd.gradcheck(bounded, gaussian(7).requires_grad_())

@@ -114,13 +114,14 @@ int64_t first_bad_element(const DeqProblem& p) {
 template <class T>
 bool pack_all(const DeqProblem& p, const Kernels<T>& k, const T* w, const int64_t (&stride)[3], T* packed, int threads) {
   const int64_t m = p.width, panels = (m + k.panel - 1) / k.panel, elements = packed_elements<T>(k, m);
+  const int64_t groups = threads > 1 && m >= 256 ? std::min<int64_t>(panels, threads) : 1;
   bool finite = true;
-#pragma omp parallel for num_threads(threads) reduction(&& : finite) if (threads > 1 && m * m * p.weights > (1 << 16))
-  for (int64_t i = 0; i < p.weights * panels; ++i) {
-    const int64_t s = i / panels, panel = i % panels, begin = panel * k.panel * m;
-    T* out = packed + s * elements;
-    k.pack(w + s * stride[0], stride[1], stride[2], m, out, panel, panel + 1);
-    finite = finite && k.all_finite(out + begin, std::min(elements - begin, static_cast<int64_t>(k.panel) * m));
+#pragma omp parallel for num_threads(threads) reduction(&& : finite) if (threads > 1 && groups * p.weights > 1)
+  for (int64_t i = 0; i < p.weights * groups; ++i) {
+    const int64_t s = i / groups, group = i % groups;
+    finite = k.pack(w + s * stride[0], stride[1], stride[2], m, packed + s * elements, panels * group / groups,
+                    panels * (group + 1) / groups) &&
+             finite;
   }
   return finite;
 }

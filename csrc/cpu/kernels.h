@@ -15,7 +15,8 @@ struct Step {
   T* const* out;        // n row pointers, distinct from z
   const T* const* c;    // n row pointers
   const T* const* d;    // n row pointers, or null: apply the activation
-  T* const* sums;       // n pointers to 2 vectors: partial sums of |out - z|^2 and |out|^2; the caller zeroes them
+  T* const* sums;       // n pointers to 2 vectors of scratch
+  double* totals;       // n pairs: |out - z|^2 and |out|^2
   const T* packed;
   int64_t width;
   int32_t activation;
@@ -34,24 +35,22 @@ struct Kernels {
   void (*scale)(T* x, T factor, int64_t padded);
   // dst = factor * src; false if any result is not finite.
   bool (*copy_out)(const T* src, T factor, int64_t n, T* dst);
-  // packed[panel][k][column] <- W[row * row_stride + k * column_stride]; panels [first, last).
-  void (*pack)(const T* w, int64_t row_stride, int64_t column_stride, int64_t m, T* packed, int64_t first, int64_t last);
+  // packed[panel][k][column] <- W[column * row_stride + k * column_stride] for panels [first, last); false if any element is
+  // not finite.
+  bool (*pack)(const T* w, int64_t row_stride, int64_t column_stride, int64_t m, T* packed, int64_t first, int64_t last);
   void (*step)(const Step<T>&, int n);
-  // out = act'(W z + c); ignores d and sums.
+  // out = act'(W z + c); ignores d, sums and totals.
   void (*derivative)(const Step<T>&, int n);
   // A padded row of act(x) becomes act'(x), where the activation allows it.
   void (*derivative_of_value)(int32_t activation, T* x, int64_t m);
   // The map at z = 0: out = act(c) or d * c; returns |out|^2.
   double (*first)(int32_t activation, const T* c, const T* d, T* out, int64_t m);
-  // The two residual sums of a row, from its partial vectors.
-  void (*reduce)(const T* sums, double* step2, double* size2);
   // Anderson: f_row = f, g_row = f - y; dots[i] = <g, rows[i]>; out = sum_i weights[i] rows[i].
   void (*residual)(const T* f, const T* y, T* f_row, T* g_row, int64_t padded);
   void (*dots)(const T* g, const T* const* rows, int count, int64_t padded, double* dots);
   void (*mix)(const T* const* rows, const T* weights, int count, int64_t padded, T* out);
   // Hash lanes of the weight cache: absorbs blocks of kHashLanes words.
   void (*absorb)(uint64_t* lanes, const void* data, int64_t blocks);
-  bool (*all_finite)(const T* data, int64_t n);
   double (*peak_flops)(int64_t repeats);  // runs FMAs on registers only; returns their flops
 };
 

@@ -43,9 +43,11 @@ DEQ_INLINE void with_activation(int32_t number, F&& f) {
 // 1 in the lanes that hold elements below m, 0 in the padding.
 template <class T>
 DEQ_INLINE typename Simd<T>::V valid_lanes(int64_t j, int64_t m) {
-  typename Simd<T>::V v{};
-  for (int i = 0; i < kLanes<T>; ++i) v[i] = j + i < m ? T(1) : T(0);
-  return v;
+  using M = VecMath<T>;
+  static_assert(kLanes<T> <= 16);
+  constexpr T kIndex[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const int64_t left = m - j < 16 ? m - j : 16;
+  return M::select(M::load(kIndex) < M::set(static_cast<double>(left)), M::set(1.0), M::set(0.0));
 }
 
 // acc[r][p * 2 + v] = sum_k z[r][k] * w[p][k][v] over NP panels of NV vectors.
@@ -223,7 +225,14 @@ void step_with(const Step<T>& s, int n, FinishTile<T> f) {
 
 template <class T>
 void step(const Step<T>& s, int n) {
+  using M = VecMath<T>;
+  for (int r = 0; r < n; ++r) {
+    M::store(s.sums[r], M::set(0.0));
+    M::store(s.sums[r] + kLanes<T>, M::set(0.0));
+  }
   step_with<T>(s, n, finish_tile_for<T>(s.activation));
+  for (int r = 0; r < n; ++r)
+    for (int i = 0; i < 2; ++i) s.totals[2 * r + i] = lane_sum<T>(M::load(s.sums[r] + i * kLanes<T>));
 }
 
 // The derivative as a finish: out = act'(x), no sums.
@@ -272,14 +281,7 @@ double first(int32_t activation, const T* c, const T* d, T* out, int64_t m) {
       size2 += y * y;
     }
   });
-  return static_cast<double>(LaneSum<T, DEQ_VECTOR_BYTES>::of(size2));
-}
-
-template <class T>
-void reduce(const T* sums, double* step2, double* size2) {
-  using M = VecMath<T>;
-  *step2 = static_cast<double>(LaneSum<T, DEQ_VECTOR_BYTES>::of(M::load(sums)));
-  *size2 = static_cast<double>(LaneSum<T, DEQ_VECTOR_BYTES>::of(M::load(sums + kLanes<T>)));
+  return lane_sum<T>(size2);
 }
 
 template <class T>
@@ -298,7 +300,7 @@ void dots(const T* g, const T* const* rows, int count, int64_t n, double* out) {
   for (int i = 0; i < count; ++i) {
     typename M::V sum{};
     for (int64_t j = 0; j < n; j += kLanes<T>) sum += M::load(g + j) * M::load(rows[i] + j);
-    out[i] = static_cast<double>(LaneSum<T, DEQ_VECTOR_BYTES>::of(sum));
+    out[i] = lane_sum<T>(sum);
   }
 }
 
@@ -369,21 +371,45 @@ bool copy_out(const T* src, T factor, int64_t n, T* dst) {
   return ok;
 }
 
+// Finite numbers times zero add up to zero; infinity and NaN do not.
 template <class T>
-void pack(const T* w, int64_t row_stride, int64_t column_stride, int64_t m, T* packed, int64_t first, int64_t last) {
+DEQ_INLINE bool all_finite(const T* x, int64_t n) {
+  using M = VecMath<T>;
+  typename M::V sum{};
+  for (int64_t j = 0; j < n; j += kLanes<T>) sum += M::load(x + j) * M::set(0.0);
+  return LaneSum<T, DEQ_VECTOR_BYTES>::of(sum) == T(0);
+}
+
+template <class T>
+bool pack(const T* w, int64_t row_stride, int64_t column_stride, int64_t m, T* packed, int64_t first, int64_t last) {
   const int64_t L = kLanes<T>, columns = padded<T>(m);
-  for (int64_t panel = first; panel < last; ++panel) {
-    const int64_t j0 = panel * 2 * L, width = columns - j0 < 2 * L ? L : 2 * L, valid = m - j0 < width ? m - j0 : width;
-    T* dst = packed + j0 * m;
-    constexpr int64_t kBlock = 16;  // rows of W are read in short runs that stay in L1 with the block written
-    for (int64_t k0 = 0; k0 < m; k0 += kBlock) {
-      const int64_t k1 = m < k0 + kBlock ? m : k0 + kBlock;
-      for (int64_t j = 0; j < valid; ++j)
-        for (int64_t k = k0; k < k1; ++k) dst[k * width + j] = w[(j0 + j) * row_stride + k * column_stride];
-      for (int64_t k = k0; k < k1; ++k)
-        for (int64_t j = valid; j < width; ++j) dst[k * width + j] = T(0);
+  constexpr int64_t kBlock = 64;  // rows of W are read in runs of a few cache lines; the block written stays in L1
+  bool finite = true;
+  for (int64_t k0 = 0; k0 < m; k0 += kBlock) {
+    const int64_t k1 = m < k0 + kBlock ? m : k0 + kBlock;
+    for (int64_t panel = first; panel < last; ++panel) {
+      const int64_t j0 = panel * 2 * L, width = columns - j0 < 2 * L ? L : 2 * L, valid = m - j0 < width ? m - j0 : width;
+      T* dst = packed + j0 * m;
+      if (row_stride == 1 && valid == width) {
+        for (int64_t k = k0; k < k1; ++k)
+          for (int64_t j = 0; j < width; j += L)
+            VecMath<T>::store(dst + k * width + j, VecMath<T>::load(w + j0 + j + k * column_stride));
+      } else {
+        for (int64_t j = 0; j < valid; ++j) {
+          const T* row = w + (j0 + j) * row_stride;
+          if (column_stride == 1) {
+            for (int64_t k = k0; k < k1; ++k) dst[k * width + j] = row[k];
+          } else {
+            for (int64_t k = k0; k < k1; ++k) dst[k * width + j] = row[k * column_stride];
+          }
+        }
+        for (int64_t k = k0; k < k1; ++k)
+          for (int64_t j = valid; j < width; ++j) dst[k * width + j] = T(0);
+      }
+      finite = finite && all_finite<T>(dst + k0 * width, (k1 - k0) * width);
     }
   }
+  return finite;
 }
 
 // Multiply-rotate in 64-bit lanes: the order of the words and every bit of them count.
@@ -403,18 +429,6 @@ void absorb(uint64_t* lanes, const void* data, int64_t blocks) {
     }
   }
   memcpy(lanes, h, sizeof h);
-}
-
-template <class T>
-bool all_finite(const T* x, int64_t n) {
-  using M = VecMath<T>;
-  typename M::I bad{};
-  int64_t j = 0;
-  for (; j + kLanes<T> <= n; j += kLanes<T>) bad |= ~(M::abs(M::load(x + j)) < M::set(INFINITY));
-  bool ok = true;
-  for (; j < n; ++j) ok = ok && fabs(static_cast<double>(x[j])) < INFINITY;
-  for (int i = 0; i < kLanes<T>; ++i) ok = ok && bad[i] == 0;
-  return ok;
 }
 
 // Independent FMA chains on registers: the ceiling that the tiles are measured against.
@@ -450,12 +464,10 @@ const deq::Kernels<T>* table() {
       .derivative = derivative<T>,
       .derivative_of_value = derivative_of_value<T>,
       .first = first<T>,
-      .reduce = reduce<T>,
       .residual = residual<T>,
       .dots = dots<T>,
       .mix = mix<T>,
       .absorb = absorb,
-      .all_finite = all_finite<T>,
       .peak_flops = peak_flops<T>,
   };
   return &kTable;

@@ -47,6 +47,7 @@ double kernel_gflops(int64_t batch, int64_t m, double seconds) {
   memset(rows, 0, batch * (3 * stride + sums_size) * sizeof(T));
   std::vector<const T*> z(batch), c(batch);
   std::vector<T*> out(batch), sums(batch);
+  std::vector<double> totals(2 * batch);
   for (int64_t b = 0; b < batch; ++b) {
     T* at = rows + b * (3 * stride + sums_size);
     sums[b] = at;
@@ -54,7 +55,7 @@ double kernel_gflops(int64_t batch, int64_t m, double seconds) {
     out[b] = at + sums_size + stride;
     c[b] = at + sums_size + 2 * stride;
   }
-  const Step<T> step{z.data(), out.data(), c.data(), nullptr, sums.data(), packed, m, kRelu};
+  const Step<T> step{z.data(), out.data(), c.data(), nullptr, sums.data(), totals.data(), packed, m, kRelu};
   const double flops = 2.0 * batch * m * m;
   const int repeats = static_cast<int>(1e6 / flops) + 1;
   const double best = best_gflops(seconds, [&] {

@@ -3,7 +3,6 @@
 // Every thread owns a tile of sample slots. A slot holds one sample's iterate, injection and, if needed, its Anderson window;
 // all slots of a tile take one step together, so that every panel of W is read once for the tile. A sample that is done
 // leaves at once and the slot is refilled from a shared queue. Threads never wait for each other.
-#include <omp.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -109,6 +108,7 @@ class Tile {
     const T* d[kMaxTile];
     T* out[kMaxTile];
     T* sums[kMaxTile];
+    double totals[2 * kMaxTile];
     int active[kMaxTile], n = 0;
     for (int i = 0; i < size_ && fill(slots_[i], queue); ++i) active[n++] = i;
     while (n > 0) {
@@ -119,14 +119,13 @@ class Tile {
         c[a] = slot.c;
         d[a] = slot.d;
         sums[a] = slot.sums;
-        memset(slot.sums, 0, 2 * k_.lanes * sizeof(T));
       }
       const T* w = static_cast<const T*>(packed_.data) + s * (packed_.matrix_bytes / static_cast<int64_t>(sizeof(T)));
-      k_.step(Step<T>{z, out, c, p_.mask.data ? d : nullptr, sums, w, m_, p_.activation}, n);
+      k_.step(Step<T>{z, out, c, p_.mask.data ? d : nullptr, sums, totals, w, m_, p_.activation}, n);
       current_ = 1 - current_;
       int kept = 0;
       for (int a = 0; a < n; ++a)
-        if (advance(slots_[active[a]]) || fill(slots_[active[a]], queue)) active[kept++] = active[a];
+        if (advance(slots_[active[a]], totals[2 * a], totals[2 * a + 1]) || fill(slots_[active[a]], queue)) active[kept++] = active[a];
       n = kept;
     }
     rows_arena.trim();
@@ -246,7 +245,7 @@ class Tile {
 
   // Squares of T lose their meaning outside: there the sums are formed again in double, which float squares cannot leave.
   static bool in_range(double sum) {
-    return sum == 0.0 ? false : sum > (sizeof(T) == 4 ? 1e-20 : 1e-200) && sum < (sizeof(T) == 4 ? 1e30 : 1e200);
+    return sizeof(T) == 4 ? sum > 1e-20 && sum < 1e30 : sum > 1e-120 && sum < 1e120;
   }
   double size_of(const T* y) const {
     double sum = 0;
@@ -263,10 +262,8 @@ class Tile {
   }
 
   // Judges the evaluation just made and prepares the next iterate; false when the sample is done.
-  bool advance(Slot<T>& slot) {
+  bool advance(Slot<T>& slot, double step2, double size2) {
     T *f = slot.buffer[current_], *y = slot.buffer[1 - current_];
-    double step2, size2;
-    k_.reduce(slot.sums, &step2, &size2);
     if (!in_range(size2)) {
       step2 = distance(f, y);
       size2 = size_of(f);
@@ -296,7 +293,7 @@ class Tile {
     if (best) write(slot, best);
     if (overflowed_) verdict = Verdict::kDiverged;  // it left the range of the caller's dtype
     p_.iterations[slot.sample] = static_cast<int32_t>(slot.record.iteration);
-    static_cast<T*>(p_.residual)[slot.sample] = static_cast<T>(std::sqrt(slot.record.best));
+    static_cast<T*>(p_.residual)[slot.sample] = static_cast<T>(slot.record.residual());
     p_.status[slot.sample] = static_cast<uint8_t>(verdict);
     if (verdict != Verdict::kConverged) totals_.failed.fetch_add(1, std::memory_order_relaxed);
   }
@@ -355,10 +352,10 @@ class Tile {
   Slot<T> slots_[kMaxTile];
 };
 
-// Threads worth their start: a parallel region costs a few microseconds.
+// Threads worth their start: a parallel region costs microseconds, milliseconds where another process holds a core.
 int useful_threads(const DeqProblem& p) {
-  const double flops = 2.0 * p.weights * p.batch * p.width * p.width;
-  return flops < 1e5 ? 1 : static_cast<int>(std::min<int64_t>(std::max(p.threads, 1), p.weights * p.batch));
+  const double flops = 2.0 * p.weights * p.batch * p.width * p.width;  // of one step: 1e6 are 10 microseconds
+  return flops < 1e6 ? 1 : static_cast<int>(std::min<int64_t>(std::max(p.threads, 1), p.weights * p.batch));
 }
 
 template <class T>
@@ -425,7 +422,7 @@ int32_t derivative(const DeqProblem& p) {
       out[r] = row + 2 * padded;
     }
     const T* w = static_cast<const T*>(packed->data) + s * (packed->matrix_bytes / static_cast<int64_t>(sizeof(T)));
-    k.derivative(Step<T>{z, out, c, nullptr, nullptr, w, m, p.activation}, n);
+    k.derivative(Step<T>{z, out, c, nullptr, nullptr, nullptr, w, m, p.activation}, n);
     for (int r = 0; r < n; ++r)
       store_row<T>(p.out, p.type, s * p.out.stride[0] + (first + r) * p.out.stride[1], T(1), m, out[r]);
     rows_arena.trim();

@@ -60,7 +60,7 @@ struct VecMath {
   using I = typename S::I;
   static constexpr int kLanes = DEQ_VECTOR_BYTES / sizeof(T);
 
-  DEQ_INLINE V set(double x) { return V{} + static_cast<T>(x); }
+  DEQ_INLINE V set(double x) { return static_cast<T>(x) - V{}; }  // x - 0 keeps the sign of -0
   DEQ_INLINE V select(I mask, V a, V b) { return mask ? a : b; }
   DEQ_INLINE V abs(V x) { return reinterpret_cast<V>(reinterpret_cast<I>(x) & ~reinterpret_cast<I>(set(-0.0))); }
   DEQ_INLINE V load(const T* p) {
@@ -98,9 +98,10 @@ struct VecMath {
     for (int i = S::kLogTerms - 1; i >= 0; --i) p = p * s2 + set(1.0 / (2 * i + 1));
     return set(2.0) * s * p;
   }
-  DEQ_INLINE V erf(V x) {
+  // erfc(|x|)
+  DEQ_INLINE V erfc_abs(V x) {
     V a = abs(x);
-    a = select(a > set(30.0), set(30.0), a);  // erf is 1 to the last bit long before; keeps a * a finite
+    a = select(a > set(30.0), set(30.0), a);  // 0 long before; keeps a * a finite
     V w2 = set(2.0) * (a - set(3.75)) / (a + set(3.75));
     V b1 = set(0.0), b2 = set(0.0);
     for (int i = S::kErfTerms - 1; i >= 1; --i) {  // Clenshaw
@@ -109,8 +110,7 @@ struct VecMath {
       b1 = b;
     }
     V series = set(0.5) * w2 * b1 - b2 + set(kErfc[0]);
-    V y = set(1.0) - exp(-a * a) * series / (set(1.0) + set(2.0) * a);
-    return select(x > set(0.0), y, -y);
+    return exp(-a * a) * series / (set(1.0) + set(2.0) * a);
   }
 };
 
@@ -139,5 +139,9 @@ struct LaneSum<T, 16> {
     return sum;
   }
 };
+template <class T>
+DEQ_INLINE double lane_sum(const typename Simd<T>::V& v) {
+  return static_cast<double>(LaneSum<T, DEQ_VECTOR_BYTES>::of(v));
+}
 
 }  // namespace

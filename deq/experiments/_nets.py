@@ -7,7 +7,6 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ..solution import Solution
 from ..solve import solve
 
 F64 = torch.float64
@@ -137,10 +136,7 @@ class TriangularDEQ(EquilibriumNet):
         return z
 
     def equilibrium(self, c: Tensor) -> Tensor:
-        return self.solve(c).z
-
-    def solve(self, c: Tensor) -> Solution:
-        return solve(self.weight(), c, "relu", solver="plain", max_iter=self.width + 2, on_failure="raise")
+        return solve(self.weight(), c, "relu", solver="plain", max_iter=self.width + 2).z
 
 
 def uniform(shape: Sequence[int], fan_in: int, generator: torch.Generator, gain: float = 1.0) -> Tensor:

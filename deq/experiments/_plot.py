@@ -12,8 +12,8 @@ BLACK, ORANGE, SKY, GREEN, YELLOW = "#000000", "#E69F00", "#56B4E9", "#009E73", 
 BLUE, VERMILION, PURPLE, GREY = "#0072B2", "#D55E00", "#CC79A7", "#7A7A7A"
 
 _STYLE = {
-    "font.size": 9,
-    "axes.titlesize": 10,
+    "font.size": 10,
+    "axes.titlesize": 11,
     "axes.titlelocation": "left",
     "axes.titleweight": "bold",
     "axes.spines.top": False,
@@ -37,6 +37,7 @@ def figure(columns: int, size: tuple[float, float] = (10, 4), **grid) -> tuple[F
     """A figure with ``columns`` panels side by side. No pyplot: no global state, no display."""
     fig = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(fig)
+    fig.get_layout_engine().set(wspace=0.04)
     return fig, list(fig.subplots(1, columns, **grid))
 
 

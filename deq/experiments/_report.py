@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table as RichTable
 from rich.text import Text
 
@@ -18,26 +19,39 @@ _STYLES = {PROVED: "green", REPRODUCED: "green", VIOLATED: "bold red", NOT_JUDGE
 
 def claims_table(claims: Sequence[Claim]) -> Table:
     """Every claim with its measured value, bound and verdict."""
-    rows = [(c.statement, number(c.measured), f"{c.relation} {number(c.required)}", c.verdict) for c in claims]
-    return Table("Claims", ("claim", "measured", "required", "verdict"), rows)
+    rows = [
+        (c.statement, number(c.measured, 4), f"{c.relation} {number(c.required)}", c.source, c.verdict) for c in claims
+    ]
+    return Table("Claims", ("claim", "measured", "required", "source", "verdict"), rows)
+
+
+def _notes(result: Result) -> list[str]:
+    """The conditions of every verdict that is no proof, then the experiment's own notes."""
+    conditions = [
+        f"{c.statement}: {c.verdict}; {c.note}."
+        for c in result.claims
+        if c.verdict not in (PROVED, NOT_JUDGED) and c.note
+    ]
+    return [*conditions, *result.notes]
 
 
 def print_result(console: Console, result: Result) -> None:
     """Print tables, notes and the verdict."""
     for table in (*result.tables, claims_table(result.claims)):
         console.print(_rich(table))
-    for note in result.notes:
-        console.print(f"- {note}", highlight=False)
+    for note in _notes(result):
+        console.print(Padding(Text(note), (0, 0, 0, 2)))
     console.print(f"Verdict: {result.verdict}.", style="bold", highlight=False)
 
 
 def _rich(table: Table) -> RichTable:
     rich = RichTable(
-        title=table.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1)
+        title=Text(table.title, "bold"), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0)
     )
     numeric = {i for i in range(len(table.columns)) if all(_is_number(row[i]) for row in table.rows)}
     for i, column in enumerate(table.columns):
-        rich.add_column(column, justify="right" if i in numeric else "left", overflow="fold")
+        most = 16 if column == "verdict" else None  # the longest verdict takes two lines, not the room of the claims
+        rich.add_column(Text(column), justify="right" if i in numeric else "left", overflow="fold", max_width=most)
     for row in table.rows:
         rich.add_row(*(Text(cell, style=_STYLES.get(cell, "")) for cell in row))
     return rich
@@ -65,8 +79,7 @@ def markdown(experiment: "Experiment", settings: "Settings", result: Result) -> 
     for table in (*result.tables, claims_table(result.claims)):
         lines += ["", f"## {table.title}", "", _line(table.columns), _line(["---"] * len(table.columns))]
         lines += [_line(row) for row in table.rows]
-    if result.notes:
-        lines += ["", *(f"- {note}" for note in result.notes)]
+    lines += ["", *(f"- {note}" for note in _notes(result))]
     return "\n".join(lines) + "\n"
 
 

@@ -105,7 +105,7 @@ class Result:
         if verdicts:
             mixed = len(set(verdicts)) > 1 and REPRODUCED in verdicts
             kinds = [CONDITIONAL] if mixed else sorted(set(verdicts))
-            parts.append(f"what the paper measured: {', '.join(kinds)}")
+            parts.append(f"other claims: {', '.join(kinds)}")
         return "; ".join(parts)
 
 
@@ -140,16 +140,16 @@ def sign_test(wins: int, trials: int) -> float:
     return sum(math.comb(trials, k) for k in range(wins, trials + 1)) / 2**trials
 
 
-def number(value: float | int | None) -> str:
-    """Three significant digits, short."""
+def number(value: float | int | None, digits: int = 3) -> str:
+    """A few significant digits, short."""
     if value is None:
         return "-"
     if isinstance(value, int) or (math.isfinite(value) and value == int(value) and abs(value) < 1e5):
         return str(int(value)) if abs(value) < 10**9 else f"{value:.2e}"
     if value and math.isfinite(value) and not 1e-2 <= abs(value) < 1e4:
-        mantissa, exponent = f"{value:.1e}".split("e")
+        mantissa, exponent = f"{value:.{digits - 2}e}".split("e")
         return f"{mantissa}e{int(exponent)}"
-    return f"{value:.3g}"
+    return f"{value:.{digits}g}"
 
 
 def to_json(value: object) -> object:

@@ -3,10 +3,10 @@
 import hashlib
 import json
 import os
-import platform
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from importlib import metadata
@@ -16,9 +16,11 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from ..info import info
 from ._report import markdown, print_result
 from ._result import Result, number, to_json
 
+ONE_THREAD = 2**16  # entries of the largest array of a training step up to which one thread is as fast as two
 SCHEMA = 1  # of the JSON file; raise it when a key changes its meaning
 
 Tick = Callable[[float], None]  # called with the finished fraction of a part
@@ -48,7 +50,7 @@ class Experiment:
     """One entry of the registry.
 
     name: as typed in ``deq run NAME``. title: one line. claim: what the paper says, in a sentence or two.
-    function: ``Run -> Result``. width_means: what ``--width`` sets. The numbers are defaults, the second for ``--quick``.
+    function: ``Run -> Result``. width_means: what ``--width`` sets. The numbers are defaults, second for ``--quick``.
     """
 
     name: str
@@ -58,12 +60,26 @@ class Experiment:
     width_means: str
     width: tuple[int, int]
     seeds: tuple[int, int] = (1, 1)
+    largest_width: int | None = None
 
     def settings(
-        self, *, width: int | None = None, seed: int = 0, seeds: int | None = None, device="cpu", quick=False
+        self,
+        *,
+        width: int | None = None,
+        seed: int = 0,
+        seeds: int | None = None,
+        device: str = "cpu",
+        quick: bool = False,
     ) -> Settings:
-        """Fill what was not given with this experiment's defaults."""
-        return Settings(width or self.width[quick], seed, seeds or self.seeds[quick], str(device), quick)
+        """Fill what was not given with this experiment's defaults. Raises SettingsError for what cannot be run."""
+        width = self.width[quick] if width is None else width
+        seeds = self.seeds[quick] if seeds is None else seeds
+        limits = (("width", width, 1, self.largest_width), ("seed", seed, 0, None), ("seeds", seeds, 1, None))
+        for name, value, low, high in limits:
+            if value < low or (high is not None and value > high):
+                allowed = f"at least {low}" + (f" and at most {high}" if high else "")
+                raise SettingsError(f"{self.name}: {name} must be {allowed}; got {value}")
+        return Settings(width, seed, seeds, device, quick)
 
 
 @dataclass(frozen=True)
@@ -81,10 +97,24 @@ class Run:
     def __init__(self, settings: Settings, kept: "KeptParts", progress: Progress):
         self.settings = settings
         self.device = torch.device(settings.device)
+        self.threads = torch.get_num_threads()
         self.resumed: list[str] = []
         self.seconds: dict[str, float] = {}
         self._kept = kept
         self._progress = progress
+
+    @contextmanager
+    def threads_for(self, entries: int) -> Iterator[None]:
+        """One thread where the arrays of a step have few entries, else what torch was set to. There, threads gain
+        nothing even on idle cores, and waiting for each other on busy ones makes training ten times slower."""
+        before = torch.get_num_threads()
+        if entries <= ONE_THREAD:
+            torch.set_num_threads(1)
+        self.threads = torch.get_num_threads()
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
 
     def generator(self, purpose: str) -> torch.Generator:
         """Random numbers that depend on the seed and ``purpose`` only, not on which parts ran before."""
@@ -122,7 +152,7 @@ class KeptParts:
             stored = json.loads(path.read_text())
             if stored["fingerprint"] == fingerprint:
                 self.values = stored["parts"]
-        except (FileNotFoundError, json.JSONDecodeError, KeyError, TypeError):
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
             pass  # nothing kept, or nothing that can be read: compute everything
 
     def keep(self, key: str, value: object) -> object:
@@ -164,7 +194,7 @@ def execute(experiment: Experiment, settings: Settings, out: Path, console: Cons
         "claim": experiment.claim,
         "settings": asdict(settings),
         "provenance": {
-            **_provenance(run.device),
+            **_provenance(run),
             "started": started.isoformat(timespec="seconds"),
             "seconds": round(time.perf_counter() - start, 2),
             "seconds_per_part": run.seconds,
@@ -201,28 +231,24 @@ def _fingerprint(experiment: Experiment, settings: Settings) -> str:
     return digest.hexdigest()
 
 
-def _provenance(device: torch.device) -> dict:
+def _provenance(run: Run) -> dict:
     commit, modified = _commit()
+    installed = info()
+    packages = ("torch", "numpy", "matplotlib")
     return {
         "commit": commit,
         "modified": modified,
-        "versions": {name: _version(name) for name in ("deq", "torch", "numpy", "matplotlib")}
-        | {"python": platform.python_version()},
-        "platform": platform.platform(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
-        "threads": torch.get_num_threads(),
+        "versions": {"deq": installed.deq, "python": installed.python} | {p: metadata.version(p) for p in packages},
+        "platform": installed.platform,
+        "compiled": installed.library is not None,
+        "isa": installed.isa,
+        "device": torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else run.device.type,
+        "threads": run.threads,
     }
 
 
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def _commit() -> tuple[str | None, bool | None]:
-    """Commit of the checkout that this file is tracked in and whether it was modified; None for an installed package."""
+    """Commit of the checkout that tracks this file, and whether it was modified; None for an installed package."""
 
     def git(*args: str) -> str:
         where = Path(__file__).parent

@@ -1,7 +1,7 @@
 """The width-m DEQ of Theorem 1 in integers, and the bound on feed-forward nets.
 
-z_t = relu(s_t), s_t = 2^t x - 1 - sum_{i<t} 2^(t-i+1) z_i on [0, 1]: strictly lower triangular, one equilibrium. It obeys
-s_1 = 2x - 1, s_(t+1) = 1 - 2 |s_t|, the tent map, so every neuron folds the interval once more.
+z_t = relu(s_t), s_t = 2^t x - 1 - sum_{i<t} 2^(t-i+1) z_i on [0, 1]: strictly lower triangular, one equilibrium. It
+obeys s_1 = 2x - 1, s_(t+1) = 1 - 2 |s_t|, the tent map, so every neuron folds the interval once more.
 
 A grid point is an integer k, x = k / 2^(m+1): region j of 2^m is k = 2j .. 2j + 2, its midpoint k = 2j + 1. States are
 integers in the same unit. Arrays are numpy int64 up to INT64_WIDTH and Python integers (dtype object) above, so that
@@ -10,6 +10,7 @@ everything here is exact.
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -42,9 +43,9 @@ def relu(s: list[np.ndarray]) -> list[np.ndarray]:
 class Pieces:
     """What :func:`examine` saw on runs of consecutive grid points.
 
-    kinks, kinks_last, kinks_sum, kinks_staircase: interior grid points where the slope changes of the vector z, of z_m, of
-    sum z_t, and of the readout sum 2^(m-t+2) z_t. misplaced: interior grid points where z has a kink though they are no
-    j / 2^m, or none though they are. bent: cells in which some s_t changes sign, so that z is not affine there.
+    kinks, kinks_last, kinks_sum, kinks_staircase: interior grid points where the slope changes of the vector z, of
+    z_m, of sum z_t, and of the readout sum 2^(m-t+2) z_t. misplaced: interior grid points where z has a kink though
+    they are no j / 2^m, or none though they are. bent: cells in which some s_t changes sign: z is not affine there.
     unlike_gray: midpoints whose activation pattern is not the Gray code of their region. unlike_tent: points where
     s_(t+1) = 1 - 2 |s_t| fails.
     """
@@ -148,7 +149,7 @@ def spread_neurons(neurons: int, depth: int) -> list[int]:
 def parameters(widths: list[int]) -> int:
     """Weights and biases of a net with scalar input and output."""
     sizes = [1, *widths, 1]
-    return sum((i + 1) * o for i, o in zip(sizes[:-1], sizes[1:], strict=True))
+    return sum((i + 1) * o for i, o in pairwise(sizes))
 
 
 def deq_parameters(m: int) -> int:

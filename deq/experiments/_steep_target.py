@@ -86,6 +86,10 @@ class SelfLoops:
     def readout(self, z: Tensor) -> Tensor:
         return self.y0 + z.sum(-1)
 
+    def norms(self) -> float:
+        """Product of the infinity norms of U and the readout, with W's counted as 1."""
+        return len(self.gain) * float((self.jumps / self.gain).max())
+
     def largest_weight(self) -> float:
         """Over W, U, b and the readout (ones and y0)."""
         u = self.jumps / self.gain
@@ -136,12 +140,18 @@ class ScalarState:
 
     def step(self, z: Tensor, t: Tensor) -> Tensor:
         """V relu(W z + U x_1 + b) for z, t (n,)."""
-        V, W, U, b = self.layers()
-        return torch.relu(torch.outer(z, W) + torch.outer(1 - t, U) + b) @ V
+        return self.hidden(z, t) @ self.layers()[0]
+
+    def rounding(self, z: Tensor, t: Tensor) -> Tensor:
+        """Bound (n,) on the rounding error of :meth:`step` and of its comparison with z."""
+        V = self.layers()[0]
+        return (len(V) + 4) * torch.finfo(F64).eps * (self.hidden(z, t) @ V.abs() + 1)
 
     def root(self, t: Tensor) -> Tensor:
         """The equilibrium (n,) in closed form: f inverted piece by piece."""
-        piece = self.K - torch.searchsorted(self.below.flip(0), t, right=True)  # below[piece] > t >= below[piece + 1]
+        piece = self.K - torch.searchsorted(
+            self.below.flip(0), t.contiguous(), right=True
+        )  # below[piece] > t >= below[piece + 1]
         piece = piece.clamp(0, self.K - 1)
         top = self.below[piece]
         return (piece + (top - t) / (top - self.below[piece + 1])) / self.K

@@ -22,19 +22,19 @@ class EquilibriumLinear(nn.Module):
     in_features, width: sizes of x and z, at least 1.
     activation: a name of ``deq.activations.ACTIVATIONS``.
     weight: how W is parametrised. "dense": free. "contractive": ||W||_2 <= 0.95. "monotone": ``sym(I - W) >= 0.1 I``.
-        "lower_triangular" and "diagonal": ``|W_ii| <= 0.95``. "diagonal_low_rank": ``diag(d) + P Q^T`` of rank 16. Or a
-        module whose call returns a structure of ``deq.weights``, such as ``deq.nn.DiagonalLowRankWeight(width, rank=4)``.
+        "lower_triangular" and "diagonal": ``|W_ii| <= 0.95``. "diagonal_low_rank": ``diag(d) + P Q^T`` of rank 16. Or
+        a module whose call returns a structure of ``deq.weights``, like ``deq.nn.MonotoneWeight(width, mu=0.5)``.
         All but dense and diagonal_low_rank keep exactly one equilibrium whatever training does ("monotone" not for
         gelu and silu); every one of them starts where the plain iteration converges.
     bias: whether b exists.
     options: keyword arguments of ``deq.solve`` other than z0, used in every call.
 
     ``layer(x, z0=None)`` solves from z0 (..., width) or zero. Gradients reach x, U, b, the parameters of W and follow
-    ``torch.is_grad_enabled()``, in training and evaluation alike. ``layer.solution`` is the last Solution, detached; it is
-    neither saved nor copied with the layer. Under autocast only ``U x + b`` runs in the lower precision.
+    ``torch.is_grad_enabled()``, in training and evaluation alike. ``layer.solution`` is the last Solution, detached; it
+    is neither saved nor copied with the layer. Under autocast only ``U x + b`` runs in the lower precision.
 
-    Parameters: ``injection.weight`` U (width, in_features), drawn with variance 1 / in_features so that c has the variance
-    of x; ``injection.bias`` b (width,), zero; ``weight.*``, see :mod:`deq.nn.weight_modules`.
+    Parameters: ``injection.weight`` U (width, in_features), drawn with variance 1 / in_features so that c has the
+    variance of x; ``injection.bias`` b (width,), zero; ``weight.*``, see :mod:`deq.nn.weight_modules`.
     Raises TypeError for an unknown option and ValueError for other arguments that cannot be.
     """
 

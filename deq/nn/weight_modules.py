@@ -2,8 +2,8 @@
 
 All start with ``W z`` adding about a fifth to the variance of c and the plain iteration gaining a factor of about 0.4 a
 step. A Gaussian matrix with entries of variance ``gain^2 / m``, gain = 0.45, does: its spectral radius is the gain and
-its 2-norm twice that. In small widths both scatter, so the norm is cut at ``gain (2 - 1 / sqrt(m))``, which is the gain at
-m = 1. Gain and bounds are divided by the activation's Lipschitz constant where that is above 1 (gelu, silu).
+its 2-norm twice that. In small widths both scatter, so the norm is cut at ``gain (2 - 1 / sqrt(m))``, which is the gain
+at m = 1. Gain and bounds are divided by the activation's Lipschitz constant where that is above 1 (gelu, silu).
 """
 
 import torch
@@ -55,7 +55,7 @@ class WeightModule(nn.Module):
         V.mul_(self._shrink(V))
 
     def _shrink(self, *terms: Tensor) -> Tensor | float:
-        """Factor at most 1 that takes the sum of the terms' norms to the limit of small widths; large ones are near it."""
+        """Factor of at most 1 that takes the sum of the terms' norms below the limit of small widths."""
         if self.width > EXACT_UP_TO:
             return 1.0
         limit = self.gain * (2.0 - self.width**-0.5)

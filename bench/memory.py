@@ -1,0 +1,86 @@
+"""``deq bench memory``: how much a solve allocates beyond its inputs, in buffers of B x m elements.
+
+Every measurement runs in a fresh process: the resident set's high-water mark is reset just before the solve, so neither
+imports nor an allocator that kept earlier memory count. The result itself (z, and the gradient of c) does count.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from .baselines import engine, has_torchdeq, make_torchdeq, torch_loop
+from .cases import MEMORY_MUST, Case
+
+PASSES = ("forward", "forward + backward")
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+RESET_PEAK = "5"  # see proc(5): sets VmHWM to VmRSS
+
+
+def competitors() -> list[str]:
+    """Names of what can be measured here. torchdeq's Broyden is left out: it allocates 200 buffers before it starts."""
+    torchdeq = ["torchdeq fixed_point_iter", "torchdeq anderson"] if has_torchdeq() else []
+    return ["deq", "loop", *torchdeq]
+
+
+def _make(name: str) -> Callable:
+    package, _, solver = name.partition(" ")
+    return make_torchdeq(solver) if package == "torchdeq" else {"deq": engine, "loop": torch_loop}[name]
+
+
+def measure(case: Case) -> list[dict]:
+    """One row a competitor and pass; ``buffers`` is the peak beyond the inputs in units of B x m elements."""
+    rows = []
+    unit = case.B * case.m * torch.empty((), dtype=getattr(torch, case.dtype)).itemsize
+    for name in competitors():
+        for which in PASSES:
+            peak = _in_fresh_process(name, case, which)
+            must = MEMORY_MUST[which] if name == "deq" else None
+            rows.append(
+                {
+                    "case": case.name,
+                    "variant": name,
+                    "pass": which,
+                    "bytes": peak,
+                    "buffers": peak / unit,
+                    "must": must,
+                    "reached": None if must is None else peak / unit <= must,
+                }
+            )
+    return rows
+
+
+def _in_fresh_process(name: str, case: Case, which: str) -> int:
+    arguments = json.dumps([name, asdict(case), which])
+    program = f"import json; from {__name__} import _measure_here; print(_measure_here(*json.loads({arguments!r})))"
+    path = os.pathsep.join(filter(None, sys.path))  # the same deq, wherever this one came from
+    child = [sys.executable, "-c", program]
+    return int(subprocess.run(child, env=os.environ | {"PYTHONPATH": path}, check=True, capture_output=True).stdout)
+
+
+def peak_of(run: Callable[[], object]) -> int:
+    """Bytes by which the resident set grew at most while ``run`` ran. Linux only."""
+    CLEAR.write_text(RESET_PEAK)
+    before = _status("VmRSS")
+    run()
+    return _status("VmHWM") - before
+
+
+def _measure_here(name: str, case: dict, which: str) -> int:
+    torch.set_num_threads(1)
+    case = Case(**case)
+    run = _make(name)
+    backward = which == "forward + backward"
+    run(Case(case.m, 16, case.family, case.dtype).make(), backward)  # loads and starts everything that comes but once
+    problem = case.make()
+    return peak_of(lambda: run(problem, backward))
+
+
+def _status(field: str) -> int:
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(field + ":"))
+    return 1024 * int(line.split()[1])

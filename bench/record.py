@@ -1,0 +1,55 @@
+"""Where a measurement was taken, and the file it goes to."""
+
+import json
+import platform
+import re
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+import deq
+
+
+def environment() -> dict[str, object]:
+    """Fields that every row of a result file carries: device, commit, versions."""
+    versions = {"deq": deq.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    try:
+        versions["torchdeq"] = version("torchdeq")
+    except PackageNotFoundError:
+        versions["torchdeq"] = None
+    return {"device": device_name(), "commit": commit(), "versions": versions}
+
+
+def device_name() -> str:
+    """The CPU's model name, as the system tells it."""
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
+    return found.group(1).strip() if found else platform.processor() or platform.machine()
+
+
+def commit() -> str | None:
+    """Commit of the sources, marked "-dirty" with uncommitted changes; None outside a git checkout."""
+    folder = Path(deq.__file__).resolve().parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments], cwd=folder, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")) != folder.parent:
+            return None  # installed below somebody else's checkout
+        return git("rev-parse", "--short", "HEAD") + ("-dirty" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def write(rows: list[dict], out: Path, name: str) -> Path:
+    """Write the rows to ``out/<device>/<name>.json``, one a line, and return the path."""
+    folder = out / re.sub(r"[^a-z0-9]+", "-", device_name().lower()).strip("-")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    path.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+    return path

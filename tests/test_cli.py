@@ -1,0 +1,212 @@
+"""The command line: experiments end to end in their quick form, exit codes, interruption, bad options."""
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from matplotlib.image import imread
+
+import deq
+from deq.cli import main
+from deq.experiments import REGISTRY, regions, steep
+from deq.experiments._run import SCHEMA
+from deq.experiments._steep_target import SelfLoops
+
+
+@pytest.fixture(autouse=True)
+def brief(monkeypatch):
+    """A few steps: what is tested here does not depend on how well the nets learn."""
+    monkeypatch.setattr(steep, "QUICK_STEPS", 12)
+
+
+def deq_command(*arguments: str) -> Result:
+    return CliRunner().invoke(main, [str(a) for a in arguments], env={"COLUMNS": "80", "TERM": "dumb"})
+
+
+def check_record(out: Path, name: str) -> dict:
+    """The JSON has the schema that all experiments share, the figure shows something, the report refers to both."""
+    text = (out / f"{name}.json").read_text()
+    record = json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+    assert record["schema"] == SCHEMA and record["experiment"] == name
+    assert set(record["settings"]) == {"width", "seed", "seeds", "device", "quick"}
+    assert record["provenance"]["versions"]["deq"] == deq.__version__
+    for claim in record["claims"]:
+        assert set(claim) == {"statement", "source", "measured", "relation", "required", "verdict", "note"}
+    for table in record["tables"]:
+        assert table["rows"] and all(len(row) == len(table["columns"]) for row in table["rows"])
+    picture = imread(out / f"{name}.png")
+    assert picture.shape[:2] == (600, 1500)  # 10 x 4 inches
+    thirds = (picture[:, i * 500 : (i + 1) * 500, :3] for i in range(3))
+    assert all((third.min(-1) < 0.9).mean() > 0.01 for third in thirds)  # no panel is blank
+    report = (out / f"{name}.md").read_text()
+    assert f"({name}.png)" in report and record["verdict"] in report
+    assert all(claim["statement"].replace("|", "\\|") in report for claim in record["claims"])
+    assert sorted(p.name for p in out.iterdir()) == [f"{name}.json", f"{name}.md", f"{name}.png"]
+    return record
+
+
+def test_steep_quick(tmp_path):
+    result = deq_command("run", "steep", "--quick", "--seeds", 2, "--width", 6, "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    record = check_record(tmp_path, "steep")
+    assert record["settings"] == {"width": 6, "seed": 0, "seeds": 2, "device": "cpu", "quick": True}
+    verdicts = [c["verdict"] for c in record["claims"]]
+    assert verdicts.count("proved") == 12 and verdicts.count("not judged") == 4 and len(verdicts) == 16
+    for row in record["values"]["trained"]:
+        assert len(row["mse"]) == len(row["sup"]) == 2
+        assert row["history"][0]["step"] == 0 and row["history"][-1]["step"] == 12
+        assert row["summary"]["mse"]["low"] <= row["summary"]["mse"]["median"] <= row["summary"]["mse"]["high"]
+        if "DEQ" in row["model"]:  # every equilibrium row shows its residual and what more evaluations change
+            evidence = row["equilibrium"]
+            assert evidence["residual"] <= 1e-10 and evidence["residual_again"] <= 1e-13
+            assert evidence["metric_again"] == pytest.approx(evidence["metric_used"], rel=1e-6)
+    assert all(len(line.rstrip()) <= 80 for line in result.output.splitlines() if not line.startswith("Wrote "))
+    assert "Verdict: 12 of 12 proved claims hold" in result.output
+
+
+def test_regions_quick(tmp_path):
+    result = deq_command("run", "regions", "--quick", "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    record = check_record(tmp_path, "regions")
+    assert [row["regions"] for row in record["values"]["counted"]] == [2**m for m in range(1, 11)]
+    assert all(len(line.rstrip()) <= 80 for line in result.output.splitlines() if not line.startswith("Wrote "))
+    exact = {name: max(r["m"] for r in rows if r["wrong"] == 0) for name, rows in record["values"]["solved"].items()}
+    assert exact == {"float32": 23, "float64": 52}
+
+
+def test_regions_samples_where_it_cannot_count(tmp_path, monkeypatch):
+    monkeypatch.setattr(regions, "EXACT", 5)
+    result = deq_command("run", "regions", "--quick", "--width", 33, "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    record = check_record(tmp_path, "regions")
+    assert len(record["values"]["counted"]) == 5
+    assert [row["m"] for row in record["values"]["sampled"]] == [7, 10, 14, 20, 33]
+    assert "regions a width sampled in integers, not counted" in " ".join(result.output.split())
+    assert any("sampled" in c["statement"] and c["verdict"] == "proved" for c in record["claims"])
+
+
+def test_regions_of_one_neuron(tmp_path):
+    result = deq_command("run", "regions", "--width", 1, "--quick", "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+
+
+def test_a_broken_construction_is_exit_code_1(tmp_path, monkeypatch):
+    monkeypatch.setattr(SelfLoops, "readout", lambda self, z: self.y0 + 0.1 + z.sum(-1))
+    result = deq_command("run", "steep", "--quick", "--seeds", 1, "--width", 3, "--out", tmp_path)
+    assert result.exit_code == 1
+    sentence = "steep: this proved claim does not hold: Thm. 2: A: K^2 x sup error: measured "
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith(sentence)]
+    assert line.endswith("required <= 1 (d = 25, K = 32).")
+    assert float(line.removeprefix(sentence).split(",")[0]) > 50
+    record = check_record(tmp_path, "steep")
+    assert "violated" in [c["verdict"] for c in record["claims"]]
+
+
+def test_a_broken_weight_is_exit_code_1(tmp_path, monkeypatch):
+    right = regions.weight
+    monkeypatch.setattr(regions, "weight", lambda m, dtype: 0.5 * right(m, dtype))
+    result = deq_command("run", "all", "--quick", "--seeds", 1, "--width", 3, "--out", tmp_path)
+    assert result.exit_code == 1
+    assert "regions: this proved claim does not hold: Thm. 1: float32, m <= 23: inexact solves" in result.stderr
+    assert "steep: " not in result.stderr and (tmp_path / "steep.json").exists()
+
+
+def test_interruption_keeps_parts_and_the_next_run_resumes(tmp_path, monkeypatch):
+    whole = tmp_path / "whole"
+    arguments = ("run", "steep", "--quick", "--seeds", 1, "--width", 3)
+    assert deq_command(*arguments, "--out", whole).exit_code == 0
+
+    train_one, calls = steep.train_one, []
+
+    def counted(*arguments):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return train_one(*arguments)
+
+    monkeypatch.setattr(steep, "train_one", counted)
+    out = tmp_path / "out"
+    result = deq_command(*arguments, "--out", out)
+    assert result.exit_code == 130
+    assert "Interrupted steep: finished parts are kept in" in result.stderr
+    assert "the same command resumes them" in result.stderr
+    assert [p.name for p in out.iterdir()] == ["steep.parts.json"]
+
+    other = deq_command(*arguments, "--seed", 1, "--out", out)  # other settings: nothing to resume
+    assert other.exit_code == 0 and "Resuming" not in other.output
+    calls.clear()
+    assert deq_command(*arguments, "--out", out).exit_code == 130
+    calls[:] = [1] * 10
+    result = deq_command(*arguments, "--out", out)
+    assert result.exit_code == 0
+    assert "Resuming: 9 of 16 parts are kept from an earlier run." in result.output
+    assert len(calls) == 10 + 7
+    resumed = check_record(out, "steep")
+    assert len(resumed["provenance"]["resumed_parts"]) == 9
+    expected = json.loads((whole / "steep.json").read_text())
+    assert resumed["values"] == expected["values"] and resumed["claims"] == expected["claims"]
+
+
+def test_interruption_before_anything_is_finished(tmp_path, monkeypatch):
+    def interrupted(d, K, device):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(steep, "check_self_loops", interrupted)
+    result = deq_command("run", "steep", "--quick", "--out", tmp_path)
+    assert result.exit_code == 130 and "no part was finished" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (("steep", "--width", "0"), ("--width", "0 is not in the range x>=1")),
+        (("steep", "--width", "ten"), ("--width", "ten")),
+        (("steep", "--seeds", "0"), ("--seeds", "x>=1")),
+        (("steep", "--seed", "-1"), ("--seed", "x>=0")),
+        (("steep", "--device", "tpu"), ("--device", "cpu, cuda or cuda:N", "tpu")),
+        (("steep", "--device", "cpu:1"), ("--device", "cpu:1")),
+        (("regoins",), ("no experiment 'regoins'", "Did you mean 'regions'?", "steep, regions, all")),
+        ((), ("name an experiment: steep, regions or all",)),
+        (("all", "--width", "5000"), ("regions: width must be at least 1 and at most 1000; got 5000",)),
+        (("steep", "--wdith", "3"), ("--wdith", "--width")),
+    ],
+)
+def test_bad_options_are_named(arguments, words, tmp_path):
+    result = deq_command("run", *arguments, "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert all(word in result.stderr for word in words), result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_cuda_without_a_gpu_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    result = deq_command("run", "steep", "--device", "cuda", "--out", tmp_path)
+    assert result.exit_code == 2 and "no CUDA GPU" in result.stderr
+
+
+def test_out_that_cannot_be_a_folder_is_refused(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    for out in (file, file / "below"):
+        result = deq_command("run", "steep", "--out", out)
+        assert result.exit_code == 2 and "--out" in result.stderr
+
+
+def test_list_info_version_and_help():
+    listed = deq_command("run", "--list")
+    assert listed.exit_code == 0
+    assert all(name in listed.output and e.title in listed.output for name, e in REGISTRY.items())
+    assert max(map(len, listed.output.splitlines())) <= 80
+    info = deq_command("info")
+    assert info.exit_code == 0 and info.output == f"{deq.info()}\n"
+    assert deq_command("--version").output == f"deq, version {deq.__version__}\n"
+    assert "run" in deq_command("--help").output and "--quick" in deq_command("run", "--help").output
+
+
+def test_the_same_command_gives_the_same_values(tmp_path):
+    arguments = ("run", "regions", "--quick", "--width", 2, "--out", tmp_path)
+    assert deq_command(*arguments).exit_code == 0
+    first = json.loads((tmp_path / "regions.json").read_text())["values"]
+    assert deq_command(*arguments).exit_code == 0
+    assert json.loads((tmp_path / "regions.json").read_text())["values"] == first
