@@ -32,8 +32,7 @@ GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "resources.json"
 ARCHITECTURES = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
 TYPES = {"float32": "fp32", "float64": "fp64", "bfloat16": "bf16", "float16": "fp16"}
 # Ending, activation (one for each kind of arithmetic: comparison, exponential with a series, error function), the
-# direction in which W is contiguous (the adjoint's A is a transposed W), and whether the width is a multiple of 16, is
-# not, or is 1 like the batch: Triton compiles a size of 1 in.
+# direction in which W is contiguous (the adjoint's A is a transposed W), and whether the width is a multiple of 16.
 KINDS = (
     ("value", "relu", "rows", "aligned"),
     ("value", "tanh", "rows", "aligned"),
@@ -44,7 +43,6 @@ KINDS = (
     ("adjoint", "identity", "columns", "aligned"),
     ("adjoint", "identity", "columns", "ragged"),
     ("adjoint", "identity", "rows", "aligned"),
-    ("value", "tanh", "rows", "one"),
 )
 
 
@@ -79,17 +77,8 @@ def variants(architectures: Iterable[str] = ARCHITECTURES) -> list[Variant]:
         for precision in (cell.PRECISIONS if dtype == "float32" else cell.PRECISIONS[:1])
         for tiles in ladder
         for kind in KINDS
-        if _can_meet(tiles, kind[-1], ladder)
+        if kind[-1] == "aligned" or tiles.samples <= cell.RAGGED_SAMPLES
     ]
-
-
-def _can_meet(tiles: cell.Tiles, width: str, ladder: tuple[cell.Tiles, ...]) -> bool:
-    """Whether :func:`deq.kernels.cell.cell_tiles` gives these tiles to such a width."""
-    return (
-        width == "aligned"
-        or (width == "ragged" and tiles.samples <= cell.RAGGED_SAMPLES)
-        or (width == "one" and tiles is ladder[-1])
-    )
 
 
 def measure(chosen: list[Variant]) -> Iterator[dict]:
@@ -145,8 +134,6 @@ def _compile(variant: Variant) -> dict:
     if variant.ending != "adjoint":
         constants["d_ptr"] = None
     constants["stride_wk" if variant.weight == "rows" else "stride_wn"] = 1  # compiled in, as at run time
-    if variant.width == "one":
-        constants |= dict.fromkeys(("B", "m", "stride_z", "stride_c", "stride_wn", "stride_wk"), 1)
     names = cell.cell_kernel.arg_names
     sums = "*fp64" if variant.dtype == "float64" else "*fp32"
     signature, attributes = {}, {}

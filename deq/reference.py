@@ -19,7 +19,7 @@ PATIENCE = 128  # evaluations without a better residual until STALLED, at least 
 # the residual may fall only at evaluation m
 PATIENCE_AT_FLOOR = 32  # the same once the residual is within FLOOR_EPS machine epsilons
 FLOOR_EPS = 1000.0
-MARGIN = 3.0  # a sample leaves at tol / MARGIN, or at tol where it contracts slowly (csrc/judge.h says why)
+MARGIN_POWER = 0.1  # a sample leaves at tol^1.1, or at tol where it contracts slowly (csrc/judge.h says why)
 MAX_WEIGHT = 1e3  # Anderson weights of larger 1-norm are not trusted
 
 
@@ -70,12 +70,13 @@ def iterate(
 
     ``rows`` (n,) int64 names the samples that the n rows of the argument belong to. ``criterion="residual"`` judges
     ``r = ||f(y) - y|| / ||f(y)||``, ``"error"`` judges ``r q / (1 - q)`` with the measured contraction ``q``. A sample that
-    does not contract slowly is taken to ``tol / MARGIN``.
+    does not contract slowly is taken to ``tol^1.1``.
     Returns z = f(y) (B, m), iterations (B,) int32, residual (B,), status (B,) uint8.
     """
     B, m = y.shape
     eps = torch.finfo(y.dtype).eps
     patience = max(PATIENCE, m)
+    leave = min(tol, tol ** (1 + MARGIN_POWER))
     z = y.clone()
     iterations = torch.zeros(B, dtype=torch.int32, device=y.device)
     residual = torch.full((B,), torch.inf, dtype=y.dtype, device=y.device)  # of the best point, per sample
@@ -106,7 +107,7 @@ def iterate(
         q = torch.maximum(step / steps[0], steps[0] / steps[1]).nan_to_num(nan=1.0)
         if criterion == "residual":
             slow = step > SLOW_CONTRACTION * steps[0]
-            converged = finite & (r <= tol) & ((r <= tol / MARGIN) | slow | (k == max_iter))
+            converged = finite & (r <= tol) & ((r <= leave) | slow | (k == max_iter))
         else:
             converged = finite & ((step == 0) | ((q < 1) & (r * q <= tol * (1 - q))))
         z[rows[converged]] = fy[converged]

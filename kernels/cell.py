@@ -41,9 +41,9 @@ class Tiles:
     stages: int
 
 
-# Largest first. As far as cell_tiles chooses them none spills a register or needs more shared memory than the 99 kB that
-# every GPU since Ampere has (bench/resources.py). Hopper's wgmma takes 64 rows or more. The smallest tiles read long
-# pieces of W, so that few programs have enough bytes in flight.
+# Largest first. Where cell_tiles chooses them they neither spill registers nor need more shared memory than the 99 kB
+# that every GPU since Ampere has (bench/resources.py). Hopper's wgmma takes 64 rows or more. The smallest tiles read
+# long pieces of W, so that few programs have enough bytes in flight.
 _HALF = (
     Tiles(128, 128, 64, 8, 3),
     Tiles(64, 128, 64, 4, 3),
@@ -58,7 +58,7 @@ TILES = {
     "float32": (
         Tiles(128, 64, 32, 8, 3),
         Tiles(64, 64, 32, 4, 3),
-        Tiles(32, 64, 32, 8, 3),
+        Tiles(32, 64, 16, 8, 4),
         Tiles(16, 64, 64, 4, 3),
         Tiles(16, 32, 64, 4, 4),
     ),
@@ -211,7 +211,7 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])  # one compilation for all batch sizes
 def cell_kernel(
     z_ptr,
     w_ptr,

@@ -97,7 +97,7 @@ def test_a_broken_construction_is_exit_code_1(tmp_path, monkeypatch):
     assert result.exit_code == 1
     sentence = "steep: this proved claim does not hold: Thm. 2: A: K^2 x sup error: measured "
     (line,) = [line for line in result.stderr.splitlines() if line.startswith(sentence)]
-    assert line.endswith("required <= 1 (d = 25, K = 32).")
+    assert line.endswith("required <= 1 (d = 30, K = 32).")
     assert float(line.removeprefix(sentence).split(",")[0]) > 50
     record = check_record(tmp_path, "steep")
     assert "violated" in [c["verdict"] for c in record["claims"]]

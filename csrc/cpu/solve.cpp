@@ -67,15 +67,14 @@ struct Totals {
 };
 
 template <class T>
-struct Slot {
+struct alignas(64) Slot {
+  Record record;  // with the flags, all that the common iteration touches: one cache line
+  bool saved;     // the output row holds the best iterate
+  bool accelerated;
   T* buffer[2];
   T *c, *d, *sums;
   int64_t sample;  // flat index s * B + b
   double scale;    // the sample was multiplied by this power of two
-  Record record;
-  double before2;  // step2 of three evaluations ago
-  bool saved;      // the output row holds the best iterate
-  bool accelerated;
   int window, newest;  // Anderson: pairs held, ring position of the newest
   double gram[kMaxDepth][kMaxDepth];  // by ring position
 };
@@ -103,30 +102,39 @@ class Tile {
       totals_.error = DEQ_NO_MEMORY;
       return;
     }
-    const T* z[kMaxTile];
-    const T* c[kMaxTile];
-    const T* d[kMaxTile];
-    T* out[kMaxTile];
-    T* sums[kMaxTile];
+    // Position a of the arrays belongs to slot at[a]; row[current] is what the next step reads.
+    T *row[2][kMaxTile], *c[kMaxTile], *d[kMaxTile], *sums[kMaxTile];
     double totals[2 * kMaxTile];
-    int active[kMaxTile], n = 0;
-    for (int i = 0; i < size_ && fill(slots_[i], queue); ++i) active[n++] = i;
+    int at[kMaxTile], n = 0;
+    for (; n < size_ && fill(slots_[n], queue); ++n) {
+      const Slot<T>& slot = slots_[at[n] = n];
+      row[0][n] = slot.buffer[0];
+      row[1][n] = slot.buffer[1];
+      c[n] = slot.c;
+      d[n] = slot.d;
+      sums[n] = slot.sums;
+    }
+    const T* w = static_cast<const T*>(packed_.data) + s * (packed_.matrix_bytes / static_cast<int64_t>(sizeof(T)));
     while (n > 0) {
-      for (int a = 0; a < n; ++a) {
-        Slot<T>& slot = slots_[active[a]];
-        z[a] = slot.buffer[current_];
-        out[a] = slot.buffer[1 - current_];
-        c[a] = slot.c;
-        d[a] = slot.d;
-        sums[a] = slot.sums;
-      }
-      const T* w = static_cast<const T*>(packed_.data) + s * (packed_.matrix_bytes / static_cast<int64_t>(sizeof(T)));
-      k_.step(Step<T>{z, out, c, p_.mask.data ? d : nullptr, sums, totals, w, m_, p_.activation}, n);
+      k_.step(Step<T>{row[current_], row[1 - current_], c, p_.mask.data ? d : nullptr, sums, totals, w, m_, p_.activation}, n);
       current_ = 1 - current_;
-      int kept = 0;
-      for (int a = 0; a < n; ++a)
-        if (advance(slots_[active[a]], totals[2 * a], totals[2 * a + 1]) || fill(slots_[active[a]], queue)) active[kept++] = active[a];
-      n = kept;
+      for (int a = 0; a < n;) {
+        Slot<T>& slot = slots_[at[a]];
+        const double step2 = totals[2 * a], size2 = totals[2 * a + 1];
+        if (goes_on(slot, step2, size2) || advance(slot, step2, size2) || fill(slot, queue)) {
+          ++a;
+          continue;
+        }
+        if (a == --n) break;  // the last position takes the free one
+        at[a] = at[n];
+        row[0][a] = row[0][n];
+        row[1][a] = row[1][n];
+        c[a] = c[n];
+        d[a] = d[n];
+        sums[a] = sums[n];
+        totals[2 * a] = totals[2 * n];
+        totals[2 * a + 1] = totals[2 * n + 1];
+      }
     }
     rows_arena.trim();
     window_arena.trim();
@@ -180,7 +188,6 @@ class Tile {
       if (b >= p_.batch) return false;
       slot.sample = matrix_ * p_.batch + b;
       slot.record = new_record();
-      slot.before2 = INFINITY;
       slot.saved = false;
       slot.accelerated = p_.acceleration == DEQ_ANDERSON;
       slot.window = 0;
@@ -259,6 +266,13 @@ class Tile {
       sum += diff * diff;
     }
     return sum;
+  }
+
+  // The common iteration, apart from advance(): nothing to decide, nothing to write.
+  bool goes_on(Slot<T>& slot, double step2, double size2) {
+    if (slot.accelerated || !in_range(size2) || !progresses(rule_, slot.record, step2, size2)) return false;
+    slot.saved = false;
+    return true;
   }
 
   // Judges the evaluation just made and prepares the next iterate; false when the sample is done.

@@ -7,6 +7,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from .. import _library
+from ..plan import make_plan
 from ..solve import solve
 
 F64 = torch.float64
@@ -130,13 +132,21 @@ class TriangularDEQ(EquilibriumNet):
         return torch.tril(self.full, -1)
 
     def closed_form(self, c: Tensor) -> Tensor:
-        W, z = self.weight(), torch.zeros_like(c)
-        for t in range(self.width):
-            z[..., t] = torch.relu(c[..., t] + (z[..., :t] @ W[:, t, :t].unsqueeze(-1)).squeeze(-1))
-        return z
+        W, z = self.weight(), [torch.relu(c[..., 0])]
+        for t in range(1, self.width):
+            fed = torch.stack(z, -1) @ W[:, t, :t].unsqueeze(-1)
+            z.append(torch.relu(c[..., t] + fed.squeeze(-1)))
+        return torch.stack(z, -1)
 
     def equilibrium(self, c: Tensor) -> Tensor:
+        if not engine_is_compiled(c.device):  # its reference in PyTorch takes each seed in turn, ten times as long
+            return self.closed_form(c)
         return solve(self.weight(), c, "relu", solver="plain", max_iter=self.width + 2).z
+
+
+def engine_is_compiled(device: torch.device) -> bool:
+    """Whether :func:`deq.solve` runs compiled code for float64 tensors on this device."""
+    return make_plan(dtype="float64", device=device.type, compiled=_library.compiled is not None).backend != "reference"
 
 
 def uniform(shape: Sequence[int], fan_in: int, generator: torch.Generator, gain: float = 1.0) -> Tensor:

@@ -154,6 +154,8 @@ class KeptParts:
                 self.values = stored["parts"]
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             pass  # nothing kept, or nothing that can be read: compute everything
+        if not self.values:
+            self.forget()
 
     def keep(self, key: str, value: object) -> object:
         """Write ``value`` to disk and return it as a resumed run would read it."""

@@ -3,6 +3,7 @@
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from . import _plot
 from ._result import spread
@@ -33,7 +34,9 @@ def _draw_laws(ax: Axes, built: list[dict]) -> None:
             ax.plot(K, errors, mark, color=colour, ms=4, alpha=0.55, mew=0)
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")
-    ax.set_xticks(K, [f"{k:g}" for k in K])
+    ticks = [k for k in K if np.log2(k).is_integer()]
+    ticks = ticks[:: 1 + len(ticks) // 7]
+    ax.set_xticks(ticks, [f"{k:g}" for k in ticks])
     ax.minorticks_off()
     ax.set_xlabel("width K of the DEQ")
     ax.set_ylabel("sup error")
@@ -71,16 +74,19 @@ def _label(row: dict) -> str:
 def _draw_learned(ax: Axes, trained: list[dict]) -> None:
     ds = sorted({r["d"] for r in trained})
     rows = [r for r in trained if r["d"] == ds[0]]
-    for d in ds:
+    for d, side, fill in zip(ds, (0.2, 0.8), ("white", None), strict=True):
         of_d = [r for r in trained if r["d"] == d]
         for y, row in enumerate(of_d):
             errors = [v for v in row["mse"] if v is not None]
             jitter = y + np.linspace(-0.22, 0.22, len(errors)) if len(errors) > 1 else [y]
-            ax.plot(errors, jitter, "o", color=_colour(row), ms=4, alpha=0.6, mew=0)
             ax.plot([spread(row["mse"]).median] * 2, [y - 0.36, y + 0.36], color=_colour(row), lw=2.5)
-        middle = np.exp(np.mean([np.log(spread(r["mse"]).median) for r in of_d]))
-        ax.text(middle, -0.75, f"d = {d}", ha="center", color="#222222")
+            ax.plot(errors, jitter, "o", color=_colour(row), mfc=fill or _colour(row), ms=4, mew=0.9)
+        ax.plot(side - 0.11, 0.965, "o", color="#222222", mfc=fill, ms=4.5, mew=0.9, transform=ax.transAxes)
+        ax.text(side - 0.08, 0.965, f"d = {d}", va="center", color="#222222", transform=ax.transAxes)
     ax.set_xscale("log")
+    low, high = ax.get_xlim()
+    ax.set_xlim(min(low, 0.9 * 10 ** np.floor(np.log10(high))), high)  # at least one decade's tick
+    ax.xaxis.set_minor_formatter(NullFormatter())
     ax.set_yticks(range(len(rows)), [_label(r) for r in rows])
     for tick, row in zip(ax.get_yticklabels(), rows, strict=True):
         tick.set_color(_colour(row))
@@ -109,7 +115,13 @@ def _draw_floor(ax: Axes, trained: list[dict], built: list[dict], d: int) -> Non
             norms, sup = (np.array(row["history"][-1][key], dtype=float) for key in ("norms", "sup"))
             ax.plot(norms * delta, sup, "o", color=_colour(row), ms=4, mew=0)
             if row["model"].startswith("diagonal"):
-                ax.text(norms.min() * delta, 0.85 * sup.min(), "diagonal DEQ, trained", color=_colour(row), va="top")
+                ax.text(
+                    max(norms.min() * delta, 1.2e-3),
+                    0.85 * sup.min(),
+                    "diagonal DEQ, trained",
+                    color=_colour(row),
+                    va="top",
+                )
     ax.plot([r["A_norms"] * delta for r in built], [r["A_error"] for r in built], "*-", color=_plot.BLUE, lw=0.8, ms=7)
     ax.set_xscale("log")
     ax.set_yscale("log")
