@@ -19,13 +19,13 @@ from pathlib import Path
 
 import click
 import triton
-from deq.kernels import cell
 from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import deq
 from deq.activations import ACTIVATIONS
+from deq.kernels import cell
 
 GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "resources.json"
 # Shared memory that one block may have, in bytes.

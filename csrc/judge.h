@@ -31,7 +31,8 @@ struct Rule {
 
 DEQ_HD Rule make_rule(double tol, int64_t max_iter, int32_t criterion, int64_t width, bool is_double) {
   const double leave = tol < 1 ? pow(tol, 1 + kMarginPower) : tol;
-  Rule rule{tol, tol * tol, leave * leave, is_double ? 2.220446049250313e-16 : 1.1920928955078125e-07, max_iter, kPatience, criterion};
+  Rule rule{tol,      tol * tol, leave * leave, is_double ? 2.220446049250313e-16 : 1.1920928955078125e-07,
+            max_iter, kPatience, criterion};
   if (width > rule.patience) rule.patience = width;
   return rule;
 }
@@ -56,9 +57,7 @@ enum class Verdict : uint8_t {
 
 DEQ_HD Record new_record() { return Record{{INFINITY, INFINITY}, INFINITY, 1.0, INFINITY, 0, 0}; }
 
-DEQ_HD bool is_slow_step(double step2, double previous2) {
-  return step2 > kSlowContraction * kSlowContraction * previous2;
-}
+DEQ_HD bool is_slow_step(double step2, double previous2) { return step2 > kSlowContraction * kSlowContraction * previous2; }
 
 // Judges the evaluation of f at y from |f(y) - y|^2, |f(y)|^2 and, at the first one, |y|^2.
 DEQ_HD Verdict judge(const Rule& rule, Record& s, double step2, double size2, double start2) {
@@ -68,7 +67,8 @@ DEQ_HD Verdict judge(const Rule& rule, Record& s, double step2, double size2, do
   const double previous2 = s.step2[0], before2 = s.step2[1];
   s.step2[1] = previous2;
   s.step2[0] = step2;
-  bool done = step2 <= rule.tol2 * size2 && (step2 <= rule.leave2 * size2 || is_slow_step(step2, previous2) || s.iteration >= rule.max_iter);
+  bool done = step2 <= rule.tol2 * size2 &&
+              (step2 <= rule.leave2 * size2 || is_slow_step(step2, previous2) || s.iteration >= rule.max_iter);
   if (rule.criterion == DEQ_ERROR_ESTIMATE && step2 > 0) {
     double q2 = s.iteration > 2 ? step2 / previous2 : INFINITY;
     if (s.iteration > 2 && previous2 / before2 > q2) q2 = previous2 / before2;

@@ -13,10 +13,10 @@ enum DeqError : int32_t { DEQ_OK = 0, DEQ_BAD_ARGUMENT = 1, DEQ_NO_MEMORY = 2 };
 
 // What the fields of DeqReport say about a finished call.
 struct DeqReport {
-  int64_t failed;           // samples that did not converge
-  int64_t bad_weight;       // 1 + flat index (s * m + i) * m + j of the first NaN or infinity in W, else 0
-  int64_t bad_injection;    // 1 + flat sample index (s * B + b) of the first non-finite injection, else 0
-  int64_t bad_start;        // the same for the starting point
+  int64_t failed;         // samples that did not converge
+  int64_t bad_weight;     // 1 + flat index (s * m + i) * m + j of the first NaN or infinity in W, else 0
+  int64_t bad_injection;  // 1 + flat sample index (s * B + b) of the first non-finite injection, else 0
+  int64_t bad_start;      // the same for the starting point
 };
 
 // A strided view of (S, rows, m) elements; strides in elements.

@@ -44,8 +44,8 @@ def _leaky_step(x: Tensor) -> Tensor:
 
 
 def _gelu(x: Tensor) -> Tensor:
-    """``x Phi(x)`` by erfc: torch's ``1 + erf`` loses every digit on the negative side, where a solve then cannot converge
-    (width 1, c = -2.7 in float32 stalled at a residual of 1.2e-5)."""
+    """``x Phi(x)`` by erfc: torch's ``1 + erf`` loses every digit on the negative side, where a solve then cannot
+    converge (width 1, c = -2.7 in float32 stalled at a residual of 1.2e-5)."""
     return 0.5 * x * torch.special.erfc(x * -math.sqrt(0.5))
 
 
@@ -68,6 +68,11 @@ def _sigmoid_derivative(x: Tensor) -> Tensor:
     return y * (1.0 - y)
 
 
+def _softplus(x: Tensor) -> Tensor:
+    """``log(1 + exp(x))``; torch's default threshold of 20 would put a step of 2e-9 into float64."""
+    return F.softplus(x, threshold=40.0)
+
+
 # sup |d/dx gelu| and sup |d/dx silu| are attained at sqrt(2) and near 2.3994; both to 1e-9.
 _TABLE = (
     Activation("identity", 0, lambda x: x.clone(), torch.ones_like, torch.ones_like, True, 1.0),
@@ -86,7 +91,7 @@ _TABLE = (
     Activation("silu", 5, F.silu, _silu_derivative, None, False, 1.099839320),
     Activation("tanh", 6, torch.tanh, _tanh_derivative, lambda y: 1.0 - y * y, False, 1.0),
     Activation("sigmoid", 7, torch.sigmoid, _sigmoid_derivative, lambda y: y * (1.0 - y), False, 0.25),
-    Activation("softplus", 8, F.softplus, torch.sigmoid, lambda y: -torch.expm1(-y), False, 1.0),
+    Activation("softplus", 8, _softplus, torch.sigmoid, lambda y: -torch.expm1(-y), False, 1.0),
 )
 ACTIVATIONS = {entry.name: entry for entry in _TABLE}
 

@@ -6,12 +6,13 @@ from pathlib import Path
 import click
 
 from . import __version__
+from .bench.cli import bench
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="deq")
 def main() -> None:
-    """Deep equilibrium models in PyTorch: experiments and facts about this installation."""
+    """Deep equilibrium models in PyTorch: experiments, benchmarks, and facts about this installation."""
 
 
 @main.command()
@@ -128,6 +129,8 @@ def _device(text: str) -> str:
         )
     return text
 
+
+main.add_command(bench)
 
 if __name__ == "__main__":
     main()

@@ -2,7 +2,7 @@
 
 At ``z = act(W z + c)`` with ``D = diag(act'(W z + c))`` and the loss gradient ``g = dL/dz``, the adjoint
 ``u = D (g + W^T u)`` is again a fixed point of the engine's kind: transposed, masked by D instead of activated. Then
-``dL/dc = u`` and ``dL/dW = sum over samples of u z^T``. Its residual is relative, so a gradient is as exact for a loss of
+``dL/dc = u`` and ``dL/dW = sum over samples of u z^T``. Its residual is relative: a gradient is as exact for a loss of
 1e-6 as for one of 1e6.
 """
 
@@ -29,7 +29,7 @@ class Problem:
 
 
 def equilibrium(W: Tensor, c: Tensor, z0: Tensor | None, problem: Problem, backward: str) -> tuple[Tensor, ...]:
-    """Solve canonical tensors (see deq.backends) and attach the gradient that ``backward`` names: an Outcome's fields."""
+    """Solve canonical tensors (see deq.backends) with the gradient that ``backward`` names: an Outcome's fields."""
     if not _is_differentiated(W, c):
         return _run(W, c, z0, problem)
     if backward == "implicit":
@@ -101,7 +101,7 @@ class _Equilibrium(torch.autograd.Function):
 
 
 class _MaskedLinear(torch.autograd.Function):
-    """(A, d, g, problem) -> ``u = d * (A u + g)``. Its own gradient is one more such solve, so it differentiates for ever."""
+    """(A, d, g, problem) -> ``u = d * (A u + g)``. Its gradient is one more such solve: differentiable for ever."""
 
     @staticmethod
     def forward(A, d, g, problem):

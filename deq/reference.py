@@ -34,7 +34,7 @@ def derivative(W: Tensor, c: Tensor, z: Tensor, activation: str) -> Tensor:
 
 
 def solve(W: Tensor, c: Tensor, activation: str, z0: Tensor | None = None, **options) -> tuple[Tensor, ...]:
-    """Fixed point of :func:`cell`, started at ``z0`` or zero. Options of :func:`iterate`; z, iterations, residual, status."""
+    """Fixed point of :func:`cell`, started at ``z0`` or zero; options and results of :func:`iterate`."""
     act = get_activation(activation).value
     z0 = torch.zeros_like(c) if z0 is None else z0
     return _each_weight(lambda A, c, z0: iterate(lambda z, rows: act(z @ A.mT + c[rows]), z0, **options), W, c, z0)
@@ -49,7 +49,7 @@ def masked_linear(A: Tensor, d: Tensor, g: Tensor, **options) -> tuple[Tensor, .
 
 
 def implicit_gradient(W: Tensor, c: Tensor, z: Tensor, g: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    """Closed form of the gradients of W (m, m) and c (B, m): ``u = D (I - D W)^-T g`` and ``u^T z``; dense, O(B m^3)."""
+    """Closed-form gradients of W (m, m) and c (B, m): ``u = D (I - D W)^-T g`` and ``u^T z``; dense, O(B m^3)."""
     D = derivative(W, c, z, activation)
     eye = torch.eye(W.shape[-1], dtype=W.dtype, device=W.device)
     u = D * torch.linalg.solve((eye - D.unsqueeze(-1) * W).mT, g)

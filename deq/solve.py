@@ -44,10 +44,10 @@ def solve(
         z0: starting point, shape of c; zero if None. No gradient flows to it.
         tol: relative tolerance; 1e-5 in float32, 1e-10 in float64, 1e-4 in 16 bits if None. Serves the gradient too.
         max_iter: evaluations allowed for each sample, and for its gradient.
-        solver: "plain" iterates ``z <- act(W z + c)`` strictly; "anderson" accelerates every sample from the start; "auto"
-            iterates plainly and accelerates the samples that are seen to contract slowly.
-        criterion: "residual" stops a sample at ``r = ||f(y) - y|| / ||f(y)|| <= tol``; "error" at ``r q / (1 - q) <= tol``
-            with its measured contraction q, an estimate of the distance to the fixed point.
+        solver: "plain" iterates ``z <- act(W z + c)`` strictly; "anderson" accelerates every sample from the start;
+            "auto" iterates plainly and accelerates the samples that are seen to contract slowly.
+        criterion: "residual" stops a sample at ``r = ||f(y) - y|| / ||f(y)|| <= tol``; "error" stops it at
+            ``r q / (1 - q) <= tol`` with its measured contraction q, an estimate of the distance to the fixed point.
         backward: "implicit" is exact; "one_step" (JFB) differentiates one evaluation at the equilibrium, "phantom" five
             damped ones, "unrolled" the whole plain iteration.
         on_failure: "warn", "raise" (:class:`deq.ConvergenceError`) or "ignore" when samples do not converge.

@@ -66,7 +66,7 @@ def test_closed_form(backend, activation):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_activation_on_every_instruction_set(activation, dtype, isa):
     W, c, g = with_margin(37, 11, dtype)
-    dW, dc = gradients(W, c, g, activation=activation, backend="cpu", tol=1e-6)
+    _, dc = gradients(W, c, g, activation=activation, backend="cpu", tol=1e-6)
     z = torch_loop(W, c, activation, tol=1e-6)
     z64 = exact(W, c, activation)
     u64 = torch_adjoint(W.double(), c.double(), z64, g.double(), activation, tol=4e-15)
@@ -88,7 +88,9 @@ def test_linear_in_the_loss(backend, activation):
 @pytest.mark.parametrize("activation", SMOOTH)
 @pytest.mark.parametrize("stacked", [False, True])
 def test_gradcheck_and_gradgradcheck(backend, activation, stacked):
-    shapes = [gaussian(4, 3, torch.float64, seed) for seed in range(2)]
+    if stacked and backend == "reference":
+        pytest.skip("the reference runs stacked weights one by one: the same computation, at 20 s a case")
+    shapes = [gaussian(3, 2, torch.float64, seed, scale=0.3) for seed in range(2)]
     W, c = (torch.stack([s[i] for s in shapes]) if stacked else shapes[0][i] for i in (0, 1))
     W, c = W.requires_grad_(), c.requires_grad_()
 
@@ -101,7 +103,7 @@ def test_gradcheck_and_gradgradcheck(backend, activation, stacked):
 
 @backends
 def test_gradcheck_of_relu_away_from_its_kinks(backend):
-    W, c, _ = with_margin(6, 4, torch.float64)
+    W, c, _ = with_margin(4, 3, torch.float64)
     W, c = W.requires_grad_(), c.requires_grad_()
 
     def f(W, c):
@@ -126,6 +128,7 @@ def test_third_derivative(backend):
             z = torch.tanh(w * z + x0)
         s = 1 - z * z
         return s / (1 - w * s)
+
     third = (slope(x.detach() + h) - 2 * slope(x.detach()) + slope(x.detach() - h)) / h**2
     assert torch.allclose(y, third, rtol=1e-4)
 
@@ -134,9 +137,12 @@ def test_third_derivative(backend):
 def test_gradients_reach_the_layers_inputs(backend):
     generator = torch.Generator().manual_seed(0)
     W, _, _ = gaussian(5, 3, torch.float64)
-    U, b, x = (torch.randn(*s, generator=generator, dtype=torch.float64).requires_grad_() for s in ((5, 2), (5,), (3, 2)))
+    U, b, x = (
+        torch.randn(*s, generator=generator, dtype=torch.float64).requires_grad_() for s in ((5, 2), (5,), (3, 2))
+    )
     assert torch.autograd.gradcheck(
-        lambda W, U, b, x: deq.solve(W, x @ U.mT + b, "tanh", tol=1e-13, backend=backend).z, (W.requires_grad_(), U, b, x)
+        lambda W, U, b, x: deq.solve(W, x @ U.mT + b, "tanh", tol=1e-13, backend=backend).z,
+        (W.requires_grad_(), U, b, x),
     )
 
 
@@ -229,4 +235,6 @@ def test_func_transforms():
     expected = gradients(W, c, g, activation="tanh", tol=1e-12)
     torch.testing.assert_close((dW, dc), expected)
     _, tangent = torch.func.jvp(lambda c: deq.solve(W, c, "tanh", tol=1e-12).z, (c,), (g,))
-    torch.testing.assert_close((tangent * g).sum(), (torch.func.vjp(lambda c: deq.solve(W, c, "tanh", tol=1e-12).z, c)[1](g)[0] * g).sum())
+    torch.testing.assert_close(
+        (tangent * g).sum(), (torch.func.vjp(lambda c: deq.solve(W, c, "tanh", tol=1e-12).z, c)[1](g)[0] * g).sum()
+    )

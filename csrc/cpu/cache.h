@@ -9,7 +9,7 @@
 namespace deq {
 
 struct Packed {
-  void* data = nullptr;    // S matrices, each of `matrix_bytes`, aligned to 64 bytes
+  void* data = nullptr;  // S matrices, each of `matrix_bytes`, aligned to 64 bytes
   int64_t matrix_bytes = 0, bytes = 0;
   int64_t bad_element = 0;  // 1 + flat index of the first non-finite element of W; data is null then
   ~Packed();

@@ -48,10 +48,14 @@ inline uint16_t to_float16(float value) {
 
 inline double element(const void* data, int32_t type, int64_t index) {
   switch (type) {
-    case DEQ_FLOAT64: return static_cast<const double*>(data)[index];
-    case DEQ_BFLOAT16: return from_bfloat16(static_cast<const uint16_t*>(data)[index]);
-    case DEQ_FLOAT16: return from_float16(static_cast<const uint16_t*>(data)[index]);
-    default: return static_cast<const float*>(data)[index];
+    case DEQ_FLOAT64:
+      return static_cast<const double*>(data)[index];
+    case DEQ_BFLOAT16:
+      return from_bfloat16(static_cast<const uint16_t*>(data)[index]);
+    case DEQ_FLOAT16:
+      return from_float16(static_cast<const uint16_t*>(data)[index]);
+    default:
+      return static_cast<const float*>(data)[index];
   }
 }
 

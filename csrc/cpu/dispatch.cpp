@@ -27,7 +27,8 @@ bool usable(Isa isa) {
 #else
       return false;
 #endif
-    default: return true;
+    default:
+      return true;
   }
 }
 

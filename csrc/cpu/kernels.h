@@ -11,12 +11,12 @@ constexpr int kHashLanes = 32;
 // Rows are padded with zeros to a multiple of the vector width; W is packed by `pack`.
 template <class T>
 struct Step {
-  const T* const* z;    // n row pointers
-  T* const* out;        // n row pointers, distinct from z
-  const T* const* c;    // n row pointers
-  const T* const* d;    // n row pointers, or null: apply the activation
-  T* const* sums;       // n pointers to 2 vectors of scratch
-  double* totals;       // n pairs: |out - z|^2 and |out|^2
+  const T* const* z;  // n row pointers
+  T* const* out;      // n row pointers, distinct from z
+  const T* const* c;  // n row pointers
+  const T* const* d;  // n row pointers, or null: apply the activation
+  T* const* sums;     // n pointers to 2 vectors of scratch
+  double* totals;     // n pairs: |out - z|^2 and |out|^2
   const T* packed;
   int64_t width;
   int32_t activation;
@@ -25,9 +25,9 @@ struct Step {
 template <class T>
 struct Kernels {
   const char* name;
-  int lanes;     // elements a vector
-  int panel;     // columns of a packed panel (two vectors); the last panel may be one vector wide
-  int rows;      // rows of the largest register tile
+  int lanes;  // elements a vector
+  int panel;  // columns of a packed panel (two vectors); the last panel may be one vector wide
+  int rows;   // rows of the largest register tile
 
   // dst = src, zero from n to `padded`; returns the largest magnitude, infinity if any element is not finite.
   T (*copy_in)(const T* src, int64_t n, int64_t padded, T* dst);

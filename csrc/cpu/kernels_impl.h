@@ -28,15 +28,24 @@ template <class T, class F>
 DEQ_INLINE void with_activation(int32_t number, F&& f) {
   using M = VecMath<T>;
   switch (number) {
-    case deq::kRelu: return f(deq::Relu<M>{});
-    case deq::kLeakyRelu: return f(deq::LeakyRelu<M>{});
-    case deq::kElu: return f(deq::Elu<M>{});
-    case deq::kGelu: return f(deq::Gelu<M>{});
-    case deq::kSilu: return f(deq::Silu<M>{});
-    case deq::kTanh: return f(deq::Tanh<M>{});
-    case deq::kSigmoid: return f(deq::Sigmoid<M>{});
-    case deq::kSoftplus: return f(deq::Softplus<M>{});
-    default: return f(deq::Identity<M>{});
+    case deq::kRelu:
+      return f(deq::Relu<M>{});
+    case deq::kLeakyRelu:
+      return f(deq::LeakyRelu<M>{});
+    case deq::kElu:
+      return f(deq::Elu<M>{});
+    case deq::kGelu:
+      return f(deq::Gelu<M>{});
+    case deq::kSilu:
+      return f(deq::Silu<M>{});
+    case deq::kTanh:
+      return f(deq::Tanh<M>{});
+    case deq::kSigmoid:
+      return f(deq::Sigmoid<M>{});
+    case deq::kSoftplus:
+      return f(deq::Softplus<M>{});
+    default:
+      return f(deq::Identity<M>{});
   }
 }
 
@@ -183,19 +192,27 @@ __attribute__((noinline)) void tile(const Step<T>& s, FinishTile<T> finish_spill
 template <class T, int NV, int NP>
 DEQ_INLINE void tile_rows(int rows, const Step<T>& s, FinishTile<T> f, int row0, int64_t j) {
   switch (rows) {
-    case 1: return tile<T, 1, NV, NP>(s, f, row0, j);
-    case 2: return tile<T, 2, NV, NP>(s, f, row0, j);
+    case 1:
+      return tile<T, 1, NV, NP>(s, f, row0, j);
+    case 2:
+      return tile<T, 2, NV, NP>(s, f, row0, j);
 #if DEQ_TILE_ROWS >= 4
-    case 3: return tile<T, 3, NV, NP>(s, f, row0, j);
-    case 4: return tile<T, 4, NV, NP>(s, f, row0, j);
+    case 3:
+      return tile<T, 3, NV, NP>(s, f, row0, j);
+    case 4:
+      return tile<T, 4, NV, NP>(s, f, row0, j);
 #endif
 #if DEQ_TILE_ROWS >= 6
-    case 5: return tile<T, 5, NV, NP>(s, f, row0, j);
-    case 6: return tile<T, 6, NV, NP>(s, f, row0, j);
+    case 5:
+      return tile<T, 5, NV, NP>(s, f, row0, j);
+    case 6:
+      return tile<T, 6, NV, NP>(s, f, row0, j);
 #endif
 #if DEQ_TILE_ROWS >= 8
-    case 7: return tile<T, 7, NV, NP>(s, f, row0, j);
-    case 8: return tile<T, 8, NV, NP>(s, f, row0, j);
+    case 7:
+      return tile<T, 7, NV, NP>(s, f, row0, j);
+    case 8:
+      return tile<T, 8, NV, NP>(s, f, row0, j);
 #endif
   }
 }
@@ -263,8 +280,7 @@ void derivative_of_value(int32_t activation, T* x, int64_t m) {
   with_activation<T>(activation, [&](auto act) {
     using Act = decltype(act);
     if constexpr (Act::kOfValue) {
-      for (int64_t j = 0; j < padded<T>(m); j += kLanes<T>)
-        M::store(x + j, Act::of_value(M::load(x + j)) * valid_lanes<T>(j, m));
+      for (int64_t j = 0; j < padded<T>(m); j += kLanes<T>) M::store(x + j, Act::of_value(M::load(x + j)) * valid_lanes<T>(j, m));
     }
   });
 }

@@ -14,9 +14,7 @@
 namespace deq {
 namespace {
 
-double now() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
+double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 // Best rate over short bursts: the peak is what the core does when nothing else takes it.
 template <class F>

@@ -73,9 +73,9 @@ struct alignas(64) Slot {
   bool accelerated;
   T* buffer[2];
   T *c, *d, *sums;
-  int64_t sample;  // flat index s * B + b
-  double scale;    // the sample was multiplied by this power of two
-  int window, newest;  // Anderson: pairs held, ring position of the newest
+  int64_t sample;                     // flat index s * B + b
+  double scale;                       // the sample was multiplied by this power of two
+  int window, newest;                 // Anderson: pairs held, ring position of the newest
   double gram[kMaxDepth][kMaxDepth];  // by ring position
 };
 
@@ -251,9 +251,7 @@ class Tile {
   }
 
   // Squares of T lose their meaning outside: there the sums are formed again in double, which float squares cannot leave.
-  static bool in_range(double sum) {
-    return sizeof(T) == 4 ? sum > 1e-20 && sum < 1e30 : sum > 1e-120 && sum < 1e120;
-  }
+  static bool in_range(double sum) { return sizeof(T) == 4 ? sum > 1e-20 && sum < 1e30 : sum > 1e-120 && sum < 1e120; }
   double size_of(const T* y) const {
     double sum = 0;
     for (int64_t j = 0; j < m_; ++j) sum += static_cast<double>(y[j]) * static_cast<double>(y[j]);
@@ -437,8 +435,7 @@ int32_t derivative(const DeqProblem& p) {
     }
     const T* w = static_cast<const T*>(packed->data) + s * (packed->matrix_bytes / static_cast<int64_t>(sizeof(T)));
     k.derivative(Step<T>{z, out, c, nullptr, nullptr, nullptr, w, m, p.activation}, n);
-    for (int r = 0; r < n; ++r)
-      store_row<T>(p.out, p.type, s * p.out.stride[0] + (first + r) * p.out.stride[1], T(1), m, out[r]);
+    for (int r = 0; r < n; ++r) store_row<T>(p.out, p.type, s * p.out.stride[0] + (first + r) * p.out.stride[1], T(1), m, out[r]);
     rows_arena.trim();
   }
   return error;

@@ -30,8 +30,8 @@ struct Simd<float> {
   typedef float V __attribute__((vector_size(DEQ_VECTOR_BYTES)));
   typedef int32_t I __attribute__((vector_size(DEQ_VECTOR_BYTES)));
   static constexpr int kMantissa = 23, kBias = 127, kExpTerms = 7, kLogTerms = 9, kErfTerms = 13;
-  static constexpr double kRound = 12582912.0;        // 1.5 * 2^23: adding it rounds to an integer
-  static constexpr double kLn2Hi = 0.693359375;       // ln 2 in two parts, the first exact in 10 bits
+  static constexpr double kRound = 12582912.0;   // 1.5 * 2^23: adding it rounds to an integer
+  static constexpr double kLn2Hi = 0.693359375;  // ln 2 in two parts, the first exact in 10 bits
   static constexpr double kLn2Lo = -2.12194440e-4;
   static constexpr double kExpMin = -87.0, kExpMax = 88.0;
 };
@@ -47,17 +47,16 @@ struct Simd<double> {
 };
 
 // 1 / n!, and the Chebyshev series on w = (x - 3.75) / (x + 3.75) of (1 + 2 x) exp(x^2) erfc(x), x >= 0 (60-digit fit).
-constexpr double kInvFactorial[] = {1.0, 1.0, 1.0 / 2, 1.0 / 6, 1.0 / 24, 1.0 / 120, 1.0 / 720, 1.0 / 5040,
-                                    1.0 / 40320, 1.0 / 362880, 1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600,
-                                    1.0 / 6227020800.0, 1.0 / 87178291200.0};
-constexpr double kErfc[] = {1.1775789345674017541,     -0.0045900545806464773309, -0.084249133366517915584,
-                            0.059209939998191890498,   -0.026658668435305752277,  0.0090749976707052650939,
-                            -0.0024131635404176081909, 0.00049077583652580863229, -0.000069169733025012063671,
-                            4.1390279860730101675e-6,  7.7403830661984906686e-7,  -2.1886401049234395661e-7,
-                            1.0764999465670910377e-8,  4.5219598112182868979e-9,  -7.7544002088313511065e-10,
-                            -6.3180883408866844944e-11, 2.8687950109306698981e-11, 1.945586854577734723e-13,
-                            -9.6546967484334389059e-13, 3.2525481481487398415e-14, 3.3478119482868053878e-14,
-                            -1.8645628804193131015e-15, -1.2507950530688647085e-15, 7.418235256624043463e-17};
+constexpr double kInvFactorial[] = {
+    1.0,         1.0,          1.0 / 2,       1.0 / 6,        1.0 / 24,        1.0 / 120,          1.0 / 720,          1.0 / 5040,
+    1.0 / 40320, 1.0 / 362880, 1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800.0, 1.0 / 87178291200.0};
+constexpr double kErfc[] = {
+    1.1775789345674017541,       -0.0045900545806464773309,  -0.084249133366517915584,   0.059209939998191890498,
+    -0.026658668435305752277,    0.0090749976707052650939,   -0.0024131635404176081909,  0.00049077583652580863229,
+    -0.000069169733025012063671, 4.1390279860730101675e-6,   7.7403830661984906686e-7,   -2.1886401049234395661e-7,
+    1.0764999465670910377e-8,    4.5219598112182868979e-9,   -7.7544002088313511065e-10, -6.3180883408866844944e-11,
+    2.8687950109306698981e-11,   1.945586854577734723e-13,   -9.6546967484334389059e-13, 3.2525481481487398415e-14,
+    3.3478119482868053878e-14,   -1.8645628804193131015e-15, -1.2507950530688647085e-15, 7.418235256624043463e-17};
 
 // The math policy of csrc/activations.h. Errors are a few ulp of max(|result|, 1); measured in tests/cpp/test_math.cpp.
 template <class T>
@@ -93,7 +92,7 @@ struct VecMath {
   }
   DEQ_INLINE V exp(V x) {
     V scale, p = expm1_reduced(x, &scale);
-    return p * scale + scale;
+    return select(x < set(S::kExpMin), set(0.0), p * scale + scale);
   }
   DEQ_INLINE V expm1(V x) {
     V scale, p = expm1_reduced(x, &scale);

@@ -3,10 +3,12 @@
 Every tensor is canonical: W, A (m, m) with c, z0, z, g, d, u (B, m), or W, A (S, m, m) with the others (S, B, m); any
 strides, one dtype and device.
 
-``solve(W, c, z0, activation, plan) -> Outcome``                   fixed point of ``act(W z + c)``, from zero if z0 is None
-``masked_linear(A, g, d, value_of, plan, out=None) -> Outcome``    fixed point of ``d * (A u + g)``; with ``value_of`` naming an
-                                                                   activation, d holds its values instead of its derivative
-``derivative(W, c, z, activation) -> Tensor``                      ``act'(W z + c)``
+``solve(W, c, z0, activation, plan) -> Outcome``
+    fixed point of ``act(W z + c)``, from zero if z0 is None
+``masked_linear(A, g, d, value_of, plan, out=None) -> Outcome``
+    fixed point of ``d * (A u + g)``; with ``value_of`` naming an activation, d holds its values, not its derivative
+``derivative(W, c, z, activation) -> Tensor``
+    ``act'(W z + c)``
 
 A non-finite ``g`` gives NaN for its sample; any other non-finite input is named in ``Outcome.report``.
 """

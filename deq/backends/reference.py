@@ -26,7 +26,9 @@ def _first(bad: Tensor) -> int:
     return int(index[0]) + 1 if index.numel() else 0
 
 
-def _outcome(z: Tensor, iterations: Tensor, residual: Tensor, status: Tensor, dtype: torch.dtype, bad: list[int]) -> Outcome:
+def _outcome(
+    z: Tensor, iterations: Tensor, residual: Tensor, status: Tensor, dtype: torch.dtype, bad: list[int]
+) -> Outcome:
     # A value that leaves the range of the caller's dtype is held at its largest number and said to have diverged.
     largest = torch.finfo(dtype).max
     status = torch.where((z.abs() > largest).any(-1), int(Status.DIVERGED), status).to(torch.uint8)
@@ -54,7 +56,9 @@ def masked_linear(
     u = torch.where(finite, outcome.z, torch.nan)
     if out is not None:
         u = out.copy_(u)
-    return outcome._replace(z=u, status=torch.where(finite.squeeze(-1), outcome.status, int(Status.NONFINITE)).to(torch.uint8))
+    return outcome._replace(
+        z=u, status=torch.where(finite.squeeze(-1), outcome.status, int(Status.NONFINITE)).to(torch.uint8)
+    )
 
 
 def derivative(W: Tensor, c: Tensor, z: Tensor, activation: str) -> Tensor:

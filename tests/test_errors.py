@@ -1,0 +1,172 @@
+"""Bad input: one clear error or an honest status, never a crash, never NaN out of finite numbers."""
+
+import warnings
+
+import pytest
+import torch
+from problems import gaussian
+
+import deq
+from deq import _library
+
+BACKENDS = ["reference"] + (["cpu"] if _library.compiled is not None else [])
+backends = pytest.mark.parametrize("backend", BACKENDS)
+W, c, _ = gaussian(6, 4)
+nan, inf = float("nan"), float("inf")
+
+
+def changed(tensor, *index_and_value):
+    *index, value = index_and_value
+    tensor = tensor.clone()
+    tensor[tuple(index)] = value
+    return tensor
+
+
+WRONG = {
+    "W of one dimension": (W[0], c, {}, ValueError, r"W must be \(m, m\) or \(S, m, m\); got shape \(6,\)"),
+    "W not square": (W[:4], c, {}, ValueError, r"W must be \(m, m\) or \(S, m, m\); got shape \(4, 6\)"),
+    "m = 0": (W[:0, :0], c[:, :0], {}, ValueError, r"W must have width m of at least 1; got shape \(0, 0\)"),
+    "c too narrow": (W, c[:, :5], {}, ValueError, r"c must be \(\.\.\., 6\) for W \(6, 6\); got shape \(4, 5\)"),
+    "c without the stack": (W.expand(3, 6, 6), c, {}, ValueError, r"c must be \(3, \.\.\., 6\) for W \(3, 6, 6\); got"),
+    "c a scalar": (W, c.sum(), {}, ValueError, r"c must be .* got shape \(\)"),
+    "W a list": ([[0.5]], c, {}, TypeError, r"W must be a torch.Tensor or a structure from deq.weights; got list"),
+    "c an array": (W, c.numpy(), {}, TypeError, r"c must be a torch.Tensor; got ndarray"),
+    "dtypes mixed": (W, c.double(), {}, TypeError, r"c must have the dtype of W, torch.float32; got torch.float64"),
+    "integers": (W.int(), c.int(), {}, TypeError, r"W must be float64, float32, bfloat16, float16; got torch.int32"),
+    "devices mixed": (W, c.to("meta"), {}, ValueError, r"c must be on the device of W, cpu; got meta"),
+    "z0 of another shape": (W, c, {"z0": c[:2]}, ValueError, r"z0 must have the shape of c, \(4, 6\); got \(2, 6\)"),
+    "z0 of another dtype": (W, c, {"z0": c.double()}, TypeError, r"z0 must have the dtype of W"),
+    "NaN in W": (changed(W, 2, 3, nan), c, {}, ValueError, r"W must be finite; W\[2, 3\] is nan"),
+    "inf in W": (changed(W, 5, 5, -inf), c, {}, ValueError, r"W must be finite; W\[5, 5\] is -inf"),
+    "inf in c": (W, changed(c, 1, 0, inf), {}, ValueError, r"c must be finite; c\[1\] holds NaN or infinity"),
+    "NaN in z0": (W, c, {"z0": changed(c, 3, 2, nan)}, ValueError, r"z0 must be finite; z0\[3\] holds NaN"),
+    "tol = 0": (W, c, {"tol": 0.0}, ValueError, r"tol must be positive and finite; got 0.0"),
+    "tol < 0": (W, c, {"tol": -1e-3}, ValueError, r"tol must be positive and finite; got -0.001"),
+    "tol a NaN": (W, c, {"tol": nan}, ValueError, r"tol must be positive and finite; got nan"),
+    "tol a string": (W, c, {"tol": "1e-3"}, TypeError, r"tol must be a number; got '1e-3'"),
+    "max_iter = 0": (W, c, {"max_iter": 0}, ValueError, r"max_iter must be at least 1 .* got 0"),
+    "max_iter a float": (W, c, {"max_iter": 40.0}, TypeError, r"max_iter must be an integer; got 40.0"),
+    "unknown activation": (W, c, {"activation": "reul"}, ValueError, r"activation must be one of identity, relu"),
+    "unknown solver": (
+        W,
+        c,
+        {"solver": "broyden"},
+        ValueError,
+        r"solver must be one of 'auto', 'plain', 'anderson'; got",
+    ),
+    "unknown criterion": (W, c, {"criterion": "abs"}, ValueError, r"criterion must be one of 'residual', 'error'; got"),
+    "unknown backward": (W, c, {"backward": "jfb"}, ValueError, r"backward must be one of 'implicit', .* got 'jfb'"),
+    "unknown on_failure": (
+        W,
+        c,
+        {"on_failure": "no"},
+        ValueError,
+        r"on_failure must be one of 'warn', 'raise', 'ignore'",
+    ),
+    "unknown backend": (
+        W,
+        c,
+        {"backend": "gpu"},
+        ValueError,
+        r"backend must be one of 'auto', 'cpu', 'reference'; got",
+    ),
+    "unknown keyword": (W, c, {"tolerance": 1e-3}, TypeError, r"no option tolerance=0.001; .*allowed are z0, tol"),
+    "misspelt keyword": (W, c, {"max_iters": 5}, TypeError, r"no option max_iters=5; did you mean 'max_iter'\?"),
+}
+
+
+@backends
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_arguments_are_named(name, backend):
+    weight, injection, options, kind, message = WRONG[name]
+    with pytest.raises(kind, match=message):
+        deq.solve(weight, injection, **{"backend": backend, **options})
+
+
+@backends
+def test_position_of_a_bad_sample_in_deep_batches(backend):
+    deep = changed(c.reshape(2, 2, 6), 1, 0, 4, nan)
+    with pytest.raises(ValueError, match=r"c\[1, 0\] holds NaN"):
+        deq.solve(W, deep, backend=backend)
+    with pytest.raises(ValueError, match=r"W\[1, 0, 2\] is nan"):
+        deq.solve(changed(W.repeat(3, 1, 1), 1, 0, 2, nan), c.expand(3, 4, 6), backend=backend)
+    with pytest.raises(ValueError, match=r"c must be finite; c holds NaN"):
+        deq.solve(W, changed(c[0], 1, nan), backend=backend)
+
+
+@backends
+def test_divergence_is_honest(backend):
+    """Weights of norm 10: every sample that fails says so and keeps a finite iterate; the others are not touched."""
+    big = 10 * torch.eye(6)
+    mixed = torch.cat((c.abs(), -c.abs()))  # relu(10 z - |c|) = 0 is an equilibrium
+    with pytest.warns(
+        deq.ConvergenceWarning, match=r"deq.solve: 4 of 8 samples did not converge \(4 DIVERGED\); worst"
+    ):
+        solution = deq.solve(big, mixed, backend=backend, solver="plain")
+    assert solution.converged.tolist() == [False] * 4 + [True] * 4
+    assert (solution.status[:4] == deq.Status.DIVERGED).all() and torch.isfinite(solution.z).all()
+    assert (solution.z[4:] == 0).all() and (solution.iterations[:4] < 100).all()
+    with pytest.raises(deq.ConvergenceError, match="4 of 8") as caught:
+        deq.solve(big, mixed, backend=backend, solver="plain", on_failure="raise")
+    assert torch.equal(caught.value.solution.z, solution.z)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        deq.solve(big, mixed, backend=backend, solver="plain", on_failure="ignore")
+
+
+@backends
+def test_best_iterate_of_a_failure(backend):
+    """A limit cycle: z1 = relu(2 - 3 z1) alternates between 0 and 2; the status is STALLED and z finite."""
+    cycle = deq.solve(
+        torch.tensor([[-3.0]]), torch.tensor([[2.0]]), solver="plain", on_failure="ignore", backend=backend
+    )
+    assert cycle.status.item() == deq.Status.STALLED and cycle.iterations.item() < 200
+    slow = torch.tensor([[0.999]], dtype=torch.float64)
+    one = torch.ones(1, 1, dtype=torch.float64)
+    short = deq.solve(slow, one, solver="plain", max_iter=50, on_failure="ignore", backend=backend)
+    assert short.status.item() == deq.Status.MAX_ITER and short.iterations.item() == 50
+    expected = (1 - 0.999**50) / (1 - 0.999)  # 50 terms of the geometric series
+    assert abs(short.z.item() - expected) < 1e-9 and 0.01 < short.residual.item() < 0.03
+
+
+@backends
+def test_a_tolerance_below_the_floor_stalls_quickly(backend):
+    weight, injection, _ = gaussian(200, 3)
+    solution = deq.solve(weight, injection, tol=1e-12, on_failure="ignore", solver="plain", backend=backend)
+    assert (solution.status == deq.Status.STALLED).all() and (solution.iterations < 100).all()
+    assert (solution.residual < 1e-6).all()
+
+
+@backends
+def test_half_precision_overflow_is_said(backend):
+    """The equilibrium of z = 0.9 z + 6e4 is 6e5, which float16 cannot hold."""
+    weight = torch.tensor([[0.9]], dtype=torch.float16)
+    solution = deq.solve(weight, torch.full((1, 1), 6e4, dtype=torch.float16), on_failure="ignore", backend=backend)
+    assert solution.status.item() == deq.Status.DIVERGED and solution.z.item() == torch.finfo(torch.float16).max
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="no compiled library")
+def test_weights_changed_behind_autograds_back_are_seen():
+    """The cache of packed weights goes by content: .data, views and reused memory cannot bring back old weights."""
+    weight, injection, _ = gaussian(40, 5)
+    first = deq.solve(weight, injection).z
+    weight.data.mul_(0.5)
+    assert not torch.equal(deq.solve(weight, injection).z, first)
+    weight.data.mul_(2.0)
+    assert torch.equal(deq.solve(weight, injection).z, first)
+    weight.numpy()[3, 4] += 0.25
+    assert torch.equal(deq.solve(weight, injection).z, deq.solve(weight.clone(), injection).z)
+    with torch.inference_mode():
+        assert torch.equal(deq.solve(weight.clone(), injection).z, deq.solve(weight, injection).z)
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="no compiled library")
+def test_the_cache_is_bounded():
+    library = _library.compiled
+    library.deq_cpu_clear_cache()
+    injection = torch.zeros(1, 1500)
+    kept = [torch.eye(1500) * 1e-3 * k for k in range(60)]  # 9 MB each
+    for weight in kept:
+        deq.solve(weight, injection)
+    assert 0 < library.deq_cpu_cache_bytes() <= 300 << 20
+    assert library.deq_cpu_clear_cache() > 0 and library.deq_cpu_cache_bytes() == 0
