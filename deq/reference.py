@@ -69,8 +69,8 @@ def iterate(
     """Iterate ``y <- f(y, rows)`` for every row of ``y`` (B, m) until its own residual is at most ``tol``.
 
     ``rows`` (n,) int64 names the samples that the n rows of the argument belong to. ``criterion="residual"`` judges
-    ``r = ||f(y) - y|| / ||f(y)||``, ``"error"`` judges ``r q / (1 - q)`` with the measured contraction ``q``. A sample that
-    does not contract slowly is taken to ``tol^1.1``.
+    ``r = ||f(y) - y|| / ||f(y)||``, ``"error"`` judges ``r q / (1 - q)`` with the measured contraction ``q``. A
+    sample that does not contract slowly is taken to ``tol^1.1``.
     Returns z = f(y) (B, m), iterations (B,) int32, residual (B,), status (B,) uint8.
     """
     B, m = y.shape
