@@ -73,9 +73,9 @@ def variants(architectures: Iterable[str] = ARCHITECTURES) -> list[Variant]:
     return [
         Variant(dtype, precision, tiles, *kind, architecture)
         for architecture in architectures
-        for dtype, ladder in cell.TILES.items()
+        for dtype in cell.DTYPES
         for precision in (cell.PRECISIONS if dtype == "float32" else cell.PRECISIONS[:1])
-        for tiles in ladder
+        for tiles in cell.TILES[dtype if precision == "ieee" else "tf32"]
         for kind in KINDS
         if kind[-1] == "aligned" or tiles.samples <= cell.RAGGED_SAMPLES
     ]

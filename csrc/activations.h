@@ -1,7 +1,7 @@
 // The activations of z = act(W z + c), written once for every vector width and for the device.
 //
-// `M` is a math policy: M::V is the value type (a SIMD vector or a scalar) and M has set, select, abs, exp, expm1, log1p01 and
-// erfc_abs. One struct per row of deq/activations.py; tests/test_activations.py holds the two languages together.
+// `M` is a math policy: M::V is the value type (a SIMD vector or a scalar) and M has set, select, positive, abs, exp, expm1,
+// log1p01 and erfc_abs. One struct per row of deq/activations.py; tests/test_activations.py holds the two languages together.
 #pragma once
 #include <stdint.h>
 
@@ -46,7 +46,7 @@ template <class M>
 struct Relu {
   using V = typename M::V;
   static constexpr bool kOfValue = true;
-  static DEQ_HD V value(V x) { return M::select(x > M::set(0.0), x, M::set(0.0)); }
+  static DEQ_HD V value(V x) { return M::positive(x); }
   static DEQ_HD V derivative(V x) { return of_value(x); }
   static DEQ_HD V of_value(V y) { return M::select(y > M::set(0.0), M::set(1.0), M::set(0.0)); }
 };
@@ -123,7 +123,7 @@ template <class M>
 struct Softplus {
   using V = typename M::V;
   static constexpr bool kOfValue = true;
-  static DEQ_HD V value(V x) { return M::select(x > M::set(0.0), x, M::set(0.0)) + M::log1p01(M::exp(-M::abs(x))); }
+  static DEQ_HD V value(V x) { return M::positive(x) + M::log1p01(M::exp(-M::abs(x))); }
   static DEQ_HD V derivative(V x) { return Sigmoid<M>::value(x); }
   static DEQ_HD V of_value(V y) { return -M::expm1(-y); }
 };

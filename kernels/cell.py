@@ -22,7 +22,8 @@ from deq.activations import get_activation
 from .activations import derivative as activation_derivative
 from .activations import value as activation_value
 
-PRECISIONS = ("ieee", "tf32x3", "tf32")
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+PRECISIONS = ("ieee", "tf32x3", "tf32")  # of float32
 VALUE, ADJOINT, DERIVATIVE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 BAND = tl.constexpr(8)
 # Whether a kernel is compiled or interpreted is settled when it is defined.
@@ -56,16 +57,22 @@ TILES = {
     "bfloat16": _HALF,
     "float16": _HALF,
     "float32": (
-        Tiles(128, 64, 32, 8, 3),
-        Tiles(64, 64, 32, 4, 3),
+        Tiles(64, 64, 16, 8, 3),
         Tiles(32, 64, 16, 8, 4),
         Tiles(16, 64, 64, 4, 3),
         Tiles(16, 32, 64, 4, 4),
     ),
-    "float64": (
-        Tiles(64, 64, 32, 8, 3),
+    "tf32": (  # float32 multiplied on tensor cores
+        Tiles(128, 64, 32, 8, 3),
+        Tiles(64, 64, 32, 4, 3),
         Tiles(32, 64, 32, 4, 3),
-        Tiles(16, 32, 32, 4, 4),
+        Tiles(16, 64, 64, 4, 3),
+        Tiles(16, 32, 64, 4, 4),
+    ),
+    "float64": (
+        Tiles(64, 64, 32, 8, 2),
+        Tiles(32, 64, 16, 8, 3),
+        Tiles(16, 32, 16, 4, 4),
     ),
 }
 # About half of the processors of an A100 or H200 draw all that its L2 cache can give; more programs on smaller tiles
@@ -77,21 +84,23 @@ ALIGNMENT = 16
 RAGGED_SAMPLES = 32
 
 
-def cell_tiles(B: int, m: int, dtype: str) -> Tiles:
+def cell_tiles(B: int, m: int, dtype: str, precision: str = "ieee") -> Tiles:
     """The tiles for B samples of width m: the largest that waste no row on samples that are not there and still make
     :data:`ENOUGH_PROGRAMS` programs, else the smallest.
 
-    dtype: "float32" | "float64" | "bfloat16" | "float16". The tiles decide the order of the sums, so that the last bits
-    of a sample may differ between batch sizes; they do not depend on its place in the batch.
+    dtype: "float32" | "float64" | "bfloat16" | "float16"; precision as in :func:`cell`. The tiles decide the order of
+    the sums, so that the last bits of a sample may differ between batch sizes; they do not depend on its place in the
+    batch.
     """
     most = max(16, triton.next_power_of_2(B))
     if m % ALIGNMENT:
         most = min(most, RAGGED_SAMPLES)
-    for tiles in TILES[dtype]:
+    ladder = TILES[dtype if precision == "ieee" else "tf32"]
+    for tiles in ladder:
         programs = triton.cdiv(B, tiles.samples) * triton.cdiv(m, tiles.units)
         if tiles.samples <= most and programs >= ENOUGH_PROGRAMS:
             return tiles
-    return TILES[dtype][-1]
+    return ladder[-1]
 
 
 def cell(
@@ -139,7 +148,7 @@ def _launch(
     z, W, c, *rest = (_readable(name, operand) for name, operand in operands.items())
     d = rest[0] if rest else None
     B, m = z.shape
-    tiles = tiles or cell_tiles(B, m, _name(z.dtype))
+    tiles = tiles or cell_tiles(B, m, _name(z.dtype), precision)
     columns = triton.cdiv(m, tiles.units)
     out = torch.empty(B, m, dtype=z.dtype, device=z.device)
     sums = torch.float64 if z.dtype == torch.float64 else torch.float32
@@ -185,8 +194,8 @@ def _readable(name: str, operand: Tensor) -> Tensor:
 def _check(operands: dict[str, Tensor], precision: str) -> None:
     (first, z), (_, W), *_ = operands.items()
     name = _name(z.dtype)
-    if name not in TILES:
-        raise ValueError(f"{first} must be of dtype {', '.join(TILES)}; got {name}")
+    if name not in DTYPES:
+        raise ValueError(f"{first} must be of dtype {', '.join(DTYPES)}; got {name}")
     if z.dim() != 2 or z.shape[1] < 1:
         raise ValueError(f"{first} must have shape (B, m) with m >= 1; got {tuple(z.shape)}")
     for key, operand in operands.items():

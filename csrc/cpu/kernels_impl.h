@@ -66,23 +66,23 @@ DEQ_INLINE void product(const T* const* z, const T* w, int64_t panel_stride, int
   using M = VecMath<T>;
   using V = typename M::V;
   const T* row[MR];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int r = 0; r < MR; ++r) row[r] = z[r];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int r = 0; r < MR; ++r)
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int v = 0; v < NV * NP; ++v) acc[r][v] = V{};
   const T* wk = w + k0 * (NV * kLanes<T>);
   for (int64_t k = k0; k < k1; ++k, wk += NV * kLanes<T>) {
     V b[NV * NP];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int p = 0; p < NP; ++p)
 #pragma GCC unroll 2
       for (int v = 0; v < NV; ++v) b[p * NV + v] = M::load(wk + p * panel_stride + v * kLanes<T>);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 0; r < MR; ++r) {
       V a = row[r][k] - V{};  // a broadcast: x - 0 is x for every x, x + 0 is not
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int v = 0; v < NV * NP; ++v) acc[r][v] += a * b[v];
     }
   }
@@ -108,8 +108,9 @@ void finish_tile(const T* tile, int rows, int vectors, const Step<T>& s, int row
     const typename M::V valid = valid_lanes<T>(j + v * L, s.width);
     for (int r = 0; r < rows; ++r) {
       T* sums = s.sums[row0 + r];
-      typename M::V step2 = M::load(sums), size2 = M::load(sums + L);
       const int64_t at = j + v * L;
+      typename M::V step2{}, size2{};
+      if (at > 0) step2 = M::load(sums), size2 = M::load(sums + L);
       typename M::V x = M::load(tile + (r * vectors + v) * L) + M::load(s.c[row0 + r] + at);
       finish<T, Act>(x, valid, s.z[row0 + r] + at, s.out[row0 + r] + at, &step2, &size2);
       M::store(sums, step2);
@@ -134,13 +135,14 @@ DEQ_INLINE void finish_rows(const Step<T>& s, int row0, int64_t j, const typenam
   using M = VecMath<T>;
   using V = typename M::V;
   const int L = kLanes<T>;
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int r = 0; r < MR; ++r) {
     T* sums = s.sums[row0 + r];
     const T *c = s.c[row0 + r] + j, *z = s.z[row0 + r] + j;
     T* out = s.out[row0 + r] + j;
-    V step2 = M::load(sums), size2 = M::load(sums + L);
-#pragma GCC unroll 8
+    V step2{}, size2{};
+    if (j > 0) step2 = M::load(sums), size2 = M::load(sums + L);
+#pragma GCC unroll 16
     for (int v = 0; v < N; ++v) {
       V y = map(r, v, acc[r][v] + M::load(c + v * L));
       V diff = y - M::load(z + v * L);
@@ -167,16 +169,16 @@ __attribute__((noinline)) void tile(const Step<T>& s, FinishTile<T> finish_spill
   for (int64_t k = kChunk; k < s.width; k += kChunk) {
     V part[MR][N];
     product<T, MR, NV, NP>(s.z + row0, w, stride, k, s.width < k + kChunk ? s.width : k + kChunk, part);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 0; r < MR; ++r)
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int v = 0; v < N; ++v) acc[r][v] += part[r][v];
   }
   if (s.d == nullptr && s.activation != deq::kRelu) {
     alignas(DEQ_VECTOR_BYTES) T spilled[MR * N * kLanes<T>];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 0; r < MR; ++r)
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int v = 0; v < N; ++v) M::store(spilled + (r * N + v) * L, acc[r][v]);
     finish_spilled(spilled, MR, N, s, row0, j);
     return;
@@ -189,31 +191,12 @@ __attribute__((noinline)) void tile(const Step<T>& s, FinishTile<T> finish_spill
   }
 }
 
-template <class T, int NV, int NP>
+// The tile shapes of up to MR rows, tried from the largest down.
+template <class T, int NV, int NP, int MR>
 DEQ_INLINE void tile_rows(int rows, const Step<T>& s, FinishTile<T> f, int row0, int64_t j) {
-  switch (rows) {
-    case 1:
-      return tile<T, 1, NV, NP>(s, f, row0, j);
-    case 2:
-      return tile<T, 2, NV, NP>(s, f, row0, j);
-#if DEQ_TILE_ROWS >= 4
-    case 3:
-      return tile<T, 3, NV, NP>(s, f, row0, j);
-    case 4:
-      return tile<T, 4, NV, NP>(s, f, row0, j);
-#endif
-#if DEQ_TILE_ROWS >= 6
-    case 5:
-      return tile<T, 5, NV, NP>(s, f, row0, j);
-    case 6:
-      return tile<T, 6, NV, NP>(s, f, row0, j);
-#endif
-#if DEQ_TILE_ROWS >= 8
-    case 7:
-      return tile<T, 7, NV, NP>(s, f, row0, j);
-    case 8:
-      return tile<T, 8, NV, NP>(s, f, row0, j);
-#endif
+  if constexpr (MR > 0) {
+    if (rows == MR) return tile<T, MR, NV, NP>(s, f, row0, j);
+    tile_rows<T, NV, NP, MR - 1>(rows, s, f, row0, j);
   }
 }
 
@@ -232,9 +215,9 @@ void step_with(const Step<T>& s, int n, FinishTile<T> f) {
     for (int b = 0; b < blocks; ++b) {  // even blocks: 9 rows are 5 + 4, not 8 + 1
       const int rows = base + (b < extra);
       if (j < full)
-        tile_rows<T, 2, 1>(rows, s, f, row, j);
+        tile_rows<T, 2, 1, DEQ_TILE_ROWS>(rows, s, f, row, j);
       else
-        tile_rows<T, 1, 1>(rows, s, f, row, j);
+        tile_rows<T, 1, 1, DEQ_TILE_ROWS>(rows, s, f, row, j);
       row += rows;
     }
   }
@@ -242,14 +225,9 @@ void step_with(const Step<T>& s, int n, FinishTile<T> f) {
 
 template <class T>
 void step(const Step<T>& s, int n) {
-  using M = VecMath<T>;
-  for (int r = 0; r < n; ++r) {
-    M::store(s.sums[r], M::set(0.0));
-    M::store(s.sums[r] + kLanes<T>, M::set(0.0));
-  }
   step_with<T>(s, n, finish_tile_for<T>(s.activation));
   for (int r = 0; r < n; ++r)
-    for (int i = 0; i < 2; ++i) s.totals[2 * r + i] = lane_sum<T>(M::load(s.sums[r] + i * kLanes<T>));
+    for (int i = 0; i < 2; ++i) s.totals[2 * r + i] = lane_sum<T>(VecMath<T>::load(s.sums[r] + i * kLanes<T>));
 }
 
 // The derivative as a finish: out = act'(x), no sums.
