@@ -1,8 +1,8 @@
 """What deq is measured against. Every function solves the same problem to the same tolerance.
 
 Each takes a :class:`~deq.bench.cases.Problem` and returns an :class:`Answer` with the gradient of W for the loss
-gradient ``g``, or without it if ``backward=False``. None of them is handicapped: the torch loop is fused as far as
-eager torch allows, starts at ``relu(c)`` for free and bypasses autograd; torchdeq gets relative tolerances.
+gradient ``g``, or without it if ``backward=False``. All start at zero. None is handicapped: the torch loop is fused as
+far as eager torch allows and bypasses autograd; torchdeq gets relative tolerances.
 """
 
 from collections.abc import Callable
@@ -48,8 +48,8 @@ def torch_loop(problem: Problem, backward: bool = True) -> Answer:
     """The loop a careful user writes: ``relu(addmm)``, per-sample residuals, one host read an iteration."""
     W, c, g = problem.W, problem.c, problem.g
     Wt = W.t()
-    z = torch.relu(c)
-    forward, done = 1, False
+    z = torch.zeros_like(c)
+    forward, done = 0, False
     while not done and forward < MAX_ITER:
         forward += 1
         new = torch.relu_(torch.addmm(c, z, Wt))
@@ -58,8 +58,8 @@ def torch_loop(problem: Problem, backward: bool = True) -> Answer:
     if not backward:
         return Answer(z, None, forward)
     d = (z > 0).to(z.dtype)
-    u = g * d
-    adjoint, done = 1, False
+    u = torch.zeros_like(g)
+    adjoint, done = 0, False
     while not done and adjoint < MAX_ITER:
         adjoint += 1
         new = torch.addmm(g, u, W).mul_(d)
@@ -77,15 +77,15 @@ def _converged(y: Tensor, fy: Tensor) -> bool:
 def make_gemm_only(problem: Problem, forward: int, adjoint: int) -> Callable[[], None]:
     """The matrix products of :func:`torch_loop` and nothing else: what a loop without any overhead would cost.
 
-    forward, adjoint: the loop's evaluations, of which the first needs no product.
+    forward, adjoint: the loop's evaluations, one product each.
     """
     z, out, dW = torch.relu(problem.c), torch.empty_like(problem.c), torch.empty_like(problem.W)
     W, Wt, zt = problem.W, problem.W.t(), z.t()
 
     def gemm_only() -> None:
-        for _ in range(forward - 1):
+        for _ in range(forward):
             torch.mm(z, Wt, out=out)
-        for _ in range(adjoint - 1):
+        for _ in range(adjoint):
             torch.mm(z, W, out=out)
         torch.mm(zt, z, out=dW)
 

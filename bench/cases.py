@@ -12,18 +12,22 @@ TOL = 1e-5  # relative residual of forward and backward solves, every competitor
 
 @dataclass(frozen=True)
 class Case:
-    """One problem: (m, B), a family of W, and ratios of forward + backward times to reach over baselines."""
+    """One problem: (m, B), a family of W, and ratios of forward + backward times to reach over baselines.
+
+    ``new_weights``: W changes before every call, as it does in training, so that deq packs it anew inside its time.
+    """
 
     m: int
     B: int
     family: str = "gaussian"
     dtype: str = "float32"
     seed: int = 0
+    new_weights: bool = False
     must: dict[str, float] = field(default_factory=dict, hash=False)
 
     @property
     def name(self) -> str:
-        return f"{self.family}-m{self.m}-B{self.B}-{self.dtype}"
+        return f"{self.family}-m{self.m}-B{self.B}-{self.dtype}" + ("-new" if self.new_weights else "")
 
     def make(self) -> "Problem":
         """The same tensors for the same case, everywhere."""
@@ -70,6 +74,8 @@ CPU_CASES = (
     Case(256, 256, must={"loop": 1.4, "torchdeq": 2.5, "gemm": 1.1}),
     Case(512, 64, must={"loop": 1.4, "torchdeq": 2.0, "gemm": 1.2}),
     Case(2048, 16, must={"loop": 2.0, "torchdeq": 2.0, "gemm": 1.8}),
+    Case(256, 256, new_weights=True),
+    Case(2048, 16, new_weights=True),
     Case(17, 5),
     Case(128, 256),
     Case(1024, 256),

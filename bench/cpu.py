@@ -19,8 +19,7 @@ FLOAT32 = 0  # DeqType in csrc/kernels.h
 def measure(case: Case, threads: int, seconds: float) -> list[dict]:
     """Rows of one case: deq first, then loop, torchdeq (its fastest solver) and gemm, with ``ratio`` over deq's time.
 
-    W changes in its last bits before every call, as it does in training, so that deq packs it anew inside its time. One
-    thread is timed by processor time, several by the wall clock.
+    One thread is timed by processor time, several by the wall clock.
     """
     with _threads(threads):
         problem = case.make()
@@ -37,8 +36,9 @@ def measure(case: Case, threads: int, seconds: float) -> list[dict]:
             competitors["torchdeq"] = lambda: run(problem)
         counts = answers["loop"].iterations, answers["loop"].adjoint_evaluations
         competitors["gemm"] = make_gemm_only(problem, *counts)
+        prepare = _weight_changer(problem.W) if case.new_weights else lambda: None
         clock = time.process_time if threads == 1 else time.perf_counter
-        timings = interleave(competitors, seconds, prepare=_weight_changer(problem.W), clock=clock)
+        timings = interleave(competitors, seconds, prepare=prepare, clock=clock)
     rows = []
     for name, timing in timings.items():
         answer = answers.get(name)

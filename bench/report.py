@@ -12,8 +12,8 @@ def times(rows: list[dict]) -> Table:
     for row in rows:
         by_case.setdefault((row["case"], row["threads"]), {})[row["baseline"]] = row
     for (case, threads), found in by_case.items():
-        family, m, B, dtype = case.split("-")
-        mark = {"gaussian": "", "orthogonal": "o"}[family] + {"float32": "", "float64": "d"}[dtype]
+        family, m, B, dtype, *new = case.split("-")
+        mark = {"gaussian": "", "orthogonal": "o"}[family] + {"float32": "", "float64": "d"}[dtype] + "n" * len(new)
         table.add_row(
             m[1:] + mark,
             B[1:],
@@ -24,7 +24,7 @@ def times(rows: list[dict]) -> Table:
             f"{found['deq']['error']:.0e}",
             f"{found['loop']['error']:.0e}",
         )
-    table.caption = "o: 0.9 x orthogonal W. d: float64. its, error: of the worst sample."
+    table.caption = "o: orthogonal W. d: float64. n: W changed before every call. its, error: worst."
     return table
 
 
