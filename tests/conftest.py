@@ -13,6 +13,22 @@ import pytest
 from deq import _library
 
 
+def pytest_addoption(parser):
+    parser.addoption("--isa", default="auto", help="run the suite on avx512, avx2 or portable kernels; auto: the best")
+
+
+def pytest_configure(config):
+    wanted = config.getoption("--isa")
+    if wanted != "auto" and (_library.compiled is None or _library.compiled.deq_cpu_set_isa(wanted.encode()) != 0):
+        raise pytest.UsageError(f"--isa {wanted}: this CPU or build has no such kernels; deq info lists what there is")
+
+
+def pytest_report_header():
+    return (
+        f"deq kernels: {_library.compiled.deq_cpu_isa().decode() if _library.compiled else 'none, ' + _library.reason}"
+    )
+
+
 @pytest.fixture(params=["avx512", "avx2", "portable"])
 def isa(request):
     """Runs the test once for every instruction set that this CPU and build have."""

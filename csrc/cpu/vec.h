@@ -151,4 +151,12 @@ DEQ_INLINE double lane_sum(const typename Simd<T>::V& v) {
   return static_cast<double>(LaneSum<T, DEQ_VECTOR_BYTES>::of(v));
 }
 
+template <class T>
+constexpr int kLanes = VecMath<T>::kLanes;
+
+template <class T>
+int64_t padded(int64_t m) {
+  return (m + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+}
+
 }  // namespace
