@@ -6,7 +6,8 @@ At ``z = act(W z + c)`` with ``D = diag(act'(W z + c))`` and the loss gradient `
 1e-6 as for one of 1e6.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,8 +20,7 @@ from .solution import Solution, report_failures
 PHANTOM_STEPS, PHANTOM_DAMPING = 5, 0.5  # Geng et al. 2021 use a handful of damped steps
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """What a solve is asked for, apart from its tensors."""
 
     activation: str
@@ -36,7 +36,7 @@ def equilibrium(W: Tensor, c: Tensor, z0: Tensor | None, problem: Problem, backw
         return _apply(_Equilibrium, W, c, z0, problem)
     act = ACTIVATIONS[problem.activation].value
     if backward == "unrolled":
-        problem = replace(problem, plan=replace(problem.plan, acceleration="none"))
+        problem = problem._replace(plan=replace(problem.plan, acceleration="none"))
     with torch.no_grad():
         outcome = _run(W, c, z0, problem)
     if backward == "unrolled":

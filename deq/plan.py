@@ -1,6 +1,7 @@
 """Decides how a problem is run: pure Python, no tensors, so that every decision can be tested without a device."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 SOLVERS = ("auto", "plain", "anderson")
 BACKENDS = ("auto", "cpu", "reference")
@@ -37,6 +38,7 @@ class Plan:
         return "\n".join((str(self), *(f"  {reason}" for reason in self.why)))
 
 
+@lru_cache(maxsize=256)  # a front door that is asked the same thing at every step of a training run
 def make_plan(
     *,
     dtype: str,

@@ -66,6 +66,9 @@ def solve(
     _check_tensors(W, c, z0)
     _check_options(tol, max_iter, backward, on_failure)
     get_activation(activation)
+    for name, value in (("solver", solver), ("criterion", criterion), ("backend", backend)):
+        if not isinstance(value, str):
+            raise TypeError(f"{name} must be a string; got {value!r}")
     plan = make_plan(
         dtype=_DTYPES[c.dtype],
         device=c.device.type,
@@ -139,9 +142,10 @@ def _check_options(tol: object, max_iter: object, backward: object, on_failure: 
             raise TypeError(f"max_iter must be an integer; got {max_iter!r}")
         if not 1 <= max_iter < 2**31:
             raise ValueError(f"max_iter must be at least 1 and below 2**31; got {max_iter!r}")
-    for name, value, known in (("backward", backward, BACKWARDS), ("on_failure", on_failure, ON_FAILURE)):
-        if value not in known:
-            raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}; got {value!r}")
+    if backward not in BACKWARDS:
+        raise ValueError(f"backward must be one of {', '.join(map(repr, BACKWARDS))}; got {backward!r}")
+    if on_failure not in ON_FAILURE:
+        raise ValueError(f"on_failure must be one of {', '.join(map(repr, ON_FAILURE))}; got {on_failure!r}")
 
 
 def _refuse_non_finite(bad: list[int], W: Tensor, samples: torch.Size) -> None:
