@@ -206,15 +206,13 @@ class Tile {
         if (p_.mask_is_value) k_.derivative_of_value(p_.activation, slot.d, m_);
       }
       const T reach = std::max(largest, start);
-      if (rescaled_ && reach > 0) {
-        int exponent;
-        std::frexp(reach, &exponent);
+      // Near 1 the squares are in range as they are, and a factor would change no bit of the path.
+      constexpr T kNear = static_cast<T>(1 << 20);
+      if (rescaled_ && reach > 0 && (reach > kNear || reach < 1 / kNear)) {
         constexpr int kLimit = std::numeric_limits<T>::max_exponent - 2;
-        slot.scale = std::ldexp(1.0, std::clamp(-exponent, -kLimit, kLimit));
-        if (slot.scale != 1) {
-          k_.scale(slot.c, static_cast<T>(slot.scale), padded_);
-          if (p_.start.data) k_.scale(y, static_cast<T>(slot.scale), padded_);
-        }
+        slot.scale = std::ldexp(1.0, std::clamp(-std::ilogb(reach), -kLimit, kLimit));
+        k_.scale(slot.c, static_cast<T>(slot.scale), padded_);
+        if (p_.start.data) k_.scale(y, static_cast<T>(slot.scale), padded_);
       }
       if (p_.start.data) return true;
       // From zero the first evaluation is act(c): no product. Its step and its size are the same.
