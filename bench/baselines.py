@@ -35,12 +35,21 @@ class Answer:
         return int(torch.as_tensor(self.evaluations).max())
 
 
-def engine(problem: Problem, backward: bool = True, solver: str = "plain") -> Answer:
-    """deq itself, through the public function and autograd."""
+def make_engine(problem: Problem, backward: bool = True, solver: str = "plain") -> Callable[[], Answer]:
+    """deq itself, through the public function and autograd, on leaves that share the problem's memory."""
     W, c = (t.detach().requires_grad_(backward) for t in (problem.W, problem.c))
-    solution = solve(W, c, "relu", tol=TOL, max_iter=MAX_ITER, solver=solver, on_failure="raise")
-    dW = torch.autograd.grad(solution.z, (W, c), problem.g)[0] if backward else None
-    return Answer(solution.z.detach(), dW, solution.iterations)
+
+    def engine() -> Answer:
+        solution = solve(W, c, "relu", tol=TOL, max_iter=MAX_ITER, solver=solver, on_failure="raise")
+        dW = torch.autograd.grad(solution.z, (W, c), problem.g)[0] if backward else None
+        return Answer(solution.z.detach(), dW, solution.iterations)
+
+    return engine
+
+
+def engine(problem: Problem, backward: bool = True, solver: str = "plain") -> Answer:
+    """One call of :func:`make_engine`."""
+    return make_engine(problem, backward, solver)()
 
 
 @torch.no_grad()

@@ -9,7 +9,16 @@ from torch import Tensor
 
 from deq import _library
 
-from .baselines import TORCHDEQ_SOLVERS, Answer, engine, has_torchdeq, make_gemm_only, make_torchdeq, torch_loop
+from .baselines import (
+    TORCHDEQ_SOLVERS,
+    Answer,
+    engine,
+    has_torchdeq,
+    make_engine,
+    make_gemm_only,
+    make_torchdeq,
+    torch_loop,
+)
 from .cases import KERNEL_MUST, Case, Problem
 from .timing import interleave
 
@@ -26,7 +35,7 @@ def measure(case: Case, threads: int, seconds: float) -> list[dict]:
         z, dW = problem.exact()
         answers = {"deq": engine(problem), "loop": torch_loop(problem)}
         competitors: dict[str, Callable[[], object]] = {
-            "deq": lambda: engine(problem),
+            "deq": make_engine(problem),
             "loop": lambda: torch_loop(problem),
         }
         labels = {}
