@@ -11,10 +11,8 @@
 
 namespace {
 
+using deq::kSumChunk;
 using deq::Step;
-
-// Sums over k are cut into chunks: the rounding error of a long sum grows with the chunk, not with m.
-constexpr int64_t kChunk = 512;
 
 // Calls f with the activation's struct.
 template <class T, class F>
@@ -158,10 +156,10 @@ __attribute__((noinline)) void tile(const Step<T>& s, FinishTile<T> finish_spill
   const T* w = s.packed + j * s.width;
   const int64_t stride = NV * L * s.width;
   V acc[MR][N];
-  product<T, MR, NV, NP>(s.z + row0, w, stride, 0, s.width < kChunk ? s.width : kChunk, acc);
-  for (int64_t k = kChunk; k < s.width; k += kChunk) {
+  product<T, MR, NV, NP>(s.z + row0, w, stride, 0, s.width < kSumChunk ? s.width : kSumChunk, acc);
+  for (int64_t k = kSumChunk; k < s.width; k += kSumChunk) {
     V part[MR][N];
-    product<T, MR, NV, NP>(s.z + row0, w, stride, k, s.width < k + kChunk ? s.width : k + kChunk, part);
+    product<T, MR, NV, NP>(s.z + row0, w, stride, k, s.width < k + kSumChunk ? s.width : k + kSumChunk, part);
 #pragma GCC unroll 16
     for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 16
@@ -217,11 +215,20 @@ void step_with(const Step<T>& s, int n, FinishTile<T> f) {
 }
 
 template <class T>
-void step(const Step<T>& s, int n) {
-  step_with<T>(s, n, finish_tile_for<T>(s.activation));
+DEQ_INLINE void sum_lanes(const Step<T>& s, int n) {
   for (int r = 0; r < n; ++r)
     for (int i = 0; i < 2; ++i) s.totals[2 * r + i] = lane_sum<T>(VecMath<T>::load(s.sums[r] + i * kLanes<T>));
 }
+
+template <class T>
+void step(const Step<T>& s, int n) {
+  step_with<T>(s, n, finish_tile_for<T>(s.activation));
+  sum_lanes(s, n);
+}
+
+}  // namespace
+#include "skip_impl.h"
+namespace {
 
 // The derivative as a finish: out = act'(x), no sums.
 template <class T, class Act>
@@ -407,6 +414,8 @@ const deq::Kernels<T>* table() {
       .copy_out = copy_out<T>,
       .pack = pack<T>,
       .step = step<T>,
+      .find_nonzeros = find_nonzeros<T>,
+      .skip_step = skip_step<T>,
       .derivative = derivative<T>,
       .derivative_of_value = derivative_of_value<T>,
       .first = first<T>,

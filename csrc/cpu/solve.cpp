@@ -19,6 +19,10 @@ namespace {
 constexpr int kMaxTile = 64;
 // Half of a 1 MB L2 for the rows of a tile; the rest for the panels of W that stream through.
 constexpr int64_t kTileBytes = 512 << 10;
+// Products with zeros are skipped where less than this share of the rows' elements is not zero; looked at again after so many
+// steps. Zen 4, float32: at half zeros 1.4 x the dense tiles from m = 128 to 1024, even at 0.72 (at 0.6 for 2048 x 16).
+constexpr double kSkipBelow = 0.65;
+constexpr int kLookEvery = 16;
 // Rows start this many bytes apart modulo 4096, so that the rows of a tile do not share cache sets.
 constexpr int64_t kRowSkew = 64;
 
@@ -49,7 +53,8 @@ class Tile {
         m_(p.width),
         padded_(samples_.padded()),
         rule_(make_rule(p.tol, p.max_iter, p.criterion, p.width, sizeof(T) == 8)),
-        depth_(std::min<int>(std::max(p.depth, 1), kMaxDepth)) {}
+        depth_(std::min<int>(std::max(p.depth, 1), kMaxDepth)),
+        may_skip_(p.mask.data || p.activation == kRelu) {}
 
   // Solves samples of matrix s taken from `queue` until it is empty.
   void run(int64_t s, std::atomic<int64_t>& queue, int threads) {
@@ -72,7 +77,9 @@ class Tile {
     }
     const T* w = static_cast<const T*>(packed_.data) + s * (packed_.matrix_bytes / static_cast<int64_t>(sizeof(T)));
     while (n > 0) {
-      k_.step(Step<T>{row[current_], row[1 - current_], c, p_.mask.data ? d : nullptr, sums, totals, w, m_, p_.activation}, n);
+      evaluate(Step<T>{row[current_], row[1 - current_], c, p_.mask.data ? d : nullptr, sums, totals, w, m_, p_.activation,
+                       nonzeros_, total_},
+               n);
       current_ = 1 - current_;
       for (int a = 0; a < n;) {
         Slot<T>& slot = slots_[at[a]];
@@ -104,7 +111,8 @@ class Tile {
     const int64_t share = (p_.batch + threads - 1) / threads;
     size_ = static_cast<int>(std::min<int64_t>({kMaxTile, std::max<int64_t>(2 * k_.rows, fit / k_.rows * k_.rows), share}));
     const int64_t sums = 2 * k_.lanes, per_slot = rows * stride + sums;
-    T* at = static_cast<T*>(rows_arena.get(size_ * per_slot * static_cast<int64_t>(sizeof(T))));
+    const int64_t words = (m_ + 63) / 64 * static_cast<int64_t>(sizeof(uint64_t) / sizeof(T));
+    T* at = static_cast<T*>(rows_arena.get(size_ * (per_slot + kSkipWidth + words) * static_cast<int64_t>(sizeof(T))));
     if (!at) return false;
     for (int i = 0; i < size_; ++i, at += per_slot) {
       slots_[i].sums = at;
@@ -113,9 +121,20 @@ class Tile {
       slots_[i].c = at + sums + 2 * stride;
       slots_[i].d = p_.mask.data ? at + sums + 3 * stride : nullptr;
     }
+    total_ = at;
+    nonzeros_ = reinterpret_cast<uint64_t*>(at + size_ * kSkipWidth);
     stride_ = stride;
     window_ = nullptr;
     return true;
+  }
+
+  // One application of the map to n rows, without the products with zeros where there are enough of them.
+  void evaluate(const Step<T>& step, int n) {
+    if (may_skip_ && --looks_again_ <= 0) {
+      if (static_cast<double>(k_.find_nonzeros(step, n)) < kSkipBelow * static_cast<double>(n * m_)) return k_.skip_step(step, n);
+      looks_again_ = kLookEvery;
+    }
+    k_.step(step, n);
   }
 
   // Takes the next sample of the queue that is not done at once; false when there is none.
@@ -224,9 +243,12 @@ class Tile {
   const int64_t m_, padded_;
   const Rule rule_;
   const int depth_;
+  const bool may_skip_;
   int64_t matrix_ = 0, stride_ = 0;
   int size_ = 0, current_ = 0;
-  T* window_ = nullptr;
+  int looks_again_ = 0;  // steps until the zeros are counted again
+  T *window_ = nullptr, *total_ = nullptr;
+  uint64_t* nonzeros_ = nullptr;
   Slot<T> slots_[kMaxTile];
 };
 
