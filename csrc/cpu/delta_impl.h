@@ -4,8 +4,6 @@
 // Register tile: up to DEQ_TILE_ROWS samples x two vectors of outputs, like the float32 kernels; a 32-bit word of an increment
 // (kTerms elements of k) is multiplied with the same word of a vector of outputs.
 #pragma once
-#include <algorithm>
-
 #include "delta.h"
 #include "vec.h"
 
@@ -38,9 +36,9 @@ void pack(const float* w, int64_t m, void* packed, int64_t first, int64_t last) 
   auto* words = static_cast<uint32_t*>(packed);
   auto* scales = const_cast<float*>(layout.scales(packed));
   auto* offsets = const_cast<int32_t*>(layout.offsets(packed));
-  for (int64_t j = first * 2 * kL; j < std::min(last * 2 * kL, layout.columns); j += kL) {
+  for (int64_t j = first * 2 * kL; j < last * 2 * kL && j < layout.columns; j += kL) {
     // Where vector j starts in its panel of one or two vectors.
-    const int64_t panel = j / (2 * kL) * (2 * kL), width = std::min<int64_t>(2 * kL, layout.columns - panel);
+    const int64_t panel = j / (2 * kL) * (2 * kL), left = layout.columns - panel, width = left < 2 * kL ? left : 2 * kL;
     const float* src = w + panel * m + (j - panel);
     uint32_t* dst = words + panel * layout.words + (j - panel);
     V largest{};

@@ -343,6 +343,7 @@ int32_t deq_cpu_solve(const DeqProblem* p) {
   *p->report = DeqReport{0, 0, 0, 0};
   if (p->weights * p->batch == 0) return DEQ_OK;
   if (deq::delta_serves(*p)) return deq::delta_solve(*p);
+  if (p->reflected) return DEQ_BAD_ARGUMENT;
   return p->type == DEQ_FLOAT64 ? deq::solve<double>(*p) : deq::solve<float>(*p);
 }
 
