@@ -23,27 +23,32 @@ constexpr int kMaxTile = 64;
 constexpr int64_t kTileBytes = 768 << 10;
 // Rows start this many bytes apart modulo 4096, so that the rows of a tile do not share cache sets.
 constexpr int64_t kRowSkew = 64;
-// Rounding of W leaves about this share of the increments since the last anchor in y: below it there is nothing to gain.
-constexpr double kPollution[] = {0, 1e-2, 2e-3};
+// Rounding of W leaves about this share of the increments in y, and a correction this share of that: smaller increments than
+// what is left gain nothing.
+constexpr double kPollution[] = {0, 1e-2, 2e-3}, kRest[] = {0, 1.0 / 254, 1.0 / 512};
 // An anchor is expected to pass if the residual to come is this share of the one to leave at.
 constexpr double kSafety = 0.7;
+// Products with zeros are skipped where less than this share of the rows' elements is not zero, as in the row engine.
+constexpr double kSkipBelow = 0.65;
 constexpr int kMaxRun = 64;  // steps before an anchor is due in any case
 // Increments are expected to shrink like the last one, with this allowance; a wrong guess costs digits or is cut off, never lost.
 constexpr double kHeadroom = 1.3, kLeastRatio = 0.1, kMostRatio = 4;
 
 thread_local Arena rows_arena;
 
-enum class Next : uint8_t { kStep, kAnchor };
+enum class Next : uint8_t { kStep, kCorrectedStep, kAnchor };
 
 struct alignas(64) Slot {
   DeltaRow row;
+  DeltaRow rest;  // of the corrections: its x is the part of row.x that they have covered
   Record record;
   float* c;
   int64_t sample;
   double scale;      // the sample was multiplied by this power of two
   double step2;      // |f(x) - x|^2 at the evaluation before
   double ratio2[2];  // of step2, over the last two evaluations
-  double total;      // sum of the sizes of the increments since the last anchor
+  double size;       // of the increments since the last anchor or correction, the sum of their norms
+  double corrected;  // the same since the last anchor, up to the last correction
   int run;           // steps since the last anchor
   Next next;
   bool native;  // float32 evaluations only
@@ -62,7 +67,6 @@ class Tile {
         m_(p.width),
         padded_(samples_.padded()),
         rule_(make_rule(p.tol, p.max_iter, p.criterion, p.width, false)),
-        pollution_(kPollution[p.precision]),
         map_(map_of(p)) {}
 
   // Solves samples of matrix s taken from `queue` until it is empty.
@@ -79,7 +83,7 @@ class Tile {
       evaluate(active, n);
       for (int a = 0; a < n;) {
         Slot& slot = *active[a];
-        const bool goes_on = slot.next == Next::kStep ? stepped(slot) : anchored(slot);
+        const bool goes_on = slot.next == Next::kAnchor ? anchored(slot) : stepped(slot);
         if (goes_on || fill(slot, queue))
           ++a;
         else
@@ -99,10 +103,11 @@ class Tile {
   bool reserve(int threads) {
     constexpr int64_t kFloat = sizeof(float), kSums = 3 * 64;
     const int64_t stride = padded_ * kFloat + kRowSkew, half = (padded_ * low_.element_bytes + 63) / 64 * 64;
-    const int64_t rows = p_.mask.data ? 4 : 3, per_slot = rows * stride + 2 * half + kSums;
+    const int64_t rows = p_.mask.data ? 5 : 4, per_slot = rows * stride + 3 * half + kSums;
+    const int64_t words = (m_ + 63) / 64;
     const int64_t share = (p_.batch + threads - 1) / threads, fit = kTileBytes / per_slot / k_.rows * k_.rows;
     size_ = static_cast<int>(std::min<int64_t>({kMaxTile, std::max<int64_t>(2 * k_.rows, fit), share}));
-    char* at = static_cast<char*>(rows_arena.get(size_ * per_slot + 2 * stride));
+    char* at = static_cast<char*>(rows_arena.get(size_ * (per_slot + words * 8 + kSkipWidth * kFloat) + 3 * stride));
     if (!at) return false;
     auto take = [&](int64_t bytes) {
       at += bytes;
@@ -119,37 +124,50 @@ class Tile {
       slot.row.d = d_[i];
       slot.row.increment = take(half);
       slot.row.next = take(half);
+      slot.rest = DeltaRow{};
+      slot.rest.y = slot.row.y;
+      slot.rest.x = reinterpret_cast<float*>(take(stride));
+      slot.rest.next = slot.rest.increment = take(half);
     }
     value_ = reinterpret_cast<float*>(take(stride));
     state_ = reinterpret_cast<float*>(take(stride));
+    ones_ = reinterpret_cast<float*>(take(stride));
+    std::fill(ones_, ones_ + padded_, 1.0f);
+    total_ = reinterpret_cast<float*>(take(size_ * kSkipWidth * kFloat));
+    nonzeros_ = reinterpret_cast<uint64_t*>(take(size_ * words * 8));
     return true;
   }
 
   // One evaluation of every active slot: the steps together, the anchors together.
   void evaluate(Slot* const* active, int n) {
-    DeltaRow* steps[kMaxTile];
-    const float *x[kMaxTile], *c[kMaxTile];
+    DeltaRow *steps[kMaxTile], *corrections[kMaxTile];
+    const float *x[kMaxTile], *c[kMaxTile], *ones[kMaxTile];
     float *y[kMaxTile], *sums[kMaxTile];
     double totals[2 * kMaxTile];
-    int step_count = 0, anchors = 0;
+    int step_count = 0, correction_count = 0, anchors = 0;
     for (int a = 0; a < n; ++a) {
       Slot& slot = *active[a];
-      if (slot.next == Next::kStep) {
-        steps[step_count++] = &slot.row;
-      } else {
+      if (slot.next == Next::kAnchor) {
         x[anchors] = slot.row.x;
         c[anchors] = slot.c;
+        ones[anchors] = ones_;
         y[anchors] = slot.row.y;
         sums[anchors++] = slot.row.sums;
+        continue;
       }
+      steps[step_count++] = &slot.row;
+      if (slot.next == Next::kCorrectedStep) corrections[correction_count++] = &slot.rest;
     }
-    if (step_count > 0) {
-      const char* weights = static_cast<const char*>(increments_.data) + matrix_ * increments_.matrix_bytes;
-      low_.step(DeltaStep{steps, weights, m_, map_}, step_count);
-    }
+    const char* low = static_cast<const char*>(increments_.data) + matrix_ * increments_.matrix_bytes;
+    if (correction_count > 0)
+      low_.step(DeltaStep{corrections, low + increments_.matrix_bytes / 2, m_, DeltaMap::kByRow}, correction_count);
+    if (step_count > 0) low_.step(DeltaStep{steps, low, m_, map_}, step_count);
     if (anchors > 0) {
       const float* w = static_cast<const float*>(packed_.data) + matrix_ * (packed_.matrix_bytes / 4);
-      k_.step(Step<float>{x, y, c, nullptr, sums, totals, w, m_, kIdentity}, anchors);
+      // The float32 step with the mask 1 is y = W x + c.
+      const Step<float> step{x, y, c, ones, sums, totals, w, m_, kIdentity, nonzeros_, total_};
+      const double nonzeros = static_cast<double>(k_.find_nonzeros(step, anchors));
+      (nonzeros < kSkipBelow * static_cast<double>(anchors * m_) ? k_.skip_step : k_.step)(step, anchors);
     }
   }
 
@@ -199,8 +217,9 @@ class Tile {
     const double start2 = slot.record.iteration == 0 ? size_of(row.x, m_) : 0.0;
     if (slot.run > 0) {
       // The contraction is what the steps showed; against them the residual of an anchor holds what they had left in y.
-      slot.record.step2[0] = step2 / slot.ratio2[0];
-      slot.record.step2[1] = slot.record.step2[0] / slot.ratio2[1];
+      // Slow is what was slow twice, and an estimated error is that of the slower.
+      slot.record.step2[0] = step2 / std::min(slot.ratio2[0], slot.ratio2[1]);
+      slot.record.step2[1] = slot.record.step2[0] / std::max(slot.ratio2[0], slot.ratio2[1]);
     }
     const Verdict verdict = judge(rule_, slot.record, step2, size2, start2);
     const bool is_best = slot.record.best_at == slot.record.iteration;
@@ -216,12 +235,14 @@ class Tile {
     }
     slot.step2 = step2;
     slot.run = 0;
-    slot.total = std::sqrt(step2);
+    slot.size = std::sqrt(step2);
+    slot.corrected = 0;
     if (slot.native || slot.record.iteration + 1 >= rule_.max_iter) {
       std::copy(state, state + padded_, row.x);
       slot.next = Next::kAnchor;
       return true;
     }
+    std::copy(row.x, row.x + padded_, slot.rest.x);
     row.next_scale = row.largest / 127;
     low_.feed(row, state, padded_);
     expect(slot, slot.ratio2[0]);
@@ -242,24 +263,35 @@ class Tile {
     slot.ratio2[1] = slot.ratio2[0];
     slot.ratio2[0] = std::max(row.step2 / slot.step2, 1e-12);
     slot.step2 = row.step2;
-    slot.total += std::sqrt(row.step2);
-    slot.next = is_due(slot) ? Next::kAnchor : Next::kStep;
+    slot.size += std::sqrt(row.step2);
     expect(slot, slot.ratio2[0]);
+    slot.next = next_of(slot);
+    if (slot.next == Next::kCorrectedStep) {
+      low_.measure(slot.rest, row.x, nullptr, padded_);
+      slot.rest.scale = slot.rest.next_scale = slot.rest.largest / 127;
+      low_.feed(slot.rest, row.x, padded_);
+      slot.corrected += slot.size;
+      slot.size = std::sqrt(row.step2);
+    }
     return true;
   }
 
-  bool is_due(const Slot& slot) const {
+  Next next_of(const Slot& slot) const {
     const double step2 = slot.row.step2, size2 = slot.row.size2;
-    if (!(step2 < INFINITY) || !(size2 <= slot.record.limit2)) return true;
-    if (slot.run >= kMaxRun || slot.record.iteration + 1 >= rule_.max_iter) return true;
-    if (step2 <= pollution_ * pollution_ * slot.total * slot.total) return true;
-    const double q2 = std::max(slot.ratio2[0], slot.ratio2[1]), expected2 = step2 * std::min(slot.ratio2[0], 1.0);
+    if (!(step2 < INFINITY) || !(size2 <= slot.record.limit2)) return Next::kAnchor;
+    if (slot.run >= kMaxRun || slot.record.iteration + 1 >= rule_.max_iter) return Next::kAnchor;
+    const double expected2 = step2 * std::min(slot.ratio2[0], 1.0);
+    const double q2 = std::min(slot.ratio2[0], slot.ratio2[1]);
+    double leave2 = q2 > kSlowContraction * kSlowContraction ? rule_.tol2 : rule_.leave2;
     if (rule_.criterion == DEQ_ERROR_ESTIMATE) {
-      const double q = std::sqrt(q2);
-      return q < 1 && std::sqrt(expected2 / size2) * q <= kSafety * rule_.tol * (1 - q);
+      const double q = std::sqrt(std::max(slot.ratio2[0], slot.ratio2[1])), r = q < 1 ? rule_.tol * (1 - q) / q : 0;
+      leave2 = r * r;
     }
-    const bool is_slow = slot.ratio2[0] > kSlowContraction * kSlowContraction;
-    return expected2 <= kSafety * kSafety * (is_slow ? rule_.tol2 : rule_.leave2) * size2;
+    if (expected2 <= kSafety * kSafety * leave2 * size2) return Next::kAnchor;
+    const double pollution = kPollution[p_.precision];
+    if (step2 > pollution * pollution * slot.size * slot.size) return Next::kStep;
+    const double rest = pollution * kRest[p_.precision] * (slot.corrected + slot.size);
+    return rest * rest <= leave2 * size2 / 4 ? Next::kCorrectedStep : Next::kAnchor;
   }
 
   // The increment just written becomes the one to read, and the scale of the one after it is set.
@@ -285,18 +317,18 @@ class Tile {
   Totals& totals_;
   const int64_t m_, padded_;
   const Rule rule_;
-  const double pollution_;
   const DeltaMap map_;
   int64_t matrix_ = 0;
   int size_ = 0;
-  float *value_ = nullptr, *state_ = nullptr;
+  float *value_ = nullptr, *state_ = nullptr, *ones_ = nullptr, *total_ = nullptr;
+  uint64_t* nonzeros_ = nullptr;
   float* d_[kMaxTile];
   Slot slots_[kMaxTile];
 };
 
 // W_low of every matrix, made from W as the float32 kernels have packed it.
 std::shared_ptr<const Packed> packed_increments(const DeqProblem& p, const DeltaKernels& low, const Packed& packed, int threads) {
-  const int64_t m = p.width, panels = (m + 2 * low.lanes - 1) / (2 * low.lanes), bytes = low.packed_bytes(m);
+  const int64_t m = p.width, panels = (m + 2 * low.lanes - 1) / (2 * low.lanes), bytes = 2 * low.plane_bytes(m);
   return packed_form(packed, p.precision, p.weights, bytes, [&](char* to) {
     const int64_t groups = threads > 1 && m >= 256 ? std::min<int64_t>(panels, threads) : 1;
 #pragma omp parallel for num_threads(threads) if (threads > 1 && groups * p.weights > 1)

@@ -2,7 +2,8 @@
 //
 // A sample keeps y = W x + c in float32, where x is what its increments have added up to. A step multiplies one quantised
 // increment, y += W_low Q(f(y) - x), x += Q(f(y) - x): what rounding left out of an increment is still in the next one, so only
-// the rounding of W is left in y, and that is proportional to the increments. A float32 evaluation of y (an anchor) removes it.
+// the rounding of W is left in y, and that is proportional to the increments. A float32 evaluation of y (an anchor) removes it;
+// a correction, y += (W - W_low) Q(sum of increments), removes all but the square of it at the price of one step.
 #pragma once
 #include <stdint.h>
 
@@ -32,7 +33,7 @@ enum class DeltaMap { kByRow, kRelu, kReflectedRelu, kMask, kReflectedMask };
 
 struct DeltaStep {
   DeltaRow* const* rows;
-  const void* weights;  // one matrix packed by `pack`
+  const void* weights;  // a plane of a matrix packed by `pack`
   int64_t width;
   DeltaMap map;
 };
@@ -42,8 +43,9 @@ struct DeltaKernels {
   int lanes;  // of the float32 kernels that these work with
   int element_bytes;
 
-  // Bytes of one packed matrix of width m; W_low from W as the float32 kernels have packed it, for panels [first, last).
-  int64_t (*packed_bytes)(int64_t m);
+  // A packed matrix is two planes of so many bytes: W_low, and what is left of W in the same precision. Made from W as the
+  // float32 kernels have packed it, for panels [first, last).
+  int64_t (*plane_bytes)(int64_t m);
   void (*pack)(const float* w, int64_t m, void* packed, int64_t first, int64_t last);
   // y += W_low increment for n rows and, unless the map is applied by row, the next increment with x and the sums.
   void (*step)(const DeltaStep&, int n);

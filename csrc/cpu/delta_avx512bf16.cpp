@@ -25,6 +25,9 @@ struct Increment {
   DEQ_INLINE __m256i rounded(V x) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(static_cast<__m512>(x))); }
   DEQ_INLINE __m512i widened(__m256i x) { return _mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16); }
 
+  DEQ_INLINE V maximum(V a, V b) { return static_cast<V>(_mm512_max_ps(a, b)); }
+  DEQ_INLINE float lane_max(V v) { return _mm512_reduce_max_ps(v); }
+
   // The elements carry their own exponents: no scale.
   struct Quantiser {
     explicit Quantiser(float) {}
@@ -37,9 +40,13 @@ struct Increment {
   struct Weights {
     V scale;
     explicit Weights(V) : scale(VecMath<float>::set(1.0)) {}
-    void store(const V (&terms)[2], uint32_t* at, Sum*) const {
-      const __m512i low = _mm512_cvtepu16_epi32(rounded(terms[0])), high = widened(rounded(terms[1]));
-      _mm512_storeu_si512(at, _mm512_or_si512(low, high));
+    Weights rest() const { return *this; }
+    // Stores the words of these elements and leaves in them what rounding left out.
+    void take(V (&terms)[2], uint32_t* at, Sum*) const {
+      const __m256i low = rounded(terms[0]), high = rounded(terms[1]);
+      terms[0] -= reinterpret_cast<V>(widened(low));
+      terms[1] -= reinterpret_cast<V>(widened(high));
+      _mm512_storeu_si512(at, _mm512_or_si512(_mm512_cvtepu16_epi32(low), widened(high)));
     }
   };
 };

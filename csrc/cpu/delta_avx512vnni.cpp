@@ -24,18 +24,24 @@ struct Increment {
     return y + static_cast<V>(_mm512_cvtepi32_ps(sum)) * (scale * VecMath<float>::load(weight_scales));
   }
 
+  DEQ_INLINE V maximum(V a, V b) { return static_cast<V>(_mm512_max_ps(a, b)); }
+  DEQ_INLINE float lane_max(V v) { return _mm512_reduce_max_ps(v); }
+
   struct Quantiser {
+    // Adding it rounds to an integer, whose low byte with 128 added are the low bits of the sum.
+    static constexpr float kRound = 12582912.0f + 128.0f;
     V scale, inverse;
     explicit Quantiser(float s) : scale(VecMath<float>::set(0.0) + s), inverse(VecMath<float>::set(0.0) + (s > 0 ? 1 / s : 0)) {}
-    // Stores the integers nearest to change / scale, cut off at the ends of int8; returns what they stand for.
+    // Stores the integers nearest to change / scale, at most 127 in size; returns what they stand for.
     V store(V change, char* at) const {
-      const __m128i q = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(change * inverse));
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(at), _mm_xor_si128(q, _mm_set1_epi8(-128)));
-      return static_cast<V>(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(q))) * scale;
+      const __m512 limit = _mm512_set1_ps(127.0f), round = _mm512_set1_ps(kRound);
+      const __m512 cut = _mm512_max_ps(_mm512_min_ps(change * inverse, limit), -limit), shifted = cut + round;
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(at), _mm512_cvtepi32_epi8(_mm512_castps_si512(shifted)));
+      return static_cast<V>(shifted - round) * scale;
     }
   };
 
-  // One scale for every output: its largest weight becomes 127.
+  // One scale for every output: its largest weight becomes 127, and 127 of the rest are half a unit of that.
   struct Weights {
     V scale, inverse;
     explicit Weights(V largest) {
@@ -44,10 +50,18 @@ struct Increment {
       scale = VecMath<float>::select(normal, largest * VecMath<float>::set(1.0 / 127), V{});
       inverse = VecMath<float>::select(normal, VecMath<float>::set(127.0) / largest, V{});
     }
-    void store(const V (&terms)[4], uint32_t* at, Sum* offset) const {
+    Weights rest() const {
+      Weights finer = *this;
+      finer.scale *= VecMath<float>::set(1.0 / 254);
+      finer.inverse *= VecMath<float>::set(254.0);
+      return finer;
+    }
+    // Stores the words of these elements and leaves in them what rounding left out.
+    void take(V (&terms)[4], uint32_t* at, Sum* offset) const {
       Sum word = _mm512_setzero_si512(), sum = word;
       for (int t = 0; t < 4; ++t) {
         const Sum q = _mm512_cvtps_epi32(terms[t] * inverse);
+        terms[t] -= static_cast<V>(_mm512_cvtepi32_ps(q)) * scale;
         sum = _mm512_add_epi32(sum, q);
         word = _mm512_or_si512(word, _mm512_sllv_epi32(_mm512_and_si512(q, _mm512_set1_epi32(255)), _mm512_set1_epi32(8 * t)));
       }

@@ -16,8 +16,8 @@ using M = VecMath<float>;
 using V = M::V;
 constexpr int kL = kLanes<float>;
 
-// A packed matrix: for every panel of two vectors of outputs the words [k / kTerms][output], then a scale and an offset of every
-// output.
+// A packed plane: for every panel of two vectors of outputs the words [k / kTerms][output], then a scale and an offset of every
+// output. A matrix is two planes, the second what rounding left out of the first.
 struct Layout {
   int64_t columns, words;
   explicit Layout(int64_t m) : columns(padded<float>(m)), words((m + Increment::kTerms - 1) / Increment::kTerms) {}
@@ -28,43 +28,41 @@ struct Layout {
   const int32_t* offsets(const void* packed) const { return reinterpret_cast<const int32_t*>(scales(packed) + columns); }
 };
 
-int64_t packed_bytes(int64_t m) { return Layout(m).bytes(); }
+int64_t plane_bytes(int64_t m) { return Layout(m).bytes(); }
 
 // The float32 panels [k][output] become words [k / kTerms][output].
 void pack(const float* w, int64_t m, void* packed, int64_t first, int64_t last) {
   const Layout layout(m);
-  auto* words = static_cast<uint32_t*>(packed);
-  auto* scales = const_cast<float*>(layout.scales(packed));
-  auto* offsets = const_cast<int32_t*>(layout.offsets(packed));
   for (int64_t j = first * 2 * kL; j < last * 2 * kL && j < layout.columns; j += kL) {
     // Where vector j starts in its panel of one or two vectors.
     const int64_t panel = j / (2 * kL) * (2 * kL), left = layout.columns - panel, width = left < 2 * kL ? left : 2 * kL;
     const float* src = w + panel * m + (j - panel);
-    uint32_t* dst = words + panel * layout.words + (j - panel);
     V largest{};
-    for (int64_t k = 0; k < m; ++k) {
-      const V a = M::abs(M::load(src + k * width));
-      largest = M::select(a > largest, a, largest);
-    }
-    const Increment::Weights quantise(largest);
-    Increment::Sum offset{};
+    for (int64_t k = 0; k < m; ++k) largest = Increment::maximum(largest, M::abs(M::load(src + k * width)));
+    const Increment::Weights weights[2] = {Increment::Weights(largest), Increment::Weights(largest).rest()};
+    Increment::Sum offset[2] = {};
+    char* plane[2] = {static_cast<char*>(packed), static_cast<char*>(packed) + layout.bytes()};
     for (int64_t word = 0; word < layout.words; ++word) {
       V terms[Increment::kTerms];
       for (int t = 0; t < Increment::kTerms; ++t) {
         const int64_t k = word * Increment::kTerms + t;
         terms[t] = k < m ? M::load(src + k * width) : V{};
       }
-      quantise.store(terms, dst + word * width, &offset);
+      for (int i = 0; i < 2; ++i)
+        weights[i].take(terms, reinterpret_cast<uint32_t*>(plane[i]) + panel * layout.words + (j - panel) + word * width,
+                        &offset[i]);
     }
-    M::store(scales + j, quantise.scale);
-    memcpy(offsets + j, &offset, sizeof offset);
+    for (int i = 0; i < 2; ++i) {
+      M::store(const_cast<float*>(layout.scales(plane[i])) + j, weights[i].scale);
+      memcpy(const_cast<int32_t*>(layout.offsets(plane[i])) + j, &offset[i], sizeof offset[i]);
+    }
   }
 }
 
 // f of the maps that the step applies itself; every one keeps the zeros of the padding.
 template <DeltaMap kMap>
 DEQ_INLINE V apply(V y, const float* d) {
-  if constexpr (kMap == DeltaMap::kRelu) return M::positive(y);
+  if constexpr (kMap == DeltaMap::kRelu) return Increment::maximum(y, V{});
   if constexpr (kMap == DeltaMap::kReflectedRelu) return M::abs(y);
   if constexpr (kMap == DeltaMap::kMask) return M::load(d) * y;
   if constexpr (kMap == DeltaMap::kReflectedMask) {
@@ -125,7 +123,7 @@ __attribute__((noinline)) void tile(const DeltaStep& s, int row0, int64_t j) {
         const V size = M::abs(change);
         step2 += change * change;
         size2 += state * state;
-        largest = M::select(size > largest, size, largest);
+        largest = Increment::maximum(largest, size);
         M::store(x + v * kL, before + quantiser.store(change, next + v * kL * Increment::kBytes));
       }
     }
@@ -146,16 +144,10 @@ DEQ_INLINE void tile_rows(int rows, const DeltaStep& s, int row0, int64_t j) {
   }
 }
 
-float lane_max(V v) {
-  float result = 0;
-  for (int i = 0; i < kL; ++i) result = v[i] > result ? v[i] : result;
-  return result;
-}
-
 void set_totals(DeltaRow& row, V step2, V size2, V largest) {
   row.step2 = lane_sum<float>(step2);
   row.size2 = lane_sum<float>(size2);
-  row.largest = lane_max(largest);
+  row.largest = Increment::lane_max(largest);
 }
 
 template <DeltaMap kMap>
@@ -212,7 +204,7 @@ void measure(DeltaRow& row, float* state, const float* y, int64_t n) {
     const V change = value - M::load(row.x + j), size = M::abs(change);
     step2 += change * change;
     size2 += value * value;
-    largest = M::select(size > largest, size, largest);
+    largest = Increment::maximum(largest, size);
   }
   set_totals(row, step2, size2, largest);
 }
@@ -231,7 +223,7 @@ const deq::DeltaKernels* table() {
       .precision = Increment::kPrecision,
       .lanes = kL,
       .element_bytes = Increment::kBytes,
-      .packed_bytes = packed_bytes,
+      .plane_bytes = plane_bytes,
       .pack = pack,
       .step = step,
       .measure = measure,
