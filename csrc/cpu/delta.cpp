@@ -27,7 +27,7 @@ constexpr int64_t kRowSkew = 64;
 // what is left gain nothing.
 constexpr double kPollution[] = {0, 1e-2, 2e-3}, kRest[] = {0, 1.0 / 254, 1.0 / 512};
 // An anchor is expected to pass if the residual to come is this share of the one to leave at.
-constexpr double kSafety = 0.7;
+constexpr double kSafety = 0.85;
 // Products with zeros are skipped where less than this share of the rows' elements is not zero, as in the row engine.
 constexpr double kSkipBelow = 0.65;
 constexpr int kMaxRun = 64;  // steps before an anchor is due in any case
@@ -291,7 +291,7 @@ class Tile {
     const double pollution = kPollution[p_.precision];
     if (step2 > pollution * pollution * slot.size * slot.size) return Next::kStep;
     const double rest = pollution * kRest[p_.precision] * (slot.corrected + slot.size);
-    return rest * rest <= leave2 * size2 / 4 ? Next::kCorrectedStep : Next::kAnchor;
+    return rest * rest <= leave2 * size2 ? Next::kCorrectedStep : Next::kAnchor;
   }
 
   // The increment just written becomes the one to read, and the scale of the one after it is set.
