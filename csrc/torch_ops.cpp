@@ -181,7 +181,7 @@ DeqView output_of(const DeqProblem& p, const Tensor& W, const Tensor& tensor) {
   return view;
 }
 
-// What each sample reports, and how the iteration is run; `options` are the last five arguments.
+// What each sample reports, and how the iteration is run; `options` are the last seven arguments.
 void set_outcome(DeqProblem& p, bool stacked, const Tensor& iterations, const Tensor& residual, const Tensor& status,
                  const Tensor& report) {
   for (const Tensor* per_sample : {&iterations, &residual, &status}) {
@@ -207,6 +207,8 @@ void set_options(DeqProblem& p, const char* op, const StableIValue* options) {
   p.criterion = integer({op, "criterion"}, options[2], DEQ_RESIDUAL, DEQ_ERROR_ESTIMATE);
   p.tol = tolerance({op, "tol"}, options[3]);
   p.max_iter = integer({op, "max_iter"}, options[4], 1, INT32_MAX);
+  p.precision = integer({op, "precision"}, options[5], DEQ_NATIVE, DEQ_BFLOAT16_INCREMENTS);
+  p.reflected = integer({op, "reflected"}, options[6], 0, 1);
 }
 
 void run(const char* op, int32_t (*kernel)(const DeqProblem*), const DeqProblem& p) {
@@ -226,7 +228,8 @@ void run(const char* op, int32_t (*kernel)(const DeqProblem*), const DeqProblem&
 
 constexpr const char* kSolve =
     "solve_(Tensor W, Tensor c, Tensor z0, Tensor(a!) z, Tensor(b!) iterations, Tensor(c!) residual, Tensor(d!) status, "
-    "Tensor(e!) report, int activation, int acceleration, int depth, int criterion, float tol, int max_iter) -> ()";
+    "Tensor(e!) report, int activation, int acceleration, int depth, int criterion, float tol, int max_iter, "
+    "int precision, int reflected) -> ()";
 
 void solve(StableIValue* stack, uint64_t, uint64_t) {
   constexpr const char* op = "solve_";
@@ -246,7 +249,7 @@ void solve(StableIValue* stack, uint64_t, uint64_t) {
 constexpr const char* kMaskedLinear =
     "masked_linear_(Tensor A, Tensor g, Tensor d, Tensor(a!) u, Tensor(b!) iterations, Tensor(c!) residual, "
     "Tensor(d!) status, Tensor(e!) report, int value_of, int acceleration, int depth, int criterion, float tol, "
-    "int max_iter) -> ()";
+    "int max_iter, int precision, int reflected) -> ()";
 
 void masked_linear(StableIValue* stack, uint64_t, uint64_t) {
   constexpr const char* op = "masked_linear_";

@@ -9,10 +9,19 @@ from .outcome import Outcome
 
 _ACCELERATION = {"none": 0, "anderson": 1, "on_demand": 2}
 _CRITERION = {"residual": 0, "error": 1}
+_INCREMENTS = {"native": 0, "int8": 1, "bfloat16": 2}  # native where this CPU or build has no such kernels
 
 
-def _options(plan: Plan) -> tuple:
-    return _ACCELERATION[plan.acceleration], plan.depth, _CRITERION[plan.criterion], plan.tol, plan.max_iter
+def _options(plan: Plan, reflected: bool = False) -> tuple:
+    return (
+        _ACCELERATION[plan.acceleration],
+        plan.depth,
+        _CRITERION[plan.criterion],
+        plan.tol,
+        plan.max_iter,
+        _INCREMENTS[plan.increments],
+        int(reflected),
+    )
 
 
 def _allocate(like: Tensor) -> tuple[Tensor, ...]:
