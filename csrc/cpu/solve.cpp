@@ -11,6 +11,7 @@
 #include "../anderson.h"
 #include "../kernels.h"
 #include "cache.h"
+#include "delta.h"
 #include "samples.h"
 
 namespace deq {
@@ -366,6 +367,8 @@ int32_t deq_cpu_solve(const DeqProblem* p) {
   if (!deq::well_formed(p)) return DEQ_BAD_ARGUMENT;
   *p->report = DeqReport{0, 0, 0, 0};
   if (p->weights * p->batch == 0) return DEQ_OK;
+  if (deq::delta_serves(*p)) return deq::delta_solve(*p);
+  if (p->reflected) return DEQ_BAD_ARGUMENT;
   return p->type == DEQ_FLOAT64 ? deq::solve<double>(*p) : deq::solve<float>(*p);
 }
 
