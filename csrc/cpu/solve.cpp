@@ -84,7 +84,7 @@ class Tile {
     const T* w = static_cast<const T*>(packed_.data) + s * (packed_.matrix_bytes / static_cast<int64_t>(sizeof(T)));
     while (n > 0) {
       evaluate(Step<T>{row[current_], row[1 - current_], c, p_.mask.data ? d : nullptr, sums, totals, w, m_, p_.activation,
-                       nonzeros_, p_.reflected ? pre[1 - current_] : nullptr, total_},
+                       nonzeros_, total_, p_.reflected ? pre[1 - current_] : nullptr},
                n);
       current_ = 1 - current_;
       for (int a = 0; a < n;) {
@@ -368,7 +368,6 @@ int32_t deq_cpu_solve(const DeqProblem* p) {
   *p->report = DeqReport{0, 0, 0, 0};
   if (p->weights * p->batch == 0) return DEQ_OK;
   if (deq::delta_serves(*p)) return deq::delta_solve(*p);
-  if (p->reflected) return DEQ_BAD_ARGUMENT;
   return p->type == DEQ_FLOAT64 ? deq::solve<double>(*p) : deq::solve<float>(*p);
 }
 
