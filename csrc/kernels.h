@@ -47,7 +47,7 @@ struct DeqProblem {
   double tol;
   int32_t threads;
   int32_t precision;  // DeqPrecision; native where this CPU, build or problem cannot be served in it
-  int32_t reflected;  // 1: iterate y = W s + c, s = 2 act(y) - y (or 2 d y - y) and return act(y); increments only
+  int32_t reflected;  // 1: iterate y = W s + c, s = 2 act(y) - y (or 2 d y - y) and return act(y); start and residual are of s
 };
 
 DEQ_API int32_t deq_cpu_solve(const struct DeqProblem* problem);

@@ -11,9 +11,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
+from . import stats as layout
 from .activations import ACTIVATIONS
-from .backends import get_backend
+from .backends import Outcome, get_backend
 from .plan import Plan
 from .solution import Solution, report_failures
 
@@ -28,8 +30,8 @@ class Problem(NamedTuple):
     on_failure: str
 
 
-def equilibrium(W: Tensor, c: Tensor, z0: Tensor | None, problem: Problem, backward: str) -> tuple[Tensor, ...]:
-    """Solve canonical tensors (see deq.backends) with the gradient that ``backward`` names: an Outcome's fields."""
+def equilibrium(W: Tensor, c: Tensor, z0: Tensor | None, problem: Problem, backward: str) -> tuple[Tensor, Tensor]:
+    """Solve canonical tensors (see deq.backends) with the gradient that ``backward`` names: z and stats."""
     if not _is_differentiated(W, c):
         return _run(W, c, z0, problem)
     if backward == "implicit":
@@ -38,32 +40,36 @@ def equilibrium(W: Tensor, c: Tensor, z0: Tensor | None, problem: Problem, backw
     if backward == "unrolled":
         problem = problem._replace(plan=replace(problem.plan, acceleration="none"))
     with torch.no_grad():
-        outcome = _run(W, c, z0, problem)
+        solved, stats = _run(W, c, z0, problem)
     if backward == "unrolled":
         z = torch.zeros_like(c) if z0 is None else z0
-        for k in range(int(outcome[1].max()) if outcome[1].numel() else 0):
-            z = torch.where((outcome[1] > k).unsqueeze(-1), act(z @ W.mT + c), z)
+        iterations = layout.iterations(solved, stats)
+        for k in range(int(iterations.max()) if iterations.numel() else 0):
+            z = torch.where((iterations > k).unsqueeze(-1), act(z @ W.mT + c), z)
     elif backward == "one_step":
-        z = act(outcome[0] @ W.mT + c)
+        z = act(solved @ W.mT + c)
     else:  # phantom
-        z = outcome[0]
+        z = solved
         for _ in range(PHANTOM_STEPS):
             z = (1 - PHANTOM_DAMPING) * z + PHANTOM_DAMPING * act(z @ W.mT + c)
-    return (z, *outcome[1:])
+    return z, stats
 
 
 def _is_differentiated(W: Tensor, c: Tensor) -> bool:
     reverse = torch.is_grad_enabled() and (W.requires_grad or c.requires_grad)
-    forward = torch.autograd.forward_ad._current_level >= 0  # inside a dual level: W or c may carry a tangent
-    return reverse or forward or torch._C._are_functorch_transforms_active()
+    return reverse or _in_forward_mode() or torch._C._are_functorch_transforms_active()
 
 
-def _run(W: Tensor, c: Tensor, z0: Tensor | None, problem: Problem) -> tuple[Tensor, ...]:
+def _in_forward_mode() -> bool:
+    return forward_ad._current_level >= 0  # inside a dual level: tensors may carry a tangent
+
+
+def _run(W: Tensor, c: Tensor, z0: Tensor | None, problem: Problem) -> Outcome:
     return get_backend(problem.plan.backend).solve(W, c, z0, problem.activation, problem.plan)
 
 
 class _Equilibrium(torch.autograd.Function):
-    """(W, c, z0, problem) -> Outcome; only its z is differentiable, and z0 has no influence on an equilibrium."""
+    """(W, c, z0, problem) -> z, stats; only its z is differentiable, and z0 has no influence on an equilibrium."""
 
     @staticmethod
     def forward(W, c, z0, problem):
@@ -72,15 +78,14 @@ class _Equilibrium(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         W, c, _, ctx.problem = inputs
-        ctx.mark_non_differentiable(*output[1:])
+        ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
         # c is kept only where z alone does not give the derivative.
         keep = (W, output[0], None if ACTIVATIONS[ctx.problem.activation].derivative_of_value else c)
-        ctx.save_for_backward(*keep)
-        ctx.save_for_forward(*keep)
+        _save(ctx, *keep)
 
     @staticmethod
-    def backward(ctx, g, *_):
+    def backward(ctx, g, _):
         if g is None:
             return None, None, None, None
         W, z, c = ctx.saved_tensors
@@ -97,7 +102,7 @@ class _Equilibrium(torch.autograd.Function):
         if dW is not None:
             g = g + z @ dW.mT
         dz = _apply(_MaskedLinear, W, _derivative(W, z, c, ctx.problem), g, ctx.problem)
-        return dz, None, None, None, None
+        return dz, None
 
 
 class _MaskedLinear(torch.autograd.Function):
@@ -110,8 +115,7 @@ class _MaskedLinear(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         A, d, g, ctx.problem = inputs
-        ctx.save_for_backward(A, d, g, output)
-        ctx.save_for_forward(A, d, g, output)
+        _save(ctx, A, d, g, output)
 
     @staticmethod
     def backward(ctx, h):
@@ -131,6 +135,12 @@ class _MaskedLinear(torch.autograd.Function):
             t = t + dd * (u @ A.mT + g)
         # du = d * (A du) + t: with v = du - t, v = d * (A v + A t).
         return t + _apply(_MaskedLinear, A, d, t @ A.mT, ctx.problem)
+
+
+def _save(ctx, *tensors: Tensor | None) -> None:
+    ctx.save_for_backward(*tensors)
+    if _in_forward_mode() or torch._C._are_functorch_transforms_active():
+        ctx.save_for_forward(*tensors)
 
 
 def _without_setup_context(function):
@@ -174,11 +184,12 @@ def _adjoint(W: Tensor, z: Tensor, c: Tensor | None, g: Tensor, problem: Problem
 def _solve_masked(
     A: Tensor, g: Tensor, d: Tensor, value_of: str | None, problem: Problem, out: Tensor | None = None
 ) -> Tensor:
-    outcome = get_backend(problem.plan.backend).masked_linear(A, g, d, value_of, problem.plan, out)
-    if problem.on_failure != "ignore" and not torch.compiler.is_compiling() and int(outcome.report[0]):
-        solution = Solution(outcome.z, outcome.iterations, outcome.residual, outcome.status, problem.plan)
-        report_failures(solution, problem.on_failure, problem.plan.tol, "the gradient of deq.solve")
-    return outcome.z
+    u, stats = get_backend(problem.plan.backend).masked_linear(A, g, d, value_of, problem.plan, out=out)
+    if problem.on_failure != "ignore" and not torch.compiler.is_compiling() and layout.read_report(stats)[0]:
+        report_failures(
+            Solution(u, stats, problem.plan), problem.on_failure, problem.plan.tol, "the gradient of deq.solve"
+        )
+    return u
 
 
 def _outer(u: Tensor, z: Tensor) -> Tensor:

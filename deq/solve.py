@@ -3,6 +3,7 @@
 import difflib
 import math
 import numbers
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from .activations import get_activation
 from .implicit import Problem, equilibrium
 from .plan import DEFAULT_TOL, make_plan
 from .solution import Solution, report_failures
+from .stats import read_report
 from .weights import Structure
 
 BACKWARDS = ("implicit", "phantom", "one_step", "unrolled")
@@ -62,40 +64,63 @@ def solve(
     """
     if unknown:
         raise TypeError(_unknown_option(next(iter(unknown.items()))))
-    W = W.dense() if isinstance(W, Structure) else W
+    if isinstance(W, Structure):
+        W = W.dense()
     _check_tensors(W, c, z0)
+    device = "cpu" if c.is_cpu else c.device.type  # one microsecond less than the second alone
+    compiled = _library.compiled is not None
+    options = activation, tol, max_iter, solver, criterion, backward, on_failure, backend, c.dtype, device, compiled
+    try:
+        problem = _make_problem(*options)
+    except TypeError:  # an option that cannot be a key, or the error itself
+        problem = _make_problem.__wrapped__(*options)
+    shape, dims = c.shape, W.dim()
+    canonical = len(shape) == dims
+    if not canonical:  # one sample dimension, or none: W (m, m) with c (B, m), W (S, m, m) with c (S, B, m)
+        flat = (*shape[: dims - 2], math.prod(shape[dims - 2 : -1]), shape[-1])
+        c, z0 = c.reshape(flat), None if z0 is None else z0.reshape(flat)
+    z, stats = equilibrium(W, c, z0, problem, backward)
+    solution = Solution(z if canonical else z.reshape(shape), stats, problem.plan)
+    if not torch.compiler.is_compiling():  # inside a compiled graph nothing can be raised from values
+        report = read_report(stats)
+        if any(report):
+            _refuse_non_finite(report[1:], W, shape[:-1])
+            report_failures(solution, on_failure, problem.plan.tol, "deq.solve")
+    return solution
+
+
+# A training run asks the same thing at every step; typed, for 1, 1.0 and True are the same key and not the same option.
+@lru_cache(maxsize=256, typed=True)
+def _make_problem(
+    activation: str,
+    tol: float | None,
+    max_iter: int | None,
+    solver: str,
+    criterion: str,
+    backward: str,
+    on_failure: str,
+    backend: str,
+    dtype: torch.dtype,
+    device: str,
+    compiled: bool,
+) -> Problem:
+    """Checks the options of a solve and plans it."""
     _check_options(tol, max_iter, backward, on_failure)
     get_activation(activation)
     for name, value in (("solver", solver), ("criterion", criterion), ("backend", backend)):
         if not isinstance(value, str):
             raise TypeError(f"{name} must be a string; got {value!r}")
     plan = make_plan(
-        dtype=_DTYPES[c.dtype],
-        device=c.device.type,
+        dtype=_DTYPES[dtype],
+        device=device,
         solver=solver,
         backend=backend,
         criterion=criterion,
         tol=tol,
         max_iter=max_iter,
-        compiled=_library.compiled is not None,
+        compiled=compiled,
     )
-    shape, samples = c.shape, c.shape[:-1]
-    canonical = c.dim() == W.dim()
-    if not canonical:  # one sample dimension, or none: W (m, m) with c (B, m), W (S, m, m) with c (S, B, m)
-        flat = (*shape[: W.dim() - 2], math.prod(shape[W.dim() - 2 : -1]), shape[-1])
-        c, z0 = c.reshape(flat), None if z0 is None else z0.reshape(flat)
-    z, iterations, residual, status, report = equilibrium(W, c, z0, Problem(activation, plan, on_failure), backward)
-    if not canonical:
-        z, iterations = z.reshape(shape), iterations.reshape(samples)
-        residual, status = residual.reshape(samples), status.reshape(samples)
-    solution = Solution(z, iterations, residual, status, plan)
-    if not torch.compiler.is_compiling():  # inside a compiled graph nothing can be raised from values
-        failed, *bad = report.tolist()
-        if any(bad):
-            _refuse_non_finite(bad, W, samples)
-        if failed:
-            report_failures(solution, on_failure, plan.tol, "deq.solve")
-    return solution
+    return Problem(activation, plan, on_failure)
 
 
 def _unknown_option(item: tuple[str, object]) -> str:
@@ -107,28 +132,36 @@ def _unknown_option(item: tuple[str, object]) -> str:
 
 
 def _check_tensors(W: object, c: object, z0: object) -> None:
-    for name, value in (("W", W), ("c", c), ("z0", z0)):
-        if not (isinstance(value, Tensor) or (name == "z0" and value is None)):
-            kinds = "a torch.Tensor or a structure from deq.weights" if name == "W" else "a torch.Tensor"
-            raise TypeError(f"{name} must be {kinds}; got {type(value).__name__}")
-    if W.dim() not in (2, 3) or W.shape[-1] != W.shape[-2]:
-        raise ValueError(f"W must be (m, m) or (S, m, m); got shape {tuple(W.shape)}")
-    if W.shape[-1] == 0:
-        raise ValueError(f"W must have width m of at least 1; got shape {tuple(W.shape)}")
-    if c.dim() < W.dim() - 1 or c.shape[-1] != W.shape[-1] or (W.dim() == 3 and c.shape[0] != W.shape[0]):
-        leading = "..., " if W.dim() == 2 else f"{W.shape[0]}, ..., "
-        raise ValueError(f"c must be ({leading}{W.shape[-1]}) for W {tuple(W.shape)}; got shape {tuple(c.shape)}")
+    if not isinstance(W, Tensor):
+        raise TypeError(f"W must be a torch.Tensor or a structure from deq.weights; got {type(W).__name__}")
+    if not isinstance(c, Tensor):
+        raise TypeError(f"c must be a torch.Tensor; got {type(c).__name__}")
+    weight, injection = W.shape, c.shape
+    dims = len(weight)
+    if dims not in (2, 3) or weight[-1] != weight[-2]:
+        raise ValueError(f"W must be (m, m) or (S, m, m); got shape {tuple(weight)}")
+    m = weight[-1]
+    if m == 0:
+        raise ValueError(f"W must have width m of at least 1; got shape {tuple(weight)}")
+    if len(injection) < dims - 1 or injection[-1] != m or (dims == 3 and injection[0] != weight[0]):
+        leading = "..., " if dims == 2 else f"{weight[0]}, ..., "
+        raise ValueError(f"c must be ({leading}{m}) for W {tuple(weight)}; got shape {tuple(injection)}")
     if W.dtype not in _DTYPES:
         raise TypeError(f"W must be {', '.join(_DTYPES.values())}; got {W.dtype}")
-    for name, value in (("c", c), ("z0", z0)):
-        if value is None:
-            continue
-        if value.dtype != W.dtype:
-            raise TypeError(f"{name} must have the dtype of W, {W.dtype}; got {value.dtype}")
-        if value.device != W.device:
-            raise ValueError(f"{name} must be on the device of W, {W.device}; got {value.device}")
-    if z0 is not None and z0.shape != c.shape:
-        raise ValueError(f"z0 must have the shape of c, {tuple(c.shape)}; got {tuple(z0.shape)}")
+    _check_like("c", c, W)
+    if z0 is not None:
+        if not isinstance(z0, Tensor):
+            raise TypeError(f"z0 must be a torch.Tensor; got {type(z0).__name__}")
+        _check_like("z0", z0, W)
+        if z0.shape != injection:
+            raise ValueError(f"z0 must have the shape of c, {tuple(injection)}; got {tuple(z0.shape)}")
+
+
+def _check_like(name: str, value: Tensor, W: Tensor) -> None:
+    if value.dtype != W.dtype:
+        raise TypeError(f"{name} must have the dtype of W, {W.dtype}; got {value.dtype}")
+    if value.device != W.device:
+        raise ValueError(f"{name} must be on the device of W, {W.device}; got {value.device}")
 
 
 def _check_options(tol: object, max_iter: object, backward: object, on_failure: object) -> None:
@@ -149,11 +182,13 @@ def _check_options(tol: object, max_iter: object, backward: object, on_failure: 
 
 
 def _refuse_non_finite(bad: list[int], W: Tensor, samples: torch.Size) -> None:
+    """``bad``: one plus an index in W, c and z0, 0 where all is finite."""
     weight, injection, start = (index - 1 for index in bad)
     if weight >= 0:
         raise ValueError(f"W must be finite; W{_position(weight, W.shape)} is {W.reshape(-1)[weight].item()}")
-    name, sample = ("c", injection) if injection >= 0 else ("z0", start)
-    raise ValueError(f"{name} must be finite; {name}{_position(sample, samples)} holds NaN or infinity")
+    for name, sample in (("c", injection), ("z0", start)):
+        if sample >= 0:
+            raise ValueError(f"{name} must be finite; {name}{_position(sample, samples)} holds NaN or infinity")
 
 
 def _position(index: int, shape: torch.Size) -> str:

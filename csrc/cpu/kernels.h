@@ -25,6 +25,7 @@ struct Step {
   int32_t activation;
   uint64_t* nonzeros = nullptr;  // skip_step: n x ceil(width / 64) words of scratch
   T* total = nullptr;            // skip_step: n x kSkipWidth elements of scratch
+  T* const* pre = nullptr;       // n row pointers: keep x = W z + c there and put 2 act(x) - x, or 2 d x - x, into out
 };
 
 template <class T>

@@ -12,6 +12,7 @@ namespace {
 
 constexpr int64_t kWord = 64;                                // values of k in one word of bits
 constexpr int kSkipPanels = DEQ_VECTOR_BYTES == 64 ? 3 : 4;  // accumulators: two vectors a panel
+constexpr int64_t kFetchWidth = 400;                         // W of 640 KB in float32
 static_assert(deq::kSumChunk % kWord == 0, "a chunk of the sum ends with a word");
 
 inline int64_t words(int64_t m) { return (m + kWord - 1) / kWord; }
@@ -46,7 +47,16 @@ __attribute__((noinline)) void skip_block(const Step<T>& s, int n, int64_t j, in
   const bool fresh = k0 % deq::kSumChunk == 0, last = w + 1 == count, ends = last || (k0 + kWord) % deq::kSumChunk == 0;
   const bool has_total = k0 >= deq::kSumChunk;
   const T* block = s.packed + j * s.width + k0 * (NV * L);
+  // W beyond the L2 cache: the gaps between nonzero rows defeat the hardware's prefetcher, so every row fetches its share of
+  // the next block.
+  const T* next = last ? s.packed + (j + N * L) * s.width : block + kWord * NV * L;
+  const int64_t run = kWord * NV * L / n + 1;
+  const bool fetches = s.width > kFetchWidth && (!last || j + N * L < padded<T>(s.width));
   for (int r = 0; r < n; ++r) {
+    if (fetches)
+      for (int p = 0; p < NP; ++p)
+        for (int64_t i = r * run; i < (r + 1) * run; i += 64 / static_cast<int64_t>(sizeof(T)))
+          __builtin_prefetch(next + p * panel + i, 0, 2);
     T* out = s.out[r] + j;
     const T* z = s.z[r] + k0;
     uint64_t bits = s.nonzeros[r * count + w];

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <atomic>
 #include <memory>
+#include <utility>
 
 #include "../anderson.h"
 #include "../kernels.h"
@@ -23,17 +24,20 @@ constexpr int64_t kTileBytes = 512 << 10;
 // steps. Zen 4, float32: at half zeros 1.4 x the dense tiles from m = 128 to 1024, even at 0.72 (at 0.6 for 2048 x 16).
 constexpr double kSkipBelow = 0.65;
 constexpr int kLookEvery = 16;
+// A W far beyond the L2 cache is read faster without gaps; that takes some rows to make up for (2048 x 4: 0.8 x, x 16: 1.2 x).
+constexpr int kSkipRows = 8;
+constexpr int64_t kSkipWidest = 1024;
 // Rows start this many bytes apart modulo 4096, so that the rows of a tile do not share cache sets.
 constexpr int64_t kRowSkew = 64;
 
-thread_local Arena rows_arena, window_arena;
+thread_local Arena rows_arena, window_arena, result_arena;
 
 template <class T>
 struct alignas(64) Slot {
   Record record;  // with the flags, all that the common iteration touches: one cache line
   bool saved;     // the output row holds the best iterate
   bool accelerated;
-  T* buffer[2];
+  T *buffer[2], *pre[2];
   T *c, *d, *sums;
   int64_t sample;                     // flat index s * B + b
   double scale;                       // the sample was multiplied by this power of two
@@ -54,7 +58,7 @@ class Tile {
         padded_(samples_.padded()),
         rule_(make_rule(p.tol, p.max_iter, p.criterion, p.width, sizeof(T) == 8)),
         depth_(std::min<int>(std::max(p.depth, 1), kMaxDepth)),
-        may_skip_(p.mask.data || p.activation == kRelu) {}
+        may_skip_(!p.reflected && (p.mask.data || p.activation == kRelu)) {}
 
   // Solves samples of matrix s taken from `queue` until it is empty.
   void run(int64_t s, std::atomic<int64_t>& queue, int threads) {
@@ -64,13 +68,15 @@ class Tile {
       return;
     }
     // Position a of the arrays belongs to slot at[a]; row[current] is what the next step reads.
-    T *row[2][kMaxTile], *c[kMaxTile], *d[kMaxTile], *sums[kMaxTile];
+    T *row[2][kMaxTile], *pre[2][kMaxTile], *c[kMaxTile], *d[kMaxTile], *sums[kMaxTile];
     double totals[2 * kMaxTile];
     int at[kMaxTile], n = 0;
     for (; n < size_ && fill(slots_[n], queue); ++n) {
       const Slot<T>& slot = slots_[at[n] = n];
       row[0][n] = slot.buffer[0];
       row[1][n] = slot.buffer[1];
+      pre[0][n] = slot.pre[0];
+      pre[1][n] = slot.pre[1];
       c[n] = slot.c;
       d[n] = slot.d;
       sums[n] = slot.sums;
@@ -78,7 +84,7 @@ class Tile {
     const T* w = static_cast<const T*>(packed_.data) + s * (packed_.matrix_bytes / static_cast<int64_t>(sizeof(T)));
     while (n > 0) {
       evaluate(Step<T>{row[current_], row[1 - current_], c, p_.mask.data ? d : nullptr, sums, totals, w, m_, p_.activation,
-                       nonzeros_, total_},
+                       nonzeros_, total_, p_.reflected ? pre[1 - current_] : nullptr},
                n);
       current_ = 1 - current_;
       for (int a = 0; a < n;) {
@@ -92,6 +98,8 @@ class Tile {
         at[a] = at[n];
         row[0][a] = row[0][n];
         row[1][a] = row[1][n];
+        pre[0][a] = pre[0][n];
+        pre[1][a] = pre[1][n];
         c[a] = c[n];
         d[a] = d[n];
         sums[a] = sums[n];
@@ -106,11 +114,13 @@ class Tile {
  private:
   bool reserve(int threads) {
     const int64_t stride = padded_ + kRowSkew / static_cast<int64_t>(sizeof(T));
-    const int rows = p_.mask.data ? 4 : 3;
+    const int rows = 3 + (p_.mask.data ? 1 : 0) + (p_.reflected ? 2 : 0);
     const int64_t fit = kTileBytes / (rows * stride * static_cast<int64_t>(sizeof(T)));
     const int64_t share = (p_.batch + threads - 1) / threads;
     size_ = static_cast<int>(std::min<int64_t>({kMaxTile, std::max<int64_t>(2 * k_.rows, fit / k_.rows * k_.rows), share}));
     const int64_t sums = 2 * k_.lanes, per_slot = rows * stride + sums;
+    result_ = p_.reflected ? static_cast<T*>(result_arena.get(padded_ * static_cast<int64_t>(sizeof(T)))) : nullptr;
+    if (p_.reflected && !result_) return false;
     const int64_t words = (m_ + 63) / 64 * static_cast<int64_t>(sizeof(uint64_t) / sizeof(T));
     T* at = static_cast<T*>(rows_arena.get(size_ * (per_slot + kSkipWidth + words) * static_cast<int64_t>(sizeof(T))));
     if (!at) return false;
@@ -119,7 +129,9 @@ class Tile {
       slots_[i].buffer[0] = at + sums;
       slots_[i].buffer[1] = at + sums + stride;
       slots_[i].c = at + sums + 2 * stride;
-      slots_[i].d = p_.mask.data ? at + sums + 3 * stride : nullptr;
+      T* more = at + sums + 3 * stride;
+      slots_[i].d = p_.mask.data ? std::exchange(more, more + stride) : nullptr;
+      for (T*& pre : slots_[i].pre) pre = p_.reflected ? std::exchange(more, more + stride) : nullptr;
     }
     total_ = at;
     nonzeros_ = reinterpret_cast<uint64_t*>(at + size_ * kSkipWidth);
@@ -130,7 +142,7 @@ class Tile {
 
   // One application of the map to n rows, without the products with zeros where there are enough of them.
   void evaluate(const Step<T>& step, int n) {
-    if (may_skip_ && --looks_again_ <= 0) {
+    if (may_skip_ && (n >= kSkipRows || m_ <= kSkipWidest) && --looks_again_ <= 0) {
       if (static_cast<double>(k_.find_nonzeros(step, n)) < kSkipBelow * static_cast<double>(n * m_)) return k_.skip_step(step, n);
       looks_again_ = kLookEvery;
     }
@@ -148,6 +160,11 @@ class Tile {
       if (p_.start.data) return true;
       // From zero the first evaluation is act(c): no product. Its step and its size are the same.
       double size2 = k_.first(p_.activation, slot.c, slot.d, y, m_);
+      if (p_.reflected) {
+        std::copy(slot.c, slot.c + padded_, slot.pre[current_]);
+        for (int64_t j = 0; j < m_; ++j) y[j] += y[j] - slot.c[j];
+        size2 = size_of(y, m_);
+      }
       if (!in_range<T>(size2)) size2 = size_of(y, m_);
       const Verdict verdict = judge(rule_, slot.record, size2, size2, 0.0);
       if (verdict == Verdict::kContinue) return true;
@@ -177,7 +194,8 @@ class Tile {
       slot.saved = false;
     } else if (!slot.saved) {
       // The previous evaluation was the best: f of it is the iterate just left, or the newest of the window.
-      samples_.write(slot.sample, slot.scale, slot.accelerated && slot.window ? window_row(slot, slot.newest, 0) : y);
+      const T* best = slot.accelerated && slot.window ? window_row(slot, slot.newest, 0) : y;
+      samples_.write(slot.sample, slot.scale, result(slot, 1 - current_, best));
       slot.saved = true;
     }
     if (verdict != Verdict::kContinue) {
@@ -189,10 +207,17 @@ class Tile {
     return true;
   }
 
+  // What is handed out for f(y): itself, or for the reflected map the value at its pre-activation.
+  const T* result(const Slot<T>& slot, int which, const T* f) {
+    if (!p_.reflected) return f;
+    k_.first(p_.activation, slot.pre[which], slot.d, result_, m_);
+    return result_;
+  }
+
   // `best` null: the output row already holds the best iterate.
   void finish(Slot<T>& slot, Verdict verdict, const T* best) {
     // One that left the range of the caller's dtype has diverged.
-    if (best && !samples_.write(slot.sample, slot.scale, best)) verdict = Verdict::kDiverged;
+    if (best && !samples_.write(slot.sample, slot.scale, result(slot, current_, best))) verdict = Verdict::kDiverged;
     samples_.report(slot.sample, slot.record, verdict);
   }
 
@@ -247,7 +272,7 @@ class Tile {
   int64_t matrix_ = 0, stride_ = 0;
   int size_ = 0, current_ = 0;
   int looks_again_ = 0;  // steps until the zeros are counted again
-  T *window_ = nullptr, *total_ = nullptr;
+  T *window_ = nullptr, *total_ = nullptr, *result_ = nullptr;
   uint64_t* nonzeros_ = nullptr;
   Slot<T> slots_[kMaxTile];
 };
@@ -343,7 +368,6 @@ int32_t deq_cpu_solve(const DeqProblem* p) {
   *p->report = DeqReport{0, 0, 0, 0};
   if (p->weights * p->batch == 0) return DEQ_OK;
   if (deq::delta_serves(*p)) return deq::delta_solve(*p);
-  if (p->reflected) return DEQ_BAD_ARGUMENT;
   return p->type == DEQ_FLOAT64 ? deq::solve<double>(*p) : deq::solve<float>(*p);
 }
 

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from .. import stats
 from ..activations import ACTIVATIONS
 from ..plan import Plan
 from .outcome import Outcome
@@ -10,6 +11,7 @@ from .outcome import Outcome
 _ACCELERATION = {"none": 0, "anderson": 1, "on_demand": 2}
 _CRITERION = {"residual": 0, "error": 1}
 _INCREMENTS = {"native": 0, "int8": 1, "bfloat16": 2}  # native where this CPU or build has no such kernels
+_ZERO = {dim: torch.empty((0,) * dim) for dim in (2, 3)}  # the operator's z0 without elements: start at zero
 
 
 def _options(plan: Plan, reflected: bool = False) -> tuple:
@@ -24,35 +26,32 @@ def _options(plan: Plan, reflected: bool = False) -> tuple:
     )
 
 
-def _allocate(like: Tensor) -> tuple[Tensor, ...]:
-    per_sample = like.shape[:-1]
-    return (
-        torch.empty(per_sample, dtype=torch.int32),
-        torch.empty(per_sample, dtype=torch.float64 if like.dtype == torch.float64 else torch.float32),
-        torch.empty(per_sample, dtype=torch.uint8),
-        torch.empty(4, dtype=torch.int64),
-    )
-
-
-def solve(W: Tensor, c: Tensor, z0: Tensor | None, activation: str, plan: Plan) -> Outcome:
-    z = torch.empty(c.shape, dtype=c.dtype)
-    stats = _allocate(c)
-    start = c[..., :0] if z0 is None else z0
-    torch.ops.deq.solve_.default(W, c, start, z, *stats, ACTIVATIONS[activation].number, *_options(plan))
-    return Outcome(z, *stats)
+def solve(W: Tensor, c: Tensor, z0: Tensor | None, activation: str, plan: Plan, *, reflected: bool = False) -> Outcome:
+    z, said = torch.empty_like(c, memory_format=torch.contiguous_format), stats.allocate(c)
+    start = _ZERO[c.dim()] if z0 is None else z0
+    torch.ops.deq.solve_.default(W, c, start, z, said, ACTIVATIONS[activation].number, *_options(plan, reflected))
+    return Outcome(z, said)
 
 
 def masked_linear(
-    A: Tensor, g: Tensor, d: Tensor, value_of: str | None, plan: Plan, out: Tensor | None = None
+    A: Tensor,
+    g: Tensor,
+    d: Tensor,
+    value_of: str | None,
+    plan: Plan,
+    *,
+    u0: Tensor | None = None,
+    out: Tensor | None = None,
+    reflected: bool = False,
 ) -> Outcome:
-    u = torch.empty(g.shape, dtype=g.dtype) if out is None else out
-    stats = _allocate(g)
+    u, said = torch.empty_like(g, memory_format=torch.contiguous_format) if out is None else out, stats.allocate(g)
+    start = _ZERO[g.dim()] if u0 is None else u0
     number = -1 if value_of is None else ACTIVATIONS[value_of].number
-    torch.ops.deq.masked_linear_.default(A, g, d, u, *stats, number, *_options(plan))
-    return Outcome(u, *stats)
+    torch.ops.deq.masked_linear_.default(A, g, d, start, u, said, number, *_options(plan, reflected))
+    return Outcome(u, said)
 
 
 def derivative(W: Tensor, c: Tensor, z: Tensor, activation: str) -> Tensor:
-    d = torch.empty(c.shape, dtype=c.dtype)
+    d = torch.empty_like(c, memory_format=torch.contiguous_format)
     torch.ops.deq.derivative_.default(W, c, z, d, ACTIVATIONS[activation].number)
     return d
