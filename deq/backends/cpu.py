@@ -5,12 +5,11 @@ from torch import Tensor
 
 from .. import stats
 from ..activations import ACTIVATIONS
-from ..plan import Plan
+from ..plan import INCREMENTS, Plan
 from .outcome import Outcome
 
 _ACCELERATION = {"none": 0, "anderson": 1, "on_demand": 2}
 _CRITERION = {"residual": 0, "error": 1}
-_INCREMENTS = {"native": 0, "int8": 1, "bfloat16": 2}  # native where this CPU or build has no such kernels
 _ZERO = {dim: torch.empty((0,) * dim) for dim in (2, 3)}  # the operator's z0 without elements: start at zero
 
 
@@ -21,7 +20,7 @@ def _options(plan: Plan, reflected: bool = False) -> tuple:
         _CRITERION[plan.criterion],
         plan.tol,
         plan.max_iter,
-        _INCREMENTS[plan.increments],
+        INCREMENTS[plan.increments],
         int(reflected),
     )
 
