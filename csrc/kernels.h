@@ -51,6 +51,11 @@ DEQ_API int32_t deq_cpu_solve(const struct DeqProblem* problem);
 // out (S, B, m) = act'(W start + injection); uses weights, batch, width, type, activation, W, injection, start, out, threads.
 DEQ_API int32_t deq_cpu_derivative(const struct DeqProblem* problem);
 
+// 128-bit fingerprint of the bits and the order of the elements of `view` (size (S, rows, columns)), whose rows or columns are
+// contiguous; the same matrix stored the other way round has another. Reads with `threads` threads.
+DEQ_API int32_t deq_cpu_fingerprint(const struct DeqView* view, const int64_t size[3], int32_t type, int32_t threads,
+                                    uint64_t fingerprint[2]);
+
 // Instruction set in use: "avx512", "avx2" or "portable".
 DEQ_API const char* deq_cpu_isa(void);
 // Choose one by name (tests, benchmarks); null or "auto" for the best here. DEQ_BAD_ARGUMENT if this CPU or build lacks it.
