@@ -46,7 +46,9 @@ struct DeqProblem {
   int64_t max_iter;
   double tol;
   int32_t threads;
-  int32_t precision;  // DeqPrecision; native where this CPU, build or problem cannot be served in it
+  // DeqPrecision; native where this CPU, build or problem cannot be served in it. Increments are not accelerated: DEQ_ON_DEMAND
+  // ends a sample that contracts slowly or grows as DEQ_MAX_ITER, for the caller to go on with.
+  int32_t precision;
   int32_t reflected;  // 1: iterate y = W s + c, s = 2 act(y) - y (or 2 d y - y) and return act(y); start and residual are of s
 };
 
@@ -54,6 +56,11 @@ DEQ_API int32_t deq_cpu_solve(const struct DeqProblem* problem);
 
 // out (S, B, m) = act'(W start + injection); uses weights, batch, width, type, activation, W, injection, start, out, threads.
 DEQ_API int32_t deq_cpu_derivative(const struct DeqProblem* problem);
+
+// 128-bit fingerprint of the bits and the order of the elements of `view` (size (S, rows, columns)), whose rows or columns are
+// contiguous; the same matrix stored the other way round has another. Reads with `threads` threads.
+DEQ_API int32_t deq_cpu_fingerprint(const struct DeqView* view, const int64_t size[3], int32_t type, int32_t threads,
+                                    uint64_t fingerprint[2]);
 
 // Instruction set in use: "avx512", "avx2" or "portable".
 DEQ_API const char* deq_cpu_isa(void);

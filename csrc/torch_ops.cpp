@@ -149,6 +149,12 @@ DeqType type_of(const Place& place, int32_t dtype) {
   place.fail("must be float32, float64, bfloat16 or float16; got " + dtype_name(dtype));
 }
 
+int32_t torch_threads() {
+  uint32_t threads = 1;
+  if (torch_.torch_get_num_threads(&threads)) throw std::runtime_error("deq: torch_get_num_threads failed");
+  return static_cast<int32_t>(threads);
+}
+
 // The sizes S, B, m and the type of a problem, from W (S, m, m) and the injection (S, B, m), or (m, m) and (B, m).
 DeqProblem problem_of(const Tensor& W, const Tensor& injection) {
   DeqProblem p{};
@@ -162,9 +168,7 @@ DeqProblem problem_of(const Tensor& W, const Tensor& injection) {
   W.expect_dtype(injection.dtype());
   p.W = W.view();
   p.injection = injection.view();
-  uint32_t threads = 1;
-  if (torch_.torch_get_num_threads(&threads)) throw std::runtime_error("deq: torch_get_num_threads failed");
-  p.threads = static_cast<int32_t>(threads);
+  p.threads = torch_threads();
   return p;
 }
 
@@ -276,6 +280,22 @@ void derivative(StableIValue* stack, uint64_t, uint64_t) {
   run(op, deq_cpu_derivative, p);
 }
 
+constexpr const char* kFingerprint = "fingerprint(Tensor W, Tensor(a!) out) -> ()";
+
+void fingerprint(StableIValue* stack, uint64_t, uint64_t) {
+  constexpr const char* op = "fingerprint";
+  const Tensor W(op, "W", stack[0]), out(op, "out", stack[1]);
+  if (W.dim() != 3) W.expect_dim(2, "(rows, columns) or (S, rows, columns)");
+  out.expect_shape({2});
+  out.expect_dtype(torch_.dtype.int64);
+  out.expect_contiguous();
+  const int64_t *shape = W.sizes(), stacked = W.dim() == 3;
+  const int64_t size[3] = {stacked ? shape[0] : 1, shape[stacked], shape[1 + stacked]};
+  const DeqView view = W.view();
+  if (deq_cpu_fingerprint(&view, size, type_of(W.place(), W.dtype()), torch_threads(), out.data<uint64_t>()))
+    W.place().fail("must have contiguous rows or columns");
+}
+
 void* torch_symbol(const char* name) {
   void* library = dlopen("libtorch_cpu.so", RTLD_NOLOAD | RTLD_LAZY);
   return library ? dlsym(library, name) : nullptr;
@@ -308,8 +328,10 @@ DEQ_API const char* deq_register(void) {
   const struct {
     const char *name, *schema;
     BoxedKernel kernel;
-  } operators[] = {
-      {"solve_", kSolve, solve}, {"masked_linear_", kMaskedLinear, masked_linear}, {"derivative_", kDerivative, derivative}};
+  } operators[] = {{"solve_", kSolve, solve},
+                   {"masked_linear_", kMaskedLinear, masked_linear},
+                   {"derivative_", kDerivative, derivative},
+                   {"fingerprint", kFingerprint, fingerprint}};
   for (const auto& op : operators)
     if (torch_.aoti_torch_library_def(schemas, op.schema) || torch_.aoti_torch_library_impl(cpu, op.name, op.kernel))
       return "torch refused an operator's schema or kernel";

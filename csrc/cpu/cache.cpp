@@ -231,6 +231,20 @@ std::shared_ptr<const Packed> packed_form(const Packed& packed, int form, int64_
 template std::shared_ptr<const Packed> packed_weights<float>(const DeqProblem&, int);
 template std::shared_ptr<const Packed> packed_weights<double>(const DeqProblem&, int);
 
+bool fingerprint(const DeqView& view, const int64_t (&size)[3], int64_t element_bytes, int threads, uint64_t (&result)[2]) {
+  result[0] = result[1] = 0;
+  if (size[0] * size[1] * size[2] == 0) return true;
+  const bool rows = view.stride[2] == 1 || size[2] == 1, columns = view.stride[1] == 1 || size[1] == 1;
+  if (!rows && !columns) return false;
+  const int run = rows ? 2 : 1, across = rows ? 1 : 2;
+  const Runs runs{static_cast<const char*>(view.data), view.stride[0] * element_bytes, view.stride[across] * element_bytes,
+                  size[across], size[run] * element_bytes};
+  const Digest d = content(runs, size[0], threads, kernels<float>().absorb);
+  result[0] = rows ? d.word[0] : mixed(d.word[0]);
+  result[1] = d.word[1];
+  return true;
+}
+
 int64_t cache_bytes() {
   std::lock_guard<std::mutex> lock(mutex);
   int64_t bytes = 0;

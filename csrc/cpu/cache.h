@@ -36,6 +36,9 @@ std::shared_ptr<const Packed> packed_weights(const DeqProblem& problem, int thre
 std::shared_ptr<const Packed> packed_form(const Packed& packed, int form, int64_t weights, int64_t matrix_bytes,
                                           const std::function<void(char*)>& fill);
 
+// 128 bits of the content of `view`, see deq_cpu_fingerprint; false if neither its rows nor its columns are contiguous.
+bool fingerprint(const DeqView& view, const int64_t (&size)[3], int64_t element_bytes, int threads, uint64_t (&result)[2]);
+
 int64_t cache_bytes();
 int64_t clear_cache();
 

@@ -54,7 +54,8 @@ struct alignas(64) Slot {
   double corrected;  // the same since the last anchor, up to the last correction
   int run;           // steps since the last anchor
   Next next;
-  bool native;  // float32 evaluations only
+  bool native;   // float32 evaluations only
+  bool is_slow;  // contracts slowly or grows: hand it over, where the caller has better means
 };
 
 class Tile {
@@ -70,7 +71,8 @@ class Tile {
         m_(p.width),
         padded_(samples_.padded()),
         rule_(make_rule(p.tol, p.max_iter, p.criterion, p.width, false)),
-        map_(map_of(p)) {}
+        map_(map_of(p)),
+        hands_over_(p.acceleration == DEQ_ON_DEMAND) {}
 
   // Solves samples of matrix s taken from `queue` until it is empty.
   void run(int64_t s, std::atomic<int64_t>& queue, int threads) {
@@ -192,7 +194,7 @@ class Tile {
     float* d = d_[&slot - slots_];
     while ((slot.sample = samples_.take(matrix_, queue, slot.c, d, slot.row.x, &slot.scale)) >= 0) {
       slot.record = new_record();
-      slot.native = false;
+      slot.native = slot.is_slow = false;
       slot.run = 0;
       slot.ratio2[0] = slot.ratio2[1] = 1;
       slot.step2 = INFINITY;
@@ -225,8 +227,10 @@ class Tile {
       slot.record.step2[0] = step2 / std::min(slot.ratio2[0], slot.ratio2[1]);
       slot.record.step2[1] = slot.record.step2[0] / std::max(slot.ratio2[0], slot.ratio2[1]);
     }
-    const Verdict verdict = judge(rule_, slot.record, step2, size2, start2);
+    Verdict verdict = judge(rule_, slot.record, step2, size2, start2);
     const bool is_best = slot.record.best_at == slot.record.iteration;
+    slot.native = slot.native || (!is_best && slot.run > 0);
+    if (verdict == Verdict::kContinue && hands_over_ && (slot.native || slot.is_slow)) verdict = Verdict::kMaxIter;
     if (verdict != Verdict::kContinue) {
       finish(slot, verdict, is_best);
       return false;
@@ -234,7 +238,6 @@ class Tile {
     if (is_best)
       samples_.write(slot.sample, slot.scale, value_);
     else if (slot.run > 0) {
-      slot.native = true;
       slot.record.best_at = slot.record.iteration;  // what the steps did not gain is not the sample's failure
     }
     slot.step2 = step2;
@@ -269,7 +272,10 @@ class Tile {
     slot.step2 = row.step2;
     slot.size += std::sqrt(row.step2);
     expect(slot, slot.ratio2[0]);
-    slot.next = next_of(slot);
+    const double least2 = std::min(slot.ratio2[0], slot.ratio2[1]);
+    const bool grows = least2 >= 1 && slot.run > 2;
+    slot.is_slow = grows || (slot.record.iteration >= kSlowAfter && least2 > kSlowContraction * kSlowContraction);
+    slot.next = hands_over_ && slot.is_slow ? Next::kAnchor : next_of(slot);
     if (slot.next == Next::kCorrectedStep) {
       low_.measure(slot.rest, row.x, nullptr, padded_);
       slot.rest.set_next_scale(slot.rest.largest / 127.0);
@@ -323,6 +329,7 @@ class Tile {
   const int64_t m_, padded_;
   const Rule rule_;
   const DeltaMap map_;
+  const bool hands_over_;
   int64_t matrix_ = 0;
   int size_ = 0;
   float *value_ = nullptr, *state_ = nullptr, *ones_ = nullptr, *total_ = nullptr;
