@@ -45,7 +45,7 @@ struct alignas(64) Slot {
   DeltaRow row;
   DeltaRow rest;  // of the corrections: its x is the part of row.x that they have covered
   Record record;
-  float* c;
+  float *c, *sums;
   int64_t sample;
   double scale;      // the sample was multiplied by this power of two
   double step2;      // |f(x) - x|^2 at the evaluation before
@@ -54,8 +54,9 @@ struct alignas(64) Slot {
   double corrected;  // the same since the last anchor, up to the last correction
   int run;           // steps since the last anchor
   Next next;
-  bool native;   // float32 evaluations only
-  bool is_slow;  // contracts slowly or grows: hand it over, where the caller has better means
+  bool native;         // float32 evaluations only
+  bool best_is_first;  // the best iterate is the value at zero, and not yet written
+  bool is_slow;        // contracts slowly or grows: hand it over, where the caller has better means
 };
 
 class Tile {
@@ -106,7 +107,7 @@ class Tile {
   }
 
   bool reserve(int threads) {
-    constexpr int64_t kFloat = sizeof(float), kSums = 3 * 64;
+    constexpr int64_t kFloat = sizeof(float), kSums = 2 * 64;
     const int64_t stride = padded_ * kFloat + kRowSkew, half = (padded_ * low_.element_bytes + 63) / 64 * 64;
     const int64_t rows = p_.mask.data ? 5 : 4, per_slot = rows * stride + 3 * half + kSums;
     const int64_t words = (m_ + 63) / 64;
@@ -121,7 +122,7 @@ class Tile {
     for (int i = 0; i < size_; ++i) {
       Slot& slot = slots_[i];
       slot.row = DeltaRow{};
-      slot.row.sums = reinterpret_cast<float*>(take(kSums));
+      slot.sums = reinterpret_cast<float*>(take(kSums));
       slot.row.y = reinterpret_cast<float*>(take(stride));
       slot.row.x = reinterpret_cast<float*>(take(stride));
       slot.c = reinterpret_cast<float*>(take(stride));
@@ -157,7 +158,7 @@ class Tile {
         c[anchors] = slot.c;
         ones[anchors] = ones_;
         y[anchors] = slot.row.y;
-        sums[anchors++] = slot.row.sums;
+        sums[anchors++] = slot.sums;
         continue;
       }
       steps[step_count++] = &slot.row;
@@ -194,7 +195,7 @@ class Tile {
     float* d = d_[&slot - slots_];
     while ((slot.sample = samples_.take(matrix_, queue, slot.c, d, slot.row.x, &slot.scale)) >= 0) {
       slot.record = new_record();
-      slot.native = slot.is_slow = false;
+      slot.native = slot.is_slow = slot.best_is_first = false;
       slot.run = 0;
       slot.ratio2[0] = slot.ratio2[1] = 1;
       slot.step2 = INFINITY;
@@ -235,9 +236,11 @@ class Tile {
       finish(slot, verdict, is_best);
       return false;
     }
-    if (is_best)
-      samples_.write(slot.sample, slot.scale, value_);
-    else if (slot.run > 0) {
+    if (is_best) {
+      // The value at zero is made again if nothing better comes: no row is written for what is soon written over.
+      slot.best_is_first = slot.record.iteration == 1 && !p_.start.data;
+      if (!slot.best_is_first) samples_.write(slot.sample, slot.scale, value_);
+    } else if (slot.run > 0) {
       slot.record.best_at = slot.record.iteration;  // what the steps did not gain is not the sample's failure
     }
     slot.step2 = step2;
@@ -315,6 +318,10 @@ class Tile {
   }
 
   void finish(Slot& slot, Verdict verdict, bool is_best) {
+    if (!is_best && slot.best_is_first) {
+      k_.first(p_.activation, slot.c, slot.row.d, value_, m_);
+      is_best = true;
+    }
     // Otherwise the output row already holds the best iterate. One that left the range of the caller's dtype has diverged.
     if (is_best && !samples_.write(slot.sample, slot.scale, value_)) verdict = Verdict::kDiverged;
     samples_.report(slot.sample, slot.record, verdict);

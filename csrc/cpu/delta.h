@@ -24,7 +24,6 @@ struct DeltaRow {
   float scale;      // of the increment read: element = scale * integer
   float next_scale,
       next_inverse;  // of the increment written; a larger element is cut off, and what was cut is in the next increment
-  float* sums;       // 3 vectors of scratch
   double step2, size2;
   float largest;  // |f(y) - x|^2, |f(y)|^2 and max |f(y) - x|, set by the step
 
@@ -34,7 +33,7 @@ struct DeltaRow {
   }
 };
 
-// What f is where the step itself applies it; the others are applied row by row by the driver.
+// What f is where the step applies it; other activations are applied by the driver.
 enum class DeltaMap { kByRow, kRelu, kReflectedRelu, kMask, kReflectedMask };
 
 struct DeltaStep {

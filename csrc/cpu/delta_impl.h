@@ -59,21 +59,8 @@ void pack(const float* w, int64_t m, void* packed, int64_t first, int64_t last) 
   }
 }
 
-// f of the maps that the step applies itself; every one keeps the zeros of the padding.
-template <DeltaMap kMap>
-DEQ_INLINE V apply(V y, const float* d) {
-  if constexpr (kMap == DeltaMap::kRelu) return Increment::maximum(y, V{});
-  if constexpr (kMap == DeltaMap::kReflectedRelu) return M::abs(y);
-  if constexpr (kMap == DeltaMap::kMask) return M::load(d) * y;
-  if constexpr (kMap == DeltaMap::kReflectedMask) {
-    const V z = M::load(d) * y;
-    return z + (z - y);
-  }
-  return y;
-}
-
-// One register tile: rows [row0, row0 + MR), NP panels of NV vectors from column j.
-template <DeltaMap kMap, int MR, int NV, int NP>
+// One register tile of y += W_low increment: rows [row0, row0 + MR), NP panels of NV vectors from column j.
+template <int MR, int NV, int NP>
 __attribute__((noinline)) void tile(const DeltaStep& s, int row0, int64_t j) {
   using Sum = Increment::Sum;
   constexpr int N = NV * NP;
@@ -105,108 +92,127 @@ __attribute__((noinline)) void tile(const DeltaStep& s, int row0, int64_t j) {
   }
 #pragma GCC unroll 16
   for (int r = 0; r < MR; ++r) {
-    DeltaRow& row = *s.rows[row0 + r];
-    float *y = row.y + j, *x = row.x + j;
-    const float* d = kMap == DeltaMap::kMask || kMap == DeltaMap::kReflectedMask ? row.d + j : nullptr;
-    char* next = static_cast<char*>(row.next) + j * Increment::kBytes;
-    const Increment::Quantiser quantiser(row);
+    const DeltaRow& row = *s.rows[row0 + r];
     const V scale = M::set(0.0) + row.scale;
-    V step2{}, size2{}, largest{};
-    if (kMap != DeltaMap::kByRow && j > 0)
-      step2 = M::load(row.sums), size2 = M::load(row.sums + kL), largest = M::load(row.sums + 2 * kL);
+    float* y = row.y + j;
 #pragma GCC unroll 16
-    for (int v = 0; v < N; ++v) {
-      const V updated = Increment::added(M::load(y + v * kL), acc[r][v], scale, scales + v * kL);
-      M::store(y + v * kL, updated);
-      if constexpr (kMap != DeltaMap::kByRow) {
-        const V state = apply<kMap>(updated, d + v * kL), before = M::load(x + v * kL), change = state - before;
-        const V size = M::abs(change);
-        step2 += change * change;
-        size2 += state * state;
-        largest = Increment::maximum(largest, size);
-        M::store(x + v * kL, before + quantiser.store(change, next + v * kL * Increment::kBytes));
-      }
-    }
-    if constexpr (kMap != DeltaMap::kByRow) {
-      M::store(row.sums, step2);
-      M::store(row.sums + kL, size2);
-      M::store(row.sums + 2 * kL, largest);
-    }
+    for (int v = 0; v < N; ++v) M::store(y + v * kL, Increment::added(M::load(y + v * kL), acc[r][v], scale, scales + v * kL));
   }
 }
 
 // The tile shapes of up to MR rows, tried from the largest down.
-template <DeltaMap kMap, int NV, int MR>
+template <int NV, int MR>
 DEQ_INLINE void tile_rows(int rows, const DeltaStep& s, int row0, int64_t j) {
   if constexpr (MR > 0) {
-    if (rows == MR) return tile<kMap, MR, NV, 1>(s, row0, j);
-    tile_rows<kMap, NV, MR - 1>(rows, s, row0, j);
+    if (rows == MR) return tile<MR, NV, 1>(s, row0, j);
+    tile_rows<NV, MR - 1>(rows, s, row0, j);
   }
 }
 
-void set_totals(DeltaRow& row, V step2, V size2, V largest) {
-  row.step2 = lane_sum<float>(step2);
-  row.size2 = lane_sum<float>(size2);
-  row.largest = Increment::lane_max(largest);
+// f of the maps that the step applies itself; every one keeps the zeros of the padding.
+template <DeltaMap kMap>
+DEQ_INLINE V apply(V y, const float* d) {
+  if constexpr (kMap == DeltaMap::kRelu) return Increment::maximum(y, V{});
+  if constexpr (kMap == DeltaMap::kReflectedRelu) return M::abs(y);
+  if constexpr (kMap == DeltaMap::kMask) return M::load(d) * y;
+  if constexpr (kMap == DeltaMap::kReflectedMask) {
+    const V z = M::load(d) * y;
+    return z + (z - y);
+  }
+  return y;
 }
 
+// Sums of a row, two vectors at a time: the chains of additions are half as long.
+struct Sums {
+  V step2[2]{}, size2[2]{}, largest[2]{};
+  inline __attribute__((always_inline)) void add(int i, V state, V change) {
+    step2[i] += change * change;
+    size2[i] += state * state;
+    largest[i] = Increment::maximum(largest[i], M::abs(change));
+  }
+  void set(DeltaRow& row) const {
+    row.step2 = lane_sum<float>(step2[0] + step2[1]);
+    row.size2 = lane_sum<float>(size2[0] + size2[1]);
+    row.largest = Increment::lane_max(Increment::maximum(largest[0], largest[1]));
+  }
+};
+
+// The state at the row's new y, its sums, and the increment towards it. In a loop of its own: in the epilogue of the tile the
+// same work takes twice as long, because it fills the reorder buffer and the products of the next tile have to wait (28 and 15
+// cycles a vector on Zen 4).
 template <DeltaMap kMap>
-void step_with(const DeltaStep& s, int n) {
+void settle(DeltaRow& row, int64_t columns) {
+  const Increment::Quantiser quantiser(row);
+  Sums sums;
+  auto vector = [&](int64_t j, int i) __attribute__((always_inline)) {
+    const V state = apply<kMap>(M::load(row.y + j), row.d + j), before = M::load(row.x + j), change = state - before;
+    sums.add(i, state, change);
+    M::store(row.x + j, before + quantiser.store(change, static_cast<char*>(row.next) + j * Increment::kBytes));
+  };
+  int64_t j = 0;
+  for (; j + 2 * kL <= columns; j += 2 * kL) {
+    vector(j, 0);
+    vector(j + kL, 1);
+  }
+  if (j < columns) vector(j, 0);
+  sums.set(row);
+}
+
+void settle(DeltaMap map, DeltaRow& row, int64_t columns) {
+  switch (map) {
+    case DeltaMap::kRelu:
+      return settle<DeltaMap::kRelu>(row, columns);
+    case DeltaMap::kReflectedRelu:
+      return settle<DeltaMap::kReflectedRelu>(row, columns);
+    case DeltaMap::kMask:
+      return settle<DeltaMap::kMask>(row, columns);
+    case DeltaMap::kReflectedMask:
+      return settle<DeltaMap::kReflectedMask>(row, columns);
+    default:
+      return;
+  }
+}
+
+// Weights up to this size stream from the L2 cache once for every few rows, whose data then stay in L1; larger ones once for all.
+constexpr int64_t kStreamedBytes = 512 << 10;
+
+void step(const DeltaStep& s, int n) {
   const int64_t columns = padded<float>(s.width), full = columns / (2 * kL) * (2 * kL);
+  const int blocks = (n + DEQ_TILE_ROWS - 1) / DEQ_TILE_ROWS, base = n / blocks, extra = n % blocks;
   int64_t j = 0;
   // One or two rows do not fill the pipeline with one panel: take several at once.
   if (n == 1)
-    for (; j + 8 * kL <= full; j += 8 * kL) tile<kMap, 1, 2, 4>(s, 0, j);
+    for (; j + 8 * kL <= full; j += 8 * kL) tile<1, 2, 4>(s, 0, j);
   else if (n == 2)
-    for (; j + 4 * kL <= full; j += 4 * kL) tile<kMap, 2, 2, 2>(s, 0, j);
-  const int blocks = (n + DEQ_TILE_ROWS - 1) / DEQ_TILE_ROWS, base = n / blocks, extra = n % blocks;
-  for (; j < columns; j += 2 * kL) {
-    int row = 0;
-    for (int b = 0; b < blocks; ++b) {  // even blocks: 9 rows are 5 + 4, not 8 + 1
-      const int rows = base + (b < extra);
-      if (j < full)
-        tile_rows<kMap, 2, DEQ_TILE_ROWS>(rows, s, row, j);
-      else
-        tile_rows<kMap, 1, DEQ_TILE_ROWS>(rows, s, row, j);
-      row += rows;
-    }
-  }
-  if constexpr (kMap != DeltaMap::kByRow)
-    for (int r = 0; r < n; ++r) {
-      const float* sums = s.rows[r]->sums;
-      set_totals(*s.rows[r], M::load(sums), M::load(sums + kL), M::load(sums + 2 * kL));
-    }
-}
-
-void step(const DeltaStep& s, int n) {
-  switch (s.map) {
-    case DeltaMap::kRelu:
-      return step_with<DeltaMap::kRelu>(s, n);
-    case DeltaMap::kReflectedRelu:
-      return step_with<DeltaMap::kReflectedRelu>(s, n);
-    case DeltaMap::kMask:
-      return step_with<DeltaMap::kMask>(s, n);
-    case DeltaMap::kReflectedMask:
-      return step_with<DeltaMap::kReflectedMask>(s, n);
-    default:
-      return step_with<DeltaMap::kByRow>(s, n);
+    for (; j + 4 * kL <= full; j += 4 * kL) tile<2, 2, 2>(s, 0, j);
+  const int64_t first = j;
+  const bool streams = Layout(s.width).bytes() <= kStreamedBytes;
+  auto first_row = [&](int b) { return b * base + (b < extra ? b : extra); };  // even blocks: 9 rows are 5 + 4, not 8 + 1
+  const int together = streams ? 1 : blocks;
+  for (int group = 0; group < blocks; group += together) {
+    for (j = first; j < columns; j += 2 * kL)
+      for (int b = group; b < group + together; ++b) {
+        const int row = first_row(b), rows = first_row(b + 1) - row;
+        if (j < full)
+          tile_rows<2, DEQ_TILE_ROWS>(rows, s, row, j);
+        else
+          tile_rows<1, DEQ_TILE_ROWS>(rows, s, row, j);
+      }
+    for (int r = first_row(group); r < first_row(group + together); ++r) settle(s.map, *s.rows[r], columns);
   }
 }
 
 void measure(DeltaRow& row, float* state, const float* y, int64_t n) {
-  V step2{}, size2{}, largest{};
+  Sums sums;
   for (int64_t j = 0; j < n; j += kL) {
     V value = M::load(state + j);
     if (y) {
       value = value + (value - M::load(y + j));
       M::store(state + j, value);
     }
-    const V change = value - M::load(row.x + j), size = M::abs(change);
-    step2 += change * change;
-    size2 += value * value;
-    largest = Increment::maximum(largest, size);
+    sums.add(j / kL & 1, value, value - M::load(row.x + j));
   }
-  set_totals(row, step2, size2, largest);
+  sums.set(row);
 }
 
 void feed(DeltaRow& row, const float* state, int64_t n) {
