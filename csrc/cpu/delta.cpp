@@ -368,14 +368,23 @@ int useful_threads(const DeqProblem& p) {
 }  // namespace
 
 const DeltaKernels* delta_kernels(int32_t precision) {
-  const DeltaKernels* found = nullptr;
+  const int lanes = kernels<float>().lanes;
+  const bool int8 = precision == DEQ_INT8_INCREMENTS, bfloat16 = precision == DEQ_BFLOAT16_INCREMENTS;
 #ifdef DEQ_HAVE_AVX512VNNI
-  if (precision == DEQ_INT8_INCREMENTS && __builtin_cpu_supports("avx512vnni")) found = avx512vnni_delta_kernels();
+  if (int8 && lanes == 16 && __builtin_cpu_supports("avx512vnni")) return avx512vnni_delta_kernels();
+#endif
+#ifdef DEQ_HAVE_AVX512VNNI256
+  if (int8 && lanes == 8 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vl"))
+    return avx512vnni256_delta_kernels();
+#endif
+#ifdef DEQ_HAVE_AVXVNNI
+  if (int8 && lanes == 8 && __builtin_cpu_supports("avxvnni")) return avxvnni_delta_kernels();
 #endif
 #ifdef DEQ_HAVE_AVX512BF16
-  if (precision == DEQ_BFLOAT16_INCREMENTS && __builtin_cpu_supports("avx512bf16")) found = avx512bf16_delta_kernels();
+  if (bfloat16 && lanes == 16 && __builtin_cpu_supports("avx512bf16")) return avx512bf16_delta_kernels();
 #endif
-  return found && found->lanes == kernels<float>().lanes ? found : nullptr;
+  (void)lanes, (void)int8, (void)bfloat16;
+  return nullptr;
 }
 
 bool delta_serves(const DeqProblem& p) {

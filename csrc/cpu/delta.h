@@ -62,6 +62,8 @@ struct DeltaKernels {
 
 // Compiled-in tables.
 const DeltaKernels* avx512vnni_delta_kernels();
+const DeltaKernels* avx512vnni256_delta_kernels();
+const DeltaKernels* avxvnni_delta_kernels();
 const DeltaKernels* avx512bf16_delta_kernels();
 
 // The inner loops for increments of this precision that go with the float32 kernels in use; null where the CPU or the build has
