@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from . import ladder
 from . import stats as layout
 from .activations import ACTIVATIONS
 from .backends import Outcome, get_backend
@@ -65,7 +66,7 @@ def _in_forward_mode() -> bool:
 
 
 def _run(W: Tensor, c: Tensor, z0: Tensor | None, problem: Problem) -> Outcome:
-    return get_backend(problem.plan.backend).solve(W, c, z0, problem.activation, problem.plan)
+    return ladder.solve(W, c, z0, problem.activation, problem.plan)
 
 
 class _Equilibrium(torch.autograd.Function):
@@ -177,14 +178,16 @@ def _adjoint(W: Tensor, z: Tensor, c: Tensor | None, g: Tensor, problem: Problem
     """u with one buffer of its size: the derivative is formed inside the engine, or in the buffer of u."""
     if c is None:
         return _solve_masked(W.mT, g, z, problem.activation, problem)
-    d = get_backend(problem.plan.backend).derivative(W, c, z, problem.activation)
-    return _solve_masked(W.mT, g, d, None, problem, out=d)
+
+    def derivative() -> Tensor:
+        return get_backend(problem.plan.backend).derivative(W, c, z, problem.activation)
+
+    d = derivative()
+    return _solve_masked(W.mT, g, d, None, problem, out=d, recompute=derivative)
 
 
-def _solve_masked(
-    A: Tensor, g: Tensor, d: Tensor, value_of: str | None, problem: Problem, out: Tensor | None = None
-) -> Tensor:
-    u, stats = get_backend(problem.plan.backend).masked_linear(A, g, d, value_of, problem.plan, out=out)
+def _solve_masked(A: Tensor, g: Tensor, d: Tensor, value_of: str | None, problem: Problem, **memory) -> Tensor:
+    u, stats = ladder.masked_linear(A, g, d, value_of, problem.activation, problem.plan, **memory)
     if problem.on_failure != "ignore" and not torch.compiler.is_compiling() and layout.read_report(stats)[0]:
         report_failures(
             Solution(u, stats, problem.plan), problem.on_failure, problem.plan.tol, "the gradient of deq.solve"

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .. import stats
+from .. import _library, stats
 from ..activations import ACTIVATIONS
 from ..plan import Plan
 from .outcome import Outcome
@@ -26,8 +26,26 @@ def _options(plan: Plan, reflected: bool = False) -> tuple:
     )
 
 
-def solve(W: Tensor, c: Tensor, z0: Tensor | None, activation: str, plan: Plan, *, reflected: bool = False) -> Outcome:
-    z, said = torch.empty_like(c, memory_format=torch.contiguous_format), stats.allocate(c)
+def increments_here() -> str:
+    """The increments that go with the instruction set in use: "int8", "bfloat16", or "native" for none."""
+    if _library.compiled is not None:
+        for name in ("int8", "bfloat16"):
+            if _library.compiled.deq_cpu_has_precision(_INCREMENTS[name]):
+                return name
+    return "native"
+
+
+def solve(
+    W: Tensor,
+    c: Tensor,
+    z0: Tensor | None,
+    activation: str,
+    plan: Plan,
+    *,
+    out: Tensor | None = None,
+    reflected: bool = False,
+) -> Outcome:
+    z, said = torch.empty_like(c, memory_format=torch.contiguous_format) if out is None else out, stats.allocate(c)
     start = _ZERO[c.dim()] if z0 is None else z0
     torch.ops.deq.solve_.default(W, c, start, z, said, ACTIVATIONS[activation].number, *_options(plan, reflected))
     return Outcome(z, said)
