@@ -111,11 +111,11 @@ def _half_shifted(K: Tensor, W: Tensor, alpha: float) -> None:
 
 def _invert_(K: Tensor) -> None:
     """Invert K (m, m), contiguous, in place, without pivoting between blocks."""
-    m = K.shape[0]
+    m, origin = K.shape[0], K.storage_offset()
     work = K.new_empty(m * m // 2 + m * BASE)
 
     def block(row: int, column: int, rows: int, columns: int) -> Tensor:
-        return K.as_strided((rows, columns), (m, 1), row * m + column)  # half the cost of two slices
+        return K.as_strided((rows, columns), (m, 1), origin + row * m + column)  # half the cost of two slices
 
     def invert(at: int, size: int, free: int) -> None:
         if size <= BASE:
@@ -191,12 +191,13 @@ def choose_alpha(W: Tensor, activation: str) -> float:
     largest = float(wide.abs().amax())
     if not 0 < largest < math.inf:
         return 1.0
-    # ||I - W||_F^2 = m - 2 tr W + ||W||_F^2, in units in which no square overflows
-    frobenius = largest * float(torch.linalg.vector_norm(wide / largest))
-    count = W.numel() // (m * m)
+    # ||I - W||_F^2 = m - 2 tr W + ||W||_F^2, in a unit whose square does not overflow
+    unit, count = max(1.0, largest), m * (W.numel() // (m * m))
+    wide = wide / unit
     trace = float(wide.diagonal(dim1=-2, dim2=-1).sum())
-    mean_square = 1.0 - 2.0 * trace / (m * count) + (frobenius / math.sqrt(m * count)) ** 2
-    return min(1.0, TYPICAL_SIZE / math.sqrt(mean_square)) if mean_square > 0 else 1.0
+    frobenius = float(torch.linalg.vector_norm(wide))
+    mean_square = (1.0 / unit - 2.0 * trace / count) / unit + frobenius**2 / count
+    return min(1.0, TYPICAL_SIZE / (unit * math.sqrt(mean_square))) if mean_square > 0 else 1.0
 
 
 def forecast(contraction: float, residual: float, evaluations: int, tol: float, lipschitz: float = 1.0) -> Forecast:
@@ -237,6 +238,8 @@ def predict(W: Tensor, c: Tensor, activation: str, tol: float) -> Forecast:
     first, last = steps[-5].clamp(min=tiny), steps[-1].clamp(min=tiny)
     contraction = float((last / first).log().mean().div(4).exp())
     residual = float((last / size.clamp(min=tiny)).log().mean().exp())
+    if not bool((steps[-1] > 0).any()):
+        contraction = residual = 0.0
     return forecast(contraction, residual, PROBE_EVALUATIONS, tol, act.lipschitz)
 
 
