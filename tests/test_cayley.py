@@ -178,6 +178,15 @@ def test_relu_has_one_fixed_point_for_every_alpha(alpha):
     assert_as_accurate(u, plain, reference.implicit_gradient(W, c, z, g, "relu")[1])
 
 
+@pytest.mark.parametrize(("activation", "alpha"), [("tanh", 1.0), ("gelu", 1.0), ("relu", 0.6)])
+def test_a_step_by_the_residual_of_the_equation_is_the_same_step(activation, alpha):
+    W, c, x = gaussian(40, 6, torch.float64)
+    K, z = cayley_matrix(W, alpha), ACTIVATIONS[activation].value(x)
+    step = (2 * z - x) @ K.mT + alpha * (c + c @ K.mT)
+    residual = (1 - alpha) * z + alpha * (z @ W.mT + c) - x
+    torch.testing.assert_close(x + residual + residual @ K.mT, step, rtol=1e-13, atol=1e-13)
+
+
 @pytest.mark.parametrize("activation", MONOTONE)
 @pytest.mark.parametrize("mu", [0.1, 1.0])
 def test_monotone_weights_and_their_gradients_in_every_activation(activation, mu):
