@@ -14,8 +14,8 @@ The adjoint ``p = g + W^T D p`` with the gradient ``u = D p`` is the same with a
     x <- K^T (2 D - I) x + alpha (g + K^T g),  u = D x,     alpha = 1, or D of zeros and ones.
 
 Neither needs more than K. A step moves x by ``2 (y - z)``, ``y = V (2 z - x + alpha c)``, which is no residual of the
-equation. With a product by W it is: ``x <- x + (I + K) ((1 - alpha) z + alpha (W z + c) - x)`` is the same step in exact
-arithmetic, and corrects what is rounded in K, however coarse K is.
+equation. With a product by W it is: ``x <- x + (I + K) ((1 - alpha) z + alpha (W z + c) - x)`` is the same step in
+exact arithmetic, and its fixed point is exact however coarse K is.
 
 Convergence: ``(W + W^T) / 2 < I`` (:func:`is_certified`) gives ``||K||_2 < 1`` for every alpha, and as ``2 act - 1``
 does not expand for a nondecreasing 1-Lipschitz act (all of the table but gelu and silu), the map contracts, where the
@@ -158,8 +158,8 @@ def is_certified(W: Tensor) -> bool:
 
     W (m, m) or (S, m, m), all of them. The proof is a Cholesky factorisation in float64, m^3 / 3 flops, that runs to
     completion with a shift above its rounding errors (Rump 2006): about the time of one float32 product (m, m) x (m, m)
-    from m = 1024 on, so once for weights at rest, not at every step of a training. False says that there is no proof. ``W < 2 I`` in the
-    same sense is enough for the unpivoted inverse, not for the contraction: W = 1.5 I has K = 3 I.
+    from m = 1024 on, so once for weights at rest, not at every step of a training. False says that there is no proof.
+    ``(W + W^T) / 2 < 2 I`` is enough for the unpivoted inverse, not for the contraction: W = 1.5 I has K = 3 I.
     """
     _check_weight(W)
     for A in W.unsqueeze(0) if W.dim() == 2 else W:
