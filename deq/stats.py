@@ -1,8 +1,8 @@
 """What a solve says of every sample, in one buffer: one allocation and one argument a call.
 
-A buffer is uint8 (n_bytes,), for n samples: the residuals, n float32, or float64 where z is; the iterations, n int32;
-the statuses, n uint8. csrc/torch_ops.cpp knows the same layout. z gives the number and the shape of the samples, so
-that the buffer of a flattened batch serves the batch as it came.
+A buffer is uint8 (n_bytes,) on the device of z, for n samples: the residuals, n float32, or float64 where z is; the
+iterations, n int32; the statuses, n uint8. csrc/torch_ops.cpp knows the same layout. z gives the number and the shape
+of the samples, so that the buffer of a flattened batch serves the batch as it came.
 """
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 def allocate(z: Tensor) -> Tensor:
     """An unwritten buffer for the samples of z (..., m)."""
-    return torch.empty(z.numel() // z.shape[-1] * (_residual_bytes(z) + 5), dtype=torch.uint8)
+    return z.new_empty(z.numel() // z.shape[-1] * (_residual_bytes(z) + 5), dtype=torch.uint8)
 
 
 def pack(iterations: Tensor, residual: Tensor, status: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import gc
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import deq
 from deq import _library
+from deq.backends import cpu
 
 pytestmark = pytest.mark.skipif(_library.compiled is None, reason=f"no compiled library: {_library.reason}")
 
@@ -46,7 +48,7 @@ def test_operators_of_a_solve(problem):
     W, c, _ = problem
     with Recorder() as recorder, torch.no_grad():
         solve(W, c)
-    assert recorder.names == ["aten::empty_like", "aten::empty.memory_format", "deq::solve_"]
+    assert recorder.names == ["aten::empty_like", "aten::new_empty", "deq::solve_"]
 
 
 def test_operators_of_a_solve_and_its_gradient(problem):
@@ -55,11 +57,11 @@ def test_operators_of_a_solve_and_its_gradient(problem):
     names = [name for name in recorder.names if name != "aten::detach"]  # torch's own: saved and captured tensors
     assert names == [
         "aten::empty_like",
-        "aten::empty.memory_format",
+        "aten::new_empty",
         "deq::solve_",
         "aten::transpose.int",
         "aten::empty_like",
-        "aten::empty.memory_format",
+        "aten::new_empty",
         "deq::masked_linear_",
         "aten::transpose.int",
         "aten::mm",
@@ -149,3 +151,31 @@ def test_tensors_that_outlive_their_transform(problem):
 
     torch.func.grad(keep)(c.detach())
     assert torch.equal(torch.autograd.grad(solve(W, kept[0]).z, W, g)[0], step(W, c, g)[0])
+
+
+@pytest.mark.parametrize("context", [torch.inference_mode, lambda: torch.device("meta")], ids=["inference", "meta"])
+def test_what_a_context_leaves_behind(problem, context):
+    """Memory that calls share is neither made on a default device nor bound to inference mode."""
+    W, c, g = problem
+    expected = step(W, c, g)
+    cpu._reports.clear()
+    with context():
+        z = solve(W, c).z
+    assert z.device.type == "cpu" and torch.equal(z, solve(W, c).z)
+    assert all(map(torch.equal, step(W, c, g), expected))
+
+
+def test_threads_do_not_share_a_report():
+    """Solves that fail beside solves that do not, on four Python threads at once."""
+    W, c, _ = gaussian(32, 64)
+
+    def fails(max_iter):
+        try:
+            deq.solve(W, c, max_iter=max_iter, on_failure="raise")
+        except deq.ConvergenceError:
+            return True
+        return False
+
+    limits = [2, None, 3, None] * 40
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(fails, limits)) == [limit is not None for limit in limits]
