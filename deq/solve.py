@@ -67,12 +67,15 @@ def solve(
         W = W.dense()
     _check_tensors(W, c, z0)
     options = activation, tol, max_iter, solver, criterion, backward, on_failure, backend
-    # 1, 1.0 and True are one key and not one option
-    place = c.dtype, c.is_cpu or c.device.type, _library.compiled is not None, type(tol), type(max_iter)
+    device = "cpu" if c.is_cpu else c.device.type
+    # The types, because 1, 1.0 and True are one key and not one option.
+    given = *options, c.dtype, device, _library.compiled is not None, type(tol), type(max_iter)
     try:
-        problem = _make_problem(*options, *place)
-    except TypeError:  # an option that cannot be a key, or the error itself
-        problem = _make_problem.__wrapped__(*options, *place)
+        problem = _make_problem(*given)
+    except TypeError:
+        problem = None
+    if problem is None:  # an option that cannot be a key, or a wrong one: its own error
+        problem = _make_problem.__wrapped__(*given)
     shape, dims = c.shape, W.dim()
     canonical = len(shape) == dims
     if not canonical:  # one sample dimension, or none: W (m, m) with c (B, m), W (S, m, m) with c (S, B, m)
@@ -97,7 +100,7 @@ def _make_problem(
     on_failure: str,
     backend: str,
     dtype: torch.dtype,
-    device: str | bool,
+    device: str,
     compiled: bool,
     *_types: type,
 ) -> Problem:
@@ -109,7 +112,7 @@ def _make_problem(
             raise TypeError(f"{name} must be a string; got {value!r}")
     plan = make_plan(
         dtype=_DTYPES[dtype],
-        device="cpu" if device is True else device,
+        device=device,
         solver=solver,
         backend=backend,
         criterion=criterion,
