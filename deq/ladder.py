@@ -154,13 +154,16 @@ def _climb(problem, start: Tensor | None, plan: Plan, out: Tensor | None, recomp
     if plan.map == "cayley":
         outcome = _by_cayley(problem, start, plan, plan, TIGHTER[0])
         if outcome is None and not plan.rescues:
+            tried = problem.plain(start, replace(plan, max_iter=1), out)
+            if tried.report is not None and any(tried.report[1:]):  # the input itself is not finite: the caller says so
+                return tried
             raise ValueError(
                 "solver='cayley' needs an inverse of 2 I - W, and this W has none; use 'auto' or 'anderson'"
             )
         if outcome is not None and out is not None:
             outcome = outcome._replace(z=out.copy_(outcome.z))
     outcome = problem.plain(start, plan, out) if outcome is None else outcome
-    if not plan.rescues or torch.compiler.is_compiling() or not stats.read_report(outcome.stats)[0]:
+    if not plan.rescues or outcome.report is None or not outcome.report[0]:
         return outcome
     if recompute is not None:
         problem = replace(problem, d=recompute)
@@ -169,8 +172,8 @@ def _climb(problem, start: Tensor | None, plan: Plan, out: Tensor | None, recomp
     else:
         for s in range(outcome.z.shape[0]):
             _rescue(_matrix_of_stack(problem, s), outcome, plan, s)
-    _count_failures(outcome)
-    return outcome
+    failed = int((stats.status(outcome.z, outcome.stats) != Status.CONVERGED).sum())
+    return outcome._replace(report=[failed, *outcome.report[1:]])
 
 
 def _matrix_of_stack(problem, s: int):
@@ -189,15 +192,7 @@ def _matrix_of_stack(problem, s: int):
 
 def _rescue(problem, outcome: Outcome, plan: Plan, s: int | None = None) -> None:
     """Take the failed samples of ``outcome`` (of its s-th W) up the rungs, and write what they reach into it."""
-    z, iterations, residual, status = (
-        t if s is None else t[s]
-        for t in (
-            outcome.z,
-            stats.iterations(*outcome),
-            stats.residual(*outcome),
-            stats.status(*outcome),
-        )
-    )
+    z, iterations, residual, status = (t if s is None else t[s] for t in (outcome.z, *_read(outcome)))
     wide = torch.float64 if z.dtype == torch.float64 else torch.float32
     accelerated = replace(plan, acceleration="anderson", increments="native")
     patient = replace(plan, acceleration="on_demand", increments="native")
@@ -214,7 +209,7 @@ def _rescue(problem, outcome: Outcome, plan: Plan, s: int | None = None) -> None
         if NEWTON_STEPS * n * (2 / 3) * width**3 > NEWTON_FLOPS:
             return None
         x, steps, r, how = part.newton(start, replace(plan, max_iter=left))
-        return Outcome(x, stats.pack(steps, r.to(wide), how, torch.zeros(4, dtype=torch.int64)))
+        return Outcome(x, stats.pack(steps, r.to(wide), how), None)
 
     may_reflect = plan.reflects
     cheap = may_reflect and is_cheap(width, batch, plan.frozen)
@@ -235,15 +230,16 @@ def _rescue(problem, outcome: Outcome, plan: Plan, s: int | None = None) -> None
         answer = rung(part, z[index].to(wide), left)
         if answer is None:
             continue
-        iterations[index] += stats.iterations(*answer)
-        now, before = stats.residual(*answer), residual[index]
+        more, now, how = _read(answer)
+        iterations[index] += more
+        before = residual[index]
         fits = (answer.z.abs() <= torch.finfo(z.dtype).max).all(-1)  # 16 bits may not hold what they are solved in
-        converged = (stats.status(*answer) == Status.CONVERGED) & fits
+        converged = (how == Status.CONVERGED) & fits
         better = converged | ((now < before) & fits)
         z[index[better]] = answer.z[better].to(z.dtype)
         residual[index[better]] = now[better]
         final = converged if rung is not by_anderson else fits
-        status[index[final]] = stats.status(*answer)[final]
+        status[index[final]] = how[final]
 
 
 def _widened(problem, dtype: torch.dtype):
@@ -273,37 +269,28 @@ def _by_cayley(problem, start: Tensor | None, plan: Plan, final: Plan, share: fl
     iterate = replace(plan, tol=share * plan.tol)
     judge = replace(final, acceleration="none", increments="native", max_iter=1)
     c = problem.injection
-    z, said = torch.empty_like(c, memory_format=torch.contiguous_format), None
-    pieces = []
+    z = torch.empty_like(c, memory_format=torch.contiguous_format)
+    pieces, reports = [], []
     for first in range(0, max(c.shape[-2], 1), CHUNK):
         rows = (..., slice(first, first + CHUNK), slice(None))
         part = problem.part(rows) if c.shape[-2] > CHUNK else problem
-        injection = part.injection
-        shifted = torch.matmul(injection, K.mT).add_(injection)
+        shifted = torch.matmul(part.injection, K.mT).add_(part.injection)
         if alpha != 1.0:
             shifted *= alpha
         x = part.reflected(K, shifted, None if start is None else start[rows], alpha, iterate)
         judged = part.plain(x.z, judge)
         z[rows] = judged.z
-        report = torch.tensor(stats.read_report(judged.stats))
-        pieces.append(
-            (
-                stats.iterations(*x) + stats.iterations(*judged),
-                stats.residual(*judged),
-                stats.status(*judged),
-                report,
-            )
-        )
-    if len(pieces) == 1:
-        iterations, residual, status, report = pieces[0]
-    else:
-        iterations, residual, status = (torch.cat([piece[k] for piece in pieces], dim=-1) for k in range(3))
-        report = torch.zeros(4, dtype=torch.int64)
-        report[0] = sum(int(piece[3][0]) for piece in pieces)
-    said = stats.pack(iterations, residual, status, report)
-    return Outcome(z, said)
+        said = _read(judged)
+        pieces.append((_read(x)[0] + said[0], *said[1:]))
+        reports.append(judged.report)
+    iterations, residual, status = (torch.cat(piece, dim=-1) for piece in zip(*pieces, strict=True))
+    report = [sum(r[0] for r in reports), *reports[0][1:]]
+    if len(reports) > 1 and any(r[2] for r in reports):  # the first sample that is not finite, of all chunks
+        report[2] = int((~torch.isfinite(c).all(-1)).reshape(-1).nonzero()[0]) + 1
+    return Outcome(z, stats.pack(iterations, residual, status), report)
 
 
-def _count_failures(outcome: Outcome) -> None:
-    count = int((stats.status(*outcome) != Status.CONVERGED).sum())
-    outcome.stats[: stats.REPORT_BYTES].view(torch.int64)[0] = count
+def _read(outcome: Outcome) -> tuple[Tensor, Tensor, Tensor]:
+    """Iterations, residual and status of every sample."""
+    z, said, _ = outcome
+    return stats.iterations(z, said), stats.residual(z, said), stats.status(z, said)

@@ -14,7 +14,6 @@ from .backends.cpu import increments_here
 from .implicit import Problem, equilibrium
 from .plan import DEFAULT_TOL, LARGE_WEIGHT, Plan, fit, make_plan
 from .solution import Solution, report_failures
-from .stats import read_report
 from .weights import Structure
 
 BACKWARDS = ("implicit", "phantom", "one_step", "unrolled")
@@ -70,31 +69,32 @@ def solve(
     if isinstance(W, Structure):
         W = W.dense()
     _check_tensors(W, c, z0)
-    device = "cpu" if c.is_cpu else c.device.type  # one microsecond less than the second alone
-    compiled = _library.compiled is not None
-    options = activation, tol, max_iter, solver, criterion, backward, on_failure, backend, c.dtype, device, compiled
+    options = activation, tol, max_iter, solver, criterion, backward, on_failure, backend
+    device = "cpu" if c.is_cpu else c.device.type
+    # The types, because 1, 1.0 and True are one key and not one option.
+    given = *options, c.dtype, device, _library.compiled is not None, type(tol), type(max_iter)
     try:
-        problem = _make_problem(*options)
-    except TypeError:  # an option that cannot be a key, or the error itself
-        problem = _make_problem.__wrapped__(*options)
+        problem = _make_problem(*given)
+    except TypeError:
+        problem = None
+    if problem is None:  # an option that cannot be a key, or a wrong one: its own error
+        problem = _make_problem.__wrapped__(*given)
     shape, dims = c.shape, W.dim()
     canonical = len(shape) == dims
     if not canonical:  # one sample dimension, or none: W (m, m) with c (B, m), W (S, m, m) with c (S, B, m)
         flat = (*shape[: dims - 2], math.prod(shape[dims - 2 : -1]), shape[-1])
         c, z0 = c.reshape(flat), None if z0 is None else z0.reshape(flat)
     if problem.plan.rescues:
-        problem = problem._replace(plan=_fit(problem.plan, W, c))
-    z, stats = equilibrium(W, c, z0, problem, backward)
+        problem = problem._replace(plan=_fit(problem.plan, W))
+    z, stats, report = equilibrium(W, c, z0, problem, backward)
     solution = Solution(z if canonical else z.reshape(shape), stats, problem.plan)
-    if not torch.compiler.is_compiling():  # inside a compiled graph nothing can be raised from values
-        report = read_report(stats)
-        if any(report):
-            _refuse_non_finite(report[1:], W, shape[:-1])
-            report_failures(solution, on_failure, problem.plan.tol, "deq.solve")
+    if report is not None and any(report):
+        _refuse_non_finite(report[1:], W, shape[:-1])
+        report_failures(solution, on_failure, problem.plan.tol, "deq.solve")
     return solution
 
 
-def _fit(plan: Plan, W: Tensor, c: Tensor) -> Plan:
+def _fit(plan: Plan, W: Tensor) -> Plan:
     """The plan for this weight."""
     width, frozen = W.shape[-1], not (torch.is_grad_enabled() and W.requires_grad)
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
@@ -106,8 +106,7 @@ def _fit(plan: Plan, W: Tensor, c: Tensor) -> Plan:
     return fit(plan, width, large, frozen, increments)
 
 
-# A training run asks the same thing at every step; typed, for 1, 1.0 and True are the same key and not the same option.
-@lru_cache(maxsize=256, typed=True)
+@lru_cache(maxsize=256)  # a training run asks the same thing at every step
 def _make_problem(
     activation: str,
     tol: float | None,
@@ -120,6 +119,7 @@ def _make_problem(
     dtype: torch.dtype,
     device: str,
     compiled: bool,
+    *_types: type,
 ) -> Problem:
     """Checks the options of a solve and plans it."""
     _check_options(tol, max_iter, backward, on_failure)
@@ -178,7 +178,7 @@ def _check_tensors(W: object, c: object, z0: object) -> None:
 def _check_like(name: str, value: Tensor, W: Tensor) -> None:
     if value.dtype != W.dtype:
         raise TypeError(f"{name} must have the dtype of W, {W.dtype}; got {value.dtype}")
-    if value.device != W.device:
+    if not (value.is_cpu and W.is_cpu) and value.device != W.device:
         raise ValueError(f"{name} must be on the device of W, {W.device}; got {value.device}")
 
 

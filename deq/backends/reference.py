@@ -33,8 +33,7 @@ def _outcome(
     largest = torch.finfo(dtype).max
     status = torch.where((z.abs() > largest).any(-1), int(Status.DIVERGED), status).to(torch.uint8)
     failed = int((status != Status.CONVERGED).sum())
-    report = torch.tensor([failed, *bad])
-    return Outcome(z.clamp(-largest, largest).to(dtype), stats.pack(iterations, residual, status, report))
+    return Outcome(z.clamp(-largest, largest).to(dtype), stats.pack(iterations, residual, status), [failed, *bad])
 
 
 def solve(
