@@ -1,10 +1,12 @@
 """Interleaved timing: competitors take turns in one process, and only ratios within a turn are believed."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 MIN_TURNS, MAX_TURNS = 7, 400
 TURN_SECONDS = 2e-3  # a competitor is called again until its turn has lasted this long
@@ -23,6 +25,10 @@ class Timing:
     def percentile(self, q: float) -> float:
         return float(np.percentile(self.turns, q))
 
+    @property
+    def best(self) -> float:
+        return min(self.turns)
+
     def ratio(self, other: "Timing") -> float:
         """How many times longer than ``other`` this took: the median over turns, each divided by the same turn's."""
         return float(np.median(np.divide(self.turns, other.turns)))
@@ -34,8 +40,9 @@ def interleave(
     *,
     prepare: Callable[[], object] = lambda: None,
     clock: Callable[[], float] = time.perf_counter,
+    min_turns: int = MIN_TURNS,
 ) -> dict[str, Timing]:
-    """Time the competitors in turns for about ``seconds``, at least ``MIN_TURNS`` turns each.
+    """Time the competitors in turns for about ``seconds``, at least ``min_turns`` turns each.
 
     prepare: called before every call, not timed. clock: seconds, such as ``time.process_time`` for one thread, which
     does not count what other processes take. The order rotates so that nobody always follows the same competitor.
@@ -48,13 +55,29 @@ def interleave(
     turns: dict[str, list[float]] = {name: [] for name in names}
     end = time.perf_counter() + seconds
     for turn in range(MAX_TURNS):
-        if turn >= MIN_TURNS and time.perf_counter() >= end:
+        if turn >= min_turns and time.perf_counter() >= end:
             break
         first = turn % len(names)
         for name in names[first:] + names[:first]:
             samples = [_time(competitors[name], prepare, clock) for _ in range(calls[name])]
             turns[name].append(float(np.median(samples)))
     return {name: Timing(tuple(values)) for name, values in turns.items()}
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """So many threads of torch and deq inside."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def thread_clock(count: int) -> Callable[[], float]:
+    """One thread is timed by its own processor time, which the rest of the machine cannot take, several by the clock."""
+    return time.thread_time if count == 1 else time.perf_counter
 
 
 def _time(run: Callable[[], object], prepare: Callable[[], object], clock: Callable[[], float]) -> float:
