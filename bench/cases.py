@@ -16,8 +16,8 @@ TOL = 1e-5  # relative residual of forward and backward solves, every competitor
 
 @dataclass(frozen=True)
 class Case:
-    """One problem: (m, B), a family of bench/families.py, and ratios of forward + backward times that the plain map has to
-    reach over baselines.
+    """One problem: (m, B), a family of bench/families.py, and ratios of forward + backward times that the plain map has
+    to reach over baselines.
 
     ``new_weights``: W changes before every call, as it does in training, so that deq packs it anew inside its time.
     """
@@ -60,8 +60,9 @@ class Problem:
             d = reference.derivative(W, c, z, "relu")
             u, *_ = reference.masked_linear(W.mT, d, g, **options)
             return z, u.mT @ z
-        z = _monotone_equilibrium(W, c)
-        return z, reference.implicit_gradient(W, c, z, g, "relu")[0]
+        z = peaceman_rachford(W, c, torch.relu)
+        d = reference.derivative(W, c, z, "relu")
+        return z, peaceman_rachford(W.mT, g, lambda u: d * u).mT @ z
 
     def changer(self) -> Callable[[], None]:
         """A call moves one entry of W by a few units in its last place, to a value that it never had before."""
@@ -76,17 +77,17 @@ class Problem:
         return change
 
 
-def _monotone_equilibrium(W: Tensor, c: Tensor) -> Tensor:
-    """By Peaceman-Rachford splitting: ``u <- K |u| + 2 V c`` with ``V = (2 I - W)^-1``, ``K = V W`` has the fixed point
-    ``u = W z + c``, ``z = relu(u)``, and contracts for every W with ``sym(W) < I``."""
+def peaceman_rachford(W: Tensor, c: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor:
+    """``z = act(W z + c)`` for every W with ``sym(W) < I``: ``u <- K (2 act(u) - u) + 2 V c`` with ``K = V W``,
+    ``V = (2 I - W)^-1`` contracts to ``u = W z + c``."""
     V = torch.linalg.inv(2 * torch.eye(len(W), dtype=W.dtype) - W)
     K, injection = V @ W, 2 * c @ V.mT
     u = injection
     for _ in range(10_000):
-        last, u = u, torch.addmm(injection, u.abs(), K.mT)
+        last, u = u, torch.addmm(injection, 2 * act(u) - u, K.mT)
         if torch.linalg.vector_norm(u - last) <= 1e-14 * torch.linalg.vector_norm(u):
             break
-    return torch.relu(u)
+    return act(u)
 
 
 CPU_CASES = (

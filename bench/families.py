@@ -13,7 +13,7 @@ from . import trained
 
 
 def draw(family: str, m: int, B: int, generator: Generator) -> tuple[Tensor, Tensor]:
-    """W (m, m) and c (B, m) in float64. Raises ValueError for an unknown family and for sizes that one does not have."""
+    """W (m, m) and c (B, m) in float64. Raises ValueError for an unknown family or sizes that one does not have."""
     name, number = split(family)
     if name == "trained":
         return trained.draw(int(number or trained.EPOCHS[-1]), m, B)
@@ -24,7 +24,7 @@ def draw(family: str, m: int, B: int, generator: Generator) -> tuple[Tensor, Ten
 
 
 def split(family: str) -> tuple[str, str]:
-    """Name and number, such as ("outlier", "0.95"); the number may be empty. Raises ValueError for an unknown family."""
+    """Name and number, such as ("outlier", "0.95"); the number may be empty. Raises ValueError if it is unknown."""
     found = re.fullmatch(r"([a-z]+)((?:\d+(?:\.\d+)?)?)", family)
     if found is None or found[1] not in (*_FAMILIES, "trained"):
         known = ", ".join((*_FAMILIES, "trained"))

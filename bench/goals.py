@@ -1,7 +1,7 @@
 """What the engine must reach when it chooses by itself, as data: ratios over a baseline for whole groups of cases.
 
-A group reaches its goal if its worst case does. Baselines that fail to solve a case are left out of its ratios; that deq
-itself solves every sample is a goal of its own.
+A group reaches its goal if its worst case does. Baselines that fail to solve a case are left out of its ratios; that
+deq itself solves every sample is a goal of its own.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence

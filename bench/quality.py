@@ -28,11 +28,9 @@ class Quality:
     elsewhere: int
 
     def no_worse_than(self, other: "Quality") -> bool:
-        """In z and, where both have it, in dW; two units in the last place of float32 are no difference."""
-        floor = 2 * torch.finfo(torch.float32).eps
-        if self.error > max(other.error, floor):
-            return False
-        return self.gradient_error is None or self.gradient_error <= max(other.gradient_error, floor)
+        """In z; two units in the last place of float32 are no difference. Not in dW: one unit out of B x m whose sign
+        only rounding decides moves dW by up to 1e-2, whoever solves and however well."""
+        return self.error <= max(other.error, 2 * torch.finfo(torch.float32).eps)
 
 
 @dataclass(frozen=True, eq=False)

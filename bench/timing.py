@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 MIN_TURNS, MAX_TURNS = 7, 400
+WARM_UP_SECONDS = 0.5
 TURN_SECONDS = 2e-3  # a competitor is called again until its turn has lasted this long
 
 
@@ -49,7 +50,7 @@ def interleave(
     """
     calls = {}
     for name, run in competitors.items():
-        best = min(_time(run, prepare, clock) for _ in range(3))  # also warms up
+        best = _warm_up(run, prepare, clock)
         calls[name] = min(100, max(1, round(TURN_SECONDS / max(best, 1e-9))))
     names = list(competitors)
     turns: dict[str, list[float]] = {name: [] for name in names}
@@ -64,6 +65,15 @@ def interleave(
     return {name: Timing(tuple(values)) for name, values in turns.items()}
 
 
+def _warm_up(run: Callable[[], object], prepare: Callable[[], object], clock: Callable[[], float]) -> float:
+    """The best of three calls, fewer if they are long."""
+    samples = []
+    end = time.perf_counter() + WARM_UP_SECONDS
+    while len(samples) < 3 and (not samples or time.perf_counter() < end):
+        samples.append(_time(run, prepare, clock))
+    return min(samples)
+
+
 @contextmanager
 def threads(count: int) -> Iterator[None]:
     """So many threads of torch and deq inside."""
@@ -76,7 +86,7 @@ def threads(count: int) -> Iterator[None]:
 
 
 def thread_clock(count: int) -> Callable[[], float]:
-    """One thread is timed by its own processor time, which the rest of the machine cannot take, several by the clock."""
+    """One thread is timed by its own processor time, which other processes cannot take, several by the clock."""
     return time.thread_time if count == 1 else time.perf_counter
 
 

@@ -1,7 +1,7 @@
 """Weights of a deep equilibrium classifier that was really trained, after some epochs: the spectra that users meet.
 
-Nothing keeps its spectral radius down. To 1e-5 the plain iteration needs 24, 38 and 45 evaluations of a mean sample after
-10, 15 and 20 epochs and 38, 100 and 163 of the slowest; consecutive steps are nearly parallel (cosine 0.9 and more).
+Nothing keeps its spectral radius down. To 1e-5 the plain iteration needs 24, 38 and 45 evaluations of a mean sample
+after 10, 15 and 20 epochs and 38, 100 and 163 of the slowest; consecutive steps are nearly parallel (cosine 0.9).
 """
 
 from functools import cache

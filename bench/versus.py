@@ -1,8 +1,8 @@
 """``deq bench cpu``: what deq chooses by itself, against every rival, at the same tolerance and at the same error.
 
-``forward`` is inference: W stays, and whatever deq keeps of it is there. In ``training`` W changes before every call, so
-that all of that is formed anew inside the time, and the gradient of W is asked for. Ratios are of medians over turns
-with one thread, and of the best turns with several: when the rest of the machine takes a core away, a turn measures that.
+``forward`` is inference: W stays, and whatever deq keeps of it is there. In ``training`` W changes before every call,
+so that all of that is formed anew inside the time, and the gradient of W is asked for. With one thread a ratio is the
+median over turns, with several that of the best turns: a turn in which another process takes a core measures only that.
 """
 
 import math
@@ -29,7 +29,7 @@ from .quality import Quality, Truth, fastest
 from .timing import Timing, interleave, thread_clock
 from .timing import threads as use_threads
 
-MIN_TURNS = 4  # the slowest cases take half a second a turn, over which noise averages out
+MIN_TURNS = 3  # the slowest cases take a second a turn, over which noise averages out
 COMPILED = ((64, 256), (256, 256), (512, 64), (1024, 4))  # Gaussian cases with the compiled loop
 TIGHTER = tuple(TOL * 2 ** (-k / 2) for k in range(12))  # down to 2.2e-7, where float32 ends
 LOOSER = tuple(TOL * 2 ** (k / 2) for k in range(21))  # up to 1e-2
@@ -147,7 +147,7 @@ def match(ours: Rival, rival: Rival, truth: Truth) -> tuple[float, float]:
 
 
 def first(holds: Callable[[int], bool], end: int) -> int | None:
-    """The smallest k in [1, end) that holds, by bisection: it then holds up to the end. None if it does not at the end."""
+    """The smallest k in [1, end) that holds, by bisection, if all after it hold. None if the last does not."""
     if not holds(end - 1):
         return None
     low, high = 0, end - 1  # does not hold, holds
