@@ -130,6 +130,34 @@ def memory(shape: tuple[int, int] | None, out: Path) -> None:
     _finish(rows, out, "memory", console)
 
 
+@bench.command()
+@click.option("--epochs", type=click.IntRange(min=1), default=15, show_default=True)
+@click.option("--threads", type=click.IntRange(min=1), help="All that torch uses if not given.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of weights and batches.")
+@out_option
+def digits(epochs: int, threads: int | None, seed: int, out: Path) -> None:
+    """Train a classifier of handwritten digits with deq and with torchdeq: time, accuracy, solves that failed. About a
+    minute; needs scikit-learn."""
+    import torch
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from . import digits as run
+    from . import report
+
+    _need_compiled()
+    if not run.has_sklearn():
+        raise click.ClickException("the images come with scikit-learn: pip install scikit-learn")
+    console = Console()
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("Training", total=epochs)
+        rows = run.measure(
+            epochs, threads or torch.get_num_threads(), seed, lambda done: progress.update(task, completed=done)
+        )
+    console.print(report.digits(rows))
+    _finish(rows, out, "digits", console)
+
+
 def _need_compiled() -> None:
     from deq import _library
 

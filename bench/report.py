@@ -74,9 +74,7 @@ def choices(rows: list[dict]) -> Table:
             _number(deq["error"], ".0e"),
             f"{100 * deq['failed']:.0f}%" if deq["failed"] else "0",
         )
-    table.caption = (
-        "torchdeq: its fastest solver. =: at the same error. -: solves not all. !: too low."
-    )
+    table.caption = "torchdeq: its fastest solver. =: at the same error. -: solves not all. !: too low."
     return table
 
 
@@ -139,6 +137,25 @@ def memory(rows: list[dict]) -> Table:
         by_name.setdefault(row["variant"], {})[row["pass"]] = row
     for name, found in by_name.items():
         table.add_row(name, *(_cell(found[which], "buffers") for which in passes))
+    return table
+
+
+def digits(rows: list[dict]) -> Table:
+    """One line a competitor."""
+    table = _table(f"Training a classifier of handwritten digits, {rows[0]['epochs']} epochs")
+    table.add_column("")
+    for heading in ("seconds", "over deq's", "test accuracy", "its", "failed solves"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        iterations = sum(row["mean_iterations"]) / len(row["mean_iterations"])
+        table.add_row(
+            row["variant"],
+            f"{row['seconds']:.1f}",
+            f"{row['ratio']:.1f}",
+            f"{100 * row['accuracy']:.1f}%",
+            f"{iterations:.0f}",
+            f"{100 * row['failed']:.3g}%" + ("[red]![/]" if row["reached"] is False else ""),
+        )
     return table
 
 
