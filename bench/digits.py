@@ -1,7 +1,7 @@
 """``deq bench digits``: a classifier of scikit-learn's handwritten digits, trained with deq and with torchdeq.
 
-Same initial weights, optimiser, batches and tolerance; epochs of the two alternate in one process, so that neither meets
-a quieter machine. Both follow the same path up to the tolerance, which their test accuracies show.
+Same initial weights, optimiser, batches and tolerance; epochs of the two alternate in one process, so that neither
+meets a quieter machine. Both follow the same path up to the tolerance, which their test accuracies show.
 """
 
 import time
@@ -86,7 +86,8 @@ class TorchdeqModel(Model):
 
 @dataclass
 class Run:
-    """One training: what it has measured so far. ``warnings`` counts the backward solves that said they failed."""
+    """One training: what it has measured so far. ``warnings`` counts the solves of any kind
+    that said they failed."""
 
     model: Model
     optimizer: torch.optim.Optimizer
@@ -111,10 +112,10 @@ class Run:
                 total += float(iterations.sum()) * len(rows) / iterations.numel()
                 self.solves, self.failed = self.solves + len(rows), self.failed + int(failed.sum())
             self.seconds.append(time.perf_counter() - start)
+            with torch.no_grad():
+                logits, *_ = self.model(data.test[0])
         self.warnings += sum(issubclass(w.category, ConvergenceWarning) for w in caught)
         self.iterations.append(total / len(order))
-        with torch.no_grad():
-            logits, *_ = self.model(data.test[0])
         self.accuracy.append(float((logits.argmax(1) == data.test[1]).float().mean()))
 
 

@@ -12,6 +12,7 @@ from functools import partial
 
 import torch
 
+from . import jax_baselines
 from .baselines import (
     Answer,
     Maker,
@@ -37,7 +38,7 @@ LOOSER = tuple(TOL * 2 ** (k / 2) for k in range(21))  # up to 1e-2
 
 @dataclass(frozen=True, eq=False)
 class Rival:
-    """A baseline ready to be timed, or the reason why it is not. ``maker`` None: it solves nothing (GEMM-only)."""
+    """A baseline ready to be timed, or the reason why it is not. ``maker`` None: it has but one tolerance, or none."""
 
     label: str
     run: Callable[[], object] | None = None
@@ -63,11 +64,12 @@ def measure(case: Case, passes: Sequence[str], thread_counts: Sequence[int], sec
             }
         for count in thread_counts:
             with use_threads(count):
+                for name, rival in find_rivals_for_threads(case, truth, backward, count).items():
+                    rivals[name] = rival
+                    if rival.maker and rival.why is None:
+                        matches[name] = match(ours, rival, truth)
                 turns = {"deq": ours.run}
                 turns |= {name: rival.run for name, rival in rivals.items() if rival.run and rival.why is None}
-                if compiled := _compiled_loop(case, truth, backward):
-                    rivals["compiled"] = compiled
-                    turns |= {"compiled": compiled.run} if compiled.why is None else {}
                 for name, (our_tol, tol) in matches.items():
                     turns |= {} if our_tol == TOL else {f"deq {our_tol:g}": ours.maker(our_tol)}
                     turns |= {} if tol == TOL else {f"{name} {tol:g}": rivals[name].maker(tol)}
@@ -85,7 +87,7 @@ def _solver(label: str, maker: Maker, truth: Truth) -> Rival:
     return _judged(label, run, maker, answer := run(), truth.judge(answer))
 
 
-def _judged(label: str, run: Callable[[], Answer], maker: Maker, answer: Answer, quality: Quality) -> Rival:
+def _judged(label: str, run: Callable[[], Answer], maker: Maker | None, answer: Answer, quality: Quality) -> Rival:
     count = round(quality.failed * len(answer.z))
     why = f"does not solve {count} of {len(answer.z)} samples" if count else None
     return Rival(label, run, maker, answer, quality, why)
@@ -114,6 +116,23 @@ def _fastest(makers: dict[str, Maker], truth: Truth) -> Rival:
     return replace(rival, attempts=best.attempts)
 
 
+def find_rivals_for_threads(case: Case, truth: Truth, backward: bool, threads: int) -> dict[str, Rival]:
+    """The baselines that are made for a number of threads: the compiled loop, jaxopt and optimistix."""
+    rivals = {}
+    if compiled := _compiled_loop(case, truth, backward):
+        rivals["compiled"] = compiled
+    for package in jax_baselines.PACKAGES:
+        if why := jax_baselines.why_not(package, threads):
+            rivals[package] = Rival(package, why=why)
+            continue
+        size = float(torch.linalg.vector_norm(truth.z))
+        try:
+            rivals[package] = _fastest(jax_baselines.makers(package, truth.problem, backward, size), truth)
+        except RuntimeError as error:  # what XLA raises when a solver gives up
+            rivals[package] = Rival(package, why=f"fails: {str(error).splitlines()[0]}")
+    return rivals
+
+
 def _compiled_loop(case: Case, truth: Truth, backward: bool) -> Rival | None:
     """Anew for every thread count, which is compiled in. Only for some cases: 2 to 7 seconds a graph."""
     if case.family != "gaussian" or (case.m, case.B) not in COMPILED:
@@ -122,7 +141,8 @@ def _compiled_loop(case: Case, truth: Truth, backward: bool) -> Rival | None:
     if not has_compiler():
         return Rival(label, why="torch.compile finds no C++ compiler")
     try:
-        return _solver(label, lambda tol: partial(make_compiled_loop(tol), truth.problem, backward), truth)
+        run = partial(make_compiled_loop(), truth.problem, backward)
+        return _judged(label, run, None, answer := run(), truth.judge(answer))
     except torch._dynamo.exc.TorchDynamoException as error:
         return Rival(label, why=f"does not compile: {str(error).splitlines()[0]}")
 
