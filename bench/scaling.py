@@ -13,8 +13,8 @@ THREADS = (1, 2)
 
 
 def measure(case: Case, passes: Sequence[str], seconds: float) -> list[dict]:
-    """One row a pass; ``ratio`` is the best time with one thread over the best with two, by the clock. Others' load can
-    only lengthen a turn, and one that takes a core away from two threads halves their speed: minima, not medians."""
+    """One row a pass; ``ratio`` is the shortest call with one thread over the shortest with two, by the clock: others'
+    load can only lengthen a call, and a core taken away halves the speed of two threads."""
     problem = case.make()
     before = torch.get_num_threads()
     rows = []

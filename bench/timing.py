@@ -1,5 +1,6 @@
 """Interleaved timing: competitors take turns in one process, and only ratios within a turn are believed."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,9 +16,10 @@ TURN_SECONDS = 2e-3  # a competitor is called again until its turn has lasted th
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds per call of one competitor, one number a turn (the median of the turn's calls)."""
+    """Seconds per call of one competitor: one number a turn (the median of the turn's calls), and the shortest call."""
 
     turns: tuple[float, ...]
+    best: float
 
     @property
     def median(self) -> float:
@@ -25,10 +27,6 @@ class Timing:
 
     def percentile(self, q: float) -> float:
         return float(np.percentile(self.turns, q))
-
-    @property
-    def best(self) -> float:
-        return min(self.turns)
 
     def ratio(self, other: "Timing") -> float:
         """How many times longer than ``other`` this took: the median over turns, each divided by the same turn's."""
@@ -54,6 +52,7 @@ def interleave(
         calls[name] = min(100, max(1, round(TURN_SECONDS / max(best, 1e-9))))
     names = list(competitors)
     turns: dict[str, list[float]] = {name: [] for name in names}
+    shortest = dict.fromkeys(names, math.inf)
     end = time.perf_counter() + seconds
     for turn in range(MAX_TURNS):
         if turn >= min_turns and time.perf_counter() >= end:
@@ -62,7 +61,8 @@ def interleave(
         for name in names[first:] + names[:first]:
             samples = [_time(competitors[name], prepare, clock) for _ in range(calls[name])]
             turns[name].append(float(np.median(samples)))
-    return {name: Timing(tuple(values)) for name, values in turns.items()}
+            shortest[name] = min(shortest[name], *samples)
+    return {name: Timing(tuple(values), shortest[name]) for name, values in turns.items()}
 
 
 def _warm_up(run: Callable[[], object], prepare: Callable[[], object], clock: Callable[[], float]) -> float:

@@ -2,7 +2,7 @@
 
 ``forward`` is inference: W stays, and whatever deq keeps of it is there. In ``training`` W changes before every call,
 so that all of that is formed anew inside the time, and the gradient of W is asked for. With one thread a ratio is the
-median over turns, with several that of the best turns: a turn in which another process takes a core measures only that.
+median over turns, with several that of the shortest calls: one in which another process takes a core measures that.
 """
 
 import math
@@ -242,7 +242,7 @@ def _counts(answer: Answer | None) -> dict:
     return {
         "iterations": answer.iterations,
         "mean_iterations": float(evaluations.mean()),
-        "products": answer.products,
+        "products": answer.iterations if answer.plan is None else answer.products,
     }
 
 
