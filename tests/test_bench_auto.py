@@ -435,12 +435,13 @@ class TestCommand:
         assert text in " ".join(result.output.split())
 
 
-class TestDigits:
-    @pytest.fixture(scope="class")
-    def data(self):
-        pytest.importorskip("sklearn")
-        return digits.load()
+@pytest.fixture(scope="module")
+def data():
+    pytest.importorskip("sklearn")
+    return digits.load()
 
+
+class TestDigits:
     def test_data(self, data):
         (x, y), (x_test, y_test) = data.train, data.test
         assert (len(x), len(x_test)) == (1437, 360)
