@@ -11,6 +11,8 @@ CRITERIA = ("residual", "error")
 DEFAULT_TOL = {"float64": 1e-10, "float32": 1e-5, "bfloat16": 1e-4, "float16": 1e-4}
 DEFAULT_MAX_ITER = 2000  # a contraction of 0.99 needs 1146 to reach 1e-5; converged samples have left long before
 ANDERSON_DEPTH = 5
+# What a step of the CPU backend multiplies (DeqPrecision in csrc/kernels.h): the iterate, or its increment, rounded.
+INCREMENTS = {"native": 0, "int8": 1, "bfloat16": 2}
 # Below this width a step on increments saves less than it costs (Zen 4, relu, forward: 64 x 256 0.8 x, 128 x 256 1.2 x,
 # 256 x 256 1.4 x, 2048 x 16 1.9 x the speed of float32 with zeros skipped).
 INCREMENTS_FROM = 96
@@ -35,7 +37,7 @@ class Plan:
     tol: float
     max_iter: int
     criterion: str
-    increments: str = "native"  # or "int8", "bfloat16": what the CPU backend multiplies between float32 evaluations
+    increments: str = "native"  # of INCREMENTS; float64 and Anderson from the start are always native
     rescues: bool = False  # samples that fail are tried again by other means (deq/ladder.py)
     reflects: bool = False  # the Cayley map may be one of them
     frozen: bool = False  # W is not being trained: what is derived from it will be used again

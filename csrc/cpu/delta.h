@@ -16,16 +16,22 @@ namespace deq {
 
 // One sample in the inner loops. Rows are padded with zeros to a multiple of the vector width.
 struct DeltaRow {
-  float* y;          // W x + c
-  float* x;          // the sum of the increments
-  const float* d;    // derivative of the adjoint problem, or null
-  void* increment;   // read by the step
-  void* next;        // written by the step
-  float scale;       // of the increment read: element = scale * integer
-  float next_scale;  // of the increment written; a larger element is cut off, and what was cut is in the next increment
+  float* y;         // W x + c
+  float* x;         // the sum of the increments
+  const float* d;   // derivative of the adjoint problem, or null
+  void* increment;  // read by the step
+  void* next;       // written by the step
+  float scale;      // of the increment read: element = scale * integer
+  float next_scale,
+      next_inverse;  // of the increment written; a larger element is cut off, and what was cut is in the next increment
   float* sums;       // 3 vectors of scratch
   double step2, size2;
   float largest;  // |f(y) - x|^2, |f(y)|^2 and max |f(y) - x|, set by the step
+
+  void set_next_scale(double scale_of_next) {
+    next_scale = static_cast<float>(scale_of_next);
+    next_inverse = next_scale > 1e-37f ? 1 / next_scale : 0;
+  }
 };
 
 // What f is where the step itself applies it; the others are applied row by row by the driver.

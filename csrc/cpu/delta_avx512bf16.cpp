@@ -16,8 +16,9 @@ struct Increment {
 
   DEQ_INLINE Sum start(const int32_t*) { return _mm512_setzero_ps(); }
   DEQ_INLINE Sum dot(Sum sum, uint32_t word, Sum weights) {
-    return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(word))),
-                            reinterpret_cast<__m512bh>(weights));
+    // Not the intrinsic: around it GCC 12 copies every sum at every step.
+    asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(_mm512_set1_epi32(static_cast<int>(word))), "v"(weights));
+    return sum;
   }
   DEQ_INLINE V added(V y, Sum sum, V, const float*) { return y + static_cast<V>(sum); }
 
@@ -30,7 +31,7 @@ struct Increment {
 
   // The elements carry their own exponents: no scale.
   struct Quantiser {
-    explicit Quantiser(float) {}
+    explicit Quantiser(const deq::DeltaRow&) {}
     V store(V change, char* at) const {
       const __m256i q = rounded(change);
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(at), q);

@@ -18,7 +18,9 @@ struct Increment {
   // too much, the output's offset.
   DEQ_INLINE Sum start(const int32_t* offsets) { return _mm512_loadu_si512(offsets); }
   DEQ_INLINE Sum dot(Sum sum, uint32_t word, Sum weights) {
-    return _mm512_dpbusd_epi32(sum, _mm512_set1_epi32(static_cast<int>(word)), weights);
+    // Not the intrinsic: around it GCC 12 copies every sum at every step.
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(_mm512_set1_epi32(static_cast<int>(word))), "v"(weights));
+    return sum;
   }
   DEQ_INLINE V added(V y, Sum sum, V scale, const float* weight_scales) {
     return y + static_cast<V>(_mm512_cvtepi32_ps(sum)) * (scale * VecMath<float>::load(weight_scales));
@@ -31,7 +33,8 @@ struct Increment {
     // Adding it rounds to an integer, whose low byte with 128 added are the low bits of the sum.
     static constexpr float kRound = 12582912.0f + 128.0f;
     V scale, inverse;
-    explicit Quantiser(float s) : scale(VecMath<float>::set(0.0) + s), inverse(VecMath<float>::set(0.0) + (s > 0 ? 1 / s : 0)) {}
+    explicit Quantiser(const deq::DeltaRow& row)
+        : scale(VecMath<float>::set(0.0) + row.next_scale), inverse(VecMath<float>::set(0.0) + row.next_inverse) {}
     // Stores the integers nearest to change / scale, at most 127 in size; returns what they stand for.
     V store(V change, char* at) const {
       const __m512 limit = _mm512_set1_ps(127.0f), round = _mm512_set1_ps(kRound);

@@ -109,7 +109,7 @@ __attribute__((noinline)) void tile(const DeltaStep& s, int row0, int64_t j) {
     float *y = row.y + j, *x = row.x + j;
     const float* d = kMap == DeltaMap::kMask || kMap == DeltaMap::kReflectedMask ? row.d + j : nullptr;
     char* next = static_cast<char*>(row.next) + j * Increment::kBytes;
-    const Increment::Quantiser quantiser(row.next_scale);
+    const Increment::Quantiser quantiser(row);
     const V scale = M::set(0.0) + row.scale;
     V step2{}, size2{}, largest{};
     if (kMap != DeltaMap::kByRow && j > 0)
@@ -210,7 +210,7 @@ void measure(DeltaRow& row, float* state, const float* y, int64_t n) {
 }
 
 void feed(DeltaRow& row, const float* state, int64_t n) {
-  const Increment::Quantiser quantiser(row.next_scale);
+  const Increment::Quantiser quantiser(row);
   char* next = static_cast<char*>(row.next);
   for (int64_t j = 0; j < n; j += kL) {
     const V before = M::load(row.x + j);

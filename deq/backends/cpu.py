@@ -5,12 +5,11 @@ from torch import Tensor
 
 from .. import _library, stats
 from ..activations import ACTIVATIONS
-from ..plan import Plan
+from ..plan import INCREMENTS, Plan
 from .outcome import Outcome
 
 _ACCELERATION = {"none": 0, "anderson": 1, "on_demand": 2}
 _CRITERION = {"residual": 0, "error": 1}
-_INCREMENTS = {"native": 0, "int8": 1, "bfloat16": 2}  # native where this CPU or build has no such kernels
 _ZERO = {dim: torch.empty((0,) * dim) for dim in (2, 3)}  # the operator's z0 without elements: start at zero
 _reports: list[Tensor] = []  # those not in use; a list, whose pop and append are safe between threads
 
@@ -19,7 +18,7 @@ def increments_here() -> str:
     """The increments that go with the instruction set in use: "int8", "bfloat16", or "native" for none."""
     if _library.compiled is not None:
         for name in ("int8", "bfloat16"):
-            if _library.compiled.deq_cpu_has_precision(_INCREMENTS[name]):
+            if _library.compiled.deq_cpu_has_precision(INCREMENTS[name]):
                 return name
     return "native"
 
@@ -70,7 +69,7 @@ def _options(plan: Plan, reflected: bool) -> tuple:
         _CRITERION[plan.criterion],
         plan.tol,
         plan.max_iter,
-        _INCREMENTS[plan.increments],
+        INCREMENTS[plan.increments],
         int(reflected),
     )
 
