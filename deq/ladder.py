@@ -198,8 +198,11 @@ def _rescue(problem, outcome: Outcome, plan: Plan, s: int | None = None) -> None
     patient = replace(plan, acceleration="on_demand", increments="native")
     width, batch = z.shape[-1], z.shape[-2]
 
-    def by_cayley(part, start, left):
-        return _by_cayley(part, None, replace(accelerated, max_iter=left), replace(plan, max_iter=left), TIGHTER[1])
+    def by_cayley(part, start, left, share=TIGHTER[0]):
+        return _by_cayley(part, None, replace(accelerated, max_iter=left), replace(plan, max_iter=left), share)
+
+    def by_tight_cayley(part, start, left):
+        return by_cayley(part, start, left, TIGHTER[1])
 
     def by_anderson(part, start, left):
         return part.plain(start, replace(patient, max_iter=left))
@@ -217,7 +220,7 @@ def _rescue(problem, outcome: Outcome, plan: Plan, s: int | None = None) -> None
     had_patience = plan.map == "plain" and plan.increments == "native"
     rungs = [by_cayley] if cheap else []
     rungs += [] if had_patience else [by_anderson]
-    rungs += [by_cayley] if may_reflect and not cheap else []
+    rungs += [by_tight_cayley] if may_reflect else []
     for rung in [*rungs, by_newton]:
         failed = (status != Status.CONVERGED) & (status != Status.NONFINITE)
         index = failed.nonzero().squeeze(-1)
