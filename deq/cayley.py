@@ -6,7 +6,7 @@ The activation is the resolvent ``act = (1 + dF)^-1`` of a monotone ``dF``, so t
     x <- K (2 act(x) - x) + c',  z = act(x),  V = ((1 + alpha) I - alpha W)^-1,  K = 2 V - I,  c' = alpha (c + K c).
 
 Its fixed point solves the equation. For ``alpha = 1`` and ANY activation, x is the pre-activation ``u = W z + c``:
-``(2 I - W) u = W (2 act(u) - u) + 2 c`` is ``u = W act(u) + c`` with ``u - W u`` added, ``K = (2 I - W)^-1 W`` and
+``(2 I - W) u = W (2 act(u) - u) + 2 c`` is ``2 u = 2 W act(u) + 2 c`` less ``W u``, ``K = (2 I - W)^-1 W`` and
 ``c' = 2 (2 I - W)^-1 c``. For another ``alpha`` the activation of the splitting is the resolvent of ``alpha dF``, which
 is act itself only for relu (``dF`` a cone); then ``x = (1 - alpha) z + alpha u``, and ``2 relu(x) - x = |x|``.
 The adjoint ``p = g + W^T D p`` with the gradient ``u = D p`` is the same with act replaced by D, 0 <= D <= 1:
@@ -50,7 +50,7 @@ ACCURATE = 100.0  # machine epsilons of the probe's residual above which the piv
 TYPICAL_SIZE = 1.5  # root mean square singular value of alpha (I - W) that alpha aims at; choose_alpha says why
 
 PROBE_SAMPLES, PROBE_EVALUATIONS = 8, 8
-FEWER = 1.5  # Cayley iterations that one plain iteration is worth less; predict says how well that fits
+FEWER = 1.5  # Cayley iterations that one plain iteration is worth less; forecast says how well that fits
 FLAT_ITERATIONS = 18.0  # the same bound for activations as flat as the sigmoid
 HOPELESS_ITERATIONS = 28.0  # what the Cayley map needs where the plain map does not contract
 
@@ -70,7 +70,8 @@ def cayley_matrix(W: Tensor, alpha: float = 1.0) -> Tensor | None:
     None where the inverse does not exist, is not finite, or is wrong to half the digits of its dtype.
     On a CPU a recursive 2 x 2 block inverse without pivoting, stable where ``sym(W) < (1 + 1 / alpha) I``: 2 m^3 flops
     in matrix products, no temporary but m^2 / 2. In products (m, m) x (m, m) of torch, one thread: 2.3 at m = 256, 1.4
-    at 512, 1.2 at 1024, 1.03 at 2048 (torch.linalg.inv: 6.3, 4.3, 3.9, 2.8). The result is checked on a random vector,
+    at 512 (1.8 from cold caches), 1.2 at 1024, 1.03 at 2048 (torch.linalg.inv: 6.3, 4.3, 3.9, 2.8); two threads: 4.2,
+    1.9, 1.3 and 1.08, as the blocks of 32 are inverted by one. The result is checked on a random vector,
     and the pivoted inverse takes over when it is not good.
     """
     _check_weight(W)
