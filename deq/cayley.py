@@ -38,7 +38,6 @@ from a measured contraction of 0.8 on; AA3, AA5: Anderson of that depth from the
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,16 +49,6 @@ ACCURATE = 100.0  # machine epsilons of the probe's residual above which the piv
 TYPICAL_SIZE = 1.5  # root mean square singular value of alpha (I - W) that alpha aims at; choose_alpha says why
 
 PROBE_SAMPLES, PROBE_EVALUATIONS = 8, 8
-FEWER = 1.5  # Cayley iterations that one plain iteration is worth less; forecast says how well that fits
-FLAT_ITERATIONS = 18.0  # the same bound for activations as flat as the sigmoid
-HOPELESS_ITERATIONS = 28.0  # what the Cayley map needs where the plain map does not contract
-
-
-class Forecast(NamedTuple):
-    """Evaluations that an average sample is expected to need; ``plain`` is infinite where it will not converge."""
-
-    plain: float
-    cayley: float
 
 
 @torch.no_grad()
@@ -205,32 +194,14 @@ def choose_alpha(W: Tensor, activation: str) -> float:
     return min(1.0, TYPICAL_SIZE / (unit * math.sqrt(mean_square))) if mean_square > 0 else 1.0
 
 
-def forecast(contraction: float, residual: float, evaluations: int, tol: float, lipschitz: float = 1.0) -> Forecast:
-    """Evaluations of the plain and of the Cayley map to ``tol``, from a plain iteration that has made ``evaluations``,
-    has the relative ``residual``, and lately shrank its step by ``contraction`` an evaluation.
-
-    lipschitz: of the activation. The plain figure extrapolates; the Cayley map is taken to need 1 / 1.5 of it, and 28
-    where the plain map does not contract. Against measured counts with Anderson on demand, over the weights of the
-    table above and others (norm 0.3 to 2.2, radius 0.5 to 1.2, outliers to 0.98), m = 64 to 256, tol 1e-3 to 1e-8:
-    plain 0.6 to 2.3 of the truth (nine in ten: 0.78 to 1.34), saving 0.46 to 2.6 of it (0.6 to 1.55). :func:`pays`
-    chose the map that was slower by more than 10 % in 50 of 2760 cases, the others cost 1 % on average; most of the 50
-    are non-contracting weights with few samples, where it prefers the map that is sure to converge.
-    """
-    if not contraction < 1.0:
-        return Forecast(math.inf, HOPELESS_ITERATIONS)
-    left = math.log(tol / residual) / math.log(max(contraction, 1e-3)) if residual > tol else 0.0
-    plain = evaluations + left
-    cayley = plain / FEWER
-    if lipschitz < 0.5:  # reflected, a flat activation is steep: 2 act' - 1 near -1
-        cayley = max(cayley, min(plain, FLAT_ITERATIONS))
-    return Forecast(plain, cayley)
-
-
 @torch.no_grad()
-def predict(W: Tensor, c: Tensor, activation: str, tol: float) -> Forecast:
-    """:func:`forecast` from eight plain iterations of eight samples, 64 / B of an evaluation of a batch of B.
+def predict(W: Tensor, c: Tensor, activation: str, tol: float) -> float:
+    """Evaluations of the plain map that an average sample is expected to need to ``tol``, infinite where it does not
+    contract: extrapolated from eight plain iterations of eight samples, 64 / B of an evaluation of a batch of B.
 
-    W (m, m), c (B, m), B >= 1, in a dtype that torch multiplies; averages over the samples.
+    W (m, m), c (B, m), B >= 1, in a dtype that torch multiplies. Over norms 0.3 to 2.2, radii 0.5 to 1.2, outliers to
+    0.98, monotone and trained weights, m = 64 to 256, tol 1e-3 to 1e-8: 0.6 to 2.3 of the truth, nine in ten 0.78 to
+    1.34. The Cayley map needs 1 / 1.5 of it, and 28 where the plain map does not contract.
     """
     act = get_activation(activation)
     c = c[:: max(1, c.shape[0] // PROBE_SAMPLES)][:PROBE_SAMPLES]
@@ -243,26 +214,11 @@ def predict(W: Tensor, c: Tensor, activation: str, tol: float) -> Forecast:
     first, last = steps[-5].clamp(min=tiny), steps[-1].clamp(min=tiny)
     contraction = float((last / first).log().mean().div(4).exp())
     residual = float((last / size.clamp(min=tiny)).log().mean().exp())
-    if not bool((steps[-1] > 0).any()):
-        contraction = residual = 0.0
-    return forecast(contraction, residual, PROBE_EVALUATIONS, tol, act.lipschitz)
-
-
-def forming_cost(width: int) -> float:
-    """What :func:`cayley_matrix` costs in products (m, m) x (m, m): 17 at m = 64, 5.7 at 128, 2.3, 1.4, 1.1 at 1024."""
-    return 1.0 + (300.0 / width) ** 1.8
-
-
-def pays(expected: Forecast, width: int, samples: int, *, relative_cost: float = 1.0, cached: bool = False) -> bool:
-    """Whether the iterations that the Cayley map saves are worth forming K.
-
-    samples: rows that K will serve before W changes, the backward solve's included; relative_cost: time of one
-    iteration by that of torch's product (B, m) x (m, m), about 0.9 in float32, 0.3 in int8; cached: K exists.
-    """
-    if expected.plain == math.inf:
-        return True
-    saving = (expected.plain - expected.cayley) * relative_cost * samples / width
-    return expected.cayley < expected.plain if cached else saving > forming_cost(width)
+    if residual <= tol or not bool(steps[-1].any()):
+        return float(PROBE_EVALUATIONS)
+    if not contraction < 1.0:
+        return math.inf
+    return PROBE_EVALUATIONS + math.log(tol / residual) / math.log(max(contraction, 1e-3))
 
 
 def _check_weight(W: Tensor) -> None:

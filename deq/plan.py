@@ -20,6 +20,9 @@ INCREMENTS_TOL = 1e-6  # a tighter tolerance leaves the increments nothing to do
 # Root mean square singular value ||W||_F / sqrt(m) above which the plain map is not tried first: a Gaussian W contracts
 # up to 1.2 or so under relu; monotone ones start near 2.
 LARGE_WEIGHT = 1.5
+# Evaluations expected of the plain map from which the Cayley map is faster for a frozen W, K at hand (int8: 1.5 x at
+# radius 1.0 with 38, even at 30, 0.6 x at norm 0.9 with 13).
+SLOW_FROM = 32.0
 # Evaluations of the batch that forming K may cost: for a W that training is about to change, and for a frozen one.
 CHEAP_TRAINING, CHEAP_FROZEN = 4.0, 64.0
 NOT_MONOTONE = ("gelu", "silu")  # the Cayley map needs a nondecreasing activation
@@ -121,12 +124,14 @@ def make_plan(
 
 
 @lru_cache(maxsize=1024)
-def fit(plan: Plan, width: int, large: bool, frozen: bool, increments: str) -> Plan:
+def fit(plan: Plan, width: int, large: bool, slow: bool, frozen: bool, increments: str) -> Plan:
     """The plan of an automatic solve for one weight: its width, whether ``||W||_F / sqrt(m)`` is above
-    ``LARGE_WEIGHT``, whether it is frozen, and the increments that the backend has here ("native" if none)."""
+    ``LARGE_WEIGHT``, whether the plain map is expected to need ``SLOW_FROM`` evaluations or more, whether W is frozen,
+    and the increments that the backend has here ("native" if none)."""
     why = list(plan.why)
-    if plan.reflects and large:
-        why.append("Cayley map: W is too large for the plain map to contract")
+    if plan.reflects and (large or slow):
+        reason = "W is too large for the plain map to contract" if large else "the plain map would be slow"
+        why.append(f"Cayley map: {reason}")
         plan = replace(plan, map="cayley")
     if increments != "native" and width >= INCREMENTS_FROM and plan.tol >= INCREMENTS_TOL:
         why.append(f"{increments} increments between float32 evaluations; slow samples go on in float32")

@@ -8,11 +8,12 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from . import _library
+from . import _library, cayley
 from .activations import get_activation
 from .backends.cpu import increments_here
+from .cache import remembered
 from .implicit import Problem, equilibrium
-from .plan import DEFAULT_TOL, LARGE_WEIGHT, Plan, fit, make_plan
+from .plan import DEFAULT_TOL, INCREMENTS_FROM, LARGE_WEIGHT, SLOW_FROM, Plan, fit, is_cheap, make_plan
 from .solution import Solution, report_failures
 from .weights import Structure
 
@@ -85,7 +86,7 @@ def solve(
         flat = (*shape[: dims - 2], math.prod(shape[dims - 2 : -1]), shape[-1])
         c, z0 = c.reshape(flat), None if z0 is None else z0.reshape(flat)
     if problem.plan.rescues:
-        problem = problem._replace(plan=_fit(problem.plan, W))
+        problem = problem._replace(plan=_fit(problem.plan, W, c, activation))
     z, stats, report = equilibrium(W, c, z0, problem, backward)
     solution = Solution(z if canonical else z.reshape(shape), stats, problem.plan)
     if report is not None and any(report):
@@ -94,16 +95,31 @@ def solve(
     return solution
 
 
-def _fit(plan: Plan, W: Tensor) -> Plan:
+def _fit(plan: Plan, W: Tensor, c: Tensor, activation: str) -> Plan:
     """The plan for this weight."""
-    width, frozen = W.shape[-1], not (torch.is_grad_enabled() and W.requires_grad)
+    width, batch, frozen = W.shape[-1], c.shape[-2], not (torch.is_grad_enabled() and W.requires_grad)
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return fit(plan, width, False, frozen, "native")
+        return fit(plan, width, False, False, frozen, "native")
+    increments = increments_here() if plan.backend == "cpu" and plan.precision == "float32" else "native"
     rows = W.detach()[..., :: max(1, width // LOOK_AT_ROWS), :]  # evenly spread: enough to tell the size of W
     size = float(torch.linalg.vector_norm(rows, dtype=torch.float32 if W.element_size() < 4 else None))
     large = size * size > LARGE_WEIGHT**2 * (rows.numel() // width)
-    increments = increments_here() if plan.backend == "cpu" and plan.precision == "float32" else "native"
-    return fit(plan, width, large, frozen, increments)
+    slow = False
+    worth_knowing = plan.reflects and frozen and not large and increments != "native" and width >= INCREMENTS_FROM
+    if worth_knowing and W.dim() == 2 and is_cheap(width, batch, frozen):
+        slow = _expected(W, activation, plan.tol) >= SLOW_FROM
+    return fit(plan, width, large, slow, frozen, increments)
+
+
+def _expected(W: Tensor, activation: str, tol: float) -> float:
+    """Evaluations that the plain map is expected to need for injections like noise: a property of W, not of a batch."""
+
+    def make() -> float:
+        wide = W.detach().to(torch.float64 if W.dtype == torch.float64 else torch.float32)
+        noise = torch.randn(cayley.PROBE_SAMPLES, W.shape[-1], generator=torch.Generator().manual_seed(0))
+        return cayley.predict(wide, noise.to(wide), activation, tol)
+
+    return remembered(W, ("evaluations", activation, tol), make)
 
 
 @lru_cache(maxsize=256)  # a training run asks the same thing at every step
