@@ -31,6 +31,7 @@ from .solution import Status
 # equation's own residual below the tolerance. The second number is for samples with which it did not.
 TIGHTER = (1.5, 0.1)
 CHUNK = 2048  # rows whose shifted injection exists at a time: bounds the memory of the Cayley map
+FAR = 0.1  # residual above which an iterate is no better a start than zero
 NEWTON_STEPS = 60
 NEWTON_FLOPS = 1e12  # of the systems solved, were all steps needed: about ten seconds of one core
 
@@ -199,7 +200,8 @@ def _rescue(problem, outcome: Outcome, plan: Plan, s: int | None = None) -> None
     width, batch = z.shape[-1], z.shape[-2]
 
     def by_cayley(part, start, left, share=TIGHTER[0]):
-        return _by_cayley(part, None, replace(accelerated, max_iter=left), replace(plan, max_iter=left), share)
+        warm = torch.where((residual[index] < FAR).unsqueeze(-1), start, 0.0)
+        return _by_cayley(part, warm, replace(accelerated, max_iter=left), replace(plan, max_iter=left), share)
 
     def by_tight_cayley(part, start, left):
         return by_cayley(part, start, left, TIGHTER[1])

@@ -21,8 +21,8 @@ INCREMENTS_TOL = 1e-6  # a tighter tolerance leaves the increments nothing to do
 # up to 1.2 or so under relu; monotone ones start near 2.
 LARGE_WEIGHT = 1.5
 # Evaluations expected of the plain map from which the Cayley map is faster for a frozen W, K at hand (int8: 1.5 x at
-# radius 1.0 with 38, even at 30, 0.6 x at norm 0.9 with 13).
-SLOW_FROM = 32.0
+# radius 1.0 with 38, 1.1 x at 30, 0.6 x at norm 0.9 with 13).
+SLOW_FROM = 24.0
 # Evaluations of the batch that forming K may cost: for a W that training is about to change, and for a frozen one.
 CHEAP_TRAINING, CHEAP_FROZEN = 4.0, 64.0
 NOT_MONOTONE = ("gelu", "silu")  # the Cayley map needs a nondecreasing activation

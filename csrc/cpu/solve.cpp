@@ -115,7 +115,8 @@ class Tile {
   bool reserve(int threads) {
     const int64_t stride = padded_ + kRowSkew / static_cast<int64_t>(sizeof(T));
     const int rows = 3 + (p_.mask.data ? 1 : 0) + (p_.reflected ? 2 : 0);
-    const int64_t fit = kTileBytes / (rows * stride * static_cast<int64_t>(sizeof(T)));
+    const int held = rows + (p_.acceleration == DEQ_ANDERSON ? 2 * depth_ : 0);  // a window is read as often as the rows
+    const int64_t fit = kTileBytes / (held * stride * static_cast<int64_t>(sizeof(T)));
     const int64_t share = (p_.batch + threads - 1) / threads;
     size_ = static_cast<int>(std::min<int64_t>({kMaxTile, std::max<int64_t>(2 * k_.rows, fit / k_.rows * k_.rows), share}));
     const int64_t sums = 2 * k_.lanes, per_slot = rows * stride + sums;
