@@ -188,7 +188,7 @@ def _adjoint(W: Tensor, z: Tensor, c: Tensor | None, g: Tensor, problem: Problem
 def _solve_masked(
     A: Tensor, g: Tensor, d: Tensor, value_of: str | None, problem: Problem, out: Tensor | None = None
 ) -> Tensor:
-    u, stats, report = get_backend(problem.plan.backend).masked_linear(A, g, d, value_of, problem.plan, out)
+    u, stats, report = get_backend(problem.plan.backend).masked_linear(A, g, d, value_of, problem.plan, out=out)
     if report is not None and report[0]:
         report_failures(
             Solution(u, stats, problem.plan), problem.on_failure, problem.plan.tol, "the gradient of deq.solve"

@@ -25,10 +25,13 @@ class Plan:
     tol: float
     max_iter: int
     criterion: str
+    increments: str = "native"  # or "int8", "bfloat16": what the CPU backend multiplies between float32 evaluations
     why: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         parts = [f"{self.map} map", f"{self.precision} on {self.backend}"]
+        if self.increments != "native":
+            parts.append(f"{self.increments} increments")
         if self.acceleration != "none":
             parts.append(f"Anderson({self.depth}){' on demand' if self.acceleration == 'on_demand' else ''}")
         return ", ".join(parts)

@@ -10,22 +10,33 @@ from .outcome import Outcome
 
 _ACCELERATION = {"none": 0, "anderson": 1, "on_demand": 2}
 _CRITERION = {"residual": 0, "error": 1}
+_INCREMENTS = {"native": 0, "int8": 1, "bfloat16": 2}  # native where this CPU or build has no such kernels
 _ZERO = {dim: torch.empty((0,) * dim) for dim in (2, 3)}  # the operator's z0 without elements: start at zero
 _reports: list[Tensor] = []  # those not in use; a list, whose pop and append are safe between threads
 
 
-def solve(W: Tensor, c: Tensor, z0: Tensor | None, activation: str, plan: Plan) -> Outcome:
+def solve(W: Tensor, c: Tensor, z0: Tensor | None, activation: str, plan: Plan, *, reflected: bool = False) -> Outcome:
     z = torch.empty_like(c, memory_format=torch.contiguous_format)
     start = _ZERO[c.dim()] if z0 is None else z0
-    return _run(torch.ops.deq.solve_.default, W, c, start, z, ACTIVATIONS[activation].number, plan)
+    number = ACTIVATIONS[activation].number
+    return _run(torch.ops.deq.solve_.default, (W, c, start), z, number, _options(plan, reflected))
 
 
 def masked_linear(
-    A: Tensor, g: Tensor, d: Tensor, value_of: str | None, plan: Plan, out: Tensor | None = None
+    A: Tensor,
+    g: Tensor,
+    d: Tensor,
+    value_of: str | None,
+    plan: Plan,
+    *,
+    u0: Tensor | None = None,
+    out: Tensor | None = None,
+    reflected: bool = False,
 ) -> Outcome:
     u = torch.empty_like(g, memory_format=torch.contiguous_format) if out is None else out
+    start = _ZERO[g.dim()] if u0 is None else u0
     number = -1 if value_of is None else ACTIVATIONS[value_of].number
-    return _run(torch.ops.deq.masked_linear_.default, A, g, d, u, number, plan)
+    return _run(torch.ops.deq.masked_linear_.default, (A, g, d, start), u, number, _options(plan, reflected))
 
 
 def derivative(W: Tensor, c: Tensor, z: Tensor, activation: str) -> Tensor:
@@ -34,18 +45,26 @@ def derivative(W: Tensor, c: Tensor, z: Tensor, activation: str) -> Tensor:
     return d
 
 
-def _options(plan: Plan) -> tuple:
-    return _ACCELERATION[plan.acceleration], plan.depth, _CRITERION[plan.criterion], plan.tol, plan.max_iter
+def _options(plan: Plan, reflected: bool) -> tuple:
+    return (
+        _ACCELERATION[plan.acceleration],
+        plan.depth,
+        _CRITERION[plan.criterion],
+        plan.tol,
+        plan.max_iter,
+        _INCREMENTS[plan.increments],
+        int(reflected),
+    )
 
 
-def _run(operator, first: Tensor, second: Tensor, third: Tensor, out: Tensor, number: int, plan: Plan) -> Outcome:
+def _run(operator, inputs: tuple[Tensor, ...], out: Tensor, number: int, options: tuple) -> Outcome:
     said = stats.allocate(out)
-    compiling = torch.compiler.is_compiling()
-    # A report is read at once and used again: 2 us less than a new one, 10 us where caches are cold.
-    report = _new_report() if compiling else _take_report()
-    operator(first, second, third, out, said, report, number, *_options(plan))
-    if compiling:
+    if torch.compiler.is_compiling():
+        operator(*inputs, out, said, _new_report(), number, *options)
         return Outcome(out, said, None)
+    # A report is read at once and used again: 2 us less than a new one, 10 us where caches are cold.
+    report = _take_report()
+    operator(*inputs, out, said, report, number, *options)
     numbers = report.tolist()
     _reports.append(report)
     return Outcome(out, said, numbers)

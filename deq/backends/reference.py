@@ -44,7 +44,7 @@ def solve(W: Tensor, c: Tensor, z0: Tensor | None, activation: str, plan: Plan) 
 
 
 def masked_linear(
-    A: Tensor, g: Tensor, d: Tensor, value_of: str | None, plan: Plan, out: Tensor | None = None
+    A: Tensor, g: Tensor, d: Tensor, value_of: str | None, plan: Plan, *, out: Tensor | None = None
 ) -> Outcome:
     dtype, finite = g.dtype, torch.isfinite(g).all(-1, keepdim=True)
     bad = [_first(~torch.isfinite(A)), _first(~finite), 0]
