@@ -253,8 +253,8 @@ void solve(StableIValue* stack, uint64_t, uint64_t) {
 }
 
 constexpr const char* kMaskedLinear =
-    "masked_linear_(Tensor A, Tensor g, Tensor d, Tensor u0, Tensor(a!) u, Tensor(b!) stats, Tensor(c!) report, "
-    "int value_of, int acceleration, int depth, int criterion, float tol, int max_iter, int precision, int reflected) -> ()";
+    "masked_linear_(Tensor A, Tensor g, Tensor d, Tensor u0, Tensor(a!) u, Tensor(b!) stats, Tensor(c!) report, int value_of, "
+    "int acceleration, int depth, int criterion, float tol, int max_iter, int precision, int reflected) -> ()";
 
 void masked_linear(StableIValue* stack, uint64_t, uint64_t) {
   constexpr const char* op = "masked_linear_";

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._C._functorch import unwrap_if_dead
 from torch.autograd import forward_ad
 
+from . import ladder
 from . import stats as layout
 from .activations import ACTIVATIONS
 from .backends import Outcome, get_backend
@@ -66,7 +67,7 @@ def _in_forward_mode() -> bool:
 
 
 def _run(W: Tensor, c: Tensor, z0: Tensor | None, problem: Problem) -> Outcome:
-    return get_backend(problem.plan.backend).solve(W, c, z0, problem.activation, problem.plan)
+    return ladder.solve(W, c, z0, problem.activation, problem.plan)
 
 
 class _Equilibrium(torch.autograd.Function):
@@ -181,14 +182,16 @@ def _adjoint(W: Tensor, z: Tensor, c: Tensor | None, g: Tensor, problem: Problem
     """u with one buffer of its size: the derivative is formed inside the engine, or in the buffer of u."""
     if c is None:
         return _solve_masked(W.mT, g, z, problem.activation, problem)
-    d = get_backend(problem.plan.backend).derivative(W, c, z, problem.activation)
-    return _solve_masked(W.mT, g, d, None, problem, out=d)
+
+    def derivative() -> Tensor:
+        return get_backend(problem.plan.backend).derivative(W, c, z, problem.activation)
+
+    d = derivative()
+    return _solve_masked(W.mT, g, d, None, problem, out=d, recompute=derivative)
 
 
-def _solve_masked(
-    A: Tensor, g: Tensor, d: Tensor, value_of: str | None, problem: Problem, out: Tensor | None = None
-) -> Tensor:
-    u, stats, report = get_backend(problem.plan.backend).masked_linear(A, g, d, value_of, problem.plan, out=out)
+def _solve_masked(A: Tensor, g: Tensor, d: Tensor, value_of: str | None, problem: Problem, **memory) -> Tensor:
+    u, stats, report = ladder.masked_linear(A, g, d, value_of, problem.activation, problem.plan, **memory)
     if report is not None and report[0]:
         report_failures(
             Solution(u, stats, problem.plan), problem.on_failure, problem.plan.tol, "the gradient of deq.solve"

@@ -10,13 +10,15 @@ from torch import Tensor
 
 from . import _library
 from .activations import get_activation
+from .backends.cpu import increments_here
 from .implicit import Problem, equilibrium
-from .plan import DEFAULT_TOL, make_plan
+from .plan import DEFAULT_TOL, LARGE_WEIGHT, Plan, fit, make_plan
 from .solution import Solution, report_failures
 from .weights import Structure
 
 BACKWARDS = ("implicit", "phantom", "one_step", "unrolled")
 ON_FAILURE = ("warn", "raise", "ignore")
+LOOK_AT_ROWS = 64
 _DTYPES = {getattr(torch, name): name for name in DEFAULT_TOL}
 
 
@@ -46,7 +48,8 @@ def solve(
         tol: relative tolerance; 1e-5 in float32, 1e-10 in float64, 1e-4 in 16 bits if None. Serves the gradient too.
         max_iter: evaluations allowed for each sample, and for its gradient.
         solver: "plain" iterates ``z <- act(W z + c)`` strictly; "anderson" accelerates every sample from the start;
-            "auto" iterates plainly and accelerates the samples that are seen to contract slowly.
+            "cayley" iterates the reflected map of :mod:`deq.cayley`, which converges for every monotone W; "auto"
+            chooses, and takes samples that are slow or fail to other means (:mod:`deq.ladder`).
         criterion: "residual" stops a sample at ``r = ||f(y) - y|| / ||f(y)|| <= tol``; "error" stops it at
             ``r q / (1 - q) <= tol`` with its measured contraction q, an estimate of the distance to the fixed point.
         backward: "implicit" is exact; "one_step" (JFB) differentiates one evaluation at the equilibrium, "phantom" five
@@ -81,12 +84,26 @@ def solve(
     if not canonical:  # one sample dimension, or none: W (m, m) with c (B, m), W (S, m, m) with c (S, B, m)
         flat = (*shape[: dims - 2], math.prod(shape[dims - 2 : -1]), shape[-1])
         c, z0 = c.reshape(flat), None if z0 is None else z0.reshape(flat)
+    if problem.plan.rescues:
+        problem = problem._replace(plan=_fit(problem.plan, W))
     z, stats, report = equilibrium(W, c, z0, problem, backward)
     solution = Solution(z if canonical else z.reshape(shape), stats, problem.plan)
     if report is not None and any(report):
         _refuse_non_finite(report[1:], W, shape[:-1])
         report_failures(solution, on_failure, problem.plan.tol, "deq.solve")
     return solution
+
+
+def _fit(plan: Plan, W: Tensor) -> Plan:
+    """The plan for this weight."""
+    width, frozen = W.shape[-1], not (torch.is_grad_enabled() and W.requires_grad)
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return fit(plan, width, False, frozen, "native")
+    rows = W.detach()[..., :: max(1, width // LOOK_AT_ROWS), :]  # evenly spread: enough to tell the size of W
+    size = float(torch.linalg.vector_norm(rows, dtype=torch.float32 if W.element_size() < 4 else None))
+    large = size * size > LARGE_WEIGHT**2 * (rows.numel() // width)
+    increments = increments_here() if plan.backend == "cpu" and plan.precision == "float32" else "native"
+    return fit(plan, width, large, frozen, increments)
 
 
 @lru_cache(maxsize=256)  # a training run asks the same thing at every step
@@ -113,6 +130,7 @@ def _make_problem(
     plan = make_plan(
         dtype=_DTYPES[dtype],
         device=device,
+        activation=activation,
         solver=solver,
         backend=backend,
         criterion=criterion,

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .. import stats
+from .. import _library, stats
 from ..activations import ACTIVATIONS
 from ..plan import Plan
 from .outcome import Outcome
@@ -15,11 +15,29 @@ _ZERO = {dim: torch.empty((0,) * dim) for dim in (2, 3)}  # the operator's z0 wi
 _reports: list[Tensor] = []  # those not in use; a list, whose pop and append are safe between threads
 
 
-def solve(W: Tensor, c: Tensor, z0: Tensor | None, activation: str, plan: Plan, *, reflected: bool = False) -> Outcome:
-    z = torch.empty_like(c, memory_format=torch.contiguous_format)
+def increments_here() -> str:
+    """The increments that go with the instruction set in use: "int8", "bfloat16", or "native" for none."""
+    if _library.compiled is not None:
+        for name in ("int8", "bfloat16"):
+            if _library.compiled.deq_cpu_has_precision(_INCREMENTS[name]):
+                return name
+    return "native"
+
+
+def solve(
+    W: Tensor,
+    c: Tensor,
+    z0: Tensor | None,
+    activation: str,
+    plan: Plan,
+    *,
+    out: Tensor | None = None,
+    reflected: bool = False,
+) -> Outcome:
+    z = torch.empty_like(c, memory_format=torch.contiguous_format) if out is None else out
     start = _ZERO[c.dim()] if z0 is None else z0
     number = ACTIVATIONS[activation].number
-    return _run(torch.ops.deq.solve_.default, (W, c, start), z, number, _options(plan, reflected))
+    return _run(torch.ops.deq.solve_.default, (W, c, start), z, number, plan, reflected)
 
 
 def masked_linear(
@@ -36,7 +54,7 @@ def masked_linear(
     u = torch.empty_like(g, memory_format=torch.contiguous_format) if out is None else out
     start = _ZERO[g.dim()] if u0 is None else u0
     number = -1 if value_of is None else ACTIVATIONS[value_of].number
-    return _run(torch.ops.deq.masked_linear_.default, (A, g, d, start), u, number, _options(plan, reflected))
+    return _run(torch.ops.deq.masked_linear_.default, (A, g, d, start), u, number, plan, reflected)
 
 
 def derivative(W: Tensor, c: Tensor, z: Tensor, activation: str) -> Tensor:
@@ -57,14 +75,14 @@ def _options(plan: Plan, reflected: bool) -> tuple:
     )
 
 
-def _run(operator, inputs: tuple[Tensor, ...], out: Tensor, number: int, options: tuple) -> Outcome:
+def _run(operator, inputs: tuple[Tensor, ...], out: Tensor, number: int, plan: Plan, reflected: bool) -> Outcome:
     said = stats.allocate(out)
-    if torch.compiler.is_compiling():
-        operator(*inputs, out, said, _new_report(), number, *options)
-        return Outcome(out, said, None)
+    compiling = torch.compiler.is_compiling()
     # A report is read at once and used again: 2 us less than a new one, 10 us where caches are cold.
-    report = _take_report()
-    operator(*inputs, out, said, report, number, *options)
+    report = _new_report() if compiling else _take_report()
+    operator(*inputs, out, said, report, number, *_options(plan, reflected))
+    if compiling:
+        return Outcome(out, said, None)
     numbers = report.tolist()
     _reports.append(report)
     return Outcome(out, said, numbers)
