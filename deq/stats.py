@@ -11,7 +11,8 @@ from torch import Tensor
 
 def allocate(z: Tensor) -> Tensor:
     """An unwritten buffer for the samples of z (..., m)."""
-    return z.new_empty(z.numel() // z.shape[-1] * (_residual_bytes(z) + 5), dtype=torch.uint8)
+    bytes_each = (8 if z.dtype == torch.float64 else 4) + 4 + 1
+    return z.new_empty(z.numel() // z.shape[-1] * bytes_each, dtype=torch.uint8)
 
 
 def pack(iterations: Tensor, residual: Tensor, status: Tensor) -> Tensor:
