@@ -302,10 +302,12 @@ int32_t solve(const DeqProblem& p) {
   } else {
     for (int64_t s = 0; s < p.weights; ++s) {
       std::atomic<int64_t> queue{0};
-#pragma omp parallel num_threads(threads) if (threads > 1)
-      {
-        auto tile = std::make_unique<Tile<T>>(p, *packed, totals);
-        tile->run(s, queue, threads);
+      auto work = [&] { std::make_unique<Tile<T>>(p, *packed, totals)->run(s, queue, threads); };
+      if (threads == 1) {  // a team of one would cost two system calls
+        work();
+      } else {
+#pragma omp parallel num_threads(threads)
+        work();
       }
     }
   }
