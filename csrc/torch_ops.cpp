@@ -191,18 +191,22 @@ DeqView output_of(const DeqProblem& p, const Tensor& W, const Tensor& tensor) {
   return view;
 }
 
-// The pieces of the buffer that says what every sample did, laid out as deq/stats.py tells.
-void set_stats(DeqProblem& p, const Tensor& stats) {
+// Where a call reports, and the pieces of the buffer that says what every sample did, laid out as deq/stats.py tells.
+void set_outcome(DeqProblem& p, const Tensor& stats, const Tensor& report) {
   const int64_t n = p.weights * p.batch, residual = p.type == DEQ_FLOAT64 ? sizeof(double) : sizeof(float);
-  stats.expect_shape({static_cast<int64_t>(sizeof(DeqReport) + n * (residual + sizeof(int32_t) + sizeof(uint8_t)))});
+  stats.expect_shape({n * static_cast<int64_t>(residual + sizeof(int32_t) + sizeof(uint8_t))});
   stats.expect_dtype(torch_.dtype.uint8);
   stats.expect_contiguous();
+  report.expect_shape({static_cast<int64_t>(sizeof(DeqReport) / sizeof(int64_t))});
+  report.expect_dtype(torch_.dtype.int64);
+  report.expect_contiguous();
   char* at = stats.data<char>();
-  if (reinterpret_cast<uintptr_t>(at) % alignof(DeqReport)) stats.place().fail("must begin at a multiple of 8 bytes");
-  p.report = reinterpret_cast<DeqReport*>(at);
-  p.residual = at += sizeof(DeqReport);
-  p.iterations = reinterpret_cast<int32_t*>(at += n * residual);
-  p.status = reinterpret_cast<uint8_t*>(at + n * sizeof(int32_t));
+  if (reinterpret_cast<uintptr_t>(at) % residual)
+    stats.place().fail("must begin at a multiple of " + std::to_string(residual) + " bytes");
+  p.residual = at;
+  p.iterations = reinterpret_cast<int32_t*>(at + n * residual);
+  p.status = reinterpret_cast<uint8_t*>(at + n * (residual + sizeof(int32_t)));
+  p.report = report.data<DeqReport>();
 }
 
 // How the iteration is run; `options` are the last seven arguments.
@@ -232,39 +236,39 @@ void run(const char* op, int32_t (*kernel)(const DeqProblem*), const DeqProblem&
 }
 
 constexpr const char* kSolve =
-    "solve_(Tensor W, Tensor c, Tensor z0, Tensor(a!) z, Tensor(b!) stats, int activation, int acceleration, int depth, int "
-    "criterion, float tol, int max_iter, int precision, int reflected) -> ()";
+    "solve_(Tensor W, Tensor c, Tensor z0, Tensor(a!) z, Tensor(b!) stats, Tensor(c!) report, int activation, "
+    "int acceleration, int depth, int criterion, float tol, int max_iter, int precision, int reflected) -> ()";
 
 void solve(StableIValue* stack, uint64_t, uint64_t) {
   constexpr const char* op = "solve_";
   const Tensor W(op, "W", stack[0]), c(op, "c", stack[1]), z0(op, "z0", stack[2]), z(op, "z", stack[3]);
-  const Tensor stats(op, "stats", stack[4]);
+  const Tensor stats(op, "stats", stack[4]), report(op, "report", stack[5]);
   DeqProblem p = problem_of(W, c);
   p.start = start_of(p, W, z0);
   p.out = output_of(p, W, z);
-  set_stats(p, stats);
-  p.activation = integer({op, "activation"}, stack[5], 0, INT32_MAX);
-  set_options(p, op, stack + 6);
+  set_outcome(p, stats, report);
+  p.activation = integer({op, "activation"}, stack[6], 0, INT32_MAX);
+  set_options(p, op, stack + 7);
   run(op, deq_cpu_solve, p);
 }
 
 constexpr const char* kMaskedLinear =
-    "masked_linear_(Tensor A, Tensor g, Tensor d, Tensor u0, Tensor(a!) u, Tensor(b!) stats, int value_of, int acceleration, int "
-    "depth, int criterion, float tol, int max_iter, int precision, int reflected) -> ()";
+    "masked_linear_(Tensor A, Tensor g, Tensor d, Tensor u0, Tensor(a!) u, Tensor(b!) stats, Tensor(c!) report, int value_of, "
+    "int acceleration, int depth, int criterion, float tol, int max_iter, int precision, int reflected) -> ()";
 
 void masked_linear(StableIValue* stack, uint64_t, uint64_t) {
   constexpr const char* op = "masked_linear_";
   const Tensor A(op, "A", stack[0]), g(op, "g", stack[1]), d(op, "d", stack[2]), u0(op, "u0", stack[3]);
-  const Tensor u(op, "u", stack[4]), stats(op, "stats", stack[5]);
+  const Tensor u(op, "u", stack[4]), stats(op, "stats", stack[5]), report(op, "report", stack[6]);
   DeqProblem p = problem_of(A, g);
   p.mask = batch_of(p, A, d);
   p.start = start_of(p, A, u0);
   p.out = output_of(p, A, u);
-  set_stats(p, stats);
-  const int32_t value_of = integer({op, "value_of"}, stack[6], -1, INT32_MAX);
+  set_outcome(p, stats, report);
+  const int32_t value_of = integer({op, "value_of"}, stack[7], -1, INT32_MAX);
   p.mask_is_value = value_of >= 0;
   p.activation = value_of >= 0 ? value_of : 0;
-  set_options(p, op, stack + 7);
+  set_options(p, op, stack + 8);
   run(op, deq_cpu_solve, p);
 }
 

@@ -6,36 +6,38 @@ The activation is the resolvent ``act = (1 + dF)^-1`` of a monotone ``dF``, so t
     x <- K (2 act(x) - x) + c',  z = act(x),  V = ((1 + alpha) I - alpha W)^-1,  K = 2 V - I,  c' = alpha (c + K c).
 
 Its fixed point solves the equation. For ``alpha = 1`` and ANY activation, x is the pre-activation ``u = W z + c``:
-``(2 I - W) u = W (2 act(u) - u) + 2 c`` is ``u = W act(u) + c`` with ``u - W u`` added, ``K = (2 I - W)^-1 W`` and
+``(2 I - W) u = W (2 act(u) - u) + 2 c`` is ``2 u = 2 W act(u) + 2 c`` less ``W u``, ``K = (2 I - W)^-1 W`` and
 ``c' = 2 (2 I - W)^-1 c``. For another ``alpha`` the activation of the splitting is the resolvent of ``alpha dF``, which
 is act itself only for relu (``dF`` a cone); then ``x = (1 - alpha) z + alpha u``, and ``2 relu(x) - x = |x|``.
 The adjoint ``p = g + W^T D p`` with the gradient ``u = D p`` is the same with act replaced by D, 0 <= D <= 1:
 
     x <- K^T (2 D - I) x + alpha (g + K^T g),  u = D x,     alpha = 1, or D of zeros and ones.
 
-Neither needs more than K. A step moves x by ``2 (y - z)``, which is no residual of the equation; with a product by W
-it is: ``x <- x + (I + K) (W z + c - x)`` (alpha = 1) is the same step, free of the rounding of K.
+Neither needs more than K. A step moves x by ``2 (y - z)``, ``y = V (2 z - x + alpha c)``, which is no residual of the
+equation. With a product by W it is: ``x <- x + (I + K) ((1 - alpha) z + alpha (W z + c) - x)`` is the same step in
+exact arithmetic, and its fixed point is exact however coarse K is.
 
 Convergence: ``(W + W^T) / 2 < I`` (:func:`is_certified`) gives ``||K||_2 < 1`` for every alpha, and as ``2 act - 1``
 does not expand for a nondecreasing 1-Lipschitz act (all of the table but gelu and silu), the map contracts, where the
 plain one may diverge. Without the certificate K may still be used, accelerated (Lions, Mercier 1979, SIAM J. Numer.
 Anal. 16; for equilibrium models Winston, Kolter 2020).
 
-Mean iterations to 1e-5 (relu, m = 256, trained nets m = 128; on demand: from a measured contraction of 0.8):
+Mean iterations to 1e-5 (relu, 64 samples, float64, m = 256, trained nets 128, alpha of :func:`choose_alpha`; on demand:
+from a measured contraction of 0.8 on; AA3, AA5: Anderson of that depth from the first evaluation):
 
-    | W                      | plain    | plain, Anderson(5) on demand | Cayley | + Anderson(3) | + Anderson(5) |
-    | Gaussian, norm 0.9     | 13       | 13                           | 9      | 9             | 9             |
-    | Gaussian, radius 1.0   | 37       | 37                           | 24     | 22            | 22            |
-    | symmetric, norm 0.99   | 30       | 30                           | 14     | 12            | 11            |
-    | one outlier at 0.95    | 149      | 52                           | 76     | 26            | 21            |
-    | monotone, mu 0.1 / 1.0 | diverges | 125 / 85                     | 28/17  | 27/16         | 27/16         |
-    | trained, 10 / 20 epochs| 27 / 60+ | 27 / 43+                     | 16/95+ | 15 / 26       | 14 / 24       |
-
-("+": some samples do not converge.)
+    | W                       | plain    | plain, AA5 on demand | Cayley   | Cayley, AA3 | Cayley, AA5 |
+    | Gaussian, norm 0.9      | 13       | 13                   | 9        | 9           | 9           |
+    | Gaussian, radius 1.0    | 38       | 38                   | 24       | 23          | 22          |
+    | Gaussian, radius 1.2    | 83       | 62                   | 45       | 39          | 37          |
+    | symmetric, norm 0.99    | 30       | 30                   | 14       | 12          | 11          |
+    | one mode at 0.95        | 145      | 51                   | 74       | 25          | 20          |
+    | monotone, mu = 0.1      | diverges | 132                  | 28       | 27          | 27          |
+    | monotone, mu = 1        | diverges | 82                   | 17       | 16          | 16          |
+    | net trained for 10 ep.  | 27       | 27                   | 16       | 15          | 14          |
+    | net trained for 20 ep.  | 1 fails  | 1 fails              | 15 fail  | 27          | 24          |
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,16 +49,6 @@ ACCURATE = 100.0  # machine epsilons of the probe's residual above which the piv
 TYPICAL_SIZE = 1.5  # root mean square singular value of alpha (I - W) that alpha aims at; choose_alpha says why
 
 PROBE_SAMPLES, PROBE_EVALUATIONS = 8, 8
-FEWER = 1.5  # Cayley iterations that one plain iteration is worth less; predict says how well that fits
-FLAT_ITERATIONS = 18.0  # the same bound for activations as flat as the sigmoid
-HOPELESS_ITERATIONS = 28.0  # what the Cayley map needs where the plain map does not contract
-
-
-class Forecast(NamedTuple):
-    """Evaluations that an average sample is expected to need; ``plain`` is infinite where it will not converge."""
-
-    plain: float
-    cayley: float
 
 
 @torch.no_grad()
@@ -67,7 +59,8 @@ def cayley_matrix(W: Tensor, alpha: float = 1.0) -> Tensor | None:
     None where the inverse does not exist, is not finite, or is wrong to half the digits of its dtype.
     On a CPU a recursive 2 x 2 block inverse without pivoting, stable where ``sym(W) < (1 + 1 / alpha) I``: 2 m^3 flops
     in matrix products, no temporary but m^2 / 2. In products (m, m) x (m, m) of torch, one thread: 2.3 at m = 256, 1.4
-    at 512, 1.2 at 1024, 1.03 at 2048 (torch.linalg.inv: 6.3, 4.3, 3.9, 2.8). The result is checked on a random vector,
+    at 512 (1.8 from cold caches), 1.2 at 1024, 1.03 at 2048 (torch.linalg.inv: 6.3, 4.3, 3.9, 2.8); two threads: 4.2,
+    1.9, 1.3 and 1.08, as the blocks of 32 are inverted by one. The result is checked on a random vector,
     and the pivoted inverse takes over when it is not good.
     """
     _check_weight(W)
@@ -111,11 +104,11 @@ def _half_shifted(K: Tensor, W: Tensor, alpha: float) -> None:
 
 def _invert_(K: Tensor) -> None:
     """Invert K (m, m), contiguous, in place, without pivoting between blocks."""
-    m = K.shape[0]
+    m, origin = K.shape[0], K.storage_offset()
     work = K.new_empty(m * m // 2 + m * BASE)
 
     def block(row: int, column: int, rows: int, columns: int) -> Tensor:
-        return K.as_strided((rows, columns), (m, 1), row * m + column)  # half the cost of two slices
+        return K.as_strided((rows, columns), (m, 1), origin + row * m + column)  # half the cost of two slices
 
     def invert(at: int, size: int, free: int) -> None:
         if size <= BASE:
@@ -154,8 +147,9 @@ def is_certified(W: Tensor) -> bool:
     """Whether ``(W + W^T) / 2 < I`` is proved: then ``||K||_2 < 1``, and the equilibrium exists and is unique.
 
     W (m, m) or (S, m, m), all of them. The proof is a Cholesky factorisation in float64, m^3 / 3 flops, that runs to
-    completion with a shift above its rounding errors (Rump 2006). False says that there is no proof. ``W < 2 I`` in the
-    same sense is enough for the unpivoted inverse, not for the contraction: W = 1.5 I has K = 3 I.
+    completion with a shift above its rounding errors (Rump 2006): about the time of one float32 product (m, m) x (m, m)
+    from m = 1024 on, so once for weights at rest, not at every step of a training. False says that there is no proof.
+    ``(W + W^T) / 2 < 2 I`` is enough for the unpivoted inverse, not for the contraction: W = 1.5 I has K = 3 I.
     """
     _check_weight(W)
     for A in W.unsqueeze(0) if W.dim() == 2 else W:
@@ -191,40 +185,23 @@ def choose_alpha(W: Tensor, activation: str) -> float:
     largest = float(wide.abs().amax())
     if not 0 < largest < math.inf:
         return 1.0
-    # ||I - W||_F^2 = m - 2 tr W + ||W||_F^2, in units in which no square overflows
-    frobenius = largest * float(torch.linalg.vector_norm(wide / largest))
-    count = W.numel() // (m * m)
+    # ||I - W||_F^2 = m - 2 tr W + ||W||_F^2, in a unit whose square does not overflow
+    unit, count = max(1.0, largest), m * (W.numel() // (m * m))
+    wide = wide / unit
     trace = float(wide.diagonal(dim1=-2, dim2=-1).sum())
-    mean_square = 1.0 - 2.0 * trace / (m * count) + (frobenius / math.sqrt(m * count)) ** 2
-    return min(1.0, TYPICAL_SIZE / math.sqrt(mean_square)) if mean_square > 0 else 1.0
-
-
-def forecast(contraction: float, residual: float, evaluations: int, tol: float, lipschitz: float = 1.0) -> Forecast:
-    """Evaluations of the plain and of the Cayley map to ``tol``, from a plain iteration that has made ``evaluations``,
-    has the relative ``residual``, and lately shrank its step by ``contraction`` an evaluation.
-
-    lipschitz: of the activation. The plain figure extrapolates; the Cayley map is taken to need 1 / 1.5 of it, and 28
-    where the plain map does not contract. Against measured counts with Anderson on demand, over the weights of the
-    table above and others (norm 0.3 to 2.2, radius 0.5 to 1.2, outliers to 0.98), m = 64 to 256, tol 1e-3 to 1e-8:
-    plain 0.6 to 2.3 of the truth (nine in ten: 0.78 to 1.34), saving 0.46 to 2.6 of it (0.6 to 1.55). :func:`pays`
-    chose the map that was slower by more than 10 % in 50 of 2760 cases, the others cost 1 % on average; most of the 50
-    are non-contracting weights with few samples, where it prefers the map that is sure to converge.
-    """
-    if not contraction < 1.0:
-        return Forecast(math.inf, HOPELESS_ITERATIONS)
-    left = math.log(tol / residual) / math.log(max(contraction, 1e-3)) if residual > tol else 0.0
-    plain = evaluations + left
-    cayley = plain / FEWER
-    if lipschitz < 0.5:  # reflected, a flat activation is steep: 2 act' - 1 near -1
-        cayley = max(cayley, min(plain, FLAT_ITERATIONS))
-    return Forecast(plain, cayley)
+    frobenius = float(torch.linalg.vector_norm(wide))
+    mean_square = (1.0 / unit - 2.0 * trace / count) / unit + frobenius**2 / count
+    return min(1.0, TYPICAL_SIZE / (unit * math.sqrt(mean_square))) if mean_square > 0 else 1.0
 
 
 @torch.no_grad()
-def predict(W: Tensor, c: Tensor, activation: str, tol: float) -> Forecast:
-    """:func:`forecast` from eight plain iterations of eight samples, 64 / B of an evaluation of a batch of B.
+def predict(W: Tensor, c: Tensor, activation: str, tol: float) -> float:
+    """Evaluations of the plain map that an average sample is expected to need to ``tol``, infinite where it does not
+    contract: extrapolated from eight plain iterations of eight samples, 64 / B of an evaluation of a batch of B.
 
-    W (m, m), c (B, m), B >= 1, in a dtype that torch multiplies; averages over the samples.
+    W (m, m), c (B, m), B >= 1, in a dtype that torch multiplies. Over norms 0.3 to 2.2, radii 0.5 to 1.2, outliers to
+    0.98, monotone and trained weights, m = 64 to 256, tol 1e-3 to 1e-8: 0.6 to 2.3 of the truth, nine in ten 0.78 to
+    1.34. The Cayley map needs 1 / 1.5 of it, and 28 where the plain map does not contract.
     """
     act = get_activation(activation)
     c = c[:: max(1, c.shape[0] // PROBE_SAMPLES)][:PROBE_SAMPLES]
@@ -237,24 +214,11 @@ def predict(W: Tensor, c: Tensor, activation: str, tol: float) -> Forecast:
     first, last = steps[-5].clamp(min=tiny), steps[-1].clamp(min=tiny)
     contraction = float((last / first).log().mean().div(4).exp())
     residual = float((last / size.clamp(min=tiny)).log().mean().exp())
-    return forecast(contraction, residual, PROBE_EVALUATIONS, tol, act.lipschitz)
-
-
-def forming_cost(width: int) -> float:
-    """What :func:`cayley_matrix` costs in products (m, m) x (m, m): 17 at m = 64, 5.7 at 128, 2.3, 1.4, 1.1 at 1024."""
-    return 1.0 + (300.0 / width) ** 1.8
-
-
-def pays(expected: Forecast, width: int, samples: int, *, relative_cost: float = 1.0, cached: bool = False) -> bool:
-    """Whether the iterations that the Cayley map saves are worth forming K.
-
-    samples: rows that K will serve before W changes, the backward solve's included; relative_cost: time of one
-    iteration by that of torch's product (B, m) x (m, m), about 0.9 in float32, 0.3 in int8; cached: K exists.
-    """
-    if expected.plain == math.inf:
-        return True
-    saving = (expected.plain - expected.cayley) * relative_cost * samples / width
-    return expected.cayley < expected.plain if cached else saving > forming_cost(width)
+    if residual <= tol or not bool(steps[-1].any()):
+        return float(PROBE_EVALUATIONS)
+    if not contraction < 1.0:
+        return math.inf
+    return PROBE_EVALUATIONS + math.log(tol / residual) / math.log(max(contraction, 1e-3))
 
 
 def _check_weight(W: Tensor) -> None:

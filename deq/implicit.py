@@ -11,8 +11,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import unwrap_if_dead
 from torch.autograd import forward_ad
 
+from . import ladder
 from . import stats as layout
 from .activations import ACTIVATIONS
 from .backends import Outcome, get_backend
@@ -30,8 +32,8 @@ class Problem(NamedTuple):
     on_failure: str
 
 
-def equilibrium(W: Tensor, c: Tensor, z0: Tensor | None, problem: Problem, backward: str) -> tuple[Tensor, Tensor]:
-    """Solve canonical tensors (see deq.backends) with the gradient that ``backward`` names: z and stats."""
+def equilibrium(W: Tensor, c: Tensor, z0: Tensor | None, problem: Problem, backward: str) -> tuple:
+    """Solve canonical tensors (see deq.backends) with the gradient that ``backward`` names: an Outcome's fields."""
     if not _is_differentiated(W, c):
         return _run(W, c, z0, problem)
     if backward == "implicit":
@@ -40,7 +42,7 @@ def equilibrium(W: Tensor, c: Tensor, z0: Tensor | None, problem: Problem, backw
     if backward == "unrolled":
         problem = problem._replace(plan=replace(problem.plan, acceleration="none"))
     with torch.no_grad():
-        solved, stats = _run(W, c, z0, problem)
+        solved, stats, report = _run(W, c, z0, problem)
     if backward == "unrolled":
         z = torch.zeros_like(c) if z0 is None else z0
         iterations = layout.iterations(solved, stats)
@@ -52,7 +54,7 @@ def equilibrium(W: Tensor, c: Tensor, z0: Tensor | None, problem: Problem, backw
         z = solved
         for _ in range(PHANTOM_STEPS):
             z = (1 - PHANTOM_DAMPING) * z + PHANTOM_DAMPING * act(z @ W.mT + c)
-    return z, stats
+    return z, stats, report
 
 
 def _is_differentiated(W: Tensor, c: Tensor) -> bool:
@@ -65,11 +67,11 @@ def _in_forward_mode() -> bool:
 
 
 def _run(W: Tensor, c: Tensor, z0: Tensor | None, problem: Problem) -> Outcome:
-    return get_backend(problem.plan.backend).solve(W, c, z0, problem.activation, problem.plan)
+    return ladder.solve(W, c, z0, problem.activation, problem.plan)
 
 
 class _Equilibrium(torch.autograd.Function):
-    """(W, c, z0, problem) -> z, stats; only its z is differentiable, and z0 has no influence on an equilibrium."""
+    """(W, c, z0, problem) -> an Outcome; only its z is differentiable, and z0 has no influence on an equilibrium."""
 
     @staticmethod
     def forward(W, c, z0, problem):
@@ -85,7 +87,7 @@ class _Equilibrium(torch.autograd.Function):
         _save(ctx, *keep)
 
     @staticmethod
-    def backward(ctx, g, _):
+    def backward(ctx, g, *_):
         if g is None:
             return None, None, None, None
         W, z, c = ctx.saved_tensors
@@ -102,7 +104,7 @@ class _Equilibrium(torch.autograd.Function):
         if dW is not None:
             g = g + z @ dW.mT
         dz = _apply(_MaskedLinear, W, _derivative(W, z, c, ctx.problem), g, ctx.problem)
-        return dz, None
+        return dz, None, None
 
 
 class _MaskedLinear(torch.autograd.Function):
@@ -143,9 +145,10 @@ def _save(ctx, *tensors: Tensor | None) -> None:
         ctx.save_for_forward(*tensors)
 
 
-def _without_setup_context(function):
-    """The same Function in the older form, which torch.func and torch.compile do not accept but whose ``apply`` costs 8
-    instead of 25 microseconds: the newer form binds its arguments to an inspected signature at every call."""
+def _eager_apply(function):
+    """What ``function.apply`` comes to outside torch.func and torch.compile, without its 20 microseconds of Python: the
+    newer form of a Function binds its arguments to an inspected signature at every call. The one thing left to the
+    caller are the wrappers of a torch.func transform that has ended."""
 
     def forward(ctx, *inputs):
         output = function.forward(*inputs)
@@ -153,16 +156,18 @@ def _without_setup_context(function):
         return output
 
     members = {"forward": staticmethod(forward), "setup_context": torch.autograd.Function.setup_context}
-    return type(function.__name__, (function,), members)
+    eager = type(function.__name__, (function,), members)
+    return super(torch.autograd.Function, eager).apply
 
 
-_EAGER = {function: _without_setup_context(function) for function in (_Equilibrium, _MaskedLinear)}
+_EAGER = {function: _eager_apply(function) for function in (_Equilibrium, _MaskedLinear)}
 
 
-def _apply(function, *inputs):
+def _apply(function, first: Tensor, second: Tensor, third: Tensor | None, problem: Problem):
     if torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling():
-        return function.apply(*inputs)
-    return _EAGER[function].apply(*inputs)
+        return function.apply(first, second, third, problem)
+    third = None if third is None else unwrap_if_dead(third)
+    return _EAGER[function](unwrap_if_dead(first), unwrap_if_dead(second), third, problem)
 
 
 def _derivative(W: Tensor, z: Tensor, c: Tensor | None, problem: Problem) -> Tensor:
@@ -177,15 +182,17 @@ def _adjoint(W: Tensor, z: Tensor, c: Tensor | None, g: Tensor, problem: Problem
     """u with one buffer of its size: the derivative is formed inside the engine, or in the buffer of u."""
     if c is None:
         return _solve_masked(W.mT, g, z, problem.activation, problem)
-    d = get_backend(problem.plan.backend).derivative(W, c, z, problem.activation)
-    return _solve_masked(W.mT, g, d, None, problem, out=d)
+
+    def derivative() -> Tensor:
+        return get_backend(problem.plan.backend).derivative(W, c, z, problem.activation)
+
+    d = derivative()
+    return _solve_masked(W.mT, g, d, None, problem, out=d, recompute=derivative)
 
 
-def _solve_masked(
-    A: Tensor, g: Tensor, d: Tensor, value_of: str | None, problem: Problem, out: Tensor | None = None
-) -> Tensor:
-    u, stats = get_backend(problem.plan.backend).masked_linear(A, g, d, value_of, problem.plan, out=out)
-    if problem.on_failure != "ignore" and not torch.compiler.is_compiling() and layout.read_report(stats)[0]:
+def _solve_masked(A: Tensor, g: Tensor, d: Tensor, value_of: str | None, problem: Problem, **memory) -> Tensor:
+    u, stats, report = ladder.masked_linear(A, g, d, value_of, problem.activation, problem.plan, **memory)
+    if report is not None and report[0]:
         report_failures(
             Solution(u, stats, problem.plan), problem.on_failure, problem.plan.tol, "the gradient of deq.solve"
         )
@@ -194,4 +201,4 @@ def _solve_masked(
 
 def _outer(u: Tensor, z: Tensor) -> Tensor:
     """The sum over samples of ``u z^T``, in the shape of W."""
-    return u.mT @ z
+    return torch.matmul(u.mT, z)  # not @, which finds its way in 4 us more where caches are cold

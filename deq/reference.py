@@ -40,12 +40,35 @@ def solve(W: Tensor, c: Tensor, activation: str, z0: Tensor | None = None, **opt
     return _each_weight(lambda A, c, z0: iterate(lambda z, rows: act(z @ A.mT + c[rows]), z0, **options), W, c, z0)
 
 
-def masked_linear(A: Tensor, d: Tensor, g: Tensor, **options) -> tuple[Tensor, ...]:
+def masked_linear(A: Tensor, d: Tensor, g: Tensor, u0: Tensor | None = None, **options) -> tuple[Tensor, ...]:
     """Fixed point of ``u = d * (A u + g)``. With ``A = W^T``, ``d`` = :func:`derivative` at the equilibrium and ``g``
     the gradient of the loss there, ``u`` is the gradient of c, and ``u z^T`` summed over samples that of W."""
+    u0 = torch.zeros_like(g) if u0 is None else u0
     return _each_weight(
-        lambda A, d, g: iterate(lambda u, rows: d[rows] * (u @ A.mT + g[rows]), torch.zeros_like(g), **options), A, d, g
+        lambda A, d, g, u0: iterate(lambda u, rows: d[rows] * (u @ A.mT + g[rows]), u0, **options), A, d, g, u0
     )
+
+
+def reflected(K: Tensor, c: Tensor, activation: str, s0: Tensor | None = None, **options) -> tuple[Tensor, ...]:
+    """``act(x)`` at the fixed point of ``x = K s + c``, ``s = 2 act(x) - x``, started at the reflection ``s0`` or zero.
+    The residual is that of x, not of the equation that K came from (:mod:`deq.cayley`)."""
+    act = get_activation(activation).value
+
+    def run(K: Tensor, c: Tensor, s0: Tensor) -> tuple[Tensor, ...]:
+        x, *rest = iterate(lambda x, rows: (2 * act(x) - x) @ K.mT + c[rows], s0 @ K.mT + c, **options)
+        return act(x), *rest
+
+    return _each_weight(run, K, c, torch.zeros_like(c) if s0 is None else s0)
+
+
+def reflected_masked(K: Tensor, d: Tensor, g: Tensor, s0: Tensor | None = None, **options) -> tuple[Tensor, ...]:
+    """``d x`` at the fixed point of ``x = K s + g``, ``s = (2 d - 1) x``: :func:`reflected` for the adjoint."""
+
+    def run(K: Tensor, d: Tensor, g: Tensor, s0: Tensor) -> tuple[Tensor, ...]:
+        x, *rest = iterate(lambda x, rows: ((2 * d[rows] - 1) * x) @ K.mT + g[rows], s0 @ K.mT + g, **options)
+        return d * x, *rest
+
+    return _each_weight(run, K, d, g, torch.zeros_like(g) if s0 is None else s0)
 
 
 def implicit_gradient(W: Tensor, c: Tensor, z: Tensor, g: Tensor, activation: str) -> tuple[Tensor, Tensor]:

@@ -32,7 +32,7 @@ class ConvergenceError(RuntimeError):
         self.solution = solution
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)  # not frozen: that would cost each call 4 us where caches are cold
 class Solution:
     """Equilibria of a batch.
 

@@ -8,16 +8,18 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from . import _library
+from . import _library, cayley
 from .activations import get_activation
+from .backends.cpu import increments_here
+from .cache import remembered
 from .implicit import Problem, equilibrium
-from .plan import DEFAULT_TOL, make_plan
+from .plan import DEFAULT_TOL, INCREMENTS_FROM, LARGE_WEIGHT, SLOW_FROM, Plan, fit, is_cheap, make_plan
 from .solution import Solution, report_failures
-from .stats import read_report
 from .weights import Structure
 
 BACKWARDS = ("implicit", "phantom", "one_step", "unrolled")
 ON_FAILURE = ("warn", "raise", "ignore")
+LOOK_AT_ROWS = 64
 _DTYPES = {getattr(torch, name): name for name in DEFAULT_TOL}
 
 
@@ -47,7 +49,8 @@ def solve(
         tol: relative tolerance; 1e-5 in float32, 1e-10 in float64, 1e-4 in 16 bits if None. Serves the gradient too.
         max_iter: evaluations allowed for each sample, and for its gradient.
         solver: "plain" iterates ``z <- act(W z + c)`` strictly; "anderson" accelerates every sample from the start;
-            "auto" iterates plainly and accelerates the samples that are seen to contract slowly.
+            "cayley" iterates the reflected map of :mod:`deq.cayley`, which converges for every monotone W; "auto"
+            chooses, and takes samples that are slow or fail to other means (:mod:`deq.ladder`).
         criterion: "residual" stops a sample at ``r = ||f(y) - y|| / ||f(y)|| <= tol``; "error" stops it at
             ``r q / (1 - q) <= tol`` with its measured contraction q, an estimate of the distance to the fixed point.
         backward: "implicit" is exact; "one_step" (JFB) differentiates one evaluation at the equilibrium, "phantom" five
@@ -67,30 +70,59 @@ def solve(
     if isinstance(W, Structure):
         W = W.dense()
     _check_tensors(W, c, z0)
-    device = "cpu" if c.is_cpu else c.device.type  # one microsecond less than the second alone
-    compiled = _library.compiled is not None
-    options = activation, tol, max_iter, solver, criterion, backward, on_failure, backend, c.dtype, device, compiled
+    options = activation, tol, max_iter, solver, criterion, backward, on_failure, backend
+    device = "cpu" if c.is_cpu else c.device.type
+    # The types, because 1, 1.0 and True are one key and not one option.
+    given = *options, c.dtype, device, _library.compiled is not None, type(tol), type(max_iter)
     try:
-        problem = _make_problem(*options)
-    except TypeError:  # an option that cannot be a key, or the error itself
-        problem = _make_problem.__wrapped__(*options)
+        problem = _make_problem(*given)
+    except TypeError:
+        problem = None
+    if problem is None:  # an option that cannot be a key, or a wrong one: its own error
+        problem = _make_problem.__wrapped__(*given)
     shape, dims = c.shape, W.dim()
     canonical = len(shape) == dims
     if not canonical:  # one sample dimension, or none: W (m, m) with c (B, m), W (S, m, m) with c (S, B, m)
         flat = (*shape[: dims - 2], math.prod(shape[dims - 2 : -1]), shape[-1])
         c, z0 = c.reshape(flat), None if z0 is None else z0.reshape(flat)
-    z, stats = equilibrium(W, c, z0, problem, backward)
+    if problem.plan.rescues:
+        problem = problem._replace(plan=_fit(problem.plan, W, c, activation))
+    z, stats, report = equilibrium(W, c, z0, problem, backward)
     solution = Solution(z if canonical else z.reshape(shape), stats, problem.plan)
-    if not torch.compiler.is_compiling():  # inside a compiled graph nothing can be raised from values
-        report = read_report(stats)
-        if any(report):
-            _refuse_non_finite(report[1:], W, shape[:-1])
-            report_failures(solution, on_failure, problem.plan.tol, "deq.solve")
+    if report is not None and any(report):
+        _refuse_non_finite(report[1:], W, shape[:-1])
+        report_failures(solution, on_failure, problem.plan.tol, "deq.solve")
     return solution
 
 
-# A training run asks the same thing at every step; typed, for 1, 1.0 and True are the same key and not the same option.
-@lru_cache(maxsize=256, typed=True)
+def _fit(plan: Plan, W: Tensor, c: Tensor, activation: str) -> Plan:
+    """The plan for this weight."""
+    width, batch, frozen = W.shape[-1], c.shape[-2], not (torch.is_grad_enabled() and W.requires_grad)
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return fit(plan, width, False, False, frozen, "native")
+    increments = increments_here() if plan.backend == "cpu" and plan.precision == "float32" else "native"
+    rows = W.detach()[..., :: max(1, width // LOOK_AT_ROWS), :]  # evenly spread: enough to tell the size of W
+    size = float(torch.linalg.vector_norm(rows, dtype=torch.float32 if W.element_size() < 4 else None))
+    large = size * size > LARGE_WEIGHT**2 * (rows.numel() // width)
+    slow = False
+    worth_knowing = plan.reflects and frozen and not large and increments != "native" and width >= INCREMENTS_FROM
+    if worth_knowing and W.dim() == 2 and is_cheap(width, batch, frozen):
+        slow = _expected(W, activation, plan.tol) >= SLOW_FROM
+    return fit(plan, width, large, slow, frozen, increments)
+
+
+def _expected(W: Tensor, activation: str, tol: float) -> float:
+    """Evaluations that the plain map is expected to need for injections like noise: a property of W, not of a batch."""
+
+    def make() -> float:
+        wide = W.detach().to(torch.float64 if W.dtype == torch.float64 else torch.float32)
+        noise = torch.randn(cayley.PROBE_SAMPLES, W.shape[-1], generator=torch.Generator().manual_seed(0))
+        return cayley.predict(wide, noise.to(wide), activation, tol)
+
+    return remembered(W, ("evaluations", activation, tol), make)
+
+
+@lru_cache(maxsize=256)  # a training run asks the same thing at every step
 def _make_problem(
     activation: str,
     tol: float | None,
@@ -103,6 +135,7 @@ def _make_problem(
     dtype: torch.dtype,
     device: str,
     compiled: bool,
+    *_types: type,
 ) -> Problem:
     """Checks the options of a solve and plans it."""
     _check_options(tol, max_iter, backward, on_failure)
@@ -113,6 +146,7 @@ def _make_problem(
     plan = make_plan(
         dtype=_DTYPES[dtype],
         device=device,
+        activation=activation,
         solver=solver,
         backend=backend,
         criterion=criterion,
@@ -160,7 +194,7 @@ def _check_tensors(W: object, c: object, z0: object) -> None:
 def _check_like(name: str, value: Tensor, W: Tensor) -> None:
     if value.dtype != W.dtype:
         raise TypeError(f"{name} must have the dtype of W, {W.dtype}; got {value.dtype}")
-    if value.device != W.device:
+    if not (value.is_cpu and W.is_cpu) and value.device != W.device:
         raise ValueError(f"{name} must be on the device of W, {W.device}; got {value.device}")
 
 

@@ -83,6 +83,10 @@ def stats(S=2, B=3, dtype=torch.float32):
     return layout.allocate(torch.empty(S, B, 1, dtype=dtype))
 
 
+def report():
+    return torch.zeros(4, dtype=torch.int64)
+
+
 def arguments(op: str, dtype=torch.float32, stacked: bool = True) -> list:
     """A well-formed call of ``op`` on W (S, m, m), or without S on the first W alone."""
     S, B, m = SIZES
@@ -92,8 +96,8 @@ def arguments(op: str, dtype=torch.float32, stacked: bool = True) -> list:
     out = torch.empty(S, B, m, dtype=dtype)
     relu = activations.get_activation("relu").number
     call = {
-        "solve_": [W, c, c[..., :0], out, stats(S, B, dtype), relu, *RUN],
-        "masked_linear_": [W, c, d, c[..., :0], out, stats(S, B, dtype), -1, *RUN],
+        "solve_": [W, c, c[..., :0], out, stats(S, B, dtype), report(), relu, *RUN],
+        "masked_linear_": [W, c, d, c[..., :0], out, stats(S, B, dtype), report(), -1, *RUN],
         "derivative_": [W, c, d, out, relu],
         "fingerprint": [W, torch.zeros(2, dtype=torch.int64)],
     }[op]
@@ -129,8 +133,8 @@ def test_one_weight_without_its_dimension_is_the_same_problem(op):
 @needs_library
 def test_every_operator_has_a_schema_that_names_what_it_writes():
     written = {
-        "solve_": ["z", "stats"],
-        "masked_linear_": ["u", "stats"],
+        "solve_": ["z", "stats", "report"],
+        "masked_linear_": ["u", "stats", "report"],
         "derivative_": ["d"],
         "fingerprint": ["out"],
     }
@@ -161,11 +165,14 @@ WRONG_TENSORS = {
     "z with scattered rows": ("solve_", 3, torch.zeros(S, m, B).mT, "z must have contiguous rows"),
     "z with one row for all": ("solve_", 3, torch.zeros(S, 1, m).expand(S, B, m), "z must .* not overlap"),
     "z with one batch for all": ("solve_", 3, torch.zeros(1, B, m).expand(S, B, m), "z must .* not overlap"),
-    "stats of another dtype": ("solve_", 4, torch.zeros(86).char(), "stats must be uint8; got torch's dtype number"),
-    "stats too short": ("solve_", 4, torch.zeros(85).byte(), r"stats must have shape \(86\); got \(85\)"),
-    "stats with a place for every sample": ("solve_", 4, torch.zeros(S, B).byte(), r"stats must have shape \(86\)"),
-    "stats with gaps": ("solve_", 4, torch.zeros(172).byte()[::2], "stats must be contiguous; got strides"),
-    "stats that start anywhere": ("solve_", 4, torch.zeros(90).byte()[4:], "stats must begin at a multiple of 8"),
+    "stats of another dtype": ("solve_", 4, torch.zeros(54).char(), "stats must be uint8; got torch's dtype number"),
+    "stats too short": ("solve_", 4, torch.zeros(53).byte(), r"stats must have shape \(54\); got \(53\)"),
+    "stats with a place for every sample": ("solve_", 4, torch.zeros(S, B).byte(), r"stats must have shape \(54\)"),
+    "stats with gaps": ("solve_", 4, torch.zeros(108).byte()[::2], "stats must be contiguous; got strides"),
+    "stats that start anywhere": ("solve_", 4, torch.zeros(56).byte()[2:], "stats must begin at a multiple of 4"),
+    "report too short": ("solve_", 5, torch.zeros(3).long(), r"report must have shape \(4\); got \(3\)"),
+    "report of another dtype": ("solve_", 5, torch.zeros(4).int(), "report must be int64; got int32"),
+    "report with gaps": ("solve_", 5, torch.zeros(8).long()[::2], "report must be contiguous; got strides"),
     "A for another width": ("masked_linear_", 0, torch.zeros(S, m - 1, m), "masked_linear_: A must have shape"),
     "d for another width": ("masked_linear_", 2, torch.zeros(S, B, m - 1), "masked_linear_: d must have shape"),
     "u0 for another batch": ("masked_linear_", 3, torch.zeros(S, B + 1, m), r"u0 must have shape \(2, 3, 5\); got"),
@@ -181,20 +188,20 @@ WRONG_TENSORS = {
     "z of another dtype": ("derivative_", 2, torch.zeros(S, B, m).double(), "derivative_: z must be float32"),
 }
 WRONG_NUMBERS = {
-    "activation unknown": ("solve_", 5, 99, "solve_: an argument is out of range .activation 99"),
-    "activation negative": ("solve_", 5, -1, "activation must lie in 0"),
-    "acceleration": ("solve_", 6, 3, "acceleration must lie in 0..2; got 3"),
-    "depth": ("solve_", 7, -1, "depth must lie in 0"),
-    "criterion": ("solve_", 8, 2, "criterion must lie in 0..1; got 2"),
-    "tol is NaN": ("solve_", 9, float("nan"), "tol must not be negative or NaN"),
-    "tol is negative": ("solve_", 9, -1e-3, "tol must not be negative or NaN"),
-    "max_iter is 0": ("solve_", 10, 0, "max_iter must lie in 1"),
-    "precision": ("solve_", 11, 3, "precision must lie in 0..2; got 3"),
-    "reflected": ("solve_", 12, 2, "reflected must lie in 0..1; got 2"),
-    "max_iter is huge": ("solve_", 10, 2**40, "max_iter must lie in 1.*; got 1099511627776"),
+    "activation unknown": ("solve_", 6, 99, "solve_: an argument is out of range .activation 99"),
+    "activation negative": ("solve_", 6, -1, "activation must lie in 0"),
+    "acceleration": ("solve_", 7, 3, "acceleration must lie in 0..2; got 3"),
+    "depth": ("solve_", 8, -1, "depth must lie in 0"),
+    "criterion": ("solve_", 9, 2, "criterion must lie in 0..1; got 2"),
+    "tol is NaN": ("solve_", 10, float("nan"), "tol must not be negative or NaN"),
+    "tol is negative": ("solve_", 10, -1e-3, "tol must not be negative or NaN"),
+    "max_iter is 0": ("solve_", 11, 0, "max_iter must lie in 1"),
+    "precision": ("solve_", 12, 3, "precision must lie in 0..2; got 3"),
+    "reflected": ("solve_", 13, 2, "reflected must lie in 0..1; got 2"),
+    "max_iter is huge": ("solve_", 11, 2**40, "max_iter must lie in 1.*; got 1099511627776"),
     "mask of an activation that hides it": (
         "masked_linear_",
-        6,
+        7,
         activations.get_activation("gelu").number,
         "masked_linear_: an argument is out of range",
     ),
@@ -217,16 +224,16 @@ def test_wrong_call_raises_and_names_the_argument(case):
 def test_width_zero_raises():
     empty = torch.zeros(S, B, 0)
     with pytest.raises(RuntimeError, match="width 0"):
-        operator("solve_")(torch.zeros(S, 0, 0), empty, empty, empty.clone(), stats(), 1, *RUN)
+        operator("solve_")(torch.zeros(S, 0, 0), empty, empty, empty.clone(), stats(), report(), 1, *RUN)
 
 
 @needs_library
 @pytest.mark.parametrize("shape", [(2, 0, 5), (0, 3, 5), (0, 0, 1)])
 def test_no_samples_is_no_work(shape):
     S, B, m = shape
-    c, said = torch.zeros(shape), stats(S, B).fill_(1)
-    operator("solve_")(torch.zeros(S, m, m), c, c, c.clone(), said, 1, *RUN)
-    assert layout.read_report(said) == [0, 0, 0, 0]
+    c, said = torch.zeros(shape), report().fill_(1)
+    operator("solve_")(torch.zeros(S, m, m), c, c, c.clone(), stats(S, B), said, 1, *RUN)
+    assert said.tolist() == [0, 0, 0, 0]
 
 
 @needs_library
@@ -252,7 +259,7 @@ def team():
 def solve():
     z = torch.empty(1, 256, 64)
     W, c = torch.full((1, 64, 64), 0.01), torch.ones(1, 256, 64)
-    torch.ops.deq.solve_(W, c, c, z, deq.stats.allocate(z), 1, 0, 5, 0, 1e-5, 100, 0, 0)
+    torch.ops.deq.solve_(W, c, c, z, deq.stats.allocate(z), torch.zeros(4).long(), 1, 0, 5, 0, 1e-5, 100, 0, 0)
     return team()
 torch.set_num_threads(1)
 torch.ones(2**20).exp()

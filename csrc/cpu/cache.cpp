@@ -74,20 +74,18 @@ Digest content(const Runs& runs, int64_t weights, int threads, void (*absorb)(ui
   // Pieces of about 256 KB, so that large weights are read by all threads.
   const int64_t per_piece = std::max<int64_t>(1, (256 << 10) / runs.bytes);
   const int64_t pieces = (runs.count + per_piece - 1) / per_piece, total = weights * pieces;
-  std::vector<Digest> digests(total);
-#pragma omp parallel for num_threads(threads) if (total > 1 && threads > 1)
-  for (int64_t i = 0; i < total; ++i) {
+  auto piece = [&](int64_t i) {
     const int64_t first = i % pieces * per_piece, count = std::min(per_piece, runs.count - first);
     const char* at = runs.data + i / pieces * runs.matrix_stride + first * runs.run_stride;
-    if (runs.adjacent()) {
-      digests[i] = digest(at, count * runs.bytes, absorb);
-    } else {
-      std::vector<Digest> parts(count);
-      for (int64_t r = 0; r < count; ++r) parts[r] = digest(at + r * runs.run_stride, runs.bytes, absorb);
-      digests[i] = digest(reinterpret_cast<const char*>(parts.data()), count * sizeof(Digest), absorb);
-    }
-  }
-  if (total == 1) return digests[0];
+    if (runs.adjacent()) return digest(at, count * runs.bytes, absorb);
+    std::vector<Digest> parts(count);
+    for (int64_t r = 0; r < count; ++r) parts[r] = digest(at + r * runs.run_stride, runs.bytes, absorb);
+    return digest(reinterpret_cast<const char*>(parts.data()), count * sizeof(Digest), absorb);
+  };
+  if (total == 1) return piece(0);  // without a team of one thread and its two system calls
+  std::vector<Digest> digests(total);
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+  for (int64_t i = 0; i < total; ++i) digests[i] = piece(i);
   return digest(reinterpret_cast<const char*>(digests.data()), total * sizeof(Digest), absorb);
 }
 

@@ -416,8 +416,12 @@ int32_t delta_solve(const DeqProblem& p) {
   } else {
     for (int64_t s = 0; s < p.weights; ++s) {
       std::atomic<int64_t> queue{0};
-#pragma omp parallel num_threads(threads) if (threads > 1)
-      solve_matrix(s, queue, threads);
+      if (threads == 1) {  // a team of one would cost two system calls
+        solve_matrix(s, queue, 1);
+      } else {
+#pragma omp parallel num_threads(threads)
+        solve_matrix(s, queue, threads);
+      }
     }
   }
   p.report->failed = totals.failed;

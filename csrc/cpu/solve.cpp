@@ -115,7 +115,8 @@ class Tile {
   bool reserve(int threads) {
     const int64_t stride = padded_ + kRowSkew / static_cast<int64_t>(sizeof(T));
     const int rows = 3 + (p_.mask.data ? 1 : 0) + (p_.reflected ? 2 : 0);
-    const int64_t fit = kTileBytes / (rows * stride * static_cast<int64_t>(sizeof(T)));
+    const int held = rows + (p_.acceleration == DEQ_ANDERSON ? 2 * depth_ : 0);  // a window is read as often as the rows
+    const int64_t fit = kTileBytes / (held * stride * static_cast<int64_t>(sizeof(T)));
     const int64_t share = (p_.batch + threads - 1) / threads;
     size_ = static_cast<int>(std::min<int64_t>({kMaxTile, std::max<int64_t>(2 * k_.rows, fit / k_.rows * k_.rows), share}));
     const int64_t sums = 2 * k_.lanes, per_slot = rows * stride + sums;
@@ -301,10 +302,12 @@ int32_t solve(const DeqProblem& p) {
   } else {
     for (int64_t s = 0; s < p.weights; ++s) {
       std::atomic<int64_t> queue{0};
-#pragma omp parallel num_threads(threads) if (threads > 1)
-      {
-        auto tile = std::make_unique<Tile<T>>(p, *packed, totals);
-        tile->run(s, queue, threads);
+      auto work = [&] { std::make_unique<Tile<T>>(p, *packed, totals)->run(s, queue, threads); };
+      if (threads == 1) {  // a team of one would cost two system calls
+        work();
+      } else {
+#pragma omp parallel num_threads(threads)
+        work();
       }
     }
   }
