@@ -30,7 +30,7 @@ class Solved:
 
     def __init__(self, outcome):
         self.z = outcome.z
-        self.report = stats.read_report(outcome.stats)
+        self.report = outcome.report
         self.iterations, self.residual, self.status = (
             read(outcome.z, outcome.stats) for read in (stats.iterations, stats.residual, stats.status)
         )
