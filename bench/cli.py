@@ -52,7 +52,7 @@ def _family(ctx: click.Context, param: click.Parameter, values: tuple[str, ...])
 @click.option(
     "--seconds",
     type=click.FloatRange(min=0, min_open=True),
-    default=3.0,
+    default=2.0,
     show_default=True,
     help="Per case and number of threads.",
 )
