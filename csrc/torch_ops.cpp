@@ -149,6 +149,12 @@ DeqType type_of(const Place& place, int32_t dtype) {
   place.fail("must be float32, float64, bfloat16 or float16; got " + dtype_name(dtype));
 }
 
+int32_t torch_threads() {
+  uint32_t threads = 1;
+  if (torch_.torch_get_num_threads(&threads)) throw std::runtime_error("deq: torch_get_num_threads failed");
+  return static_cast<int32_t>(threads);
+}
+
 // The sizes S, B, m and the type of a problem, from W (S, m, m) and the injection (S, B, m), or (m, m) and (B, m).
 DeqProblem problem_of(const Tensor& W, const Tensor& injection) {
   DeqProblem p{};
@@ -162,9 +168,7 @@ DeqProblem problem_of(const Tensor& W, const Tensor& injection) {
   W.expect_dtype(injection.dtype());
   p.W = W.view();
   p.injection = injection.view();
-  uint32_t threads = 1;
-  if (torch_.torch_get_num_threads(&threads)) throw std::runtime_error("deq: torch_get_num_threads failed");
-  p.threads = static_cast<int32_t>(threads);
+  p.threads = torch_threads();
   return p;
 }
 
@@ -175,38 +179,45 @@ DeqView batch_of(const DeqProblem& p, const Tensor& W, const Tensor& tensor) {
   return tensor.view();
 }
 
+// A starting point; without elements it stands for zero.
+DeqView start_of(const DeqProblem& p, const Tensor& W, const Tensor& start) {
+  start.expect_dim(W.dim(), "of the injection's shape, or of its dimensions without elements to start at zero");
+  return start.empty() ? DeqView{} : batch_of(p, W, start);
+}
+
 DeqView output_of(const DeqProblem& p, const Tensor& W, const Tensor& tensor) {
   const DeqView view = batch_of(p, W, tensor);
   tensor.expect_separate_rows();
   return view;
 }
 
-// What each sample reports, and how the iteration is run; `options` are the last five arguments.
-void set_outcome(DeqProblem& p, bool stacked, const Tensor& iterations, const Tensor& residual, const Tensor& status,
-                 const Tensor& report) {
-  for (const Tensor* per_sample : {&iterations, &residual, &status}) {
-    per_sample->expect_shape({p.weights, p.batch}, stacked);
-    per_sample->expect_contiguous();
-  }
-  iterations.expect_dtype(torch_.dtype.int32);
-  status.expect_dtype(torch_.dtype.uint8);
-  residual.expect_dtype(p.type == DEQ_FLOAT64 ? torch_.dtype.float64 : torch_.dtype.float32);
-  constexpr int64_t kFields = sizeof(DeqReport) / sizeof(int64_t);
-  report.expect_shape({kFields});
+// Where a call reports, and the pieces of the buffer that says what every sample did, laid out as deq/stats.py tells.
+void set_outcome(DeqProblem& p, const Tensor& stats, const Tensor& report) {
+  const int64_t n = p.weights * p.batch, residual = p.type == DEQ_FLOAT64 ? sizeof(double) : sizeof(float);
+  stats.expect_shape({n * static_cast<int64_t>(residual + sizeof(int32_t) + sizeof(uint8_t))});
+  stats.expect_dtype(torch_.dtype.uint8);
+  stats.expect_contiguous();
+  report.expect_shape({static_cast<int64_t>(sizeof(DeqReport) / sizeof(int64_t))});
   report.expect_dtype(torch_.dtype.int64);
   report.expect_contiguous();
-  p.iterations = iterations.data<int32_t>();
-  p.residual = residual.data<void>();
-  p.status = status.data<uint8_t>();
+  char* at = stats.data<char>();
+  if (reinterpret_cast<uintptr_t>(at) % residual)
+    stats.place().fail("must begin at a multiple of " + std::to_string(residual) + " bytes");
+  p.residual = at;
+  p.iterations = reinterpret_cast<int32_t*>(at + n * residual);
+  p.status = reinterpret_cast<uint8_t*>(at + n * (residual + sizeof(int32_t)));
   p.report = report.data<DeqReport>();
 }
 
+// How the iteration is run; `options` are the last seven arguments.
 void set_options(DeqProblem& p, const char* op, const StableIValue* options) {
   p.acceleration = integer({op, "acceleration"}, options[0], DEQ_PLAIN, DEQ_ON_DEMAND);
   p.depth = integer({op, "depth"}, options[1], 0, INT32_MAX);
   p.criterion = integer({op, "criterion"}, options[2], DEQ_RESIDUAL, DEQ_ERROR_ESTIMATE);
   p.tol = tolerance({op, "tol"}, options[3]);
   p.max_iter = integer({op, "max_iter"}, options[4], 1, INT32_MAX);
+  p.precision = integer({op, "precision"}, options[5], DEQ_NATIVE, DEQ_BFLOAT16_INCREMENTS);
+  p.reflected = integer({op, "reflected"}, options[6], 0, 1);
 }
 
 void run(const char* op, int32_t (*kernel)(const DeqProblem*), const DeqProblem& p) {
@@ -225,42 +236,39 @@ void run(const char* op, int32_t (*kernel)(const DeqProblem*), const DeqProblem&
 }
 
 constexpr const char* kSolve =
-    "solve_(Tensor W, Tensor c, Tensor z0, Tensor(a!) z, Tensor(b!) iterations, Tensor(c!) residual, Tensor(d!) status, "
-    "Tensor(e!) report, int activation, int acceleration, int depth, int criterion, float tol, int max_iter) -> ()";
+    "solve_(Tensor W, Tensor c, Tensor z0, Tensor(a!) z, Tensor(b!) stats, Tensor(c!) report, int activation, "
+    "int acceleration, int depth, int criterion, float tol, int max_iter, int precision, int reflected) -> ()";
 
 void solve(StableIValue* stack, uint64_t, uint64_t) {
   constexpr const char* op = "solve_";
   const Tensor W(op, "W", stack[0]), c(op, "c", stack[1]), z0(op, "z0", stack[2]), z(op, "z", stack[3]);
-  const Tensor iterations(op, "iterations", stack[4]), residual(op, "residual", stack[5]), status(op, "status", stack[6]);
-  const Tensor report(op, "report", stack[7]);
+  const Tensor stats(op, "stats", stack[4]), report(op, "report", stack[5]);
   DeqProblem p = problem_of(W, c);
-  z0.expect_dim(W.dim(), "of the shape of c, or of its dimensions without elements to start at zero");
-  if (!z0.empty()) p.start = batch_of(p, W, z0);
+  p.start = start_of(p, W, z0);
   p.out = output_of(p, W, z);
-  set_outcome(p, W.dim() == 3, iterations, residual, status, report);
-  p.activation = integer({op, "activation"}, stack[8], 0, INT32_MAX);
-  set_options(p, op, stack + 9);
+  set_outcome(p, stats, report);
+  p.activation = integer({op, "activation"}, stack[6], 0, INT32_MAX);
+  set_options(p, op, stack + 7);
   run(op, deq_cpu_solve, p);
 }
 
 constexpr const char* kMaskedLinear =
-    "masked_linear_(Tensor A, Tensor g, Tensor d, Tensor(a!) u, Tensor(b!) iterations, Tensor(c!) residual, "
-    "Tensor(d!) status, Tensor(e!) report, int value_of, int acceleration, int depth, int criterion, float tol, "
-    "int max_iter) -> ()";
+    "masked_linear_(Tensor A, Tensor g, Tensor d, Tensor u0, Tensor(a!) u, Tensor(b!) stats, Tensor(c!) report, int value_of, "
+    "int acceleration, int depth, int criterion, float tol, int max_iter, int precision, int reflected) -> ()";
 
 void masked_linear(StableIValue* stack, uint64_t, uint64_t) {
   constexpr const char* op = "masked_linear_";
-  const Tensor A(op, "A", stack[0]), g(op, "g", stack[1]), d(op, "d", stack[2]), u(op, "u", stack[3]);
-  const Tensor iterations(op, "iterations", stack[4]), residual(op, "residual", stack[5]), status(op, "status", stack[6]);
-  const Tensor report(op, "report", stack[7]);
+  const Tensor A(op, "A", stack[0]), g(op, "g", stack[1]), d(op, "d", stack[2]), u0(op, "u0", stack[3]);
+  const Tensor u(op, "u", stack[4]), stats(op, "stats", stack[5]), report(op, "report", stack[6]);
   DeqProblem p = problem_of(A, g);
   p.mask = batch_of(p, A, d);
+  p.start = start_of(p, A, u0);
   p.out = output_of(p, A, u);
-  set_outcome(p, A.dim() == 3, iterations, residual, status, report);
-  const int32_t value_of = integer({op, "value_of"}, stack[8], -1, INT32_MAX);
+  set_outcome(p, stats, report);
+  const int32_t value_of = integer({op, "value_of"}, stack[7], -1, INT32_MAX);
   p.mask_is_value = value_of >= 0;
   p.activation = value_of >= 0 ? value_of : 0;
-  set_options(p, op, stack + 9);
+  set_options(p, op, stack + 8);
   run(op, deq_cpu_solve, p);
 }
 
@@ -274,6 +282,22 @@ void derivative(StableIValue* stack, uint64_t, uint64_t) {
   p.out = output_of(p, W, d);
   p.activation = integer({op, "activation"}, stack[4], 0, INT32_MAX);
   run(op, deq_cpu_derivative, p);
+}
+
+constexpr const char* kFingerprint = "fingerprint(Tensor W, Tensor(a!) out) -> ()";
+
+void fingerprint(StableIValue* stack, uint64_t, uint64_t) {
+  constexpr const char* op = "fingerprint";
+  const Tensor W(op, "W", stack[0]), out(op, "out", stack[1]);
+  if (W.dim() != 3) W.expect_dim(2, "(rows, columns) or (S, rows, columns)");
+  out.expect_shape({2});
+  out.expect_dtype(torch_.dtype.int64);
+  out.expect_contiguous();
+  const int64_t *shape = W.sizes(), stacked = W.dim() == 3;
+  const int64_t size[3] = {stacked ? shape[0] : 1, shape[stacked], shape[1 + stacked]};
+  const DeqView view = W.view();
+  if (deq_cpu_fingerprint(&view, size, type_of(W.place(), W.dtype()), torch_threads(), out.data<uint64_t>()))
+    W.place().fail("must have contiguous rows or columns");
 }
 
 void* torch_symbol(const char* name) {
@@ -308,8 +332,10 @@ DEQ_API const char* deq_register(void) {
   const struct {
     const char *name, *schema;
     BoxedKernel kernel;
-  } operators[] = {
-      {"solve_", kSolve, solve}, {"masked_linear_", kMaskedLinear, masked_linear}, {"derivative_", kDerivative, derivative}};
+  } operators[] = {{"solve_", kSolve, solve},
+                   {"masked_linear_", kMaskedLinear, masked_linear},
+                   {"derivative_", kDerivative, derivative},
+                   {"fingerprint", kFingerprint, fingerprint}};
   for (const auto& op : operators)
     if (torch_.aoti_torch_library_def(schemas, op.schema) || torch_.aoti_torch_library_impl(cpu, op.name, op.kernel))
       return "torch refused an operator's schema or kernel";

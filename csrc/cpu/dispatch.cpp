@@ -84,5 +84,15 @@ int32_t deq_cpu_set_isa(const char* name) {
   return DEQ_OK;
 }
 
+int32_t deq_cpu_fingerprint(const DeqView* view, const int64_t size[3], int32_t type, int32_t threads, uint64_t fingerprint[2]) {
+  if (!view || !size || !fingerprint || type < DEQ_FLOAT32 || type > DEQ_FLOAT16) return DEQ_BAD_ARGUMENT;
+  const int64_t sizes[3] = {size[0], size[1], size[2]};
+  uint64_t result[2];
+  if (!deq::fingerprint(*view, sizes, type == DEQ_FLOAT64 ? 8 : type == DEQ_FLOAT32 ? 4 : 2, threads < 1 ? 1 : threads, result))
+    return DEQ_BAD_ARGUMENT;
+  fingerprint[0] = result[0], fingerprint[1] = result[1];
+  return DEQ_OK;
+}
+
 int64_t deq_cpu_clear_cache(void) { return deq::clear_cache(); }
 int64_t deq_cpu_cache_bytes(void) { return deq::cache_bytes(); }

@@ -1,0 +1,91 @@
+"""Remembers what was derived from a weight (an inverse, a factorisation) and finds it again by the weight's content.
+
+The key is a 128-bit fingerprint of the elements, not an address or a version counter: writing through ``.data``, views,
+freed and reused memory can never bring back what belongs to old weights. Reading W once is what a hit costs.
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from . import _library
+
+T = TypeVar("T")
+
+BUDGET_BYTES = 256 << 20
+ALWAYS_KEPT = 4  # the most recently used entries stay however large they are
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_lock = threading.Lock()
+_entries: OrderedDict[Hashable, tuple[object, int]] = OrderedDict()  # key: (value, bytes); most recently used last
+
+
+def remembered(W: Tensor, what: Hashable, make: Callable[[], T]) -> T:
+    """``make()``, or what it returned when last called for a tensor of the content of W under the name ``what``.
+
+    W: any floating tensor; strides and address do not matter, shape, dtype and every bit of its elements do.
+    make: a pure function of W and ``what``, run without gradients. What it returns (a tensor, or tuples, lists and
+        dicts of tensors) is shared between callers: nobody may write into it.
+
+    At most ``BUDGET_BYTES`` are held, and always the last ``ALWAYS_KEPT`` entries. Thread safe; two threads that miss
+    together both call ``make``. Nothing is remembered where the content cannot be read: without the compiled library,
+    on other devices, inside torch.func transforms and torch.compile, for subclasses of Tensor.
+    """
+    key = _key(W, what)
+    if key is None:
+        with torch.no_grad():
+            return make()
+    with _lock:
+        if key in _entries:
+            _entries.move_to_end(key)
+            return _entries[key][0]
+    # An inference tensor could never be saved for a backward pass later on.
+    with torch.inference_mode(False), torch.no_grad():
+        value = make()
+    with _lock:
+        _entries[key] = value, _bytes(value)
+        _entries.move_to_end(key)
+        held = sum(bytes for _, bytes in _entries.values())
+        while held > BUDGET_BYTES and len(_entries) > ALWAYS_KEPT:
+            held -= _entries.popitem(last=False)[1][1]
+    return value
+
+
+def clear() -> int:
+    """Forget everything; returns the bytes that were held."""
+    with _lock:
+        held = sum(bytes for _, bytes in _entries.values())
+        _entries.clear()
+    return held
+
+
+def _key(W: Tensor, what: Hashable) -> Hashable | None:
+    """None where the content of W cannot be read."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return None
+    if _library.compiled is None or type(W) not in (Tensor, torch.nn.Parameter):
+        return None
+    if W.device.type != "cpu" or W.layout != torch.strided or W.dtype not in _DTYPES:
+        return None
+    matrix = W.detach()
+    if matrix.dim() > 3:
+        matrix = matrix.flatten(0, -3)
+    while matrix.dim() < 2:
+        matrix = matrix.unsqueeze(0)
+    if 1 not in matrix.stride()[-2:] and 1 not in matrix.shape[-2:]:
+        matrix = matrix.contiguous()
+    fingerprint = torch.empty(2, dtype=torch.int64)
+    torch.ops.deq.fingerprint.default(matrix, fingerprint)
+    return what, W.shape, W.dtype, *fingerprint.tolist()
+
+
+def _bytes(value: object) -> int:
+    if isinstance(value, Tensor):
+        return value.untyped_storage().nbytes()
+    if isinstance(value, dict):
+        value = list(value.values())
+    return sum(map(_bytes, value)) if isinstance(value, tuple | list) else 0

@@ -1,0 +1,177 @@
+"""What is derived from a weight is found again by content: never stale, never more than the budget."""
+
+import threading
+
+import pytest
+import torch
+
+from deq import _library, cache
+
+needs_library = pytest.mark.skipif(_library.compiled is None, reason=f"no compiled library: {_library.reason}")
+
+
+@pytest.fixture(autouse=True)
+def empty_cache():
+    cache.clear()
+    yield
+    cache.clear()
+
+
+class Counted:
+    """A ``make`` that counts its calls."""
+
+    def __init__(self, value=None):
+        self.calls, self.value = 0, value
+
+    def __call__(self):
+        self.calls += 1
+        return torch.full((3,), float(self.calls)) if self.value is None else self.value
+
+
+def hits(W, other, what="x", other_what="x") -> bool:
+    """Is what was derived from W found for ``other``?"""
+    cache.clear()
+    make = Counted()
+    first = cache.remembered(W, what, make)
+    second = cache.remembered(other, other_what, make)
+    assert make.calls == (1 if first is second else 2)
+    return first is second
+
+
+def matrix(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "shape", [(), (1,), (7,), (1, 1), (17, 17), (100, 3), (2, 5, 5), (2, 3, 4, 5), (300, 300), (0, 4)]
+)
+def test_found_again_by_content(shape, dtype):
+    W = matrix(*shape, dtype=dtype)
+    assert hits(W, W) and hits(W, W.clone()) and hits(W, torch.nn.Parameter(W.clone()))
+
+
+@needs_library
+def test_every_element_and_its_place_count():
+    for m in (1, 5, 33, 290):
+        W = matrix(m, m)
+        for i, j in {(0, 0), (m // 2, m - 1), (m - 1, m // 2), (m - 1, m - 1)}:
+            other = W.clone()
+            other[i, j] = torch.nextafter(other[i, j], torch.tensor(torch.inf))
+            assert not hits(W, other), f"({i}, {j}) of width {m}"
+    W = matrix(6, 6)
+    assert not hits(W, W.flip(0)) and not hits(W, W.mT) and not hits(W, W.mT.contiguous())
+    assert not hits(torch.zeros(4, 9), torch.zeros(9, 4)) and not hits(torch.zeros(4), torch.zeros(4).double())
+    assert not hits(W, W, "inverse", "lu")
+    symmetric = W + W.mT
+    assert hits(symmetric, symmetric.clone())
+
+
+@needs_library
+def test_strides_do_not_have_to_be_contiguous():
+    wide = matrix(12, 14)
+    for view in (wide[:, 1:5], wide[2:9, ::2], wide[::3, ::2], wide[0].expand(3, 14), matrix(3, 4, 5).permute(1, 2, 0)):
+        assert hits(view, view) and not hits(view, view + 1)
+
+
+@needs_library
+def test_writing_through_data_is_seen():
+    W = torch.nn.Parameter(matrix(8, 8))
+    make = Counted()
+    first = cache.remembered(W, "x", make)
+    W.data[3, 4] += 1
+    assert cache.remembered(W, "x", make) is not first
+    W.data[3, 4] = matrix(8, 8)[3, 4]
+    assert cache.remembered(W, "x", make) is first and make.calls == 2
+
+
+@needs_library
+def test_budget_drops_the_least_recently_used(monkeypatch):
+    monkeypatch.setattr(cache, "BUDGET_BYTES", 10 * 400)
+    weights = [matrix(3, 3, seed=i) for i in range(12)]
+    values = [cache.remembered(W, "x", lambda: (torch.zeros(60), {"b": torch.zeros(40)})) for W in weights[:10]]
+    assert cache.remembered(weights[0], "x", Counted()) is values[0]  # all ten fit; the first is now the newest
+    cache.remembered(weights[10], "x", lambda: torch.zeros(100))
+    assert cache.remembered(weights[0], "x", Counted()) is values[0]
+    make = Counted(torch.zeros(100))
+    assert cache.remembered(weights[1], "x", make) is make.value
+    assert cache.clear() == 10 * 400 and cache.clear() == 0
+
+
+@needs_library
+def test_the_newest_stay_however_large(monkeypatch):
+    monkeypatch.setattr(cache, "BUDGET_BYTES", 0)
+    weights = [matrix(3, 3, seed=i) for i in range(cache.ALWAYS_KEPT + 1)]
+    make = Counted()
+    for W in weights:
+        cache.remembered(W, "x", make)
+    for W in weights[1:]:
+        cache.remembered(W, "x", make)
+    assert make.calls == len(weights)
+    cache.remembered(weights[0], "x", make)
+    assert make.calls == len(weights) + 1
+
+
+@needs_library
+def test_made_without_gradients_and_good_for_training():
+    W = matrix(4, 4).requires_grad_()
+    assert not cache.remembered(W, "x", lambda: W * 2).requires_grad
+    with torch.inference_mode():
+        made = cache.remembered(matrix(4, 4, seed=1), "x", lambda: matrix(4, 4, seed=1) * 2)
+    (W * made).sum().backward()  # an inference tensor could not be saved for this
+    assert torch.equal(W.grad, made)
+
+
+@needs_library
+def test_errors_are_not_remembered():
+    def fail():
+        raise ValueError("singular")
+
+    W = matrix(4, 4)
+    with pytest.raises(ValueError, match="singular"):
+        cache.remembered(W, "x", fail)
+    assert cache.remembered(W, "x", lambda: 5) == 5
+
+
+@needs_library
+def test_threads():
+    weights = [matrix(20, 20, seed=i) for i in range(5)]
+    wrong = []
+
+    def work():
+        for n in range(200):
+            W = weights[n % 5]
+            if not torch.equal(cache.remembered(W, "x", lambda W=W: W + 1), W + 1):
+                wrong.append(n)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+def test_nothing_is_remembered_where_content_cannot_be_read(monkeypatch):
+    W = matrix(3, 3)
+    assert not hits(W.as_subclass(Subclass), W.as_subclass(Subclass))
+    assert not hits(W.to("meta"), W.to("meta"))
+    assert not hits(W.to_sparse(), W.to_sparse())
+    make = Counted()
+    torch.func.vmap(lambda W: cache.remembered(W, "x", make))(W)
+    torch.func.vmap(lambda W: cache.remembered(W, "x", make))(W)
+    assert make.calls == 2
+    monkeypatch.setattr(_library, "compiled", None)
+    assert not hits(W, W)
+
+
+def test_compiled_graphs_do_not_look_up():
+    f = torch.compile(lambda W: cache.remembered(W, "x", lambda: W * 2), backend="eager", fullgraph=True)
+    assert torch.equal(f(matrix(3, 3)), matrix(3, 3) * 2) and torch.equal(
+        f(matrix(3, 3, seed=1)), matrix(3, 3, seed=1) * 2
+    )
