@@ -61,8 +61,8 @@ def make_engine(
 
 
 def _products(solution: Solution) -> float | None:
-    """One an evaluation but the first, which starts at zero; unknown where the plan mixes precisions."""
-    if solution.plan.precision not in ("float32", "float64") or not solution.iterations.numel():
+    """One an evaluation but the first, which starts at zero; unknown where most are made in a lower precision."""
+    if solution.plan.increments != "native" or not solution.iterations.numel():
         return None
     return float(solution.iterations.double().mean()) - 1
 

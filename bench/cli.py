@@ -52,7 +52,7 @@ def _family(ctx: click.Context, param: click.Parameter, values: tuple[str, ...])
 @click.option(
     "--seconds",
     type=click.FloatRange(min=0, min_open=True),
-    default=3.0,
+    default=2.0,
     show_default=True,
     help="Per case and number of threads.",
 )
@@ -80,7 +80,10 @@ def cpu(
 
     _need_compiled()
     passes = (which,) if which else PASSES
-    run = Run(Selection(shapes, families, passes, threads or _default_threads(), seconds), out)
+    try:
+        run = Run(Selection(shapes, families, passes, threads or _default_threads(), seconds), out)
+    except ValueError as error:
+        raise click.UsageError(f"{error}.") from error
     if not len(run):
         raise click.UsageError("no case has this shape and family; --case with a new shape makes one")
     console = Console()
@@ -94,8 +97,6 @@ def cpu(
         interrupted = True
     except OSError as error:
         raise _cannot_write(out, error) from error
-    except ValueError as error:  # trained weights have but one width
-        raise click.UsageError(f"{error}.") from error
     for table in report.tables(run.results):
         console.print(table)
     console.print(report.summary(run.results.required()))

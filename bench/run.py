@@ -61,7 +61,10 @@ class Results:
 
 
 class Run:
-    """Iterate over ``steps()``; ``results`` and the file at ``path`` hold whatever is finished, whenever that stops."""
+    """Iterate over ``steps()``; ``results`` and the file at ``path`` hold whatever is finished, whenever that stops.
+
+    Raises ValueError for a new shape that its family does not have.
+    """
 
     def __init__(self, selection: Selection, out: Path):
         self.selection = selection
@@ -69,8 +72,10 @@ class Run:
         self.results = Results([], [], [], [], [])
         self.path: Path | None = None
         added = selection.added()
-        self.plain = selection.pick(CPU_CASES) + [c for c in added if "training" in selection.passes]
-        self.plain = self.plain if "training" in selection.passes else []
+        for case in added:
+            case.make()
+        contracting = [case for case in added if case.family == "gaussian"]  # for the plain map
+        self.plain = selection.pick(CPU_CASES) + contracting if "training" in selection.passes else []
         self.auto = selection.pick(AUTO_CASES) + added
         self.scaling = selection.pick(SCALING_CASES) if max(selection.threads) > 1 else []
         self.where = environment()

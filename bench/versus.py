@@ -94,7 +94,7 @@ def _judged(label: str, run: Callable[[], Answer], maker: Maker | None, answer: 
 
 
 def find_rivals(case: Case, truth: Truth, backward: bool) -> dict[str, Rival]:
-    """The baselines that do not depend on the number of threads: loop, torchdeq, jaxopt, optimistix and GEMM-only."""
+    """The baselines that serve any number of threads: loop, the fastest solver of torchdeq, and GEMM-only."""
     problem = truth.problem
     rivals = {"loop": _solver("torch loop", lambda tol: partial(torch_loop, problem, backward, tol), truth)}
     if has_torchdeq():

@@ -92,13 +92,17 @@ class _Adjoint:
         return self.backend.masked_linear(self.A, self.g, self.d(), self.value_of, plan, u0=start, out=out)
 
     def reflected(self, K: Tensor, shifted: Tensor, start: Tensor | None, alpha: float, plan: Plan) -> Outcome:
-        return self.backend.masked_linear(K, shifted, self.d(), self.value_of, plan, reflected=True)
+        d = self.d()
+        if start is not None:
+            x = (1.0 - alpha) * start + alpha * (start @ self.A.mT + self.g)
+            start = (2.0 * self._derivative(d) - 1.0) * x
+        return self.backend.masked_linear(K, shifted, d, self.value_of, plan, u0=start, reflected=True)
+
+    def _derivative(self, d: Tensor) -> Tensor:
+        return d if self.value_of is None else ACTIVATIONS[self.value_of].derivative_of_value(d)
 
     def newton(self, start: Tensor, plan: Plan) -> tuple[Tensor, ...]:
-        d = self.d()
-        if self.value_of is not None:
-            d = ACTIVATIONS[self.value_of].derivative_of_value(d)
-        return newton.masked_solve(self.A, d, self.g, plan.tol)
+        return newton.masked_solve(self.A, self._derivative(self.d()), self.g, plan.tol)
 
 
 def solve(W: Tensor, c: Tensor, z0: Tensor | None, activation: str, plan: Plan) -> Outcome:

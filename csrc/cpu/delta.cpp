@@ -33,6 +33,8 @@ constexpr double kSafety = 0.85;
 constexpr double kSkipBelow = 0.65;
 constexpr int kSkipRows = 16;
 constexpr int64_t kSkipUpTo = 1024;
+// Steps to come for which a sample is handed over: what accelerated float32 evaluations on the Cayley map cost instead.
+constexpr double kMostSteps = 100;
 constexpr int kMaxRun = 64;  // steps before an anchor is due in any case
 // Increments are expected to shrink like the last one, with this allowance; a wrong guess costs digits or is cut off, never lost.
 constexpr double kHeadroom = 1.3, kLeastRatio = 0.1, kMostRatio = 4;
@@ -275,10 +277,8 @@ class Tile {
     slot.step2 = row.step2;
     slot.size += std::sqrt(row.step2);
     expect(slot, slot.ratio2[0]);
-    const double least2 = std::min(slot.ratio2[0], slot.ratio2[1]);
-    const bool grows = least2 >= 1 && slot.run > 2;
-    slot.is_slow = grows || (slot.record.iteration >= kSlowAfter && least2 > kSlowContraction * kSlowContraction);
-    slot.next = hands_over_ && slot.is_slow ? Next::kAnchor : next_of(slot);
+    slot.is_slow = hands_over_ && is_hopeless(slot);
+    slot.next = slot.is_slow ? Next::kAnchor : next_of(slot);
     if (slot.next == Next::kCorrectedStep) {
       low_.measure(slot.rest, row.x, nullptr, padded_);
       slot.rest.set_next_scale(slot.rest.largest / 127.0);
@@ -306,6 +306,14 @@ class Tile {
     if (step2 > pollution * pollution * slot.size * slot.size) return Next::kStep;
     const double rest = pollution * kRest[p_.precision] * (slot.corrected + slot.size);
     return rest * rest <= leave2 * size2 ? Next::kCorrectedStep : Next::kAnchor;
+  }
+
+  // Growing, or so slow that another means is cheaper than the steps to come.
+  bool is_hopeless(const Slot& slot) const {
+    const double least2 = std::min(slot.ratio2[0], slot.ratio2[1]);
+    if (least2 >= 1) return slot.run > 2;
+    if (slot.record.iteration < kSlowAfter || least2 <= kSlowContraction * kSlowContraction) return false;
+    return std::log(rule_.tol2 * slot.row.size2 / slot.row.step2) < kMostSteps * std::log(least2);
   }
 
   // The increment just written becomes the one to read, and the scale of the one after it is set.
