@@ -258,6 +258,20 @@ def test_new_weights_in_old_memory_are_new_weights(increments):
     assert _library.compiled.deq_cpu_cache_bytes() == 0
 
 
+@pytest.mark.parametrize("increments", ["native", *LOW])
+def test_other_shapes_in_old_memory(increments):
+    """(4, 48, 48) and (96, 96) have packed forms of one size: the memory of one must not be taken for the other's."""
+    memory, c, _ = gaussian(96, 24, seed=5)
+    stacked, parts = memory.view(4, 48, 48), c.view(4, 12, 48)
+    for _ in range(2):
+        assert_as_accurate(solve(memory, c, increments=increments).z, torch_loop(memory, c), exact(memory, c))
+        solved = solve(stacked, parts, increments=increments)
+        for s in range(4):
+            plain, truth = torch_loop(stacked[s], parts[s]), exact(stacked[s], parts[s])
+            assert_as_accurate(solved.z[s], plain, truth)
+        memory.mul_(0.9)
+
+
 @every
 def test_weights_of_very_different_sizes(increments):
     """A scale for every row of W: a row of 1e-6 keeps its digits, one of 1e-37 counts as zero until an anchor."""

@@ -192,7 +192,8 @@ std::shared_ptr<const Packed> packed_weights(const DeqProblem& p, int threads) {
   std::shared_ptr<Packed> packed;
   for (auto it = entries.begin(); it != entries.end(); ++it)
     if (it->source == p.W.data && it->key.transposed == key.transposed) {
-      if (it->packed.use_count() == 1 && it->packed->bytes == matrix_bytes * p.weights) packed = it->packed;
+      const bool fits = it->packed->matrix_bytes == matrix_bytes && it->packed->bytes == matrix_bytes * p.weights;
+      if (fits && it->packed.use_count() == 1) packed = it->packed;
       entries.erase(it);
       break;
     }
@@ -219,7 +220,8 @@ std::shared_ptr<const Packed> packed_form(const Packed& packed, int form, int64_
   std::lock_guard<std::mutex> lock(mutex);
   Packed::Form& entry = packed.forms[form];
   if (entry.current) return entry.packed;
-  if (!entry.packed || entry.packed.use_count() > 1) entry.packed = make_packed(weights, matrix_bytes);
+  const bool fits = entry.packed && entry.packed->matrix_bytes == matrix_bytes && entry.packed->bytes == matrix_bytes * weights;
+  if (!fits || entry.packed.use_count() > 1) entry.packed = make_packed(weights, matrix_bytes);
   if (!entry.packed) return nullptr;
   fill(static_cast<char*>(entry.packed->data));
   entry.current = true;
