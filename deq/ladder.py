@@ -3,10 +3,10 @@
 The first rung is the plan itself, on the plain or the Cayley map. Samples that it hands over or fails on go, one rung
 after the other and only as long as they fail, to
 
-1. the Cayley map with Anderson acceleration, where its matrix K is cheap beside the batch (:func:`deq.plan.is_cheap`);
-2. the plain map with Anderson acceleration, from the best iterate so far;
-3. the Cayley map as in 1, whatever K costs;
-4. semi-smooth Newton, sample by sample, within a bound on its arithmetic.
+- the Cayley map with Anderson acceleration, first where its matrix K is cheap beside the batch (:func:`deq.plan.fit`);
+- the plain map with Anderson acceleration, from the best iterate so far;
+- the Cayley map with a tighter tolerance;
+- semi-smooth Newton, sample by sample, within a bound on its arithmetic.
 
 Whatever ran, a sample is converged only on the residual of the equation itself in the precision of its input, and the
 evaluations of all rungs are added up. Which means a sample gets is decided by its own numbers, by W and by the shapes,
@@ -24,7 +24,7 @@ from . import cayley, newton, stats
 from .activations import ACTIVATIONS
 from .backends import Outcome, get_backend
 from .cache import remembered
-from .plan import Plan, is_cheap
+from .plan import Plan
 from .solution import Status
 
 # The Cayley map is left at this share of the tolerance; the first product with W then nearly always finds the
@@ -111,7 +111,7 @@ def solve(W: Tensor, c: Tensor, z0: Tensor | None, activation: str, plan: Plan) 
     Raises ValueError where ``solver="cayley"`` was asked for and ``2 I - W`` has no inverse.
     """
     backend = get_backend(plan.backend)
-    if plan.map == "plain" and not plan.rescues:
+    if plan.map == "plain" and not plan.rungs:
         return backend.solve(W, c, z0, activation, plan)
     problem = _Equilibria(W, c, activation, backend, partial(_matrix, W, activation))
     return _climb(problem, z0, plan, None)
@@ -133,7 +133,7 @@ def masked_linear(
     ``recompute()`` gives d anew where ``out`` is d itself.
     """
     backend = get_backend(plan.backend)
-    if plan.map == "plain" and not plan.rescues:
+    if plan.map == "plain" and not plan.rungs:
         return backend.masked_linear(A, g, d, value_of, plan, out=out)
 
     def transposed() -> tuple[Tensor | None, float]:
@@ -155,20 +155,13 @@ def _matrix(W: Tensor, activation: str) -> tuple[Tensor | None, float]:
 
 
 def _climb(problem, start: Tensor | None, plan: Plan, out: Tensor | None, recompute=None) -> Outcome:
-    outcome = None
-    if plan.map == "cayley":
-        outcome = _by_cayley(problem, start, plan, plan, TIGHTER[0])
-        if outcome is None and not plan.rescues:
-            tried = problem.plain(start, replace(plan, max_iter=1), out)
-            if tried.report is not None and any(tried.report[1:]):  # the input itself is not finite: the caller says so
-                return tried
-            raise ValueError(
-                "solver='cayley' needs an inverse of 2 I - W, and this W has none; use 'auto' or 'anderson'"
-            )
-        if outcome is not None and out is not None:
-            outcome = outcome._replace(z=out.copy_(outcome.z))
-    outcome = problem.plain(start, plan, out) if outcome is None else outcome
-    if not plan.rescues or outcome.report is None or not outcome.report[0]:
+    outcome = _first_by_cayley(problem, start, plan, out) if plan.map == "cayley" else None
+    if outcome is None:
+        outcome = problem.plain(start, plan, out)
+        missing = plan.map == "cayley" and not plan.adapts and plan.max_iter > 1
+        if missing and not (outcome.report and any(outcome.report[1:])):  # else the input is not finite, and said so
+            raise ValueError("solver='cayley' needs an inverse of 2 I - W, and W has none; try 'auto' or 'anderson'")
+    if not plan.rungs or outcome.report is None or not outcome.report[0]:
         return outcome
     if recompute is not None:
         problem = replace(problem, d=recompute)
@@ -177,8 +170,28 @@ def _climb(problem, start: Tensor | None, plan: Plan, out: Tensor | None, recomp
     else:
         for s in range(outcome.z.shape[0]):
             _rescue(_matrix_of_stack(problem, s), outcome, plan, s)
-    failed = int((stats.status(outcome.z, outcome.stats) != Status.CONVERGED).sum())
+    failed = int((_read(outcome)[2] != Status.CONVERGED).sum())
     return outcome._replace(report=[failed, *outcome.report[1:]])
+
+
+def _first_by_cayley(problem, start: Tensor | None, plan: Plan, out: Tensor | None) -> Outcome | None:
+    """The Cayley map for the whole batch, in the precision computed in; None where K does not exist."""
+    injection = problem.injection
+    dtype, wide = injection.dtype, _computed_in(injection.dtype)
+    problem, start = _widened(problem, wide), None if start is None else start.to(wide)
+    outcome = _by_cayley(problem, start, plan, plan, TIGHTER[0])
+    if outcome is None or (dtype == wide and out is None):
+        return outcome
+    largest = torch.finfo(dtype).max
+    z = outcome.z.clamp(-largest, largest)
+    iterations, residual, status = _read(outcome)
+    status = torch.where((outcome.z == z).all(-1) | (status == Status.NONFINITE), status, int(Status.DIVERGED))
+    report = [int((status != Status.CONVERGED).sum()), *outcome.report[1:]]
+    return Outcome(z.to(dtype) if out is None else out.copy_(z), stats.pack(iterations, residual, status), report)
+
+
+def _computed_in(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _matrix_of_stack(problem, s: int):
@@ -198,10 +211,9 @@ def _matrix_of_stack(problem, s: int):
 def _rescue(problem, outcome: Outcome, plan: Plan, s: int | None = None) -> None:
     """Take the failed samples of ``outcome`` (of its s-th W) up the rungs, and write what they reach into it."""
     z, iterations, residual, status = (t if s is None else t[s] for t in (outcome.z, *_read(outcome)))
-    wide = torch.float64 if z.dtype == torch.float64 else torch.float32
+    wide, width = _computed_in(z.dtype), z.shape[-1]
     accelerated = replace(plan, acceleration="anderson", increments="native")
     patient = replace(plan, acceleration="on_demand", increments="native")
-    width, batch = z.shape[-1], z.shape[-2]
 
     def by_cayley(part, start, left, share=TIGHTER[0]):
         warm = torch.where((residual[index] < FAR).unsqueeze(-1), start, 0.0)
@@ -220,14 +232,8 @@ def _rescue(problem, outcome: Outcome, plan: Plan, s: int | None = None) -> None
         x, steps, r, how = part.newton(start, replace(plan, max_iter=left))
         return Outcome(x, stats.pack(steps, r.to(wide), how), None)
 
-    may_reflect = plan.reflects
-    cheap = may_reflect and is_cheap(width, batch, plan.frozen)
-    # The plain map with all its patience has the last word on how a sample failed, unless it had it already.
-    had_patience = plan.map == "plain" and plan.increments == "native"
-    rungs = [by_cayley] if cheap else []
-    rungs += [] if had_patience else [by_anderson]
-    rungs += [by_tight_cayley] if may_reflect else []
-    for rung in [*rungs, by_newton]:
+    means = {"cayley": by_cayley, "tight cayley": by_tight_cayley, "anderson": by_anderson, "newton": by_newton}
+    for name in plan.rungs:
         failed = (status != Status.CONVERGED) & (status != Status.NONFINITE)
         index = failed.nonzero().squeeze(-1)
         if index.numel() == 0:
@@ -236,7 +242,7 @@ def _rescue(problem, outcome: Outcome, plan: Plan, s: int | None = None) -> None
         if left <= 0:
             return
         part = _widened(problem.part(index), wide)
-        answer = rung(part, z[index].to(wide), left)
+        answer = means[name](part, z[index].to(wide), left)
         if answer is None:
             continue
         more, now, how = _read(answer)
@@ -247,7 +253,7 @@ def _rescue(problem, outcome: Outcome, plan: Plan, s: int | None = None) -> None
         better = converged | ((now < before) & fits)
         z[index[better]] = answer.z[better].to(z.dtype)
         residual[index[better]] = now[better]
-        final = converged if rung is not by_anderson else fits
+        final = fits if name == "anderson" else converged
         status[index[final]] = how[final]
 
 
@@ -272,10 +278,10 @@ def _by_cayley(problem, start: Tensor | None, plan: Plan, final: Plan, share: fl
 
     None where K does not exist. ``plan`` says how to iterate, ``final`` what to judge by.
     """
-    K, alpha = problem.K()
+    K, alpha = problem.K() if plan.max_iter > 1 else (None, 1.0)  # one evaluation at least to iterate, one to judge
     if K is None:
         return None
-    iterate = replace(plan, tol=share * plan.tol)
+    iterate = replace(plan, tol=share * plan.tol, max_iter=plan.max_iter - 1)
     judge = replace(final, acceleration="none", increments="native", max_iter=1)
     c = problem.injection
     z = torch.empty_like(c, memory_format=torch.contiguous_format)
@@ -293,6 +299,8 @@ def _by_cayley(problem, start: Tensor | None, plan: Plan, final: Plan, share: fl
         pieces.append((_read(x)[0] + said[0], *said[1:]))
         reports.append(judged.report)
     iterations, residual, status = (torch.cat(piece, dim=-1) for piece in zip(*pieces, strict=True))
+    if None in reports:  # inside a compiled graph
+        return Outcome(z, stats.pack(iterations, residual, status), None)
     report = [sum(r[0] for r in reports), *reports[0][1:]]
     if len(reports) > 1 and any(r[2] for r in reports):  # the first sample that is not finite, of all chunks
         report[2] = int((~torch.isfinite(c).all(-1)).reshape(-1).nonzero()[0]) + 1

@@ -25,6 +25,7 @@ LARGE_WEIGHT = 1.5
 SLOW_FROM = 24.0
 # Evaluations of the batch that forming K may cost: for a W that training is about to change, and for a frozen one.
 CHEAP_TRAINING, CHEAP_FROZEN = 4.0, 64.0
+RUNGS = ("cayley", "anderson", "tight cayley", "newton")
 NOT_MONOTONE = ("gelu", "silu")  # the Cayley map needs a nondecreasing activation
 
 
@@ -41,9 +42,9 @@ class Plan:
     max_iter: int
     criterion: str
     increments: str = "native"  # of INCREMENTS; float64 and Anderson from the start are always native
-    rescues: bool = False  # samples that fail are tried again by other means (deq/ladder.py)
-    reflects: bool = False  # the Cayley map may be one of them
-    frozen: bool = False  # W is not being trained: what is derived from it will be used again
+    adapts: bool = False  # fit() may still choose the map, the increments and the rungs for a weight
+    reflects: bool = False  # the activation is one that the Cayley map can take
+    rungs: tuple[str, ...] = ()  # of RUNGS: what samples that fail are tried with, in this order (deq/ladder.py)
     why: tuple[str, ...] = ()
 
     def __str__(self) -> str:
@@ -117,28 +118,39 @@ def make_plan(
         tol=DEFAULT_TOL[dtype] if tol is None else float(tol),
         max_iter=DEFAULT_MAX_ITER if max_iter is None else int(max_iter),
         criterion=criterion,
-        rescues=solver == "auto" and criterion == "residual",
-        reflects=solver == "auto" and criterion == "residual" and activation not in NOT_MONOTONE,
+        adapts=solver == "auto" and criterion == "residual",
+        reflects=activation not in NOT_MONOTONE,
+        rungs=("cayley", "tight cayley") if solver == "cayley" else (),
         why=tuple(why),
     )
 
 
 @lru_cache(maxsize=1024)
-def fit(plan: Plan, width: int, large: bool, slow: bool, frozen: bool, increments: str) -> Plan:
-    """The plan of an automatic solve for one weight: its width, whether ``||W||_F / sqrt(m)`` is above
-    ``LARGE_WEIGHT``, whether the plain map is expected to need ``SLOW_FROM`` evaluations or more, whether W is frozen,
-    and the increments that the backend has here ("native" if none)."""
+def fit(plan: Plan, width: int, batch: int, large: bool, slow: bool, frozen: bool, increments: str) -> Plan:
+    """The plan of an automatic solve for one weight and batch.
+
+    large: whether ``||W||_F / sqrt(m)`` is above ``LARGE_WEIGHT``; slow: whether the plain map is expected to need
+    ``SLOW_FROM`` evaluations or more; frozen: whether W is not being trained, so that what is derived from it will be
+    used again; increments: those that the backend has here, "native" if none.
+    """
     why = list(plan.why)
+    kind = "plain"
     if plan.reflects and (large or slow):
+        kind = "cayley"
         reason = "W is too large for the plain map to contract" if large else "the plain map would be slow"
         why.append(f"Cayley map: {reason}")
-        plan = replace(plan, map="cayley")
-    if increments != "native" and width >= INCREMENTS_FROM and plan.tol >= INCREMENTS_TOL:
+    if width < INCREMENTS_FROM or plan.tol < INCREMENTS_TOL:
+        increments = "native"
+    if increments != "native":
         why.append(f"{increments} increments between float32 evaluations; slow samples go on in float32")
-        plan = replace(plan, increments=increments)
-    if plan.rescues:
-        why.append("samples that fail go on to the Cayley map, Anderson and Newton")
-    return replace(plan, frozen=frozen, why=tuple(why))
+    # The plain map with all its patience says how a sample failed, unless it had the first word already.
+    rungs = [] if kind == "plain" and increments == "native" else ["anderson"]
+    if plan.reflects:
+        rungs = ["cayley", *rungs] if is_cheap(width, batch, frozen) else [*rungs, "cayley"]
+        rungs.append("tight cayley")
+    rungs.append("newton")
+    why.append(f"samples that fail go on to: {', '.join(rungs)}")
+    return replace(plan, map=kind, increments=increments, rungs=tuple(rungs), why=tuple(why))
 
 
 def is_cheap(width: int, batch: int, frozen: bool) -> bool:

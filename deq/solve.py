@@ -85,7 +85,7 @@ def solve(
     if not canonical:  # one sample dimension, or none: W (m, m) with c (B, m), W (S, m, m) with c (S, B, m)
         flat = (*shape[: dims - 2], math.prod(shape[dims - 2 : -1]), shape[-1])
         c, z0 = c.reshape(flat), None if z0 is None else z0.reshape(flat)
-    if problem.plan.rescues:
+    if problem.plan.adapts:
         problem = problem._replace(plan=_fit(problem.plan, W, c, activation))
     z, stats, report = equilibrium(W, c, z0, problem, backward)
     solution = Solution(z if canonical else z.reshape(shape), stats, problem.plan)
@@ -99,7 +99,7 @@ def _fit(plan: Plan, W: Tensor, c: Tensor, activation: str) -> Plan:
     """The plan for this weight."""
     width, batch, frozen = W.shape[-1], c.shape[-2], not (torch.is_grad_enabled() and W.requires_grad)
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return fit(plan, width, False, False, frozen, "native")
+        return fit(plan, width, batch, False, False, frozen, "native")
     increments = increments_here() if plan.backend == "cpu" and plan.precision == "float32" else "native"
     rows = W.detach()[..., :: max(1, width // LOOK_AT_ROWS), :]  # evenly spread: enough to tell the size of W
     size = float(torch.linalg.vector_norm(rows, dtype=torch.float32 if W.element_size() < 4 else None))
@@ -108,7 +108,7 @@ def _fit(plan: Plan, W: Tensor, c: Tensor, activation: str) -> Plan:
     worth_knowing = plan.reflects and frozen and not large and increments != "native" and width >= INCREMENTS_FROM
     if worth_knowing and W.dim() == 2 and is_cheap(width, batch, frozen):
         slow = _expected(W, activation, plan.tol) >= SLOW_FROM
-    return fit(plan, width, large, slow, frozen, increments)
+    return fit(plan, width, batch, large, slow, frozen, increments)
 
 
 def _expected(W: Tensor, activation: str, tol: float) -> float:

@@ -1,0 +1,233 @@
+"""Automatic solves: what is chosen, what happens to samples that fail, and that neither changes the answer."""
+
+import pytest
+import torch
+from close import assert_as_accurate, worst_error
+from problems import exact, gaussian, torch_adjoint, torch_loop
+
+import deq
+from deq import _library, ladder, reference
+from deq.backends.cpu import increments_here
+
+BACKENDS = ["reference"] + (["cpu"] if _library.compiled is not None else [])
+backends = pytest.mark.parametrize("backend", BACKENDS)
+needs_library = pytest.mark.skipif(_library.compiled is None, reason=f"no compiled library: {_library.reason}")
+
+
+def monotone(m: int, B: int, mu: float, dtype=torch.float32, seed: int = 0):
+    """W with ``sym(I - W) >= mu I`` on which the plain iteration diverges, c and g (B, m)."""
+    generator = torch.Generator().manual_seed(seed)
+    A, S, c, g = (torch.randn(n, m, generator=generator, dtype=torch.float64) for n in (m, m, B, B))
+    A, S = A / m**0.5, S / m**0.5
+    W = (1 - mu) * torch.eye(m, dtype=torch.float64) - A.mT @ A + S - S.mT
+    return W.to(dtype), c.to(dtype), g.to(dtype)
+
+
+def slow(m: int, B: int, r: float = 0.985, dtype=torch.float32):
+    """One slow positive mode in a mild W: what training leaves."""
+    W, c, g = gaussian(m, B, torch.float64, scale=0.3)
+    v = torch.ones(m, dtype=torch.float64) / m**0.5
+    return (W + r * torch.outer(v, v)).to(dtype), (c + 0.5).to(dtype), g.to(dtype)
+
+
+def truth(W, c, g, activation="relu"):
+    """Equilibrium and gradients in float64, by the Cayley map to rounding."""
+    W, c, g = W.double(), c.double(), g.double()
+    z, _, residual, _ = reference.cayley_solve(W, c, activation, tol=1e-13, max_iter=5000, acceleration="on_demand")
+    assert residual.max() < 1e-11
+    return z, *reference.implicit_gradient(W, c, z, g, activation)
+
+
+def solve_with_gradients(W, c, g, activation="relu", **options):
+    W, c = W.clone().requires_grad_(), c.clone().requires_grad_()
+    solution = deq.solve(W, c, activation, **options)
+    return solution.detach(), *torch.autograd.grad(solution.z, (W, c), g)
+
+
+@backends
+@pytest.mark.parametrize("mu", [0.1, 1.0])
+@pytest.mark.parametrize("m", [64, 130, 256])
+def test_monotone_weights_are_solved_where_the_plain_map_diverges(m, mu, backend):
+    W, c, g = monotone(m, 40, mu)
+    assert not deq.solve(W, c, solver="plain", backend=backend, on_failure="ignore").converged.any()
+    solution, dW, dc = solve_with_gradients(W, c, g, backend=backend, on_failure="raise")
+    assert solution.plan.map == "cayley" and "cayley" in str(solution.plan)
+    assert solution.iterations.float().mean() <= 30 and solution.iterations.max() <= 36
+    residual = (torch.relu(solution.z @ W.mT + c) - solution.z).norm(dim=1) / solution.z.norm(dim=1)
+    assert residual.max() <= 1e-5 * (1 + torch.linalg.matrix_norm(W, 2))  # of z, one expanding evaluation on
+    z, true_dW, true_dc = truth(W, c, g)
+    bound = 1e-5 / mu * 3  # an error is at most the residual over the modulus
+    assert worst_error(solution.z, z) < bound and worst_error(dc, true_dc) < 10 * bound
+    assert (dW.double() - true_dW).norm() < 10 * bound * true_dW.norm()
+
+
+@backends
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "elu", "tanh", "sigmoid", "softplus"])
+def test_cayley_by_name_is_exact_for_every_monotone_activation(activation, backend):
+    W, c, g = monotone(40, 9, 0.5, torch.float64)
+    solution, dW, dc = solve_with_gradients(W, c, g, activation, solver="cayley", backend=backend, tol=1e-11)
+    z, true_dW, true_dc = truth(W, c, g, activation)
+    assert solution.converged.all() and solution.plan.map == "cayley"
+    torch.testing.assert_close(solution.z, z, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(dc, true_dc, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(dW, true_dW, rtol=1e-8, atol=1e-8)
+
+
+@backends
+def test_gradients_of_the_cayley_map_are_differentiable(backend):
+    W, c, _ = monotone(5, 3, 0.5, torch.float64)
+    run = lambda W, c: deq.solve(W, c, "tanh", solver="cayley", backend=backend, tol=1e-13).z  # noqa: E731
+    leaves = (W.requires_grad_(), c.requires_grad_())
+    assert torch.autograd.gradcheck(run, leaves)
+    assert torch.autograd.gradgradcheck(run, leaves)
+
+
+@backends
+def test_cayley_stacks_strides_shapes_and_starts(backend):
+    parts = [monotone(20, 6, 0.3, seed=s) for s in range(3)]
+    W, c = (torch.stack([p[i] for p in parts]) for i in (0, 1))
+    stacked = deq.solve(W, c.reshape(3, 2, 3, 20), solver="cayley", backend=backend)
+    assert stacked.converged.all()
+    for s, (A, b, _) in enumerate(parts):
+        alone = deq.solve(A.mT.contiguous().mT, b, solver="cayley", backend=backend)
+        torch.testing.assert_close(stacked.z[s].reshape(6, 20), alone.z, rtol=1e-4, atol=1e-4)
+        warm = deq.solve(A, b, z0=alone.z, solver="cayley", backend=backend)
+        assert warm.converged.all() and (warm.iterations < alone.iterations).all()
+        single = deq.solve(A, b[0], solver="cayley", backend=backend)
+        assert single.z.shape == (20,) and single.converged
+    assert deq.solve(W[0], c.new_empty(0, 20), solver="cayley", backend=backend).z.shape == (0, 20)
+
+
+@needs_library
+def test_large_batches_of_the_cayley_map_are_cut_into_chunks():
+    W, c, _ = monotone(24, 2 * ladder.CHUNK + 77, 0.5)
+    whole = deq.solve(W, c, solver="cayley", on_failure="raise")
+    for rows in (slice(0, 5), slice(ladder.CHUNK - 2, ladder.CHUNK + 3), slice(-4, None)):
+        part = deq.solve(W, c[rows], solver="cayley")
+        torch.testing.assert_close(whole.z[rows], part.z, rtol=1e-4, atol=1e-5)
+    c[ladder.CHUNK + 5, 3] = torch.nan
+    with pytest.raises(ValueError, match=rf"c must be finite; c\[{ladder.CHUNK + 5}\]"):
+        deq.solve(W, c, solver="cayley")
+
+
+@backends
+def test_cayley_needs_what_it_needs(backend):
+    c = torch.ones(2, 4)
+    with pytest.raises(ValueError, match="nondecreasing activation; gelu is not"):
+        deq.solve(torch.eye(4) / 2, c, "gelu", solver="cayley", backend=backend)
+    with pytest.raises(ValueError, match="inverse of 2 I - W"):
+        deq.solve(2 * torch.eye(4), c, solver="cayley", backend=backend)
+    W = torch.eye(4)
+    W[1, 2] = torch.inf
+    with pytest.raises(ValueError, match=r"W must be finite; W\[1, 2\] is inf"):
+        deq.solve(W, c, solver="cayley", backend=backend)
+
+
+@backends
+@pytest.mark.parametrize(("m", "r"), [(40, 0.95), (150, 0.985)])
+def test_slow_samples_are_taken_on_and_gradients_stay_exact(m, r, backend):
+    W, c, g = slow(m, 24, r)
+    plain = deq.solve(W, c, solver="plain", backend=backend)
+    solution, dW, dc = solve_with_gradients(W, c, g, backend=backend, on_failure="raise")
+    assert solution.iterations.float().mean() < plain.iterations.float().mean() / 2
+    z, true_dW, true_dc = truth(W, c, g)
+    assert_as_accurate(solution.z, plain.z, z)
+    u = reference.masked_linear(W.mT, (solution.z > 0).float(), g, tol=1e-5, max_iter=5000)[0]
+    assert_as_accurate(dc, u, true_dc)
+    assert_as_accurate(dW, u.mT @ plain.z, true_dW)
+
+
+@needs_library
+@pytest.mark.parametrize("activation", ["relu", "tanh", "gelu", "softplus", "leaky_relu"])
+@pytest.mark.parametrize("m", [100, 257])
+def test_automatic_solves_are_as_accurate_as_a_torch_loop(m, activation, isa):
+    W, c, g = gaussian(m, 50)
+    solution, dW, dc = solve_with_gradients(W, c, g, activation, on_failure="raise")
+    assert solution.plan.increments == increments_here()
+    z, true = torch_loop(W, c, activation), exact(W, c, activation)
+    assert_as_accurate(solution.z, z, true)
+    if (
+        activation != "leaky_relu" and activation != "relu"
+    ):  # one unit that flips its mask moves dW by more than the rule
+        u = torch_adjoint(W, c, z, g, activation)
+        true_dW, true_dc = reference.implicit_gradient(W.double(), c.double(), true, g.double(), activation)
+        assert_as_accurate(dc, u, true_dc)
+        assert_as_accurate(dW, u.mT @ z, true_dW)
+
+
+@pytest.mark.parametrize("solver", ["auto", "cayley"])
+@pytest.mark.parametrize("family", [gaussian, slow, monotone])
+@pytest.mark.parametrize("m", [30, 130])
+@backends
+def test_scale_invariance(family, solver, m, backend):
+    """Multiply c and the loss by anything: same iterations, same relative error, forward and backward."""
+    W, c, g = family(m, 20, 0.1) if family is monotone else family(m, 20)
+    one, dW, dc = solve_with_gradients(W, c, g, solver=solver, backend=backend)
+    z, true_dW, true_dc = truth(W, c, g)
+    for factor in (2.0**-20, 2.0**20, 2.0**-90):
+        scaled, sW, sc = solve_with_gradients(W, c * factor, g * factor, solver=solver, backend=backend)
+        assert torch.equal(scaled.iterations, one.iterations) and torch.equal(scaled.status, one.status)
+        assert worst_error(scaled.z.double() / factor, z) <= 2 * worst_error(one.z, z) + 1e-6
+        assert worst_error(sc.double() / factor, true_dc) <= 2 * worst_error(dc, true_dc) + 1e-6
+        if factor > 2.0**-60:  # dW scales with the square, which float32 cannot hold below
+            error = lambda d: float((d - true_dW).norm() / true_dW.norm())  # noqa: E731
+            assert error(sW.double() / factor**2) <= 2 * error(dW.double()) + 1e-6
+
+
+@needs_library
+@pytest.mark.parametrize("m", [40, 150])
+def test_batch_mates_do_not_matter(m):
+    W, c, _ = slow(m, 60, r=0.9)
+    c[::7] += 4  # some samples are much slower than others
+    together = deq.solve(W, c)
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(0))
+    shuffled = deq.solve(W, c[order])
+    assert (shuffled.iterations - together.iterations[order]).abs().max() <= 1
+    assert_as_accurate(shuffled.z, together.z[order], exact(W, c)[order])
+
+
+@backends
+def test_newton_has_the_last_word(backend):
+    """At a spectral radius of 1.4 some samples end no fixed-point iteration at all."""
+    W, c, _ = gaussian(200, 24, torch.float64, scale=1.4)
+    options = {"tol": 1e-6, "max_iter": 600, "backend": backend, "on_failure": "ignore"}
+    bare, solution = deq.solve(W, c, solver="anderson", **options), deq.solve(W, c, **options)
+    assert not bare.converged.all() and solution.converged.all()
+    f = torch.relu(solution.z @ W.mT + c)
+    assert ((f - solution.z).norm(dim=1) <= 1e-5 * f.norm(dim=1)).all()
+
+
+@backends
+def test_no_equilibrium_is_said_and_leaves_batch_mates_alone(backend):
+    W = torch.tensor([[2.0, 0.0], [0.0, 0.5]])
+    c = torch.tensor([[1.0, 1.0], [-1.0, 1.0], [-1.0, -1.0]])  # relu(2 z + 1) = z has no solution
+    with pytest.warns(deq.ConvergenceWarning, match="1 of 3 samples did not converge"):
+        solution = deq.solve(W, c, backend=backend)
+    assert solution.converged.tolist() == [False, True, True] and torch.isfinite(solution.z).all()
+    torch.testing.assert_close(solution.z[1:], torch.tensor([[0.0, 2.0], [0.0, 0.0]]), rtol=1e-4, atol=1e-4)
+
+
+@backends
+def test_iterations_are_bounded_by_max_iter(backend):
+    W, c, _ = slow(50, 12, r=0.99)
+    for limit in (1, 3, 17, 40):
+        solution = deq.solve(W, c, max_iter=limit, backend=backend, on_failure="ignore")
+        assert solution.iterations.max() <= limit
+        assert torch.isfinite(solution.z).all()
+
+
+@backends
+def test_half_precision_is_rescued_in_float32(backend):
+    W, c, _ = monotone(40, 8, 0.5, torch.float32)
+    for dtype in (torch.bfloat16, torch.float16):
+        w, b = W.to(dtype), c.to(dtype)
+        solution = deq.solve(w, b, backend=backend, on_failure="raise")
+        assert solution.z.dtype == dtype
+        torch.testing.assert_close(solution.z, truth(w, b, b)[0].to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=1e-3)
+
+
+def test_rescue_of_stacked_weights():
+    W, c, _ = (torch.stack(t) for t in zip(slow(30, 10), gaussian(30, 10), slow(30, 10, r=0.9), strict=True))
+    solution = deq.solve(W, c, on_failure="raise")
+    for s in range(3):
+        assert_as_accurate(solution.z[s], deq.solve(W[s], c[s], solver="plain").z, exact(W[s], c[s]))
