@@ -9,6 +9,7 @@
 #include <string>
 
 #include "kernels.h"
+#include "structured.h"
 #include "torch_abi.h"
 
 namespace {
@@ -296,6 +297,81 @@ void fingerprint(StableIValue* stack, uint64_t, uint64_t) {
     W.place().fail("must have contiguous rows or columns");
 }
 
+constexpr const char* kPackTriangle =
+    "pack_triangle_(Tensor W, Tensor(a!) packed, Tensor(b!) diagonal, int strict, int reversed) -> ()";
+
+void pack_triangle(StableIValue* stack, uint64_t, uint64_t) {
+  constexpr const char* op = "pack_triangle_";
+  const Tensor W(op, "W", stack[0]), packed(op, "packed", stack[1]), diagonal(op, "diagonal", stack[2]);
+  W.expect_dim(2, "(m, m)");
+  const int64_t m = W.sizes()[0];
+  W.expect_shape({m, m});
+  if (m == 0) W.place().fail("must not be empty");
+  packed.expect_shape({deq_cpu_triangle_elements(m)});
+  diagonal.expect_shape({m});
+  for (const Tensor* out : {&packed, &diagonal}) {
+    out->expect_dtype(W.dtype());
+    out->expect_contiguous();
+  }
+  const DeqView view = W.view();
+  if (deq_cpu_pack_triangle(&view, m, type_of(W.place(), W.dtype()), integer({op, "strict"}, stack[3], 0, 1),
+                            integer({op, "reversed"}, stack[4], 0, 1), torch_threads(), packed.data<void>(),
+                            diagonal.data<void>()))
+    W.place().fail("must be float32 or float64; got " + dtype_name(W.dtype()));
+}
+
+constexpr const char* kSubstitute =
+    "substitute_(Tensor packed, Tensor diagonal, Tensor c, Tensor mask, Tensor(a!) z, Tensor(b!) derivative, "
+    "Tensor(c!) residual, int activation, int reversed) -> ()";
+
+void substitute(StableIValue* stack, uint64_t, uint64_t) {
+  constexpr const char* op = "substitute_";
+  const Tensor packed(op, "packed", stack[0]), diagonal(op, "diagonal", stack[1]), c(op, "c", stack[2]);
+  const Tensor mask(op, "mask", stack[3]), z(op, "z", stack[4]), derivative(op, "derivative", stack[5]);
+  const Tensor residual(op, "residual", stack[6]);
+  DeqSubstitution p{};
+  c.expect_dim(2, "(B, m)");
+  p.batch = c.sizes()[0], p.width = c.sizes()[1];
+  p.type = type_of(c.place(), c.dtype());
+  p.threads = torch_threads();
+  diagonal.expect_shape({p.width});
+  residual.expect_shape({p.batch});
+  if (!packed.empty()) {
+    packed.expect_shape({deq_cpu_triangle_elements(p.width)});
+    p.packed = packed.data<void>();
+  }
+  for (const Tensor* flat : {&packed, &diagonal, &residual}) {
+    flat->expect_dtype(c.dtype());
+    flat->expect_contiguous();
+  }
+  const auto rows = [&](const Tensor& tensor, bool written) {
+    tensor.expect_shape({p.batch, p.width});
+    tensor.expect_dtype(c.dtype());
+    const DeqView view = tensor.view();
+    if (written) tensor.expect_separate_rows();
+    if (p.width > 1 && p.batch > 0 && view.stride[2] != 1) tensor.place().fail("must have contiguous rows");
+    return view;
+  };
+  p.injection = rows(c, false);
+  p.out = rows(z, true);
+  if (mask.dim() != 1) p.mask = rows(mask, false);
+  if (derivative.dim() != 1) p.derivative = rows(derivative, true);
+  p.diagonal = diagonal.data<void>();
+  p.residual = residual.data<void>();
+  p.activation = integer({op, "activation"}, stack[7], -1, INT32_MAX);
+  p.reversed = integer({op, "reversed"}, stack[8], 0, 1);
+  if (p.batch == 0) return;
+  switch (deq_cpu_substitute(&p)) {
+    case DEQ_OK:
+      return;
+    case DEQ_NO_MEMORY:
+      throw std::runtime_error("deq::substitute_: not enough memory");
+    default:
+      throw std::runtime_error("deq::substitute_: an argument is out of range (activation " + std::to_string(p.activation) +
+                               ", width " + std::to_string(p.width) + "), or the diagonal admits more than one solution");
+  }
+}
+
 void* torch_symbol(const char* name) {
   void* library = dlopen("libtorch_cpu.so", RTLD_NOLOAD | RTLD_LAZY);
   return library ? dlsym(library, name) : nullptr;
@@ -328,10 +404,14 @@ DEQ_API const char* deq_register(void) {
   const struct {
     const char *name, *schema;
     BoxedKernel kernel;
-  } operators[] = {{"solve_", kSolve, solve},
-                   {"masked_linear_", kMaskedLinear, masked_linear},
-                   {"derivative_", kDerivative, derivative},
-                   {"fingerprint", kFingerprint, fingerprint}};
+  } operators[] = {
+      {"solve_", kSolve, solve},
+      {"masked_linear_", kMaskedLinear, masked_linear},
+      {"derivative_", kDerivative, derivative},
+      {"fingerprint", kFingerprint, fingerprint},
+      {"pack_triangle_", kPackTriangle, pack_triangle},
+      {"substitute_", kSubstitute, substitute},
+  };
   for (const auto& op : operators)
     if (torch_.aoti_torch_library_def(schemas, op.schema) || torch_.aoti_torch_library_impl(cpu, op.name, op.kernel))
       return "torch refused an operator's schema or kernel";
