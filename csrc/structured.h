@@ -27,6 +27,23 @@ struct DeqSubstitution {
 // DEQ_BAD_ARGUMENT if any diagonal element d admits more than one root of z = act(d z + x): 1 - d act' must be positive.
 DEQ_API int32_t deq_cpu_substitute(const struct DeqSubstitution* problem);
 
+// One evaluation for W = diag(d) + P Q^T in R^r: z(q) is the root of z = act(d z + P q + c), or with `mask` e * (P q + c).
+struct DeqReduced {
+  int64_t batch, width, rank;  // B, m, r
+  int32_t type;                // DEQ_FLOAT32 or DEQ_FLOAT64
+  int32_t activation;
+  int32_t threads;
+  const void *P, *Q;         // ceil(m / 8) panels of (r, 8) elements: 8 rows of the factor, transposed; zero beyond row m
+  const void* diagonal;      // (m,)
+  struct DeqView injection;  // (1, B, m), finite
+  struct DeqView mask;       // (1, B, m), data null for a solve
+  struct DeqView q;          // (1, B, r)
+  struct DeqView following;  // (1, B, r), receives Q^T z
+  void* size;                // (B,), receives ||z||
+};
+
+DEQ_API int32_t deq_cpu_reduced(const struct DeqReduced* problem);
+
 // packed <- the lower triangle of (m, m) `matrix` (without its diagonal if strict), panels of 8 outputs; with `reversed` that of
 // the transpose with rows and columns counted from the end. `diagonal` receives its m diagonal elements in that order.
 DEQ_API int64_t deq_cpu_triangle_elements(int64_t width);

@@ -372,6 +372,49 @@ void substitute(StableIValue* stack, uint64_t, uint64_t) {
   }
 }
 
+constexpr const char* kReduced =
+    "reduced_(Tensor P, Tensor Q, Tensor diagonal, Tensor c, Tensor mask, Tensor q, Tensor(a!) following, Tensor(b!) size, "
+    "int activation) -> ()";
+
+void reduced(StableIValue* stack, uint64_t, uint64_t) {
+  constexpr const char* op = "reduced_";
+  const Tensor P(op, "P", stack[0]), Q(op, "Q", stack[1]), diagonal(op, "diagonal", stack[2]), c(op, "c", stack[3]);
+  const Tensor mask(op, "mask", stack[4]), q(op, "q", stack[5]), following(op, "following", stack[6]), size(op, "size", stack[7]);
+  DeqReduced p{};
+  c.expect_dim(2, "(B, m)");
+  q.expect_dim(2, "(B, r)");
+  p.batch = c.sizes()[0], p.width = c.sizes()[1], p.rank = q.sizes()[1];
+  p.type = type_of(c.place(), c.dtype());
+  p.threads = torch_threads();
+  P.expect_shape({(p.width + 7) / 8, p.rank, 8});
+  Q.expect_shape({(p.width + 7) / 8, p.rank, 8});
+  diagonal.expect_shape({p.width});
+  size.expect_shape({p.batch});
+  for (const Tensor* flat : {&P, &Q, &diagonal, &size}) {
+    flat->expect_dtype(c.dtype());
+    flat->expect_contiguous();
+  }
+  const auto rows = [&](const Tensor& tensor, int64_t width) {
+    tensor.expect_shape({p.batch, width});
+    tensor.expect_dtype(c.dtype());
+    const DeqView view = tensor.view();
+    if (width > 1 && p.batch > 0 && view.stride[2] != 1) tensor.place().fail("must have contiguous rows");
+    return view;
+  };
+  p.injection = rows(c, p.width);
+  if (mask.dim() != 1) p.mask = rows(mask, p.width);
+  p.q = rows(q, p.rank);
+  p.following = rows(following, p.rank);
+  following.expect_separate_rows();
+  p.P = P.data<void>(), p.Q = Q.data<void>(), p.diagonal = diagonal.data<void>(), p.size = size.data<void>();
+  p.activation = integer({op, "activation"}, stack[8], 0, INT32_MAX);
+  if (p.batch == 0) return;
+  if (deq_cpu_reduced(&p))
+    throw std::runtime_error("deq::reduced_: an argument is out of range (activation " + std::to_string(p.activation) +
+                             ", rank " + std::to_string(p.rank) +
+                             "), the diagonal admits more than one solution, or no memory is left");
+}
+
 void* torch_symbol(const char* name) {
   void* library = dlopen("libtorch_cpu.so", RTLD_NOLOAD | RTLD_LAZY);
   return library ? dlsym(library, name) : nullptr;
@@ -411,6 +454,7 @@ DEQ_API const char* deq_register(void) {
       {"fingerprint", kFingerprint, fingerprint},
       {"pack_triangle_", kPackTriangle, pack_triangle},
       {"substitute_", kSubstitute, substitute},
+      {"reduced_", kReduced, reduced},
   };
   for (const auto& op : operators)
     if (torch_.aoti_torch_library_def(schemas, op.schema) || torch_.aoti_torch_library_impl(cpu, op.name, op.kernel))

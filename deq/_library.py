@@ -13,7 +13,7 @@ import torch
 
 import deq
 
-OPERATORS = ("solve_", "masked_linear_", "derivative_", "fingerprint", "pack_triangle_", "substitute_")
+OPERATORS = ("solve_", "masked_linear_", "derivative_", "fingerprint", "pack_triangle_", "substitute_", "reduced_")
 
 # Exported function: result type, argument types.
 _SIGNATURES = {

@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from functools import lru_cache
 
-SOLVERS = ("auto", "plain", "anderson")
+SOLVERS = ("auto", "plain", "anderson", "direct")
 BACKENDS = ("auto", "cpu", "reference")
+MAPS = ("plain",)  # what is iterated; Plan.map of a direct method (deq/structured.py) is that method's name
 CRITERIA = ("residual", "error")
 
 # Relative tolerance by input dtype: near the square root of what the dtype can resolve, and the habit of the field.
@@ -28,7 +29,7 @@ class Plan:
     why: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        parts = [f"{self.map} map", f"{self.precision} on {self.backend}"]
+        parts = [f"{self.map} map" if self.map in MAPS else self.map, f"{self.precision} on {self.backend}"]
         if self.acceleration != "none":
             parts.append(f"Anderson({self.depth}){' on demand' if self.acceleration == 'on_demand' else ''}")
         return ", ".join(parts)
@@ -81,7 +82,7 @@ def make_plan(
     precision = "float64" if dtype == "float64" else "float32"
     if precision != dtype:
         why.append(f"float32: {dtype} cannot resolve a residual of 1e-4; solved in float32, rounded once at the end")
-    acceleration = {"auto": "on_demand", "plain": "none", "anderson": "anderson"}[solver]
+    acceleration = {"auto": "on_demand", "plain": "none", "anderson": "anderson", "direct": "none"}[solver]
     if solver == "auto":
         why.append("on demand: plain iteration, Anderson per sample where the measured contraction is slow")
     return Plan(

@@ -7,7 +7,7 @@ import numbers
 import torch
 from torch import Tensor
 
-from . import _library
+from . import _library, structured
 from .activations import get_activation
 from .implicit import Problem, equilibrium
 from .plan import DEFAULT_TOL, make_plan
@@ -45,7 +45,9 @@ def solve(
         tol: relative tolerance; 1e-5 in float32, 1e-10 in float64, 1e-4 in 16 bits if None. Serves the gradient too.
         max_iter: evaluations allowed for each sample, and for its gradient.
         solver: "plain" iterates ``z <- act(W z + c)`` strictly; "anderson" accelerates every sample from the start;
-            "auto" iterates plainly and accelerates the samples that are seen to contract slowly.
+            "direct" solves without iterating on z: the identity activation with any W, and LowerTriangular, Diagonal
+            and DiagonalLowRank of deq.weights (``z`` is then the point judged); "auto" does so where it pays, and
+            otherwise iterates plainly and accelerates the samples that are seen to contract slowly.
         criterion: "residual" stops a sample at ``r = ||f(y) - y|| / ||f(y)|| <= tol``; "error" stops it at
             ``r q / (1 - q) <= tol`` with its measured contraction q, an estimate of the distance to the fixed point.
         backward: "implicit" is exact; "one_step" (JFB) differentiates one evaluation at the equilibrium, "phantom" five
@@ -62,8 +64,7 @@ def solve(
     """
     if unknown:
         raise TypeError(_unknown_option(next(iter(unknown.items()))))
-    W = W.dense() if isinstance(W, Structure) else W
-    _check_tensors(W, c, z0)
+    _check_tensors(W.like() if isinstance(W, Structure) else W, c, z0)
     _check_options(tol, max_iter, backward, on_failure)
     get_activation(activation)
     for name, value in (("solver", solver), ("criterion", criterion), ("backend", backend)):
@@ -79,6 +80,14 @@ def solve(
         max_iter=max_iter,
         compiled=_library.compiled is not None,
     )
+    if solver == "direct" and backward != "implicit":
+        raise ValueError(f"solver='direct' has the exact gradient only, backward='implicit'; got backward={backward!r}")
+    if solver in ("auto", "direct") and backward == "implicit":
+        solution = structured.solve(W, c, z0, activation, plan, on_failure, forced=solver == "direct")
+        if solution is not None:
+            report_failures(solution, on_failure, plan.tol, "deq.solve")
+            return solution
+    W = W.dense() if isinstance(W, Structure) else W
     shape, samples = c.shape, c.shape[:-1]
     canonical = c.dim() == W.dim()
     if not canonical:  # one sample dimension, or none: W (m, m) with c (B, m), W (S, m, m) with c (S, B, m)

@@ -59,14 +59,62 @@ class Memory {
   void* data_;
 };
 
+// What the scalar equations of a diagonal need; `activation` is -1 for a masked problem, which needs the diagonal alone.
+template <class T>
+class ScalarEquations {
+ public:
+  ScalarEquations(const void* diagonal, int64_t m, int32_t activation)
+      : padded_((m + 63) / 64 * 64), memory_(3 * padded_ * static_cast<int64_t>(sizeof(T))) {
+    T* d = static_cast<T*>(memory_.get());
+    if (!d) {
+      error_ = DEQ_NO_MEMORY;
+      return;
+    }
+    T *inverse = d + padded_, *other = d + 2 * padded_;
+    scalars_ = {d, inverse, other};
+    for (int64_t j = 0; j < padded_; ++j) {
+      d[j] = j < m ? static_cast<const T*>(diagonal)[j] : T(0);
+      if (activation < 0) continue;
+      const double least = activation == kIdentity ? std::fabs(1 - d[j]) : least_slope(activation, d[j]);
+      if (!(least > 0)) error_ = DEQ_BAD_ARGUMENT;
+      inverse[j] = 1 / (1 - d[j]);
+      other[j] = activation == kLeakyRelu ? static_cast<T>(1 / (1 - 0.01 * d[j])) : static_cast<T>(least);
+    }
+  }
+  // DEQ_BAD_ARGUMENT where an equation has no unique root.
+  int32_t error() const { return error_; }
+  const Scalars<T>& scalars() const { return scalars_; }
+
+ private:
+  const int64_t padded_;
+  Memory memory_;
+  Scalars<T> scalars_{};
+  int32_t error_ = DEQ_OK;
+};
+
+// A power of two that takes `magnitude` near 1, or 1 if it is not far from there.
+template <class T>
+T to_unit(T magnitude) {
+  constexpr T kNear = static_cast<T>(1 << 20);
+  if (!(magnitude > 0) || !(magnitude <= std::numeric_limits<T>::max()) || (magnitude < kNear && magnitude > 1 / kNear)) return 1;
+  constexpr int kLimit = std::numeric_limits<T>::max_exponent - 2;
+  return static_cast<T>(std::ldexp(1.0, std::clamp(-std::ilogb(magnitude), -kLimit, kLimit)));
+}
+
+template <class T>
+T* row(const DeqView& view, int64_t b) {
+  return static_cast<T*>(view.data) + b * view.stride[1];
+}
+
 template <class T>
 class Substitution {
  public:
-  explicit Substitution(const DeqSubstitution& p)
-      : p_(p), m_(p.width), padded_((m_ + 63) / 64 * 64), scalars_memory_(3 * padded_ * static_cast<int64_t>(sizeof(T))) {}
+  explicit Substitution(const DeqSubstitution& p) : p_(p), m_(p.width) {}
 
   int32_t run() {
-    if (!prepare_scalars()) return error_;
+    const ScalarEquations<T> equations(p_.diagonal, m_, p_.mask.data ? -1 : p_.activation);
+    if (const int32_t error = equations.error()) return error;
+    scalars_ = equations.scalars();
     const int threads = 1.0 * p_.batch * m_ * (p_.packed ? m_ : 16) < 1e6 ? 1 : std::max(p_.threads, 1);
     if (!p_.packed && !p_.mask.data) {
 #pragma omp parallel for num_threads(threads) if (threads > 1)
@@ -82,45 +130,8 @@ class Substitution {
   }
 
  private:
-  // The diagonal and what its scalar equations need; false if they have no unique root, or out of memory.
-  bool prepare_scalars() {
-    T* at = static_cast<T*>(scalars_memory_.get());
-    if (!at) {
-      error_ = DEQ_NO_MEMORY;
-      return false;
-    }
-    T *d = at, *inverse = at + padded_, *other = at + 2 * padded_;
-    for (int64_t j = 0; j < padded_; ++j) {
-      d[j] = j < m_ ? static_cast<const T*>(p_.diagonal)[j] : T(0);
-      inverse[j] = 1 / (1 - d[j]);
-      if (p_.mask.data) continue;
-      const double least = p_.activation == kIdentity ? std::fabs(1 - d[j]) : least_slope(p_.activation, d[j]);
-      if (!(least > 0)) {
-        error_ = DEQ_BAD_ARGUMENT;
-        return false;
-      }
-      other[j] = p_.activation == kLeakyRelu ? static_cast<T>(1 / (1 - 0.01 * d[j])) : static_cast<T>(least);
-    }
-    scalars_ = {d, inverse, other};
-    return true;
-  }
-
-  template <class U = T>
-  static U* row(const DeqView& view, int64_t b) {
-    return static_cast<U*>(view.data) + b * view.stride[1];
-  }
-
   // Linear in the injection up to a positive factor: rescaling by a power of two changes no bit but keeps the range.
   bool is_rescaled() const { return p_.mask.data || is_homogeneous(p_.activation); }
-
-  // A power of two that takes `magnitude` near 1, or 1 if it is not far from there.
-  static T to_unit(T magnitude) {
-    constexpr T kNear = static_cast<T>(1 << 20);
-    if (!(magnitude > 0) || !(magnitude <= std::numeric_limits<T>::max()) || (magnitude < kNear && magnitude > 1 / kNear))
-      return 1;
-    constexpr int kLimit = std::numeric_limits<T>::max_exponent - 2;
-    return static_cast<T>(std::ldexp(1.0, std::clamp(-std::ilogb(magnitude), -kLimit, kLimit)));
-  }
 
   static bool in_range(double sum) { return sizeof(T) == 4 ? sum > 1e-20 && sum < 1e30 : sum > 1e-120 && sum < 1e120; }
 
@@ -150,17 +161,17 @@ class Substitution {
                    p_.activation,
                    derives};
     if (masked) {
-      k_.load(row(p_.mask, first), p_.mask.stride[1], n, m_, p_.reversed, samples, lanes.mask, nullptr);
+      k_.load(row<T>(p_.mask, first), p_.mask.stride[1], n, m_, p_.reversed, samples, lanes.mask, nullptr);
       if (p_.activation >= 0) kernels<T>().derivative_of_value(p_.activation, lanes.mask, per_part);
     }
-    k_.load(row(p_.injection, first), p_.injection.stride[1], n, m_, p_.reversed, samples, x, largest);
+    k_.load(row<T>(p_.injection, first), p_.injection.stride[1], n, m_, p_.reversed, samples, x, largest);
     for (int b = 0; b < samples; ++b) {
       scale[b] = is_rescaled() ? to_unit(largest[b]) : T(1);
       unit[b] = to_unit(largest[b] * scale[b]);
     }
     // A second pass only for squares that left the range of T because the solution is far larger or smaller than the injection.
     for (int pass = 0; pass < 2; ++pass) {
-      if (pass > 0) k_.load(row(p_.injection, first), p_.injection.stride[1], n, m_, p_.reversed, samples, x, largest);
+      if (pass > 0) k_.load(row<T>(p_.injection, first), p_.injection.stride[1], n, m_, p_.reversed, samples, x, largest);
       for (int b = 0; b < n; ++b)
         if (!std::isfinite(largest[b]))
           for (int64_t k = 0; k < m_; ++k) x[k * samples + b] = T(0);
@@ -190,8 +201,8 @@ class Substitution {
       }
       static_cast<T*>(p_.residual)[first + b] = r;
     }
-    k_.store(x, n, m_, p_.reversed, samples, row(p_.out, first), p_.out.stride[1]);
-    if (derives) k_.store(lanes.mask, n, m_, p_.reversed, samples, row(p_.derivative, first), p_.derivative.stride[1]);
+    k_.store(x, n, m_, p_.reversed, samples, row<T>(p_.out, first), p_.out.stride[1]);
+    if (derives) k_.store(lanes.mask, n, m_, p_.reversed, samples, row<T>(p_.derivative, first), p_.derivative.stride[1]);
   }
 
   void hold_in_range(T* x, int64_t stride) const {
@@ -211,12 +222,12 @@ class Substitution {
     }
     T *x = static_cast<T*>(memory.get()), *z = x + padded, *derivative = p_.derivative.data ? z + padded : nullptr;
     const Kernels<T>& k = kernels<T>();
-    const T largest = k.copy_in(row(p_.injection, b), m_, padded, x);
-    T* out = row(p_.out, b);
+    const T largest = k.copy_in(row<T>(p_.injection, b), m_, padded, x);
+    T* out = row<T>(p_.out, b);
     T& r = static_cast<T*>(p_.residual)[b];
     if (!std::isfinite(largest)) {
       std::fill(out, out + m_, T(0));
-      if (derivative) std::fill_n(row(p_.derivative, b), m_, T(0));
+      if (derivative) std::fill_n(row<T>(p_.derivative, b), m_, T(0));
       r = std::numeric_limits<T>::quiet_NaN();
       return;
     }
@@ -234,16 +245,56 @@ class Substitution {
       hold_in_range(out, 1);
       r = std::numeric_limits<T>::infinity();
     }
-    if (derivative) k.copy_out(derivative, T(1), m_, row(p_.derivative, b));
+    if (derivative) k.copy_out(derivative, T(1), m_, row<T>(p_.derivative, b));
   }
 
   const DeqSubstitution& p_;
   const TriangularKernels<T>& k_ = triangular_kernels<T>();
-  const int64_t m_, padded_;
-  Memory scalars_memory_;
+  const int64_t m_;
   Scalars<T> scalars_{};
   std::atomic<int32_t> error_{DEQ_OK};
 };
+
+template <class T>
+int32_t reduced(const DeqReduced& p) {
+  constexpr int64_t kBlock = 64;  // outputs at a time: a tile of them stays in L1
+  const TriangularKernels<T>& k = triangular_kernels<T>();
+  const ScalarEquations<T> equations(p.diagonal, p.width, p.mask.data ? -1 : p.activation);
+  if (equations.error()) return equations.error();
+  const Scalars<T>& scalars = equations.scalars();
+  const int threads = 4.0 * p.batch * p.width * p.rank < 1e6 ? 1 : std::max(p.threads, 1);
+  const int64_t samples = p.batch > static_cast<int64_t>(threads) * k.lanes ? k.samples : k.lanes;
+  const int64_t tiles = (p.batch + samples - 1) / samples, padded_rank = triangle_panels(p.rank) * kPanel;
+  std::atomic<int32_t> error{DEQ_OK};
+#pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
+  for (int64_t i = 0; i < tiles; ++i) {
+    const int64_t first = i * samples;
+    const int n = static_cast<int>(std::min(samples, p.batch - first));
+    Memory memory((2 * kBlock + 2 * padded_rank) * samples * static_cast<int64_t>(sizeof(T)));
+    T* x = static_cast<T*>(memory.get());
+    if (!x) {
+      error = DEQ_NO_MEMORY;
+      continue;
+    }
+    alignas(64) T size[kMaxSamples] = {};
+    T *mask = x + kBlock * samples, *q = mask + kBlock * samples, *following = q + padded_rank * samples;
+    k.load(row<T>(p.q, first), p.q.stride[1], n, p.rank, false, static_cast<int>(samples), q, nullptr);
+    std::fill(following, following + padded_rank * samples, T(0));
+    for (int64_t j = 0; j < p.width; j += kBlock) {
+      const int64_t outputs = std::min(kBlock, p.width - j);
+      k.load(row<T>(p.injection, first) + j, p.injection.stride[1], n, outputs, false, static_cast<int>(samples), x, nullptr);
+      if (p.mask.data)
+        k.load(row<T>(p.mask, first) + j, p.mask.stride[1], n, outputs, false, static_cast<int>(samples), mask, nullptr);
+      k.reduce(Reduced<T>{x, p.mask.data ? mask : nullptr, q, following, size, static_cast<const T*>(p.P) + j * p.rank,
+                          static_cast<const T*>(p.Q) + j * p.rank,
+                          Scalars<T>{scalars.d + j, scalars.inverse + j, scalars.other + j}, outputs, p.rank,
+                          static_cast<int>(samples), p.activation});
+    }
+    k.store(following, n, p.rank, false, static_cast<int>(samples), row<T>(p.following, first), p.following.stride[1]);
+    for (int b = 0; b < n; ++b) static_cast<T*>(p.size)[first + b] = std::sqrt(size[b]);
+  }
+  return error;
+}
 
 template <class T>
 void pack_triangle(const DeqView& matrix, int64_t m, bool strict, bool reversed, int threads, T* packed, T* diagonal) {
@@ -272,6 +323,13 @@ int32_t deq_cpu_substitute(const DeqSubstitution* p) {
     return DEQ_BAD_ARGUMENT;
   if (p->type == DEQ_FLOAT64) return deq::Substitution<double>(*p).run();
   return deq::Substitution<float>(*p).run();
+}
+
+int32_t deq_cpu_reduced(const DeqReduced* p) {
+  if (!p || p->batch < 0 || p->width < 1 || p->rank < 1 || (p->type != DEQ_FLOAT32 && p->type != DEQ_FLOAT64) || !p->P || !p->Q ||
+      !p->diagonal || !p->size || p->activation < 0 || p->activation >= deq::kActivations)
+    return DEQ_BAD_ARGUMENT;
+  return p->type == DEQ_FLOAT64 ? deq::reduced<double>(*p) : deq::reduced<float>(*p);
 }
 
 int64_t deq_cpu_triangle_elements(int64_t width) { return deq::triangle_elements(width); }

@@ -48,6 +48,21 @@ struct Row {
   T unit;
 };
 
+// One block of outputs of W = diag(d) + P Q^T for a tile of samples, one a lane: z from q, and its share of Q^T z.
+template <class T>
+struct Reduced {
+  T* x;            // injection, (outputs, samples)
+  const T* mask;   // e of z = e * (P q + x), or null: z = act(d z + P q + x)
+  const T* q;      // (r, samples)
+  T* following;    // (r, samples), receives += Q^T z
+  T* size;         // row of samples, receives += |z|^2
+  const T *P, *Q;  // panels of 8 outputs, [panel][k < r][8], zero beyond the width
+  Scalars<T> scalars;
+  int64_t outputs, rank;
+  int samples;
+  int32_t activation;
+};
+
 template <class T>
 struct TriangularKernels {
   int lanes;    // elements a vector
@@ -65,6 +80,7 @@ struct TriangularKernels {
   void (*scale)(T* x, const T* factor, int64_t m, int samples, T* largest);
   // Returns |f(z) - z|^2 and |f(z)|^2 in units of `unit`.
   void (*diagonal)(const Row<T>&, double* step2, double* size2);
+  void (*reduce)(const Reduced<T>&);
 };
 
 template <class T>

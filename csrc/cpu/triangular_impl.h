@@ -75,35 +75,34 @@ DEQ_INLINE typename Simd<T>::V root(typename Simd<T>::V x, typename Simd<T>::V d
   }
 }
 
-// x[j0 + l] += sum over k < j0 of w[k][l] x[k], eight outputs of NV vectors of samples.
+// own[l] += sum over k < count of w[k][l] z[k], eight outputs of NV vectors of samples.
 template <class T, int NV>
-__attribute__((noinline)) void earlier_outputs(T* x, const T* w, int64_t j0) {
+__attribute__((noinline)) void add_product(T* own, const T* w, const T* z, int64_t count) {
   using M = VecMath<T>;
   using V = typename M::V;
   constexpr int L = kLanes<T>, N = NV * L;
-  T* own = x + j0 * N;
   V total[kPanel][NV];
 #pragma GCC unroll 16
   for (int l = 0; l < kPanel; ++l)
 #pragma GCC unroll 2
     for (int v = 0; v < NV; ++v) total[l][v] = M::load(own + l * N + v * L);
-  for (int64_t k0 = 0; k0 < j0; k0 += kChunk) {
-    const int64_t k1 = j0 < k0 + kChunk ? j0 : k0 + kChunk;
+  for (int64_t k0 = 0; k0 < count; k0 += kChunk) {
+    const int64_t k1 = count < k0 + kChunk ? count : k0 + kChunk;
     V acc[kPanel][NV];
 #pragma GCC unroll 16
     for (int l = 0; l < kPanel; ++l)
 #pragma GCC unroll 2
       for (int v = 0; v < NV; ++v) acc[l][v] = V{};
-    const T *row = x + k0 * N, *weights = w + k0 * kPanel;
+    const T *row = z + k0 * N, *weights = w + k0 * kPanel;
     for (int64_t k = k0; k < k1; ++k, row += N, weights += kPanel) {
-      V z[NV];
+      V b[NV];
 #pragma GCC unroll 2
-      for (int v = 0; v < NV; ++v) z[v] = M::load(row + v * L);
+      for (int v = 0; v < NV; ++v) b[v] = M::load(row + v * L);
 #pragma GCC unroll 16
       for (int l = 0; l < kPanel; ++l) {
         const V a = weights[l] - V{};
 #pragma GCC unroll 2
-        for (int v = 0; v < NV; ++v) acc[l][v] += a * z[v];
+        for (int v = 0; v < NV; ++v) acc[l][v] += a * b[v];
       }
     }
 #pragma GCC unroll 16
@@ -153,7 +152,7 @@ template <class T, int NV, class Solve>
 DEQ_INLINE void substitute_with(const Lanes<T>& t, Solve solve) {
   for (int64_t p = 0; p < deq::triangle_panels(t.width); ++p) {
     const T* w = t.packed + deq::triangle_offset(p);
-    if (p > 0) earlier_outputs<T, NV>(t.x, w, p * kPanel);
+    if (p > 0) add_product<T, NV>(t.x + p * kPanel * t.samples, w, t.x, p * kPanel);
     own_outputs<T, NV>(t, w, p * kPanel, solve);
   }
 }
@@ -322,6 +321,66 @@ void diagonal(const Row<T>& row, double* step2, double* size2) {
   with_activation<T>(row.activation, [&](auto act) { diagonal_activation<T, decltype(act)>(row, step2, size2); });
 }
 
+// ---- diagonal + low rank ------------------------------------------------------------------------------------------------
+
+template <class T, int NV, class Solve>
+DEQ_INLINE void reduce_with(const deq::Reduced<T>& t, Solve solve) {
+  using M = VecMath<T>;
+  using V = typename M::V;
+  constexpr int L = kLanes<T>, N = NV * L;
+  for (int64_t j0 = 0; j0 < t.outputs; j0 += kPanel) {
+    const int count = t.outputs - j0 < kPanel ? static_cast<int>(t.outputs - j0) : static_cast<int>(kPanel);
+    add_product<T, NV>(t.x + j0 * N, t.P + j0 * t.rank, t.q, t.rank);
+    const T* w = t.Q + j0 * t.rank;
+    for (int v = 0; v < NV; ++v) {
+      V z[kPanel], size2 = M::load(t.size + v * L);
+#pragma GCC unroll 16
+      for (int l = 0; l < kPanel; ++l) {
+        z[l] = V{};
+        if (l >= count) continue;
+        z[l] = solve(j0 + l, (j0 + l) * N + v * L, M::load(t.x + (j0 + l) * N + v * L));
+        size2 += z[l] * z[l];
+      }
+      M::store(t.size + v * L, size2);
+      for (int64_t k = 0; k < t.rank; ++k) {
+        T* out = t.following + k * N + v * L;
+        V even = M::load(out), odd{};
+#pragma GCC unroll 16
+        for (int l = 0; l < kPanel; l += 2) {
+          even += (w[k * kPanel + l] - V{}) * z[l];
+          odd += (w[k * kPanel + l + 1] - V{}) * z[l + 1];
+        }
+        M::store(out, even + odd);
+      }
+    }
+  }
+}
+
+template <class T, int NV, class Act>
+__attribute__((noinline)) void reduce_activation(const deq::Reduced<T>& t) {
+  using V = typename Simd<T>::V;
+  reduce_with<T, NV>(t, [&](int64_t j, int64_t, V x) {
+    V pre;
+    return root<T, Act>(x, t.scalars.d[j] - V{}, t.scalars.inverse[j] - V{}, t.scalars.other[j] - V{}, &pre);
+  });
+}
+
+template <class T, int NV>
+void reduce_tile(const deq::Reduced<T>& t) {
+  using M = VecMath<T>;
+  if (t.mask) {
+    reduce_with<T, NV>(t, [&](int64_t, int64_t at, typename M::V x) { return M::load(t.mask + at) * x; });
+  } else {
+    with_activation<T>(t.activation, [&](auto act) { reduce_activation<T, NV, decltype(act)>(t); });
+  }
+}
+
+template <class T>
+void reduce(const deq::Reduced<T>& t) {
+  if (t.samples == kLanes<T>) return reduce_tile<T, 1>(t);
+  reduce_tile<T, kTileVectors<T>>(t);
+}
+
 template <class T>
 const deq::TriangularKernels<T>* triangular_table() {
   static constexpr deq::TriangularKernels<T> kTable = {
@@ -333,6 +392,7 @@ const deq::TriangularKernels<T>* triangular_table() {
       .store = store_tile<T>,
       .scale = scale_tile<T>,
       .diagonal = diagonal<T>,
+      .reduce = reduce<T>,
   };
   return &kTable;
 }
