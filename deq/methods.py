@@ -23,8 +23,8 @@ from .activations import ACTIVATIONS
 
 
 class Result(NamedTuple):
-    """z or u; the residual of every row, infinity where z left the range of its dtype; evaluations (an int for all rows,
-    or a tensor); the derivative at the solution where the method knows it anyway."""
+    """z or u; the residual of every row, infinity where z left the range of its dtype; evaluations (an int for all
+    rows, or a tensor); the derivative at the solution where the method knows it anyway."""
 
     z: Tensor
     residual: Tensor

@@ -26,10 +26,11 @@ from .solution import Solution, Status, report_failures
 
 Method = Linear | Triangular | Diagonal | LowRank
 
-HAVE_A_DIRECT_METHOD = "it serves the identity activation with any W, and LowerTriangular, Diagonal and DiagonalLowRank of deq.weights with every one"
-FACTOR_PAYS_BELOW = (
-    8  # m / B up to which one LU costs less than ten plain iterations (float32: 14 products at m = 512, B = 64)
+HAVE_A_DIRECT_METHOD = (
+    "it serves the identity activation with any W, and deq.weights.LowerTriangular, Diagonal and DiagonalLowRank with "
+    "every activation"
 )
+FACTOR_PAYS_BELOW = 8  # m / B; one LU costs 14 products W z at m = 512, B = 64, iterating about ten and more
 
 
 def solve(
@@ -43,8 +44,8 @@ def solve(
 ) -> Solution | None:
     """The equilibrium by the direct method of W, or None where it has none or that is not the way to go.
 
-    Arguments as checked by ``deq.solve``; ``plan`` says precision, tolerance and backend. With ``forced`` (solver="direct") the
-    method is used whether it pays or not, samples beyond the tolerance are reported STALLED, and what has no method raises.
+    Arguments as checked by ``deq.solve``; ``plan`` says precision, tolerance and backend. With ``forced``
+    (solver="direct") the method is used whether it pays or not, and samples beyond the tolerance are reported STALLED.
     Raises ValueError for NaN or infinity in W, d, P, Q or c, and with ``forced`` saying why there is no direct method.
     """
     method, why_not = _choose(W, c, activation, plan, forced)
@@ -101,8 +102,8 @@ def _choose(
         is_trained = torch.is_grad_enabled() and W.requires_grad
         if not forced and is_trained and m > FACTOR_PAYS_BELOW * B:
             return None, "a factorisation for few samples costs more than iterating"
-        # A weight that is trained is inverted for one step only, which pays from B = m on (float32: 5.8 products at m = B = 256
-        # against 1.4 for the LU, but 1 instead of 3 for each of the two solves).
+        # A weight that is trained is inverted for one step only, which pays from B = m on (float32: 5.8 products at
+        # m = B = 256 against 1.4 for the LU, but 1 instead of 3 for each of the two solves).
         inverts = m <= B or (not is_trained and m <= FACTOR_PAYS_BELOW * B)
         return Linear(W, inverts, tol=plan.tol), None
     if isinstance(W, weights.LowerTriangular):
@@ -191,7 +192,7 @@ def _needed(gradients: tuple, needs: tuple[bool, ...]) -> tuple:
 
 
 def _solve_masked(masked: Callable[[Tensor], Result], g: Tensor, plan: Plan, on_failure: str) -> Tensor:
-    """u of every row of g: NaN where g is not finite (a loss scaler looks for it), a word about residuals beyond the tolerance."""
+    """u of every row of g: NaN where g is not finite (a loss scaler looks for it). Residuals beyond tol are reported."""
     finite = None
     if not is_finite(g):
         finite = torch.isfinite(g).all(-1, keepdim=True)
@@ -208,7 +209,7 @@ def _solve_masked(masked: Callable[[Tensor], Result], g: Tensor, plan: Plan, on_
 
 
 def _far_from_one(rows: Tensor) -> Tensor | None:
-    """Powers of two (..., 1) that take the largest element of every row near 1; None if all are near enough as they are."""
+    """Powers of two (..., 1) that take the largest element of every row near 1; None if all are near enough."""
     if rows.numel() == 0:
         return None
     largest = rows.abs().amax(-1, keepdim=True)
