@@ -38,8 +38,9 @@ struct DeqReduced {
   struct DeqView injection;  // (1, B, m), finite
   struct DeqView mask;       // (1, B, m), data null for a solve
   struct DeqView q;          // (1, B, r)
-  struct DeqView following;  // (1, B, r), receives Q^T z
-  void* size;                // (B,), receives ||z||
+  struct DeqView following;  // (1, B, r), receives Q^T z; with `out` holds it
+  void* size;                // (B,), receives ||z||, or with `out` the residual ||f(z) - z|| / ||f(z)|| of z(q)
+  struct DeqView out;        // (1, B, m), data null, or receives z(Q^T z(q)): the last evaluation
 };
 
 DEQ_API int32_t deq_cpu_reduced(const struct DeqReduced* problem);

@@ -374,12 +374,13 @@ void substitute(StableIValue* stack, uint64_t, uint64_t) {
 
 constexpr const char* kReduced =
     "reduced_(Tensor P, Tensor Q, Tensor diagonal, Tensor c, Tensor mask, Tensor q, Tensor(a!) following, Tensor(b!) size, "
-    "int activation) -> ()";
+    "Tensor(c!) z, int activation) -> ()";
 
 void reduced(StableIValue* stack, uint64_t, uint64_t) {
   constexpr const char* op = "reduced_";
   const Tensor P(op, "P", stack[0]), Q(op, "Q", stack[1]), diagonal(op, "diagonal", stack[2]), c(op, "c", stack[3]);
   const Tensor mask(op, "mask", stack[4]), q(op, "q", stack[5]), following(op, "following", stack[6]), size(op, "size", stack[7]);
+  const Tensor z(op, "z", stack[8]);
   DeqReduced p{};
   c.expect_dim(2, "(B, m)");
   q.expect_dim(2, "(B, r)");
@@ -406,8 +407,12 @@ void reduced(StableIValue* stack, uint64_t, uint64_t) {
   p.q = rows(q, p.rank);
   p.following = rows(following, p.rank);
   following.expect_separate_rows();
+  if (z.dim() != 1) {
+    p.out = rows(z, p.width);
+    z.expect_separate_rows();
+  }
   p.P = P.data<void>(), p.Q = Q.data<void>(), p.diagonal = diagonal.data<void>(), p.size = size.data<void>();
-  p.activation = integer({op, "activation"}, stack[8], 0, INT32_MAX);
+  p.activation = integer({op, "activation"}, stack[9], 0, INT32_MAX);
   if (p.batch == 0) return;
   if (deq_cpu_reduced(&p))
     throw std::runtime_error("deq::reduced_: an argument is out of range (activation " + std::to_string(p.activation) +

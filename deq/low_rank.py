@@ -40,8 +40,11 @@ class Problem(NamedTuple):
     """``z(q)``, for the given rows (None for all)."""
 
     z: Callable[[Tensor, Tensor | None], Tensor]
-    advance: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]  # Q^T z(q) and ||z(q)||
     slope: Callable[[Tensor, Tensor | None], Tensor]  # dz / d(P q), elementwise
+    advance: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]  # Q^T z(q) and ||z(q)||
+    last: Callable[
+        [Tensor, Tensor], tuple[Tensor, Tensor]
+    ]  # all rows, given q and q' = Q^T z(q): z(q'), residual of z(q)
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,12 +98,12 @@ class LowRank:
             s = solve_diagonal(d, torch.addmm(_of(c, rows), q, P.mT), activation, derives=True).derivative
             return s / (1 - d * s)
 
-        advance = _advance(z, d, P, Q, c, None, entry.number)
+        def f(z: Tensor) -> Tensor:
+            return entry.value(self.of(d, P, Q).apply(z).add_(c))
+
+        problem = Problem(z, slope, *_evaluations(z, f, d, P, Q, c, None, entry.number))
         q = c.new_zeros(c.shape[0], P.shape[1]) if start is None else start @ Q
-        q, iterations = _solve_reduced(Problem(z, advance, slope), P, Q, q, entry.lipschitz, self.tol, self.max_iter)
-        solution = z(q, None)
-        residual = relative_residual(entry.value(self.of(d, P, Q).apply(solution).add_(c)), solution)
-        return Result(solution, residual, iterations)
+        return self._solve(problem, q, entry.lipschitz)
 
     def masked(self, s: Tensor, g: Tensor) -> Result:
         d, P, Q = (part.detach() for part in self.parts)
@@ -109,41 +112,61 @@ class LowRank:
         def u(q: Tensor, rows: Tensor | None) -> Tensor:
             return torch.addmm(_of(g, rows), q, P.mT).mul_(_of(e, rows))
 
+        def f(u: Tensor) -> Tensor:
+            return self.of(d, P, Q).apply(u).add_(g).mul_(s)
+
+        problem = Problem(u, lambda q, rows: _of(e, rows), *_evaluations(u, f, d, P, Q, g, e, 0))
         steepest = float(s.abs().amax()) if s.numel() else 0.0
-        problem = Problem(u, _advance(u, d, P, Q, g, e, 0), lambda q, rows: _of(e, rows))
-        q = g.new_zeros(g.shape[0], P.shape[1])
-        q, iterations = _solve_reduced(problem, P, Q, q, steepest, self.tol, self.max_iter)
-        solution = u(q, None)
-        residual = relative_residual(self.of(d, P, Q).apply(solution).add_(g).mul_(s), solution)
-        return Result(solution, residual, iterations)
+        return self._solve(problem, g.new_zeros(g.shape[0], P.shape[1]), steepest)
+
+    def _solve(self, problem: Problem, q: Tensor, lipschitz: float) -> Result:
+        """The fixed point in R^r: plainly, by Anderson where that is slow, by Newton where neither gets there."""
+        reduced = _Reduced(problem, self.P.detach(), self.Q.detach(), lipschitz, self.tol, q)
+        left = reduced.iterate(min(self.max_iter, GIVE_UP_AFTER))
+        if left.numel() and self.max_iter > GIVE_UP_AFTER:
+            reduced.newton(left)
+        return Result(*problem.last(reduced.q, reduced.following), reduced.iterations)
 
 
 def _of(t: Tensor, rows: Tensor | None) -> Tensor:
     return t if rows is None else t[rows]
 
 
-def _advance(z: Callable, d: Tensor, P: Tensor, Q: Tensor, c: Tensor, e: Tensor | None, activation: int) -> Callable:
-    """``Problem.advance``: fused where the kernels are compiled, so that z is never written."""
+def _evaluations(
+    z: Callable, f: Callable, d: Tensor, P: Tensor, Q: Tensor, c: Tensor, e: Tensor | None, activation: int
+) -> tuple[Callable, Callable]:
+    """``Problem.advance`` and ``Problem.last``: fused where the kernels are compiled, so that only the last z is ever
+    written."""
     if not is_compiled(c):
 
         def advance(q: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
             now = z(q, rows)
             return now @ Q, row_norm(now)
 
-        return advance
+        def last(q: Tensor, following: Tensor) -> tuple[Tensor, Tensor]:
+            now = z(q, None)
+            return z(following, None), relative_residual(f(now), now)
+
+        return advance, last
 
     panels, d, none = (_panels(P), _panels(Q)), d.contiguous(), c.new_empty(0)
-    own, of_rows = (rows_contiguous(c), none if e is None else rows_contiguous(e)), None
+    every = rows_contiguous(c), none if e is None else rows_contiguous(e)
+    own, of_rows = every, None
 
     def advance(q: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
         nonlocal own, of_rows
         if rows is not of_rows:
             own, of_rows = (c[rows], none if e is None else e[rows]), rows
         following, size = torch.empty(q.shape, dtype=q.dtype), torch.empty(q.shape[0], dtype=q.dtype)
-        torch.ops.deq.reduced_.default(*panels, d, *own, rows_contiguous(q), following, size, activation)
+        torch.ops.deq.reduced_.default(*panels, d, *own, rows_contiguous(q), following, size, none, activation)
         return following, size.double()
 
-    return advance
+    def last(q: Tensor, following: Tensor) -> tuple[Tensor, Tensor]:
+        out, residual = torch.empty(c.shape, dtype=c.dtype), torch.empty(c.shape[0], dtype=c.dtype)
+        torch.ops.deq.reduced_.default(*panels, d, *every, rows_contiguous(q), following, residual, out, activation)
+        return out, residual
+
+    return advance, last
 
 
 def _panels(factor: Tensor) -> Tensor:
@@ -156,23 +179,12 @@ def _panels(factor: Tensor) -> Tensor:
     return cache.remembered(factor, "panels", make)
 
 
-def _solve_reduced(
-    problem: Problem, P: Tensor, Q: Tensor, q: Tensor, lipschitz: float, tol: float, max_iter: int
-) -> tuple[Tensor, Tensor]:
-    """The fixed point q of every row and its evaluations: plainly, by Anderson where that is slow, by Newton where
-    neither gets there."""
-    solver = _Reduced(problem, P, Q, lipschitz, tol, q)
-    left = solver.iterate(min(max_iter, GIVE_UP_AFTER))
-    if left.numel() and max_iter > GIVE_UP_AFTER:
-        solver.newton(left)
-    return solver.q, solver.iterations
-
-
 class _Reduced:
-    """q and the evaluations of every row so far."""
+    """q, ``q' = Q^T z(q)`` and the evaluations of every row so far."""
 
     def __init__(self, problem: Problem, P: Tensor, Q: Tensor, lipschitz: float, tol: float, q: Tensor):
-        self.problem, self.P, self.Q, self.tol, self.q = problem, P, Q, tol, q
+        self.problem, self.P, self.Q, self.tol = problem, P, Q, tol
+        self.q, self.following = q, torch.zeros_like(q)
         gram = (lipschitz * P).mT @ (lipschitz * P)
         # The rounding of the Gram matrix must not hide a step in a weak direction of P.
         slack = 4 * torch.finfo(P.dtype).eps * gram.diagonal().sum()
@@ -186,8 +198,7 @@ class _Reduced:
         return torch.where(step > 0, step / (size - step).clamp(min=0), step).nan_to_num(nan=torch.inf)
 
     def iterate(self, limit: int) -> Tensor:
-        """Rows that did not converge within ``limit`` evaluations. A row that did is one evaluation past the point
-        judged, like an iterate of the original equation."""
+        """Rows that did not converge within ``limit`` evaluations."""
         q, rows = self.q, torch.arange(self.q.shape[0], device=self.q.device)
         own = None  # the rows that the problem is asked about: None for all
         live = torch.ones_like(rows, dtype=torch.bool)
@@ -202,7 +213,8 @@ class _Reduced:
             self.iterations[rows] += live
             done = live & ((r <= MARGIN * self.tol) | ((r <= self.tol) & (r > GAIN * before[0])))
             lost = live & ~torch.isfinite(r)
-            self.q[rows[done]] = following[done]
+            settled = rows[done]
+            self.q[settled], self.following[settled] = q[done], following[done]
             slow = slow | (torch.minimum(r / before[0], before[0] / before[1]) > SLOW)
             before = torch.stack((r, before[0]))
             live = live & ~done & ~lost
@@ -217,8 +229,10 @@ class _Reduced:
                 if history is not None:
                     history.keep(live)
                 live, own = live[live], rows
-        self.q[rows] = torch.where(live.unsqueeze(-1), q, self.q[rows])
-        return torch.cat((*failed, rows[live]))
+        left = rows[live]
+        if left.numel():
+            self.q[left], self.following[left] = q[live], self.problem.advance(q[live], left)[0]
+        return torch.cat((*failed, left))
 
     def newton(self, rows: Tensor) -> None:
         """Semismooth Newton on ``F(q) = q - Q^T z(q)`` with a line search on ``||F||``, an r x r system a row."""
@@ -241,7 +255,7 @@ class _Reduced:
                 if not bool(worse.any()):
                     break
                 t = torch.where(worse.unsqueeze(-1), 0.5 * t, t)
-            self.q[rows] = trial
+            self.q[rows], self.following[rows] = q, following
             rows, q = rows[on], trial[on]
 
     def _coupling(self, e: Tensor) -> Tensor:

@@ -192,7 +192,7 @@ def _needed(gradients: tuple, needs: tuple[bool, ...]) -> tuple:
 
 
 def _solve_masked(masked: Callable[[Tensor], Result], g: Tensor, plan: Plan, on_failure: str) -> Tensor:
-    """u of every row of g: NaN where g is not finite (a loss scaler looks for it). Residuals beyond tol are reported."""
+    """u of every row of g, NaN where g is not finite (a loss scaler looks for it). Reports residuals beyond tol."""
     finite = None
     if not is_finite(g):
         finite = torch.isfinite(g).all(-1, keepdim=True)

@@ -103,7 +103,7 @@ def arguments(op: str, dtype=torch.float32, stacked: bool = True) -> list:
         "derivative_": [W, c, d, out, relu],
         "fingerprint": [W, torch.zeros(2, dtype=torch.int64)],
         "pack_triangle_": [W[0], *triangle, 0, 0],
-        "reduced_": [*factors, triangle[1], c[0], none, q, q.clone(), residual, relu],
+        "reduced_": [*factors, triangle[1], c[0], none, q, q.clone(), residual, out[0], relu],
         "substitute_": [*triangle, c[0], none, out[0], none, residual, relu, 0],
     }[op]
     return call if stacked else [a[0] if isinstance(a, torch.Tensor) and a.dim() > 1 else a for a in call]
@@ -147,7 +147,7 @@ def test_every_operator_has_a_schema_that_names_what_it_writes():
         "fingerprint": ["out"],
         "pack_triangle_": ["packed", "diagonal"],
         "substitute_": ["z", "derivative", "residual"],
-        "reduced_": ["following", "size"],
+        "reduced_": ["following", "size", "z"],
     }
     assert set(written) == set(_library.OPERATORS)
     for op, names in written.items():
@@ -206,6 +206,7 @@ WRONG_TENSORS = {
     "Q of another width": ("reduced_", 1, torch.zeros(2, 2, 8), r"Q must have shape \(1, 2, 8\); got \(2, 2, 8\)"),
     "q of another batch": ("reduced_", 5, torch.zeros(B + 1, 2), r"q must have shape \(3, 2\); got \(4, 2\)"),
     "following with one row": ("reduced_", 6, torch.zeros(1, 2).expand(B, 2), "following must .* not overlap"),
+    "z of another width": ("reduced_", 8, torch.zeros(B, 4), r"z must have shape \(3, 5\); got \(3, 4\)"),
     "size too precise": ("reduced_", 7, torch.zeros(B).double(), "size must be float32; got float64"),
     "W has four dimensions": ("fingerprint", 0, torch.zeros(1, 1, 2, 2), r"W must be \(rows, columns\) or"),
     "fingerprint too long": ("fingerprint", 1, torch.zeros(3).long(), r"out must have shape \(2\); got \(3\)"),
@@ -229,7 +230,7 @@ WRONG_NUMBERS = {
     ),
     "substitution with an unknown activation": ("substitute_", 7, 99, "substitute_: an argument is out of range"),
     "substitution that is half reversed": ("substitute_", 8, 2, "reversed must lie in 0..1; got 2"),
-    "reduction with an unknown activation": ("reduced_", 8, 99, "reduced_: an argument is out of range"),
+    "reduction with an unknown activation": ("reduced_", 9, 99, "reduced_: an argument is out of range"),
     "derivative of an unknown activation": ("derivative_", 4, 99, "derivative_: an argument is out of range"),
 }
 

@@ -101,6 +101,13 @@ T to_unit(T magnitude) {
   return static_cast<T>(std::ldexp(1.0, std::clamp(-std::ilogb(magnitude), -kLimit, kLimit)));
 }
 
+// ||f(z) - z|| / ||f(z)|| from squares, infinity if they left the range.
+template <class T>
+T residual(double step2, double size2) {
+  if (!(step2 < INFINITY) || !(size2 < INFINITY)) return std::numeric_limits<T>::infinity();
+  return static_cast<T>(step2 > 0 ? std::sqrt(step2 / size2) : 0.0);
+}
+
 template <class T>
 T* row(const DeqView& view, int64_t b) {
   return static_cast<T*>(view.data) + b * view.stride[1];
@@ -134,11 +141,6 @@ class Substitution {
   bool is_rescaled() const { return p_.mask.data || is_homogeneous(p_.activation); }
 
   static bool in_range(double sum) { return sizeof(T) == 4 ? sum > 1e-20 && sum < 1e30 : sum > 1e-120 && sum < 1e120; }
-
-  static T residual(double step2, double size2) {
-    if (!(step2 < INFINITY) || !(size2 < INFINITY)) return std::numeric_limits<T>::infinity();
-    return static_cast<T>(step2 > 0 ? std::sqrt(step2 / size2) : 0.0);
-  }
 
   void solve_tile(int64_t first, int n, int samples) {
     const int64_t rows = triangle_panels(m_) * kPanel, per_part = rows * samples;
@@ -189,7 +191,7 @@ class Substitution {
     alignas(64) T end[kMaxSamples];
     k_.scale(x, reach, m_, samples, end);
     for (int b = 0; b < n; ++b) {
-      T r = residual(sums[b], sums[samples + b]);
+      T r = residual<T>(sums[b], sums[samples + b]);
       if (!std::isfinite(end[b])) {
         r = std::numeric_limits<T>::infinity();
         hold_in_range(x + b, samples);
@@ -240,7 +242,7 @@ class Substitution {
       solve.unit = to_unit(reach);
       k_.diagonal(solve, &step2, &size2);
     }
-    r = residual(step2, size2);
+    r = residual<T>(step2, size2);
     if (!k.copy_out(z, T(1), m_, out)) {
       hold_in_range(out, 1);
       r = std::numeric_limits<T>::infinity();
@@ -270,28 +272,53 @@ int32_t reduced(const DeqReduced& p) {
   for (int64_t i = 0; i < tiles; ++i) {
     const int64_t first = i * samples;
     const int n = static_cast<int>(std::min(samples, p.batch - first));
-    Memory memory((2 * kBlock + 2 * padded_rank) * samples * static_cast<int64_t>(sizeof(T)));
+    Memory memory((3 * kBlock + 2 * padded_rank) * samples * static_cast<int64_t>(sizeof(T)));
     T* x = static_cast<T*>(memory.get());
     if (!x) {
       error = DEQ_NO_MEMORY;
       continue;
     }
-    alignas(64) T size[kMaxSamples] = {};
-    T *mask = x + kBlock * samples, *q = mask + kBlock * samples, *following = q + padded_rank * samples;
+    alignas(64) T sums[2 * kMaxSamples] = {};
+    T *mask = x + kBlock * samples, *out = mask + kBlock * samples, *q = out + kBlock * samples,
+      *following = q + padded_rank * samples;
+    const bool is_last = p.out.data;
     k.load(row<T>(p.q, first), p.q.stride[1], n, p.rank, false, static_cast<int>(samples), q, nullptr);
-    std::fill(following, following + padded_rank * samples, T(0));
+    if (is_last)
+      k.load(row<T>(p.following, first), p.following.stride[1], n, p.rank, false, static_cast<int>(samples), following, nullptr);
+    else
+      std::fill(following, following + padded_rank * samples, T(0));
     for (int64_t j = 0; j < p.width; j += kBlock) {
       const int64_t outputs = std::min(kBlock, p.width - j);
       k.load(row<T>(p.injection, first) + j, p.injection.stride[1], n, outputs, false, static_cast<int>(samples), x, nullptr);
       if (p.mask.data)
         k.load(row<T>(p.mask, first) + j, p.mask.stride[1], n, outputs, false, static_cast<int>(samples), mask, nullptr);
-      k.reduce(Reduced<T>{x, p.mask.data ? mask : nullptr, q, following, size, static_cast<const T*>(p.P) + j * p.rank,
-                          static_cast<const T*>(p.Q) + j * p.rank,
-                          Scalars<T>{scalars.d + j, scalars.inverse + j, scalars.other + j}, outputs, p.rank,
-                          static_cast<int>(samples), p.activation});
+      const Reduced<T> block{x,
+                             p.mask.data ? mask : nullptr,
+                             q,
+                             following,
+                             sums,
+                             static_cast<const T*>(p.P) + j * p.rank,
+                             static_cast<const T*>(p.Q) + j * p.rank,
+                             Scalars<T>{scalars.d + j, scalars.inverse + j, scalars.other + j},
+                             outputs,
+                             p.rank,
+                             static_cast<int>(samples),
+                             p.activation};
+      if (!is_last) {
+        k.reduce(block);
+        continue;
+      }
+      std::copy(x, x + triangle_panels(outputs) * kPanel * samples, out);
+      k.last(Last<T>{block, out, sums});
+      k.store(out, n, outputs, false, static_cast<int>(samples), row<T>(p.out, first) + j, p.out.stride[1]);
+    }
+    T* size = static_cast<T*>(p.size) + first;
+    if (is_last) {
+      for (int b = 0; b < n; ++b) size[b] = residual<T>(sums[b], sums[samples + b]);
+      continue;
     }
     k.store(following, n, p.rank, false, static_cast<int>(samples), row<T>(p.following, first), p.following.stride[1]);
-    for (int b = 0; b < n; ++b) static_cast<T*>(p.size)[first + b] = std::sqrt(size[b]);
+    for (int b = 0; b < n; ++b) size[b] = std::sqrt(sums[b]);
   }
   return error;
 }

@@ -63,6 +63,15 @@ struct Reduced {
   int32_t activation;
 };
 
+// The last evaluation of such a block: z(q) is judged by f(z(q)) = act(d z + P q' + x), with q' = Q^T z(q), and z(q') is
+// returned.
+template <class T>
+struct Last {
+  Reduced<T> at;  // following holds q'; size and Q are not used
+  T* out;         // injection again, z(q') out
+  T* sums;        // 2 rows of samples, receive += |f(z) - z|^2 and |f(z)|^2
+};
+
 template <class T>
 struct TriangularKernels {
   int lanes;    // elements a vector
@@ -81,6 +90,7 @@ struct TriangularKernels {
   // Returns |f(z) - z|^2 and |f(z)|^2 in units of `unit`.
   void (*diagonal)(const Row<T>&, double* step2, double* size2);
   void (*reduce)(const Reduced<T>&);
+  void (*last)(const Last<T>&);
 };
 
 template <class T>

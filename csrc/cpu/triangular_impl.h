@@ -332,26 +332,31 @@ DEQ_INLINE void reduce_with(const deq::Reduced<T>& t, Solve solve) {
     const int count = t.outputs - j0 < kPanel ? static_cast<int>(t.outputs - j0) : static_cast<int>(kPanel);
     add_product<T, NV>(t.x + j0 * N, t.P + j0 * t.rank, t.q, t.rank);
     const T* w = t.Q + j0 * t.rank;
+    V z[NV][kPanel];
+#pragma GCC unroll 2
     for (int v = 0; v < NV; ++v) {
-      V z[kPanel], size2 = M::load(t.size + v * L);
+      V size2 = M::load(t.size + v * L);
 #pragma GCC unroll 16
       for (int l = 0; l < kPanel; ++l) {
-        z[l] = V{};
+        z[v][l] = V{};
         if (l >= count) continue;
-        z[l] = solve(j0 + l, (j0 + l) * N + v * L, M::load(t.x + (j0 + l) * N + v * L));
-        size2 += z[l] * z[l];
+        z[v][l] = solve(j0 + l, (j0 + l) * N + v * L, M::load(t.x + (j0 + l) * N + v * L));
+        size2 += z[v][l] * z[v][l];
       }
       M::store(t.size + v * L, size2);
-      for (int64_t k = 0; k < t.rank; ++k) {
-        T* out = t.following + k * N + v * L;
-        V even = M::load(out), odd{};
+    }
+    for (int64_t k = 0; k < t.rank; ++k, w += kPanel) {
+      V sum[NV];
+#pragma GCC unroll 2
+      for (int v = 0; v < NV; ++v) sum[v] = M::load(t.following + k * N + v * L);
 #pragma GCC unroll 16
-        for (int l = 0; l < kPanel; l += 2) {
-          even += (w[k * kPanel + l] - V{}) * z[l];
-          odd += (w[k * kPanel + l + 1] - V{}) * z[l + 1];
-        }
-        M::store(out, even + odd);
+      for (int l = 0; l < kPanel; ++l) {
+        const V a = w[l] - V{};
+#pragma GCC unroll 2
+        for (int v = 0; v < NV; ++v) sum[v] += a * z[v][l];
       }
+#pragma GCC unroll 2
+      for (int v = 0; v < NV; ++v) M::store(t.following + k * N + v * L, sum[v]);
     }
   }
 }
@@ -381,6 +386,67 @@ void reduce(const deq::Reduced<T>& t) {
   reduce_tile<T, kTileVectors<T>>(t);
 }
 
+// `solve(j, at, x, next, f, out)` returns z of output j from x, and from the sum `next` at q' sets f(z) and z(q').
+template <class T, int NV, class Solve>
+DEQ_INLINE void last_with(const deq::Last<T>& last, Solve solve) {
+  using M = VecMath<T>;
+  using V = typename M::V;
+  const deq::Reduced<T>& t = last.at;
+  constexpr int L = kLanes<T>, N = NV * L;
+  for (int64_t j0 = 0; j0 < t.outputs; j0 += kPanel) {
+    const int64_t count = t.outputs - j0 < kPanel ? t.outputs - j0 : kPanel;
+    add_product<T, NV>(t.x + j0 * N, t.P + j0 * t.rank, t.q, t.rank);
+    add_product<T, NV>(last.out + j0 * N, t.P + j0 * t.rank, t.following, t.rank);
+    for (int v = 0; v < NV; ++v) {
+      V step2 = M::load(last.sums + v * L), size2 = M::load(last.sums + N + v * L);
+      for (int64_t j = j0; j < j0 + count; ++j) {
+        const int64_t at = j * N + v * L;
+        V f, out;
+        const V z = solve(j, at, M::load(t.x + at), M::load(last.out + at), &f, &out);
+        M::store(last.out + at, out);
+        step2 += (f - z) * (f - z);
+        size2 += f * f;
+      }
+      M::store(last.sums + v * L, step2);
+      M::store(last.sums + N + v * L, size2);
+    }
+  }
+}
+
+template <class T, int NV, class Act>
+__attribute__((noinline)) void last_activation(const deq::Last<T>& last) {
+  using V = typename Simd<T>::V;
+  last_with<T, NV>(last, [&](int64_t j, int64_t, V x, V next, V* f, V* out) {
+    const deq::Scalars<T>& s = last.at.scalars;
+    const V d = s.d[j] - V{}, inverse = s.inverse[j] - V{}, other = s.other[j] - V{};
+    V pre;
+    const V z = root<T, Act>(x, d, inverse, other, &pre);
+    *f = Act::value(d * z + next);
+    *out = root<T, Act>(next, d, inverse, other, &pre);
+    return z;
+  });
+}
+
+template <class T, int NV>
+void last_tile(const deq::Last<T>& last) {
+  using M = VecMath<T>;
+  using V = typename M::V;
+  const deq::Reduced<T>& t = last.at;
+  if (!t.mask) return with_activation<T>(t.activation, [&](auto act) { last_activation<T, NV, decltype(act)>(last); });
+  last_with<T, NV>(last, [&](int64_t j, int64_t at, V x, V next, V* f, V* out) {
+    const V e = M::load(t.mask + at), d = t.scalars.d[j] - V{}, z = e * x;
+    *f = e / (M::set(1.0) + d * e) * (d * z + next);  // e = s / (1 - d s)
+    *out = e * next;
+    return z;
+  });
+}
+
+template <class T>
+void last(const deq::Last<T>& t) {
+  if (t.at.samples == kLanes<T>) return last_tile<T, 1>(t);
+  last_tile<T, kTileVectors<T>>(t);
+}
+
 template <class T>
 const deq::TriangularKernels<T>* triangular_table() {
   static constexpr deq::TriangularKernels<T> kTable = {
@@ -393,6 +459,7 @@ const deq::TriangularKernels<T>* triangular_table() {
       .scale = scale_tile<T>,
       .diagonal = diagonal<T>,
       .reduce = reduce<T>,
+      .last = last<T>,
   };
   return &kTable;
 }
