@@ -45,6 +45,19 @@ struct DeqReduced {
 
 DEQ_API int32_t deq_cpu_reduced(const struct DeqReduced* problem);
 
+// The plain iteration q <- Q^T z(q) of every sample from its q, in place, until the bound r of its residual is at most `leave`,
+// or at most `tol` and falling slowly; a sample that gains less than a factor of `slow` twice, or is not finite, is left where it
+// is. Afterwards `following` holds Q^T z(q) and `size` holds r.
+struct DeqReducedIteration {
+  struct DeqReduced problem;
+  const double* gram;  // (r, r): |f(z(q)) - z(q)|^2 is at most d^T gram d with d = Q^T z(q) - q
+  double tol, leave, slow;
+  int32_t max_iter;
+  int32_t* iterations;  // (B,)
+};
+
+DEQ_API int32_t deq_cpu_reduced_iterate(const struct DeqReducedIteration* iteration);
+
 // packed <- the lower triangle of (m, m) `matrix` (without its diagonal if strict), panels of 8 outputs; with `reversed` that of
 // the transpose with rows and columns counted from the end. `diagonal` receives its m diagonal elements in that order.
 DEQ_API int64_t deq_cpu_triangle_elements(int64_t width);

@@ -41,6 +41,9 @@ class Problem(NamedTuple):
 
     z: Callable[[Tensor, Tensor | None], Tensor]
     slope: Callable[[Tensor, Tensor | None], Tensor]  # dz / d(P q), elementwise
+    start: (
+        Callable[["_Reduced", int], Tensor] | None
+    )  # iterates all rows plainly while they contract well; None: no kernel
     advance: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]  # Q^T z(q) and ||z(q)||
     last: Callable[
         [Tensor, Tensor], tuple[Tensor, Tensor]
@@ -134,9 +137,9 @@ def _of(t: Tensor, rows: Tensor | None) -> Tensor:
 
 def _evaluations(
     z: Callable, f: Callable, d: Tensor, P: Tensor, Q: Tensor, c: Tensor, e: Tensor | None, activation: int
-) -> tuple[Callable, Callable]:
-    """``Problem.advance`` and ``Problem.last``: fused where the kernels are compiled, so that only the last z is ever
-    written."""
+) -> tuple[Callable | None, Callable, Callable]:
+    """``start``, ``advance`` and ``last`` of the Problem: fused where the kernels are compiled, so that only the last z
+    is ever written."""
     if not is_compiled(c):
 
         def advance(q: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -147,7 +150,7 @@ def _evaluations(
             now = z(q, None)
             return z(following, None), relative_residual(f(now), now)
 
-        return advance, last
+        return None, advance, last
 
     panels, d, none = (_panels(P), _panels(Q)), d.contiguous(), c.new_empty(0)
     every = rows_contiguous(c), none if e is None else rows_contiguous(e)
@@ -166,7 +169,26 @@ def _evaluations(
         torch.ops.deq.reduced_.default(*panels, d, *every, rows_contiguous(q), following, residual, out, activation)
         return out, residual
 
-    return advance, last
+    def start(reduced: "_Reduced", limit: int) -> Tensor:
+        residual = torch.empty(c.shape[0], dtype=c.dtype)
+        torch.ops.deq.reduced_iterate_.default(
+            *panels,
+            d,
+            *every,
+            reduced.gram,
+            reduced.q,
+            reduced.following,
+            residual,
+            reduced.iterations,
+            activation,
+            reduced.tol,
+            MARGIN * reduced.tol,
+            SLOW,
+            limit,
+        )
+        return residual
+
+    return start, advance, last
 
 
 def _panels(factor: Tensor) -> Tensor:
@@ -184,7 +206,7 @@ class _Reduced:
 
     def __init__(self, problem: Problem, P: Tensor, Q: Tensor, lipschitz: float, tol: float, q: Tensor):
         self.problem, self.P, self.Q, self.tol = problem, P, Q, tol
-        self.q, self.following = q, torch.zeros_like(q)
+        self.q, self.following = q.contiguous(), torch.zeros(q.shape, dtype=q.dtype, device=q.device)
         gram = (lipschitz * P).mT @ (lipschitz * P)
         # The rounding of the Gram matrix must not hide a step in a weak direction of P.
         slack = 4 * torch.finfo(P.dtype).eps * gram.diagonal().sum()
@@ -201,6 +223,13 @@ class _Reduced:
         """Rows that did not converge within ``limit`` evaluations."""
         q, rows = self.q, torch.arange(self.q.shape[0], device=self.q.device)
         own = None  # the rows that the problem is asked about: None for all
+        if self.problem.start is not None:
+            left = ~(self.problem.start(self, limit) <= self.tol)
+            if not bool(left.any()):
+                return rows[:0]
+            rows = own = rows[left]
+            q, limit = self.following[left], limit - int(self.iterations[left].min())
+            q = torch.where(torch.isfinite(q), q, 0.0)
         live = torch.ones_like(rows, dtype=torch.bool)
         slow = torch.zeros_like(live)
         before = torch.full((2, q.shape[0]), torch.inf, dtype=torch.float64, device=q.device)

@@ -95,7 +95,7 @@ def arguments(op: str, dtype=torch.float32, stacked: bool = True) -> list:
     out = torch.empty(S, B, m, dtype=dtype)
     relu = activations.get_activation("relu").number
     triangle = torch.zeros(64, dtype=dtype), torch.zeros(m, dtype=dtype)  # one panel, the diagonal
-    factors, q = (torch.zeros(1, 2, 8, dtype=dtype) for _ in range(2)), torch.zeros(B, 2, dtype=dtype)
+    factors, q = [torch.zeros(1, 2, 8, dtype=dtype) for _ in range(2)], torch.zeros(B, 2, dtype=dtype)
     residual, none = torch.empty(B, dtype=dtype), torch.empty(0, dtype=dtype)
     call = {
         "solve_": [W, c, c[..., :0], out, *outcome(S, B, dtype), relu, *RUN],
@@ -104,6 +104,22 @@ def arguments(op: str, dtype=torch.float32, stacked: bool = True) -> list:
         "fingerprint": [W, torch.zeros(2, dtype=torch.int64)],
         "pack_triangle_": [W[0], *triangle, 0, 0],
         "reduced_": [*factors, triangle[1], c[0], none, q, q.clone(), residual, out[0], relu],
+        "reduced_iterate_": [
+            *factors,
+            triangle[1],
+            c[0],
+            none,
+            torch.eye(2).double(),
+            q,
+            q.clone(),
+            residual,
+            torch.zeros(B).int(),
+            relu,
+            1e-5,
+            1e-6,
+            0.5,
+            10,
+        ],
         "substitute_": [*triangle, c[0], none, out[0], none, residual, relu, 0],
     }[op]
     return call if stacked else [a[0] if isinstance(a, torch.Tensor) and a.dim() > 1 else a for a in call]
@@ -123,7 +139,7 @@ def test_opcheck(op, dtype):
 
 @needs_library
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("op", ["pack_triangle_", "substitute_", "reduced_"])
+@pytest.mark.parametrize("op", ["pack_triangle_", "substitute_", "reduced_", "reduced_iterate_"])
 def test_opcheck_of_one_weight(op, dtype):
     torch.library.opcheck(operator(op), tuple(arguments(op, dtype)))
 
@@ -148,6 +164,7 @@ def test_every_operator_has_a_schema_that_names_what_it_writes():
         "pack_triangle_": ["packed", "diagonal"],
         "substitute_": ["z", "derivative", "residual"],
         "reduced_": ["following", "size", "z"],
+        "reduced_iterate_": ["q", "following", "residual", "iterations"],
     }
     assert set(written) == set(_library.OPERATORS)
     for op, names in written.items():
@@ -207,6 +224,14 @@ WRONG_TENSORS = {
     "q of another batch": ("reduced_", 5, torch.zeros(B + 1, 2), r"q must have shape \(3, 2\); got \(4, 2\)"),
     "following with one row": ("reduced_", 6, torch.zeros(1, 2).expand(B, 2), "following must .* not overlap"),
     "z of another width": ("reduced_", 8, torch.zeros(B, 4), r"z must have shape \(3, 5\); got \(3, 4\)"),
+    "gram of another rank": ("reduced_iterate_", 5, torch.zeros(3, 3).double(), r"gram must have shape \(2, 2\)"),
+    "gram in single precision": ("reduced_iterate_", 5, torch.zeros(2, 2), "gram must be float64; got float32"),
+    "iterations of a reduction too long": (
+        "reduced_iterate_",
+        9,
+        torch.zeros(4).int(),
+        r"iterations must have shape \(3\)",
+    ),
     "size too precise": ("reduced_", 7, torch.zeros(B).double(), "size must be float32; got float64"),
     "W has four dimensions": ("fingerprint", 0, torch.zeros(1, 1, 2, 2), r"W must be \(rows, columns\) or"),
     "fingerprint too long": ("fingerprint", 1, torch.zeros(3).long(), r"out must have shape \(2\); got \(3\)"),
@@ -230,6 +255,8 @@ WRONG_NUMBERS = {
     ),
     "substitution with an unknown activation": ("substitute_", 7, 99, "substitute_: an argument is out of range"),
     "substitution that is half reversed": ("substitute_", 8, 2, "reversed must lie in 0..1; got 2"),
+    "reduction of no steps": ("reduced_iterate_", 14, 0, "max_iter must lie in 1"),
+    "reduction to a negative tolerance": ("reduced_iterate_", 11, -1.0, "tol must not be negative or NaN"),
     "reduction with an unknown activation": ("reduced_", 9, 99, "reduced_: an argument is out of range"),
     "derivative of an unknown activation": ("derivative_", 4, 99, "derivative_: an argument is out of range"),
 }
