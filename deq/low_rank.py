@@ -61,6 +61,7 @@ class LowRank:
     max_iter: int
 
     name: ClassVar[str] = "reduced to R^r"
+    refuses_samples: ClassVar[bool] = False
 
     @property
     def what(self) -> str:

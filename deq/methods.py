@@ -10,9 +10,12 @@ in float32 or float64:
 ``apply(z)``                        ``W z`` of every row, differentiable in z and the parts
 ``outer(u, z)``                     the gradient of ``<u, W z>`` in every part
 ``T``                               the method of W^T
+``refuses_samples``                 the compiled kernels give samples that are not finite a residual of NaN, and are
+                                    right at any scale of a sample
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -74,6 +77,7 @@ class Linear:
     tol: float = 0.0
 
     name: ClassVar[str] = "direct"
+    refuses_samples: ClassVar[bool] = False
 
     @property
     def what(self) -> str:
@@ -138,6 +142,8 @@ class Linear:
 class _Packed(NamedTuple):
     panels: Tensor
     diagonal: Tensor
+    least: float  # element of the diagonal
+    most: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,6 +155,7 @@ class Triangular:
     is_transposed: bool = False
 
     name: ClassVar[str] = "substitution"
+    refuses_samples: ClassVar[bool] = True
     what: ClassVar[str] = (
         "substitution: output i of a lower triangular W needs only the outputs before it and one scalar root"
     )
@@ -158,7 +165,7 @@ class Triangular:
         return (self.W,)
 
     def of(self, W: Tensor) -> "Triangular":
-        return Triangular(W, self.strict, self.is_transposed)
+        return self if W is self.W else Triangular(W, self.strict, self.is_transposed)
 
     @property
     def T(self) -> "Triangular":
@@ -178,10 +185,11 @@ class Triangular:
     def why_not(self, activation: str) -> str | None:
         if self.strict:
             return None
-        d = self.W.detach().diagonal()
-        least, most = (float(bound) for bound in torch.aminmax(d))
-        if not (least > -torch.inf and most < torch.inf):
+        if is_compiled(self.W) and self.W.dtype in (torch.float32, torch.float64):
+            least, most = self._packed.least, self._packed.most
+        else:
             refuse_non_finite("W", self._lower)
+            least, most = (float(bound) for bound in torch.aminmax(self.W.detach().diagonal()))
         return why_not_unique("the diagonal of W", activation, least, most)
 
     def solve(self, c: Tensor, activation: str, start: Tensor | None = None) -> Result:
@@ -205,8 +213,12 @@ class Triangular:
         return self._run(g, z, ACTIVATIONS[activation].number)
 
     def _run(self, c: Tensor, mask: Tensor | None, activation: int, derives: bool = False) -> Result:
-        packed = cache.remembered(self.W, ("triangle", self.strict, self.is_transposed), self._pack)
+        packed = self._packed
         return _substitute(packed.panels, packed.diagonal, c, mask, activation, derives, self.is_transposed)
+
+    @cached_property
+    def _packed(self) -> _Packed:
+        return cache.remembered(self.W, ("triangle", self.strict, self.is_transposed), self._pack)
 
     def _pack(self) -> _Packed:
         m = self.W.shape[0]
@@ -217,7 +229,8 @@ class Triangular:
         )
         if not is_finite(panels):
             refuse_non_finite("W", self._lower)
-        return _Packed(panels, diagonal)
+        least, most = (float(bound) for bound in torch.aminmax(diagonal))
+        return _Packed(panels, diagonal, least, most)
 
 
 @dataclass(frozen=True, eq=False)
@@ -227,6 +240,7 @@ class Diagonal:
     d: Tensor
 
     name: ClassVar[str] = "closed form"
+    refuses_samples: ClassVar[bool] = True
     what: ClassVar[str] = "closed form: a diagonal W leaves one scalar equation an element"
 
     @property

@@ -85,7 +85,8 @@ def solve(
     if solver in ("auto", "direct") and backward == "implicit":
         solution = structured.solve(W, c, z0, activation, plan, on_failure, forced=solver == "direct")
         if solution is not None:
-            report_failures(solution, on_failure, plan.tol, "deq.solve")
+            if solver == "direct":  # otherwise every sample has converged
+                report_failures(solution, on_failure, plan.tol, "deq.solve")
             return solution
     W = W.dense() if isinstance(W, Structure) else W
     shape, samples = c.shape, c.shape[:-1]

@@ -13,6 +13,7 @@ structure's own tensors is the one of ``<u, W z>``: nothing of size m x m for a 
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from torch import Tensor
 from . import weights
 from .activations import ACTIVATIONS
 from .low_rank import LowRank
-from .methods import Diagonal, Linear, Result, Triangular, is_finite
+from .methods import Diagonal, Linear, Result, Triangular, is_compiled, is_finite
 from .plan import Plan
 from .solution import Solution, Status, report_failures
 
@@ -61,28 +62,66 @@ def solve(
     batch = W.shape[:1] if isinstance(W, Tensor) and W.dim() == 3 else ()
     flat = (*batch, math.prod(c.shape[len(batch) : -1]), c.shape[-1])
     start = None if z0 is None else z0.detach().reshape(flat).to(precision)
-    if not is_finite(c):
-        _refuse_non_finite_samples(c)
-    plan = replace(plan, map=method.name, acceleration="none", why=(method.what, *plan.why))
-    with torch.autocast(c.device.type, enabled=False):
-        parts = (part.to(precision) for part in method.parts)
-        wide = c.reshape(flat).to(precision)
-        z, residual, iterations = _Direct.apply(method, activation, plan, on_failure, start, wide, *parts)
-    largest = torch.finfo(c.dtype).max
-    in_range = bool((residual < torch.inf).all())
+    plan = _plan_of(plan, method.name, method.what)
+    if torch.is_autocast_enabled(c.device.type):
+        with torch.autocast(c.device.type, enabled=False):
+            z, residual, iterations = _run(method, activation, plan, on_failure, start, c.reshape(flat).to(precision))
+    else:
+        z, residual, iterations = _run(method, activation, plan, on_failure, start, c.reshape(flat).to(precision))
     converged = residual <= plan.tol
     if c.dtype != precision:
+        largest = torch.finfo(c.dtype).max
         converged = converged & (z.detach().abs().amax(-1) <= largest)
         z = z.clamp(-largest, largest).to(c.dtype)
-    if not forced and not bool(converged.all()):
-        return None
-    status = torch.where(converged, int(Status.CONVERGED), int(Status.STALLED)).to(torch.uint8)
-    if not in_range:
-        status = torch.where(residual < torch.inf, status, int(Status.DIVERGED)).to(torch.uint8)
-    samples = c.shape[:-1]
-    return Solution(
-        z.reshape(c.shape), iterations.reshape(samples), residual.reshape(samples), status.reshape(samples), plan
-    )
+    if bool(converged.all()):
+        status = torch.zeros(residual.shape, dtype=torch.uint8, device=c.device)
+    else:
+        if not is_finite(c):
+            _refuse_non_finite_samples(c)
+        if not forced:
+            return None
+        if not is_finite(z):  # a singular system: its only iterate is f(0)
+            z = torch.where(torch.isfinite(z).all(-1, keepdim=True), z, ACTIVATIONS[activation].value(c.reshape(flat)))
+        status = torch.where(residual < torch.inf, int(Status.STALLED), int(Status.DIVERGED))
+        status = torch.where(converged, int(Status.CONVERGED), status).to(torch.uint8)
+    if c.shape != z.shape:
+        samples = c.shape[:-1]
+        z, iterations = z.reshape(c.shape), iterations.reshape(samples)
+        residual, status = residual.reshape(samples), status.reshape(samples)
+    return Solution(z, iterations, residual, status, plan)
+
+
+@lru_cache(maxsize=64)
+def _plan_of(plan: Plan, name: str, what: str) -> Plan:
+    return replace(plan, map=name, acceleration="none", why=(what, *plan.why))
+
+
+def _run(method: Method, activation: str, plan: Plan, on_failure: str, start: Tensor | None, c: Tensor) -> tuple:
+    """z, residual and iterations of canonical rows, in the precision of the plan."""
+    if not (is_compiled(c) and method.refuses_samples) and not is_finite(c):
+        return torch.full_like(c, torch.nan), c.new_full(c.shape[:-1], torch.nan), None  # and the caller says which
+    parts = tuple(part.to(c.dtype) for part in method.parts)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (c, *parts)):
+        return _Direct.apply(method, activation, plan, on_failure, start, c, *parts)
+    result = _forward(method.of(*parts), c, activation, start)
+    return result.z, result.residual, _counts(result, c)
+
+
+def _forward(method: Method, c: Tensor, activation: str, start: Tensor | None) -> Result:
+    """``method.solve`` with the rows near 1 where a factor changes nothing else."""
+    scale = None
+    if not method.refuses_samples and ACTIVATIONS[activation].homogeneous:
+        scale = _far_from_one(c)
+    if scale is None:
+        return method.solve(c, activation, start)
+    result = method.solve(c * scale, activation, None if start is None else start * scale)
+    return result._replace(z=result.z / scale)
+
+
+def _counts(result: Result, c: Tensor) -> Tensor:
+    if isinstance(result.iterations, Tensor):
+        return result.iterations
+    return torch.full(c.shape[:-1], result.iterations, dtype=torch.int32, device=c.device)
 
 
 def _choose(
@@ -126,18 +165,9 @@ class _Direct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, method, activation, plan, on_failure, start, c, *parts):
+        result = _forward(method.of(*parts), c, activation, start)
+        z, iterations = result.z, _counts(result, c)
         entry = ACTIVATIONS[activation]
-        scale = _far_from_one(c) if entry.homogeneous else None
-        if scale is None:
-            result = method.of(*parts).solve(c, activation, start)
-        else:
-            start = None if start is None else start * scale
-            result = method.of(*parts).solve(c * scale, activation, start)
-            result = result._replace(z=result.z / scale)
-        z = result.z
-        if not is_finite(z):  # a singular system: its only iterate is f(0)
-            z = torch.where(torch.isfinite(z).all(-1, keepdim=True), z, entry.value(c))
-        iterations = torch.as_tensor(result.iterations, dtype=torch.int32, device=c.device).expand(c.shape[:-1])
         keep = (None, None) if entry.derivative_of_value else (c, result.derivative)
         ctx.save_for_backward(z, *keep, *parts)
         ctx.mark_non_differentiable(result.residual, iterations)
@@ -157,7 +187,9 @@ class _Direct(torch.autograd.Function):
             s = entry.derivative_of_value(z) if entry.derivative_of_value else entry.derivative(method.apply(z) + c)
             u = _Masked.apply(method.T, plan, on_failure, s, g, *method.T.parts)
         elif isinstance(method, Triangular) and entry.derivative_of_value and plan.backend == "cpu":
-            u = _solve_masked(lambda g: method.T.masked_of_value(z, activation, g), g, plan, on_failure)
+            u = _solve_masked(
+                lambda g: method.T.masked_of_value(z, activation, g), g, plan, on_failure, refuses_samples=True
+            )
         else:
             if derivative is None:
                 derivative = entry.derivative_of_value(z) if c is None else entry.derivative(method.apply(z) + c)
@@ -191,19 +223,21 @@ def _needed(gradients: tuple, needs: tuple[bool, ...]) -> tuple:
     return tuple(gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
 
 
-def _solve_masked(masked: Callable[[Tensor], Result], g: Tensor, plan: Plan, on_failure: str) -> Tensor:
+def _solve_masked(
+    masked: Callable[[Tensor], Result], g: Tensor, plan: Plan, on_failure: str, refuses_samples: bool = False
+) -> Tensor:
     """u of every row of g, NaN where g is not finite (a loss scaler looks for it). Reports residuals beyond tol."""
-    finite = None
-    if not is_finite(g):
-        finite = torch.isfinite(g).all(-1, keepdim=True)
-        g = torch.where(finite, g, 0.0)
-    scale = _far_from_one(g)  # u is linear in g
+    finite = scale = None
+    if not refuses_samples:
+        if not is_finite(g):
+            finite = torch.isfinite(g).all(-1, keepdim=True)
+            g = torch.where(finite, g, 0.0)
+        scale = _far_from_one(g)  # u is linear in g
     result = masked(g) if scale is None else masked(g * scale)
     u = result.z if scale is None else result.z / scale
-    if on_failure != "ignore" and not bool((result.residual <= plan.tol).all()):
+    if on_failure != "ignore" and not bool(((result.residual <= plan.tol) | result.residual.isnan()).all()):
         status = torch.where(result.residual <= plan.tol, int(Status.CONVERGED), int(Status.STALLED)).to(torch.uint8)
-        iterations = torch.as_tensor(result.iterations, dtype=torch.int32, device=g.device).expand(status.shape)
-        solution = Solution(u, iterations, result.residual, status, plan)
+        solution = Solution(u, _counts(result, g), result.residual, status, plan)
         report_failures(solution, on_failure, plan.tol, "the gradient of deq.solve")
     return u if finite is None else torch.where(finite, u, torch.nan)
 
