@@ -1,18 +1,23 @@
 """The problems that are timed, as data. Tests, ``deq bench`` and ``pytest bench`` read the same list."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from deq import reference
+from deq.solution import Status
+
+from . import families
 
 TOL = 1e-5  # relative residual of forward and backward solves, every competitor's too
 
 
 @dataclass(frozen=True)
 class Case:
-    """One problem: (m, B), a family of W, and ratios of forward + backward times to reach over baselines.
+    """One problem: (m, B), a family of bench/families.py, and ratios of forward + backward times that the plain map has
+    to reach over baselines.
 
     ``new_weights``: W changes before every call, as it does in training, so that deq packs it anew inside its time.
     """
@@ -32,10 +37,10 @@ class Case:
     def make(self) -> "Problem":
         """The same tensors for the same case, everywhere."""
         generator = torch.Generator().manual_seed(self.seed)
-        W = _FAMILIES[self.family](self.m, generator)
-        c, g = (torch.randn(self.B, self.m, generator=generator, dtype=torch.float64) for _ in range(2))
+        W, c = families.draw(self.family, self.m, self.B, generator)
+        g = torch.randn(self.B, self.m, generator=generator, dtype=torch.float64) / self.B
         dtype = getattr(torch, self.dtype)
-        return Problem(W.to(dtype), c.to(dtype), (g / self.B).to(dtype))
+        return Problem(W.to(dtype), c.to(dtype), g.to(dtype))
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,26 +52,42 @@ class Problem:
     g: Tensor
 
     def exact(self) -> tuple[Tensor, Tensor]:
-        """z (B, m) and dL/dW (m, m) in float64, solved to rounding."""
+        """z (B, m), where the plain iteration leads if it converges, and dL/dW (m, m); float64, solved to rounding."""
         W, c, g = self.W.double(), self.c.double(), self.g.double()
         options = {"tol": 1e-13, "max_iter": 10_000}
-        z, *_ = reference.solve(W, c, "relu", **options)
+        z, _, _, status = reference.solve(W, c, "relu", **options)
+        if (status == Status.CONVERGED).all():
+            d = reference.derivative(W, c, z, "relu")
+            u, *_ = reference.masked_linear(W.mT, d, g, **options)
+            return z, u.mT @ z
+        z = peaceman_rachford(W, c, torch.relu)
         d = reference.derivative(W, c, z, "relu")
-        u, *_ = reference.masked_linear(W.mT, d, g, **options)
-        return z, u.mT @ z
+        return z, peaceman_rachford(W.mT, g, lambda u: d * u).mT @ z
+
+    def changer(self) -> Callable[[], None]:
+        """A call moves one entry of W by a few units in its last place, to a value that it never had before."""
+        entry, step = self.W[0, 0].item(), torch.finfo(self.W.dtype).eps
+        count = 0
+
+        def change() -> None:
+            nonlocal count
+            count += 1
+            self.W[0, 0] = entry * (1.0 + count * step)
+
+        return change
 
 
-def _gaussian(m: int, generator: torch.Generator) -> Tensor:
-    """Entries of std 0.45 / sqrt(m): 2-norm 0.9, the mild problem of an untrained layer."""
-    return torch.randn(m, m, generator=generator, dtype=torch.float64) * (0.45 / m**0.5)
-
-
-def _orthogonal(m: int, generator: torch.Generator) -> Tensor:
-    """0.9 x orthogonal: three times as many iterations."""
-    return 0.9 * torch.linalg.qr(torch.randn(m, m, generator=generator, dtype=torch.float64)).Q
-
-
-_FAMILIES = {"gaussian": _gaussian, "orthogonal": _orthogonal}
+def peaceman_rachford(W: Tensor, c: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor:
+    """``z = act(W z + c)`` for every W with ``sym(W) < I``: ``u <- K (2 act(u) - u) + 2 V c`` with ``K = V W``,
+    ``V = (2 I - W)^-1`` contracts to ``u = W z + c``."""
+    V = torch.linalg.inv(2 * torch.eye(len(W), dtype=W.dtype) - W)
+    K, injection = V @ W, 2 * c @ V.mT
+    u = injection
+    for _ in range(10_000):
+        last, u = u, torch.addmm(injection, 2 * act(u) - u, K.mT)
+        if torch.linalg.vector_norm(u - last) <= 1e-14 * torch.linalg.vector_norm(u):
+            break
+    return act(u)
 
 
 CPU_CASES = (
@@ -81,6 +102,20 @@ CPU_CASES = (
     Case(1024, 256),
     Case(256, 256, family="orthogonal"),
     Case(256, 256, dtype="float64"),
+)
+# What deq chooses by itself, forward and in training, is held to the goals of bench/goals.py on these.
+AUTO_CASES = (
+    *(Case(m, 256) for m in (64, 128, 256, 1024)),
+    *(Case(m, B) for m, B in ((256, 1), (512, 64), (1024, 4), (2048, 16), (2048, 64))),
+    *(Case(m, B, "radius1.0") for m, B in ((64, 256), (128, 256), (256, 256), (512, 64), (1024, 16))),
+    *(Case(256, 256, family) for family in ("orthogonal0.99", "symmetric0.99", "outlier0.95")),
+    *(Case(128, 256, family) for family in ("trained10", "trained15", "trained20")),
+    *(Case(256, 256, family) for family in ("monotone0.1", "monotone1.0")),
+)
+SCALING_CASES = (  # from one thread to two
+    Case(256, 256),
+    Case(2048, 64),
+    *(Case(m, B, "radius1.0") for m, B in ((128, 256), (256, 256), (512, 64), (1024, 16))),
 )
 KERNEL_CASES = tuple((m, B) for m in (64, 100, 128, 256, 512, 1024, 2048) for B in (8, 64))  # the micro-kernel alone
 KERNEL_MUST = 0.9  # of the core's measured FMA peak

@@ -33,39 +33,80 @@ def bench() -> None:
     """Measure speed and memory against a torch loop, torchdeq and bare matrix products."""
 
 
+def _family(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
+    from .families import split
+
+    try:
+        for value in values:
+            split(value)
+    except ValueError as error:
+        raise click.BadParameter(f"{error}.", ctx, param) from error
+    return values
+
+
 @bench.command()
 @click.option("--case", "shapes", type=ShapeType(), multiple=True, help="Only cases of this shape; repeatable.")
+@click.option("--family", "families", multiple=True, callback=_family, help="Only these problems; repeatable.")
+@click.option("--pass", "which", type=click.Choice(["forward", "training"]), help="One pass instead of both.")
 @click.option("--threads", type=click.IntRange(min=1), multiple=True, help="Repeatable; 1 and 2 if not given.")
 @click.option(
-    "--seconds", type=click.FloatRange(min=0, min_open=True), default=6.0, show_default=True, help="Per case."
+    "--seconds",
+    type=click.FloatRange(min=0, min_open=True),
+    default=2.0,
+    show_default=True,
+    help="Per case and number of threads.",
 )
 @out_option
-def cpu(shapes: tuple[tuple[int, int], ...], threads: tuple[int, ...], seconds: float, out: Path) -> None:
-    """Forward + backward times on the CPU, as ratios over baselines that run in turns with deq.
+def cpu(
+    shapes: tuple[tuple[int, int], ...],
+    families: tuple[str, ...],
+    which: str | None,
+    threads: tuple[int, ...],
+    seconds: float,
+    out: Path,
+) -> None:
+    """Times on the CPU as ratios over baselines that run in turns with deq, first of the plain map, then of what deq
+    chooses by itself; at the same tolerance and at the same error. About seven minutes on an idle machine.
 
-    Ratios are medians over turns; 1 thread is timed by processor time, 2 by the clock: the machine should be idle.
+    Ratios are medians over turns. 1 thread is timed by processor time, 2 by the clock: the machine should be idle. The
+    file is written as cases finish; Ctrl-C keeps it.
     """
     from rich.console import Console
-    from rich.progress import track
+    from rich.progress import Progress
 
-    from . import cpu as run
-    from . import report
-    from .cases import CPU_CASES, KERNEL_CASES, Case
+    from . import figure, report
+    from .goals import PASSES
+    from .run import Run, Selection
 
     _need_compiled()
-    cases = [case for case in CPU_CASES if not shapes or (case.m, case.B) in shapes]
-    known = {(case.m, case.B) for case in cases}
-    cases += [Case(m, B) for m, B in shapes if (m, B) not in known]
+    passes = (which,) if which else PASSES
+    try:
+        run = Run(Selection(shapes, families, passes, threads or _default_threads(), seconds), out)
+    except ValueError as error:
+        raise click.UsageError(f"{error}.") from error
+    if not len(run):
+        raise click.UsageError("no case has this shape and family; --case with a new shape makes one")
     console = Console()
-    jobs = [(case, count) for count in threads or _default_threads() for case in cases]
-    rows = []
-    for case, count in track(jobs, "Measuring", console=console, transient=True):
-        rows += run.measure(case, count, seconds)
-    kernel = [] if shapes else run.measure_kernel(KERNEL_CASES, seconds)
-    console.print(report.times(rows))
-    if kernel:
-        console.print(report.kernels(kernel))
-    _finish(rows + kernel, out, "cpu", console)
+    interrupted = False
+    try:
+        with Progress(console=console, transient=True) as progress:
+            task = progress.add_task("", total=len(run))
+            for done, step in enumerate(run.steps()):
+                progress.update(task, completed=done, description=step)
+    except KeyboardInterrupt:
+        interrupted = True
+    except OSError as error:
+        raise _cannot_write(out, error) from error
+    for table in report.tables(run.results):
+        console.print(table)
+    console.print(report.summary(run.results.required()))
+    if run.results.auto:
+        figure.draw(run.results.auto, run.path.with_suffix(".png"))
+    if run.path:
+        console.print(f"Written to {run.path}", soft_wrap=True)
+    if interrupted:
+        click.echo("Interrupted: what was finished is kept.", err=True)
+        click.get_current_context().exit(130)
 
 
 @bench.command()
@@ -90,6 +131,34 @@ def memory(shape: tuple[int, int] | None, out: Path) -> None:
     _finish(rows, out, "memory", console)
 
 
+@bench.command()
+@click.option("--epochs", type=click.IntRange(min=1), default=15, show_default=True)
+@click.option("--threads", type=click.IntRange(min=1), help="All that torch uses if not given.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of weights and batches.")
+@out_option
+def digits(epochs: int, threads: int | None, seed: int, out: Path) -> None:
+    """Train a classifier of handwritten digits with deq and with torchdeq: time, accuracy, solves that failed. About a
+    minute; needs scikit-learn."""
+    import torch
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from . import digits as run
+    from . import report
+
+    _need_compiled()
+    if not run.has_sklearn():
+        raise click.ClickException("the images come with scikit-learn: pip install scikit-learn")
+    console = Console()
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("Training", total=epochs)
+        rows = run.measure(
+            epochs, threads or torch.get_num_threads(), seed, lambda done: progress.update(task, completed=done)
+        )
+    console.print(report.digits(rows))
+    _finish(rows, out, "digits", console)
+
+
 def _need_compiled() -> None:
     from deq import _library
 
@@ -111,6 +180,10 @@ def _finish(rows: list[dict], out: Path, name: str, console) -> None:
     try:
         path = write([row | where for row in rows], out, name)
     except OSError as error:
-        raise click.BadParameter(f"cannot write to {out}: {error.strerror}.", param_hint="--out") from error
+        raise _cannot_write(out, error) from error
     console.print(report.summary(rows))
     console.print(f"Written to {path}", soft_wrap=True)
+
+
+def _cannot_write(out: Path, error: OSError) -> click.BadParameter:
+    return click.BadParameter(f"cannot write to {out}: {error.strerror}.", param_hint="--out")

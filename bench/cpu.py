@@ -1,26 +1,14 @@
 """``deq bench cpu``: forward + backward times against baselines, errors beside them, and the kernel's share of peak."""
 
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-
-import torch
-from torch import Tensor
+from collections.abc import Callable, Sequence
 
 from deq import _library
 
-from .baselines import (
-    TORCHDEQ_SOLVERS,
-    Answer,
-    engine,
-    has_torchdeq,
-    make_engine,
-    make_gemm_only,
-    make_torchdeq,
-    torch_loop,
-)
-from .cases import KERNEL_MUST, Case, Problem
-from .timing import interleave
+from .baselines import engine, has_torchdeq, make_engine, make_gemm_only, torch_loop, torchdeq_makers
+from .cases import KERNEL_MUST, Case
+from .quality import Truth, fastest, relative_error, worst_error
+from .timing import interleave, thread_clock
+from .timing import threads as use_threads
 
 FLOAT32 = 0  # DeqType in csrc/kernels.h
 
@@ -30,7 +18,7 @@ def measure(case: Case, threads: int, seconds: float) -> list[dict]:
 
     One thread is timed by its own processor time, several by the wall clock.
     """
-    with _threads(threads):
+    with use_threads(threads):
         problem = case.make()
         z, dW = problem.exact()
         answers = {"deq": engine(problem), "loop": torch_loop(problem)}
@@ -40,14 +28,12 @@ def measure(case: Case, threads: int, seconds: float) -> list[dict]:
         }
         labels = {}
         if has_torchdeq():
-            solver, run, answers["torchdeq"] = _fastest_torchdeq(problem, z)
-            labels["torchdeq"] = f"torchdeq {solver}"
-            competitors["torchdeq"] = lambda: run(problem)
+            best = fastest(torchdeq_makers(problem), Truth(problem, z, dW))
+            labels["torchdeq"], answers["torchdeq"], competitors["torchdeq"] = best.label, best.answer, best.run
         counts = answers["loop"].iterations, answers["loop"].adjoint_evaluations
         competitors["gemm"] = make_gemm_only(problem, *counts)
-        prepare = _weight_changer(problem.W) if case.new_weights else lambda: None
-        clock = time.thread_time if threads == 1 else time.perf_counter
-        timings = interleave(competitors, seconds, prepare=prepare, clock=clock)
+        prepare = problem.changer() if case.new_weights else lambda: None
+        timings = interleave(competitors, seconds, prepare=prepare, clock=thread_clock(threads))
     rows = []
     for name, timing in timings.items():
         answer = answers.get(name)
@@ -60,7 +46,7 @@ def measure(case: Case, threads: int, seconds: float) -> list[dict]:
                 "median": timing.median,
                 "p20": timing.percentile(20),
                 "p80": timing.percentile(80),
-                "best": min(timing.turns),
+                "best": timing.best,
                 "turns": len(timing.turns),
                 "ratio": (ratio := timing.ratio(timings["deq"])),
                 "must": (must := case.must.get(name)),
@@ -99,49 +85,3 @@ def measure_kernel(shapes: Sequence[tuple[int, int]], seconds: float) -> list[di
         }
         for (m, B), rate in best.items()
     ]
-
-
-def worst_error(z: Tensor, exact: Tensor) -> float:
-    """The largest relative error of a sample."""
-    norm = torch.linalg.vector_norm
-    return float((norm(z.double() - exact, dim=1) / norm(exact, dim=1)).max())
-
-
-def relative_error(a: Tensor, exact: Tensor) -> float:
-    return float(torch.linalg.vector_norm(a.double() - exact) / torch.linalg.vector_norm(exact))
-
-
-def _fastest_torchdeq(problem: Problem, z: Tensor) -> tuple[str, Callable[..., Answer], Answer]:
-    """Of torchdeq's solvers that reach the solution, the one whose second call is the fastest."""
-    tried = []
-    for solver in TORCHDEQ_SOLVERS:
-        run = make_torchdeq(solver)
-        run(problem)
-        start = time.perf_counter()
-        answer = run(problem)
-        tried.append((time.perf_counter() - start, solver, run, answer))
-    solved = [entry for entry in tried if worst_error(entry[3].z, z) < 1e-3] or tried
-    return min(solved, key=lambda entry: entry[0])[1:]
-
-
-def _weight_changer(W: Tensor) -> Callable[[], None]:
-    """Moves one entry of W by a few units in its last place, to a value that it never had before."""
-    entry, step = W[0, 0].item(), torch.finfo(W.dtype).eps
-    count = 0
-
-    def change() -> None:
-        nonlocal count
-        count += 1
-        W[0, 0] = entry * (1.0 + count * step)
-
-    return change
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,14 +24,17 @@ RESET_PEAK = "5"  # see proc(5): sets VmHWM to VmRSS
 
 
 def competitors() -> list[str]:
-    """Names of what can be measured here. torchdeq's Broyden is left out: it allocates 200 buffers before it starts."""
+    """Names of what can be measured here; "deq" is the plain map, "deq auto" what deq chooses by itself. torchdeq's
+    Broyden is left out: it allocates 200 buffers before it starts."""
     torchdeq = ["torchdeq fixed_point_iter", "torchdeq anderson"] if has_torchdeq() else []
-    return ["deq", "loop", *torchdeq]
+    return ["deq", "deq auto", "loop", *torchdeq]
 
 
 def _make(name: str) -> Callable:
     package, _, solver = name.partition(" ")
-    return make_torchdeq(solver) if package == "torchdeq" else {"deq": engine, "loop": torch_loop}[name]
+    if package == "torchdeq":
+        return make_torchdeq(solver)
+    return {"deq": engine, "deq auto": partial(engine, solver="auto"), "loop": torch_loop}[name]
 
 
 def measure(case: Case) -> list[dict]:
@@ -40,7 +44,7 @@ def measure(case: Case) -> list[dict]:
     for name in competitors():
         for which in PASSES:
             peak = _in_fresh_process(name, case, which)
-            must = MEMORY_MUST[which] if name == "deq" else None
+            must = MEMORY_MUST[which] if name.startswith("deq") else None
             rows.append(
                 {
                     "case": case.name,

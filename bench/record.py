@@ -15,10 +15,11 @@ import deq
 def environment() -> dict[str, object]:
     """Fields that every row of a result file carries: device, commit, versions."""
     versions = {"deq": deq.__version__, "torch": torch.__version__, "python": platform.python_version()}
-    try:
-        versions["torchdeq"] = version("torchdeq")
-    except PackageNotFoundError:
-        versions["torchdeq"] = None
+    for package in ("torchdeq", "jaxopt", "optimistix"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
     return {"device": device_name(), "commit": commit(), "versions": versions}
 
 

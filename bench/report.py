@@ -1,6 +1,25 @@
 """Tables of measurements, 80 columns wide; a figure is followed by (what it must be), and by ! if it is not."""
 
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from .run import Results
+
+
+def tables(results: "Results") -> Iterator[Table]:
+    """All that a run has measured so far."""
+    if results.plain:
+        yield times(results.plain)
+    for which in dict.fromkeys(row["pass"] for row in results.auto):
+        measured = [row for row in results.auto if row["pass"] == which]
+        most = max(row["threads"] for row in measured)
+        yield choices([row for row in measured if row["threads"] == most])
+    for kind, table in (("goals", goals), ("scaling", scaling), ("kernel", kernels)):
+        if rows := getattr(results, kind):
+            yield table(rows)
 
 
 def times(rows: list[dict]) -> Table:
@@ -25,6 +44,72 @@ def times(rows: list[dict]) -> Table:
             f"{found['loop']['error']:.0e}",
         )
     table.caption = "o: orthogonal W. d: float64. n: W changed before every call. its, error: worst."
+    return table
+
+
+def choices(rows: list[dict]) -> Table:
+    """One line a case, of one pass and thread count."""
+    threads = f"{rows[0]['threads']} thread{'s' * (rows[0]['threads'] > 1)}"
+    table = _table(f"What deq chooses, {rows[0]['pass']}, {threads}: time of the baseline / time of deq")
+    table.add_column("", no_wrap=True)
+    headings = ("deq ms", "loop", "torchdeq", "GEMM", "loop=", "tdeq=", "its", "max", "error", "failed")
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    by_case: dict[str, dict[str, dict]] = {}
+    for row in rows:
+        by_case.setdefault(row["case"], {})[row["baseline"]] = row
+    last = None
+    for case, found in by_case.items():
+        family, m, B, *_ = case.split("-")
+        if family != last:
+            table.add_row(f"[bold]{family}[/]", *[""] * len(headings))
+        last, deq = family, found["deq"]
+        table.add_row(
+            f" {m[1:]}x{B[1:]}",
+            f"{1e3 * deq['median']:.3g}",
+            *(_ratio(found.get(name), "ratio") for name in ("loop", "torchdeq", "gemm")),
+            *(_ratio(found.get(name), "matched_ratio") for name in ("loop", "torchdeq")),
+            f"{deq['mean_iterations']:.0f}",
+            str(deq["iterations"]),
+            _number(deq["error"], ".0e"),
+            f"{100 * deq['failed']:.0f}%" if deq["failed"] else "0",
+        )
+    table.caption = "torchdeq: its fastest solver. =: at the same error. -: solves not all. !: too low."
+    return table
+
+
+def goals(rows: list[dict]) -> Table:
+    """One line a goal; a column a pass and thread count, with the worst case's figure."""
+    columns = list(dict.fromkeys((row["pass"], row["threads"]) for row in rows))
+    table = _table("Worst case of each group (must)")
+    table.add_column("", no_wrap=True)
+    for which, threads in columns:
+        table.add_column(f"{which} {threads}", justify="right", no_wrap=True)
+    by_name: dict[str, dict[tuple, dict]] = {}
+    for row in rows:
+        by_name.setdefault(row["variant"], {})[row["pass"], row["threads"]] = row
+    for name, found in by_name.items():
+        cells = (found.get(column) for column in columns)
+        table.add_row(
+            name, *("-" if row is None else _cell(row, "ratio" if "ratio" in row else "value") for row in cells)
+        )
+    table.caption = "Last two: at most. Trained: at the same error."
+    return table
+
+
+def scaling(rows: list[dict]) -> Table:
+    """One line a case, a column a pass."""
+    passes = list(dict.fromkeys(row["pass"] for row in rows))
+    table = _table("deq with one thread / with two, best times (must)")
+    table.add_column("", no_wrap=True)
+    for which in passes:
+        table.add_column(which, justify="right", no_wrap=True)
+    by_case: dict[str, dict[str, dict]] = {}
+    for row in rows:
+        by_case.setdefault(row["case"], {})[row["pass"]] = row
+    for case, found in by_case.items():
+        family, m, B, _ = case.split("-")
+        table.add_row(f"{family} {m[1:]}x{B[1:]}", *(_cell(found[which], "ratio") for which in passes))
     return table
 
 
@@ -55,12 +140,31 @@ def memory(rows: list[dict]) -> Table:
     return table
 
 
+def digits(rows: list[dict]) -> Table:
+    """One line a competitor."""
+    table = _table(f"Training a classifier of handwritten digits, {rows[0]['epochs']} epochs")
+    table.add_column("")
+    for heading in ("seconds", "over deq's", "test accuracy", "its", "failed solves"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        iterations = sum(row["mean_iterations"]) / len(row["mean_iterations"])
+        table.add_row(
+            row["variant"],
+            f"{row['seconds']:.1f}",
+            f"{row['ratio']:.1f}",
+            f"{100 * row['accuracy']:.1f}%",
+            f"{iterations:.0f}",
+            f"{100 * row['failed']:.3g}%" + ("[red]![/]" if row["reached"] is False else ""),
+        )
+    return table
+
+
 def summary(rows: list[dict]) -> str:
     """How many of the required figures were reached, and which were not."""
     required = [row for row in rows if row["reached"] is not None]
     missed = [f"{row['variant']} at {row['case']}" for row in required if not row["reached"]]
     text = f"{len(required) - len(missed)} of {len(required)} required figures reached"
-    return f"{text}; not: {', '.join(missed)}." if missed else text + "."
+    return f"{text}; not: {', '.join(dict.fromkeys(missed))}." if missed else text + "."
 
 
 def _table(title: str) -> Table:
@@ -72,3 +176,14 @@ def _cell(row: dict, field: str) -> str:
         return f"{row[field]:.2f}"
     colour, mark = ("green", " ") if row["reached"] else ("red", "!")
     return f"[{colour}]{row[field]:.2f}[/] ({row['must']:g}){mark}"
+
+
+def _ratio(row: dict | None, field: str) -> str:
+    if row is None or row[field] is None:
+        return "-"
+    missed = field == "ratio" and row["reached"] is False
+    return f"{row[field]:.1f}" + ("[red]![/]" if missed else " ")
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)

@@ -8,6 +8,8 @@
 enum DeqType : int32_t { DEQ_FLOAT32 = 0, DEQ_FLOAT64 = 1, DEQ_BFLOAT16 = 2, DEQ_FLOAT16 = 3 };
 enum DeqAcceleration : int32_t { DEQ_PLAIN = 0, DEQ_ANDERSON = 1, DEQ_ON_DEMAND = 2 };
 enum DeqCriterion : int32_t { DEQ_RESIDUAL = 0, DEQ_ERROR_ESTIMATE = 1 };
+// What the steps of a float32 or 16-bit solve multiply: native the iterate itself, the others its increments, rounded.
+enum DeqPrecision : int32_t { DEQ_NATIVE = 0, DEQ_INT8_INCREMENTS = 1, DEQ_BFLOAT16_INCREMENTS = 2 };
 enum DeqStatus : uint8_t { DEQ_CONVERGED = 0, DEQ_MAX_ITER = 1, DEQ_STALLED = 2, DEQ_DIVERGED = 3, DEQ_NONFINITE = 4 };
 enum DeqError : int32_t { DEQ_OK = 0, DEQ_BAD_ARGUMENT = 1, DEQ_NO_MEMORY = 2 };
 
@@ -44,6 +46,10 @@ struct DeqProblem {
   int64_t max_iter;
   double tol;
   int32_t threads;
+  // DeqPrecision; native where this CPU, build or problem cannot be served in it. Increments are not accelerated: DEQ_ON_DEMAND
+  // ends a sample that contracts slowly or grows as DEQ_MAX_ITER, for the caller to go on with.
+  int32_t precision;
+  int32_t reflected;  // 1: iterate y = W s + c, s = 2 act(y) - y (or 2 d y - y) and return act(y); start and residual are of s
 };
 
 DEQ_API int32_t deq_cpu_solve(const struct DeqProblem* problem);
@@ -58,6 +64,8 @@ DEQ_API int32_t deq_cpu_fingerprint(const struct DeqView* view, const int64_t si
 
 // Instruction set in use: "avx512", "avx2" or "portable".
 DEQ_API const char* deq_cpu_isa(void);
+// 1 if steps of this DeqPrecision go with the instruction set in use, else 0.
+DEQ_API int32_t deq_cpu_has_precision(int32_t precision);
 // Choose one by name (tests, benchmarks); null or "auto" for the best here. DEQ_BAD_ARGUMENT if this CPU or build lacks it.
 DEQ_API int32_t deq_cpu_set_isa(const char* name);
 // Packed weights are cached by content; this drops them. Returns the bytes they held.

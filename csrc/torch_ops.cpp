@@ -180,38 +180,45 @@ DeqView batch_of(const DeqProblem& p, const Tensor& W, const Tensor& tensor) {
   return tensor.view();
 }
 
+// A starting point; without elements it stands for zero.
+DeqView start_of(const DeqProblem& p, const Tensor& W, const Tensor& start) {
+  start.expect_dim(W.dim(), "of the injection's shape, or of its dimensions without elements to start at zero");
+  return start.empty() ? DeqView{} : batch_of(p, W, start);
+}
+
 DeqView output_of(const DeqProblem& p, const Tensor& W, const Tensor& tensor) {
   const DeqView view = batch_of(p, W, tensor);
   tensor.expect_separate_rows();
   return view;
 }
 
-// What each sample reports, and how the iteration is run; `options` are the last five arguments.
-void set_outcome(DeqProblem& p, bool stacked, const Tensor& iterations, const Tensor& residual, const Tensor& status,
-                 const Tensor& report) {
-  for (const Tensor* per_sample : {&iterations, &residual, &status}) {
-    per_sample->expect_shape({p.weights, p.batch}, stacked);
-    per_sample->expect_contiguous();
-  }
-  iterations.expect_dtype(torch_.dtype.int32);
-  status.expect_dtype(torch_.dtype.uint8);
-  residual.expect_dtype(p.type == DEQ_FLOAT64 ? torch_.dtype.float64 : torch_.dtype.float32);
-  constexpr int64_t kFields = sizeof(DeqReport) / sizeof(int64_t);
-  report.expect_shape({kFields});
+// Where a call reports, and the pieces of the buffer that says what every sample did, laid out as deq/stats.py tells.
+void set_outcome(DeqProblem& p, const Tensor& stats, const Tensor& report) {
+  const int64_t n = p.weights * p.batch, residual = p.type == DEQ_FLOAT64 ? sizeof(double) : sizeof(float);
+  stats.expect_shape({n * static_cast<int64_t>(residual + sizeof(int32_t) + sizeof(uint8_t))});
+  stats.expect_dtype(torch_.dtype.uint8);
+  stats.expect_contiguous();
+  report.expect_shape({static_cast<int64_t>(sizeof(DeqReport) / sizeof(int64_t))});
   report.expect_dtype(torch_.dtype.int64);
   report.expect_contiguous();
-  p.iterations = iterations.data<int32_t>();
-  p.residual = residual.data<void>();
-  p.status = status.data<uint8_t>();
+  char* at = stats.data<char>();
+  if (reinterpret_cast<uintptr_t>(at) % residual)
+    stats.place().fail("must begin at a multiple of " + std::to_string(residual) + " bytes");
+  p.residual = at;
+  p.iterations = reinterpret_cast<int32_t*>(at + n * residual);
+  p.status = reinterpret_cast<uint8_t*>(at + n * (residual + sizeof(int32_t)));
   p.report = report.data<DeqReport>();
 }
 
+// How the iteration is run; `options` are the last seven arguments.
 void set_options(DeqProblem& p, const char* op, const StableIValue* options) {
   p.acceleration = integer({op, "acceleration"}, options[0], DEQ_PLAIN, DEQ_ON_DEMAND);
   p.depth = integer({op, "depth"}, options[1], 0, INT32_MAX);
   p.criterion = integer({op, "criterion"}, options[2], DEQ_RESIDUAL, DEQ_ERROR_ESTIMATE);
   p.tol = tolerance({op, "tol"}, options[3]);
   p.max_iter = integer({op, "max_iter"}, options[4], 1, INT32_MAX);
+  p.precision = integer({op, "precision"}, options[5], DEQ_NATIVE, DEQ_BFLOAT16_INCREMENTS);
+  p.reflected = integer({op, "reflected"}, options[6], 0, 1);
 }
 
 void run(const char* op, int32_t (*kernel)(const DeqProblem*), const DeqProblem& p) {
@@ -230,42 +237,39 @@ void run(const char* op, int32_t (*kernel)(const DeqProblem*), const DeqProblem&
 }
 
 constexpr const char* kSolve =
-    "solve_(Tensor W, Tensor c, Tensor z0, Tensor(a!) z, Tensor(b!) iterations, Tensor(c!) residual, Tensor(d!) status, "
-    "Tensor(e!) report, int activation, int acceleration, int depth, int criterion, float tol, int max_iter) -> ()";
+    "solve_(Tensor W, Tensor c, Tensor z0, Tensor(a!) z, Tensor(b!) stats, Tensor(c!) report, int activation, "
+    "int acceleration, int depth, int criterion, float tol, int max_iter, int precision, int reflected) -> ()";
 
 void solve(StableIValue* stack, uint64_t, uint64_t) {
   constexpr const char* op = "solve_";
   const Tensor W(op, "W", stack[0]), c(op, "c", stack[1]), z0(op, "z0", stack[2]), z(op, "z", stack[3]);
-  const Tensor iterations(op, "iterations", stack[4]), residual(op, "residual", stack[5]), status(op, "status", stack[6]);
-  const Tensor report(op, "report", stack[7]);
+  const Tensor stats(op, "stats", stack[4]), report(op, "report", stack[5]);
   DeqProblem p = problem_of(W, c);
-  z0.expect_dim(W.dim(), "of the shape of c, or of its dimensions without elements to start at zero");
-  if (!z0.empty()) p.start = batch_of(p, W, z0);
+  p.start = start_of(p, W, z0);
   p.out = output_of(p, W, z);
-  set_outcome(p, W.dim() == 3, iterations, residual, status, report);
-  p.activation = integer({op, "activation"}, stack[8], 0, INT32_MAX);
-  set_options(p, op, stack + 9);
+  set_outcome(p, stats, report);
+  p.activation = integer({op, "activation"}, stack[6], 0, INT32_MAX);
+  set_options(p, op, stack + 7);
   run(op, deq_cpu_solve, p);
 }
 
 constexpr const char* kMaskedLinear =
-    "masked_linear_(Tensor A, Tensor g, Tensor d, Tensor(a!) u, Tensor(b!) iterations, Tensor(c!) residual, "
-    "Tensor(d!) status, Tensor(e!) report, int value_of, int acceleration, int depth, int criterion, float tol, "
-    "int max_iter) -> ()";
+    "masked_linear_(Tensor A, Tensor g, Tensor d, Tensor u0, Tensor(a!) u, Tensor(b!) stats, Tensor(c!) report, int value_of, "
+    "int acceleration, int depth, int criterion, float tol, int max_iter, int precision, int reflected) -> ()";
 
 void masked_linear(StableIValue* stack, uint64_t, uint64_t) {
   constexpr const char* op = "masked_linear_";
-  const Tensor A(op, "A", stack[0]), g(op, "g", stack[1]), d(op, "d", stack[2]), u(op, "u", stack[3]);
-  const Tensor iterations(op, "iterations", stack[4]), residual(op, "residual", stack[5]), status(op, "status", stack[6]);
-  const Tensor report(op, "report", stack[7]);
+  const Tensor A(op, "A", stack[0]), g(op, "g", stack[1]), d(op, "d", stack[2]), u0(op, "u0", stack[3]);
+  const Tensor u(op, "u", stack[4]), stats(op, "stats", stack[5]), report(op, "report", stack[6]);
   DeqProblem p = problem_of(A, g);
   p.mask = batch_of(p, A, d);
+  p.start = start_of(p, A, u0);
   p.out = output_of(p, A, u);
-  set_outcome(p, A.dim() == 3, iterations, residual, status, report);
-  const int32_t value_of = integer({op, "value_of"}, stack[8], -1, INT32_MAX);
+  set_outcome(p, stats, report);
+  const int32_t value_of = integer({op, "value_of"}, stack[7], -1, INT32_MAX);
   p.mask_is_value = value_of >= 0;
   p.activation = value_of >= 0 ? value_of : 0;
-  set_options(p, op, stack + 9);
+  set_options(p, op, stack + 8);
   run(op, deq_cpu_solve, p);
 }
 

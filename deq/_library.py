@@ -29,6 +29,7 @@ _SIGNATURES = {
     "deq_version": (ctypes.c_char_p,),
     "deq_register": (ctypes.c_char_p,),
     "deq_cpu_isa": (ctypes.c_char_p,),
+    "deq_cpu_has_precision": (ctypes.c_int32, ctypes.c_int32),
     "deq_cpu_set_isa": (ctypes.c_int32, ctypes.c_char_p),
     "deq_cpu_clear_cache": (ctypes.c_int64,),
     "deq_cpu_cache_bytes": (ctypes.c_int64,),

@@ -11,9 +11,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import unwrap_if_dead
+from torch.autograd import forward_ad
 
+from . import ladder
+from . import stats as layout
 from .activations import ACTIVATIONS
-from .backends import get_backend
+from .backends import Outcome, get_backend
 from .plan import Plan
 from .solution import Solution, report_failures
 
@@ -28,7 +32,7 @@ class Problem(NamedTuple):
     on_failure: str
 
 
-def equilibrium(W: Tensor, c: Tensor, z0: Tensor | None, problem: Problem, backward: str) -> tuple[Tensor, ...]:
+def equilibrium(W: Tensor, c: Tensor, z0: Tensor | None, problem: Problem, backward: str) -> tuple:
     """Solve canonical tensors (see deq.backends) with the gradient that ``backward`` names: an Outcome's fields."""
     if not _is_differentiated(W, c):
         return _run(W, c, z0, problem)
@@ -38,32 +42,36 @@ def equilibrium(W: Tensor, c: Tensor, z0: Tensor | None, problem: Problem, backw
     if backward == "unrolled":
         problem = problem._replace(plan=replace(problem.plan, acceleration="none"))
     with torch.no_grad():
-        outcome = _run(W, c, z0, problem)
+        solved, stats, report = _run(W, c, z0, problem)
     if backward == "unrolled":
         z = torch.zeros_like(c) if z0 is None else z0
-        for k in range(int(outcome[1].max()) if outcome[1].numel() else 0):
-            z = torch.where((outcome[1] > k).unsqueeze(-1), act(z @ W.mT + c), z)
+        iterations = layout.iterations(solved, stats)
+        for k in range(int(iterations.max()) if iterations.numel() else 0):
+            z = torch.where((iterations > k).unsqueeze(-1), act(z @ W.mT + c), z)
     elif backward == "one_step":
-        z = act(outcome[0] @ W.mT + c)
+        z = act(solved @ W.mT + c)
     else:  # phantom
-        z = outcome[0]
+        z = solved
         for _ in range(PHANTOM_STEPS):
             z = (1 - PHANTOM_DAMPING) * z + PHANTOM_DAMPING * act(z @ W.mT + c)
-    return (z, *outcome[1:])
+    return z, stats, report
 
 
 def _is_differentiated(W: Tensor, c: Tensor) -> bool:
     reverse = torch.is_grad_enabled() and (W.requires_grad or c.requires_grad)
-    forward = torch.autograd.forward_ad._current_level >= 0  # inside a dual level: W or c may carry a tangent
-    return reverse or forward or torch._C._are_functorch_transforms_active()
+    return reverse or _in_forward_mode() or torch._C._are_functorch_transforms_active()
 
 
-def _run(W: Tensor, c: Tensor, z0: Tensor | None, problem: Problem) -> tuple[Tensor, ...]:
-    return get_backend(problem.plan.backend).solve(W, c, z0, problem.activation, problem.plan)
+def _in_forward_mode() -> bool:
+    return forward_ad._current_level >= 0  # inside a dual level: tensors may carry a tangent
+
+
+def _run(W: Tensor, c: Tensor, z0: Tensor | None, problem: Problem) -> Outcome:
+    return ladder.solve(W, c, z0, problem.activation, problem.plan)
 
 
 class _Equilibrium(torch.autograd.Function):
-    """(W, c, z0, problem) -> Outcome; only its z is differentiable, and z0 has no influence on an equilibrium."""
+    """(W, c, z0, problem) -> an Outcome; only its z is differentiable, and z0 has no influence on an equilibrium."""
 
     @staticmethod
     def forward(W, c, z0, problem):
@@ -72,12 +80,11 @@ class _Equilibrium(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         W, c, _, ctx.problem = inputs
-        ctx.mark_non_differentiable(*output[1:])
+        ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
         # c is kept only where z alone does not give the derivative.
         keep = (W, output[0], None if ACTIVATIONS[ctx.problem.activation].derivative_of_value else c)
-        ctx.save_for_backward(*keep)
-        ctx.save_for_forward(*keep)
+        _save(ctx, *keep)
 
     @staticmethod
     def backward(ctx, g, *_):
@@ -97,7 +104,7 @@ class _Equilibrium(torch.autograd.Function):
         if dW is not None:
             g = g + z @ dW.mT
         dz = _apply(_MaskedLinear, W, _derivative(W, z, c, ctx.problem), g, ctx.problem)
-        return dz, None, None, None, None
+        return dz, None, None
 
 
 class _MaskedLinear(torch.autograd.Function):
@@ -110,8 +117,7 @@ class _MaskedLinear(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         A, d, g, ctx.problem = inputs
-        ctx.save_for_backward(A, d, g, output)
-        ctx.save_for_forward(A, d, g, output)
+        _save(ctx, A, d, g, output)
 
     @staticmethod
     def backward(ctx, h):
@@ -133,9 +139,16 @@ class _MaskedLinear(torch.autograd.Function):
         return t + _apply(_MaskedLinear, A, d, t @ A.mT, ctx.problem)
 
 
-def _without_setup_context(function):
-    """The same Function in the older form, which torch.func and torch.compile do not accept but whose ``apply`` costs 8
-    instead of 25 microseconds: the newer form binds its arguments to an inspected signature at every call."""
+def _save(ctx, *tensors: Tensor | None) -> None:
+    ctx.save_for_backward(*tensors)
+    if _in_forward_mode() or torch._C._are_functorch_transforms_active():
+        ctx.save_for_forward(*tensors)
+
+
+def _eager_apply(function):
+    """What ``function.apply`` comes to outside torch.func and torch.compile, without its 20 microseconds of Python: the
+    newer form of a Function binds its arguments to an inspected signature at every call. The one thing left to the
+    caller are the wrappers of a torch.func transform that has ended."""
 
     def forward(ctx, *inputs):
         output = function.forward(*inputs)
@@ -143,16 +156,18 @@ def _without_setup_context(function):
         return output
 
     members = {"forward": staticmethod(forward), "setup_context": torch.autograd.Function.setup_context}
-    return type(function.__name__, (function,), members)
+    eager = type(function.__name__, (function,), members)
+    return super(torch.autograd.Function, eager).apply
 
 
-_EAGER = {function: _without_setup_context(function) for function in (_Equilibrium, _MaskedLinear)}
+_EAGER = {function: _eager_apply(function) for function in (_Equilibrium, _MaskedLinear)}
 
 
-def _apply(function, *inputs):
+def _apply(function, first: Tensor, second: Tensor, third: Tensor | None, problem: Problem):
     if torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling():
-        return function.apply(*inputs)
-    return _EAGER[function].apply(*inputs)
+        return function.apply(first, second, third, problem)
+    third = None if third is None else unwrap_if_dead(third)
+    return _EAGER[function](unwrap_if_dead(first), unwrap_if_dead(second), third, problem)
 
 
 def _derivative(W: Tensor, z: Tensor, c: Tensor | None, problem: Problem) -> Tensor:
@@ -167,20 +182,23 @@ def _adjoint(W: Tensor, z: Tensor, c: Tensor | None, g: Tensor, problem: Problem
     """u with one buffer of its size: the derivative is formed inside the engine, or in the buffer of u."""
     if c is None:
         return _solve_masked(W.mT, g, z, problem.activation, problem)
-    d = get_backend(problem.plan.backend).derivative(W, c, z, problem.activation)
-    return _solve_masked(W.mT, g, d, None, problem, out=d)
+
+    def derivative() -> Tensor:
+        return get_backend(problem.plan.backend).derivative(W, c, z, problem.activation)
+
+    d = derivative()
+    return _solve_masked(W.mT, g, d, None, problem, out=d, recompute=derivative)
 
 
-def _solve_masked(
-    A: Tensor, g: Tensor, d: Tensor, value_of: str | None, problem: Problem, out: Tensor | None = None
-) -> Tensor:
-    outcome = get_backend(problem.plan.backend).masked_linear(A, g, d, value_of, problem.plan, out)
-    if problem.on_failure != "ignore" and not torch.compiler.is_compiling() and int(outcome.report[0]):
-        solution = Solution(outcome.z, outcome.iterations, outcome.residual, outcome.status, problem.plan)
-        report_failures(solution, problem.on_failure, problem.plan.tol, "the gradient of deq.solve")
-    return outcome.z
+def _solve_masked(A: Tensor, g: Tensor, d: Tensor, value_of: str | None, problem: Problem, **memory) -> Tensor:
+    u, stats, report = ladder.masked_linear(A, g, d, value_of, problem.activation, problem.plan, **memory)
+    if report is not None and report[0]:
+        report_failures(
+            Solution(u, stats, problem.plan), problem.on_failure, problem.plan.tol, "the gradient of deq.solve"
+        )
+    return u
 
 
 def _outer(u: Tensor, z: Tensor) -> Tensor:
     """The sum over samples of ``u z^T``, in the shape of W."""
-    return u.mT @ z
+    return torch.matmul(u.mT, z)  # not @, which finds its way in 4 us more where caches are cold

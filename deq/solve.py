@@ -3,19 +3,23 @@
 import difflib
 import math
 import numbers
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from . import _library, structured
+from . import _library, cayley, structured
 from .activations import get_activation
+from .backends.cpu import increments_here
+from .cache import remembered
 from .implicit import Problem, equilibrium
-from .plan import DEFAULT_TOL, make_plan
+from .plan import DEFAULT_TOL, INCREMENTS_FROM, LARGE_WEIGHT, SLOW_FROM, Plan, fit, is_cheap, make_plan
 from .solution import Solution, report_failures
 from .weights import Structure
 
 BACKWARDS = ("implicit", "phantom", "one_step", "unrolled")
 ON_FAILURE = ("warn", "raise", "ignore")
+LOOK_AT_ROWS = 64
 _DTYPES = {getattr(torch, name): name for name in DEFAULT_TOL}
 
 
@@ -45,9 +49,10 @@ def solve(
         tol: relative tolerance; 1e-5 in float32, 1e-10 in float64, 1e-4 in 16 bits if None. Serves the gradient too.
         max_iter: evaluations allowed for each sample, and for its gradient.
         solver: "plain" iterates ``z <- act(W z + c)`` strictly; "anderson" accelerates every sample from the start;
-            "direct" solves without iterating on z: the identity activation with any W, and LowerTriangular, Diagonal
-            and DiagonalLowRank of deq.weights (``z`` is then the point judged); "auto" does so where it pays, and
-            otherwise iterates plainly and accelerates the samples that are seen to contract slowly.
+            "cayley" iterates the reflected map of :mod:`deq.cayley`, which converges for every monotone W; "direct"
+            solves without iterating on z: the identity activation with any W, and LowerTriangular, Diagonal and
+            DiagonalLowRank of deq.weights (``z`` is then the point judged); "auto" chooses, and takes samples that are
+            slow or fail to other means (:mod:`deq.ladder`).
         criterion: "residual" stops a sample at ``r = ||f(y) - y|| / ||f(y)|| <= tol``; "error" stops it at
             ``r q / (1 - q) <= tol`` with its measured contraction q, an estimate of the distance to the fixed point.
         backward: "implicit" is exact; "one_step" (JFB) differentiates one evaluation at the equilibrium, "phantom" five
@@ -64,48 +69,99 @@ def solve(
     """
     if unknown:
         raise TypeError(_unknown_option(next(iter(unknown.items()))))
-    _check_tensors(W.like() if isinstance(W, Structure) else W, c, z0)
+    is_structure = isinstance(W, Structure)
+    _check_tensors(W.like() if is_structure else W, c, z0)
+    options = activation, tol, max_iter, solver, criterion, backward, on_failure, backend
+    device = "cpu" if c.is_cpu else c.device.type
+    # The types, because 1, 1.0 and True are one key and not one option.
+    given = *options, c.dtype, device, _library.compiled is not None, type(tol), type(max_iter)
+    try:
+        problem = _make_problem(*given)
+    except TypeError:
+        problem = None
+    if problem is None:  # an option that cannot be a key, or a wrong one: its own error
+        problem = _make_problem.__wrapped__(*given)
+    if (is_structure or activation == "identity" or solver == "direct") and solver in ("auto", "direct"):
+        solution = structured.solve(W, c, z0, problem, backward, forced=solver == "direct")
+        if solution is not None:
+            return solution
+    if is_structure:
+        W = W.dense()
+    shape, dims = c.shape, W.dim()
+    canonical = len(shape) == dims
+    if not canonical:  # one sample dimension, or none: W (m, m) with c (B, m), W (S, m, m) with c (S, B, m)
+        flat = (*shape[: dims - 2], math.prod(shape[dims - 2 : -1]), shape[-1])
+        c, z0 = c.reshape(flat), None if z0 is None else z0.reshape(flat)
+    if problem.plan.rescues:
+        problem = problem._replace(plan=_fit(problem.plan, W, c, activation))
+    z, stats, report = equilibrium(W, c, z0, problem, backward)
+    solution = Solution(z if canonical else z.reshape(shape), stats, problem.plan)
+    if report is not None and any(report):
+        _refuse_non_finite(report[1:], W, shape[:-1])
+        report_failures(solution, on_failure, problem.plan.tol, "deq.solve")
+    return solution
+
+
+def _fit(plan: Plan, W: Tensor, c: Tensor, activation: str) -> Plan:
+    """The plan for this weight."""
+    width, batch, frozen = W.shape[-1], c.shape[-2], not (torch.is_grad_enabled() and W.requires_grad)
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return fit(plan, width, False, False, frozen, "native")
+    increments = increments_here() if plan.backend == "cpu" and plan.precision == "float32" else "native"
+    rows = W.detach()[..., :: max(1, width // LOOK_AT_ROWS), :]  # evenly spread: enough to tell the size of W
+    size = float(torch.linalg.vector_norm(rows, dtype=torch.float32 if W.element_size() < 4 else None))
+    large = size * size > LARGE_WEIGHT**2 * (rows.numel() // width)
+    slow = False
+    worth_knowing = plan.reflects and frozen and not large and increments != "native" and width >= INCREMENTS_FROM
+    if worth_knowing and W.dim() == 2 and is_cheap(width, batch, frozen):
+        slow = _expected(W, activation, plan.tol) >= SLOW_FROM
+    return fit(plan, width, large, slow, frozen, increments)
+
+
+def _expected(W: Tensor, activation: str, tol: float) -> float:
+    """Evaluations that the plain map is expected to need for injections like noise: a property of W, not of a batch."""
+
+    def make() -> float:
+        wide = W.detach().to(torch.float64 if W.dtype == torch.float64 else torch.float32)
+        noise = torch.randn(cayley.PROBE_SAMPLES, W.shape[-1], generator=torch.Generator().manual_seed(0))
+        return cayley.predict(wide, noise.to(wide), activation, tol)
+
+    return remembered(W, ("evaluations", activation, tol), make)
+
+
+@lru_cache(maxsize=256)  # a training run asks the same thing at every step
+def _make_problem(
+    activation: str,
+    tol: float | None,
+    max_iter: int | None,
+    solver: str,
+    criterion: str,
+    backward: str,
+    on_failure: str,
+    backend: str,
+    dtype: torch.dtype,
+    device: str,
+    compiled: bool,
+    *_types: type,
+) -> Problem:
+    """Checks the options of a solve and plans it."""
     _check_options(tol, max_iter, backward, on_failure)
     get_activation(activation)
     for name, value in (("solver", solver), ("criterion", criterion), ("backend", backend)):
         if not isinstance(value, str):
             raise TypeError(f"{name} must be a string; got {value!r}")
     plan = make_plan(
-        dtype=_DTYPES[c.dtype],
-        device=c.device.type,
+        dtype=_DTYPES[dtype],
+        device=device,
+        activation=activation,
         solver=solver,
         backend=backend,
         criterion=criterion,
         tol=tol,
         max_iter=max_iter,
-        compiled=_library.compiled is not None,
+        compiled=compiled,
     )
-    if solver == "direct" and backward != "implicit":
-        raise ValueError(f"solver='direct' has the exact gradient only, backward='implicit'; got backward={backward!r}")
-    if solver in ("auto", "direct") and backward == "implicit":
-        solution = structured.solve(W, c, z0, activation, plan, on_failure, forced=solver == "direct")
-        if solution is not None:
-            if solver == "direct":  # otherwise every sample has converged
-                report_failures(solution, on_failure, plan.tol, "deq.solve")
-            return solution
-    W = W.dense() if isinstance(W, Structure) else W
-    shape, samples = c.shape, c.shape[:-1]
-    canonical = c.dim() == W.dim()
-    if not canonical:  # one sample dimension, or none: W (m, m) with c (B, m), W (S, m, m) with c (S, B, m)
-        flat = (*shape[: W.dim() - 2], math.prod(shape[W.dim() - 2 : -1]), shape[-1])
-        c, z0 = c.reshape(flat), None if z0 is None else z0.reshape(flat)
-    z, iterations, residual, status, report = equilibrium(W, c, z0, Problem(activation, plan, on_failure), backward)
-    if not canonical:
-        z, iterations = z.reshape(shape), iterations.reshape(samples)
-        residual, status = residual.reshape(samples), status.reshape(samples)
-    solution = Solution(z, iterations, residual, status, plan)
-    if not torch.compiler.is_compiling():  # inside a compiled graph nothing can be raised from values
-        failed, *bad = report.tolist()
-        if any(bad):
-            _refuse_non_finite(bad, W, samples)
-        if failed:
-            report_failures(solution, on_failure, plan.tol, "deq.solve")
-    return solution
+    return Problem(activation, plan, on_failure)
 
 
 def _unknown_option(item: tuple[str, object]) -> str:
@@ -117,28 +173,36 @@ def _unknown_option(item: tuple[str, object]) -> str:
 
 
 def _check_tensors(W: object, c: object, z0: object) -> None:
-    for name, value in (("W", W), ("c", c), ("z0", z0)):
-        if not (isinstance(value, Tensor) or (name == "z0" and value is None)):
-            kinds = "a torch.Tensor or a structure from deq.weights" if name == "W" else "a torch.Tensor"
-            raise TypeError(f"{name} must be {kinds}; got {type(value).__name__}")
-    if W.dim() not in (2, 3) or W.shape[-1] != W.shape[-2]:
-        raise ValueError(f"W must be (m, m) or (S, m, m); got shape {tuple(W.shape)}")
-    if W.shape[-1] == 0:
-        raise ValueError(f"W must have width m of at least 1; got shape {tuple(W.shape)}")
-    if c.dim() < W.dim() - 1 or c.shape[-1] != W.shape[-1] or (W.dim() == 3 and c.shape[0] != W.shape[0]):
-        leading = "..., " if W.dim() == 2 else f"{W.shape[0]}, ..., "
-        raise ValueError(f"c must be ({leading}{W.shape[-1]}) for W {tuple(W.shape)}; got shape {tuple(c.shape)}")
+    if not isinstance(W, Tensor):
+        raise TypeError(f"W must be a torch.Tensor or a structure from deq.weights; got {type(W).__name__}")
+    if not isinstance(c, Tensor):
+        raise TypeError(f"c must be a torch.Tensor; got {type(c).__name__}")
+    weight, injection = W.shape, c.shape
+    dims = len(weight)
+    if dims not in (2, 3) or weight[-1] != weight[-2]:
+        raise ValueError(f"W must be (m, m) or (S, m, m); got shape {tuple(weight)}")
+    m = weight[-1]
+    if m == 0:
+        raise ValueError(f"W must have width m of at least 1; got shape {tuple(weight)}")
+    if len(injection) < dims - 1 or injection[-1] != m or (dims == 3 and injection[0] != weight[0]):
+        leading = "..., " if dims == 2 else f"{weight[0]}, ..., "
+        raise ValueError(f"c must be ({leading}{m}) for W {tuple(weight)}; got shape {tuple(injection)}")
     if W.dtype not in _DTYPES:
         raise TypeError(f"W must be {', '.join(_DTYPES.values())}; got {W.dtype}")
-    for name, value in (("c", c), ("z0", z0)):
-        if value is None:
-            continue
-        if value.dtype != W.dtype:
-            raise TypeError(f"{name} must have the dtype of W, {W.dtype}; got {value.dtype}")
-        if value.device != W.device:
-            raise ValueError(f"{name} must be on the device of W, {W.device}; got {value.device}")
-    if z0 is not None and z0.shape != c.shape:
-        raise ValueError(f"z0 must have the shape of c, {tuple(c.shape)}; got {tuple(z0.shape)}")
+    _check_like("c", c, W)
+    if z0 is not None:
+        if not isinstance(z0, Tensor):
+            raise TypeError(f"z0 must be a torch.Tensor; got {type(z0).__name__}")
+        _check_like("z0", z0, W)
+        if z0.shape != injection:
+            raise ValueError(f"z0 must have the shape of c, {tuple(injection)}; got {tuple(z0.shape)}")
+
+
+def _check_like(name: str, value: Tensor, W: Tensor) -> None:
+    if value.dtype != W.dtype:
+        raise TypeError(f"{name} must have the dtype of W, {W.dtype}; got {value.dtype}")
+    if not (value.is_cpu and W.is_cpu) and value.device != W.device:
+        raise ValueError(f"{name} must be on the device of W, {W.device}; got {value.device}")
 
 
 def _check_options(tol: object, max_iter: object, backward: object, on_failure: object) -> None:
@@ -159,11 +223,13 @@ def _check_options(tol: object, max_iter: object, backward: object, on_failure: 
 
 
 def _refuse_non_finite(bad: list[int], W: Tensor, samples: torch.Size) -> None:
+    """``bad``: one plus an index in W, c and z0, 0 where all is finite."""
     weight, injection, start = (index - 1 for index in bad)
     if weight >= 0:
         raise ValueError(f"W must be finite; W{_position(weight, W.shape)} is {W.reshape(-1)[weight].item()}")
-    name, sample = ("c", injection) if injection >= 0 else ("z0", start)
-    raise ValueError(f"{name} must be finite; {name}{_position(sample, samples)} holds NaN or infinity")
+    for name, sample in (("c", injection), ("z0", start)):
+        if sample >= 0:
+            raise ValueError(f"{name} must be finite; {name}{_position(sample, samples)} holds NaN or infinity")
 
 
 def _position(index: int, shape: torch.Size) -> str:

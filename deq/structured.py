@@ -18,8 +18,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from . import weights
+from . import stats, weights
 from .activations import ACTIVATIONS
+from .implicit import Problem
 from .low_rank import LowRank
 from .methods import Diagonal, Linear, Result, Triangular, is_compiled, is_finite
 from .plan import Plan
@@ -35,20 +36,19 @@ FACTOR_PAYS_BELOW = 8  # m / B; one LU costs 14 products W z at m = 512, B = 64,
 
 
 def solve(
-    W: Tensor | weights.Structure,
-    c: Tensor,
-    z0: Tensor | None,
-    activation: str,
-    plan: Plan,
-    on_failure: str,
-    forced: bool,
+    W: Tensor | weights.Structure, c: Tensor, z0: Tensor | None, problem: Problem, backward: str, forced: bool
 ) -> Solution | None:
     """The equilibrium by the direct method of W, or None where it has none or that is not the way to go.
 
-    Arguments as checked by ``deq.solve``; ``plan`` says precision, tolerance and backend. With ``forced``
+    Arguments as checked by ``deq.solve``; the plan says precision, tolerance and backend. With ``forced``
     (solver="direct") the method is used whether it pays or not, and samples beyond the tolerance are reported STALLED.
     Raises ValueError for NaN or infinity in W, d, P, Q or c, and with ``forced`` saying why there is no direct method.
     """
+    activation, plan, on_failure = problem.activation, problem.plan, problem.on_failure
+    if backward != "implicit":
+        if forced:
+            raise ValueError(f"solver='direct' has the exact gradient alone, backward='implicit'; got {backward!r}")
+        return None
     method, why_not = _choose(W, c, activation, plan, forced)
     if why_not is None and z0 is not None and not is_finite(z0):
         why_not = "z0 is not finite"
@@ -84,16 +84,17 @@ def solve(
             z = torch.where(torch.isfinite(z).all(-1, keepdim=True), z, ACTIVATIONS[activation].value(c.reshape(flat)))
         status = torch.where(residual < torch.inf, int(Status.STALLED), int(Status.DIVERGED))
         status = torch.where(converged, int(Status.CONVERGED), status).to(torch.uint8)
-    if c.shape != z.shape:
-        samples = c.shape[:-1]
-        z, iterations = z.reshape(c.shape), iterations.reshape(samples)
-        residual, status = residual.reshape(samples), status.reshape(samples)
-    return Solution(z, iterations, residual, status, plan)
+    z = z if z.shape == c.shape else z.reshape(c.shape)
+    solution = Solution(z, stats.pack(iterations, residual, status), plan)
+    if forced:  # otherwise every sample has converged
+        report_failures(solution, on_failure, plan.tol, "deq.solve")
+    return solution
 
 
 @lru_cache(maxsize=64)
 def _plan_of(plan: Plan, name: str, what: str) -> Plan:
-    return replace(plan, map=name, acceleration="none", why=(what, *plan.why))
+    why = (what, *(reason for reason in plan.why if not reason.startswith("on demand")))
+    return replace(plan, map=name, acceleration="none", rescues=False, reflects=False, why=why)
 
 
 def _run(method: Method, activation: str, plan: Plan, on_failure: str, start: Tensor | None, c: Tensor) -> tuple:
@@ -237,7 +238,7 @@ def _solve_masked(
     u = result.z if scale is None else result.z / scale
     if on_failure != "ignore" and not bool(((result.residual <= plan.tol) | result.residual.isnan()).all()):
         status = torch.where(result.residual <= plan.tol, int(Status.CONVERGED), int(Status.STALLED)).to(torch.uint8)
-        solution = Solution(u, _counts(result, g), result.residual, status, plan)
+        solution = Solution(u, stats.pack(_counts(result, g), result.residual, status), plan)
         report_failures(solution, on_failure, plan.tol, "the gradient of deq.solve")
     return u if finite is None else torch.where(finite, u, torch.nan)
 

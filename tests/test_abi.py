@@ -11,6 +11,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from deq import _library, activations
+from deq import stats as layout
 from deq.plan import ANDERSON_DEPTH
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -73,17 +74,17 @@ def test_wrong_declarations_are_caught(tmp_path, right, wrong):
 # ---- operators ------------------------------------------------------------------------------------------------------
 
 SIZES = (2, 3, 5)  # S, B, m
-RUN = (0, ANDERSON_DEPTH, 0, 1e-5, 100)  # acceleration, depth, criterion, tol, max_iter
+RUN = (0, ANDERSON_DEPTH, 0, 1e-5, 100, 0, 0)  # acceleration, depth, criterion, tol, max_iter, precision, reflected
+RESULT = {"solve_": 3, "masked_linear_": 4, "derivative_": 3}  # position of the tensor that the result is written into
 
 
-def outcome(S=2, B=3, dtype=torch.float32):
-    """iterations, residual, status, report"""
-    return (
-        torch.empty(S, B, dtype=torch.int32),
-        torch.empty(S, B, dtype=torch.float64 if dtype == torch.float64 else torch.float32),
-        torch.empty(S, B, dtype=torch.uint8),
-        torch.zeros(4, dtype=torch.int64),
-    )
+def stats(S=2, B=3, dtype=torch.float32):
+    """A buffer for S x B samples, laid out as deq/stats.py tells."""
+    return layout.allocate(torch.empty(S, B, 1, dtype=dtype))
+
+
+def report():
+    return torch.zeros(4, dtype=torch.int64)
 
 
 def arguments(op: str, dtype=torch.float32, stacked: bool = True) -> list:
@@ -98,8 +99,8 @@ def arguments(op: str, dtype=torch.float32, stacked: bool = True) -> list:
     factors, q = [torch.zeros(1, 2, 8, dtype=dtype) for _ in range(2)], torch.zeros(B, 2, dtype=dtype)
     residual, none = torch.empty(B, dtype=dtype), torch.empty(0, dtype=dtype)
     call = {
-        "solve_": [W, c, c[..., :0], out, *outcome(S, B, dtype), relu, *RUN],
-        "masked_linear_": [W, c, d, out, *outcome(S, B, dtype), -1, *RUN],
+        "solve_": [W, c, c[..., :0], out, stats(S, B, dtype), report(), relu, *RUN],
+        "masked_linear_": [W, c, d, c[..., :0], out, stats(S, B, dtype), report(), -1, *RUN],
         "derivative_": [W, c, d, out, relu],
         "fingerprint": [W, torch.zeros(2, dtype=torch.int64)],
         "pack_triangle_": [W[0], *triangle, 0, 0],
@@ -122,7 +123,10 @@ def arguments(op: str, dtype=torch.float32, stacked: bool = True) -> list:
         ],
         "substitute_": [*triangle, c[0], none, out[0], none, residual, relu, 0],
     }[op]
-    return call if stacked else [a[0] if isinstance(a, torch.Tensor) and a.dim() > 1 else a for a in call]
+    if stacked:
+        return call
+    single = [a[0] if isinstance(a, torch.Tensor) and a.dim() > 1 else a for a in call]
+    return [stats(1, B, dtype) if isinstance(a, torch.Tensor) and a.dtype == torch.uint8 else a for a in single]
 
 
 def operator(op: str):
@@ -149,16 +153,17 @@ def test_opcheck_of_one_weight(op, dtype):
 def test_one_weight_without_its_dimension_is_the_same_problem(op):
     stacked, single = arguments(op), arguments(op, stacked=False)
     operator(op)(*stacked)
-    single_out = single[3] = torch.full_like(single[3], torch.nan)
+    at = RESULT[op]
+    single_out = single[at] = torch.full_like(single[at], torch.nan)
     operator(op)(*single)
-    assert torch.equal(single_out, stacked[3][0])
+    assert torch.equal(single_out, stacked[at][0])
 
 
 @needs_library
 def test_every_operator_has_a_schema_that_names_what_it_writes():
     written = {
-        "solve_": ["z", "iterations", "residual", "status", "report"],
-        "masked_linear_": ["u", "iterations", "residual", "status", "report"],
+        "solve_": ["z", "stats", "report"],
+        "masked_linear_": ["u", "stats", "report"],
         "derivative_": ["d"],
         "fingerprint": ["out"],
         "pack_triangle_": ["packed", "diagonal"],
@@ -186,21 +191,25 @@ WRONG_TENSORS = {
         "solve_",
         2,
         torch.zeros(1),
-        r"z0 must be of the shape of c, or .*; got shape \(1\)",
+        r"z0 must be of the injection's shape, or .*; got shape \(1\)",
     ),
     "z0 for another batch": ("solve_", 2, torch.zeros(S, B + 1, m), r"z0 must have shape \(2, 3, 5\); got"),
     "z for another batch": ("solve_", 3, torch.zeros(S, B - 1, m), r"z must have shape \(2, 3, 5\); got \(2, 2, 5\)"),
     "z with scattered rows": ("solve_", 3, torch.zeros(S, m, B).mT, "z must have contiguous rows"),
     "z with one row for all": ("solve_", 3, torch.zeros(S, 1, m).expand(S, B, m), "z must .* not overlap"),
     "z with one batch for all": ("solve_", 3, torch.zeros(1, B, m).expand(S, B, m), "z must .* not overlap"),
-    "iterations of another dtype": ("solve_", 4, torch.zeros(S, B).long(), "iterations must be int32; got int64"),
-    "residual too short": ("solve_", 5, torch.zeros(S, B - 1), r"residual must have shape \(2, 3\)"),
-    "residual too precise": ("solve_", 5, torch.zeros(S, B).double(), "residual must be float32; got float64"),
-    "status transposed": ("solve_", 6, torch.zeros(B, S).byte().T, "status must be contiguous"),
-    "report too short": ("solve_", 7, torch.zeros(3).long(), r"report must have shape \(4\); got \(3\)"),
+    "stats of another dtype": ("solve_", 4, torch.zeros(54).char(), "stats must be uint8; got torch's dtype number"),
+    "stats too short": ("solve_", 4, torch.zeros(53).byte(), r"stats must have shape \(54\); got \(53\)"),
+    "stats with a place for every sample": ("solve_", 4, torch.zeros(S, B).byte(), r"stats must have shape \(54\)"),
+    "stats with gaps": ("solve_", 4, torch.zeros(108).byte()[::2], "stats must be contiguous; got strides"),
+    "stats that start anywhere": ("solve_", 4, torch.zeros(56).byte()[2:], "stats must begin at a multiple of 4"),
+    "report too short": ("solve_", 5, torch.zeros(3).long(), r"report must have shape \(4\); got \(3\)"),
+    "report of another dtype": ("solve_", 5, torch.zeros(4).int(), "report must be int64; got int32"),
+    "report with gaps": ("solve_", 5, torch.zeros(8).long()[::2], "report must be contiguous; got strides"),
     "A for another width": ("masked_linear_", 0, torch.zeros(S, m - 1, m), "masked_linear_: A must have shape"),
     "d for another width": ("masked_linear_", 2, torch.zeros(S, B, m - 1), "masked_linear_: d must have shape"),
-    "u of another dtype": ("masked_linear_", 3, torch.zeros(S, B, m).half(), "u must be float32; got float16"),
+    "u0 for another batch": ("masked_linear_", 3, torch.zeros(S, B + 1, m), r"u0 must have shape \(2, 3, 5\); got"),
+    "u of another dtype": ("masked_linear_", 4, torch.zeros(S, B, m).half(), "u must be float32; got float16"),
     "W without a contiguous direction": (
         "fingerprint",
         0,
@@ -238,18 +247,20 @@ WRONG_TENSORS = {
     "z of another dtype": ("derivative_", 2, torch.zeros(S, B, m).double(), "derivative_: z must be float32"),
 }
 WRONG_NUMBERS = {
-    "activation unknown": ("solve_", 8, 99, "solve_: an argument is out of range .activation 99"),
-    "activation negative": ("solve_", 8, -1, "activation must lie in 0"),
-    "acceleration": ("solve_", 9, 3, "acceleration must lie in 0..2; got 3"),
-    "depth": ("solve_", 10, -1, "depth must lie in 0"),
-    "criterion": ("solve_", 11, 2, "criterion must lie in 0..1; got 2"),
-    "tol is NaN": ("solve_", 12, float("nan"), "tol must not be negative or NaN"),
-    "tol is negative": ("solve_", 12, -1e-3, "tol must not be negative or NaN"),
-    "max_iter is 0": ("solve_", 13, 0, "max_iter must lie in 1"),
-    "max_iter is huge": ("solve_", 13, 2**40, "max_iter must lie in 1.*; got 1099511627776"),
+    "activation unknown": ("solve_", 6, 99, "solve_: an argument is out of range .activation 99"),
+    "activation negative": ("solve_", 6, -1, "activation must lie in 0"),
+    "acceleration": ("solve_", 7, 3, "acceleration must lie in 0..2; got 3"),
+    "depth": ("solve_", 8, -1, "depth must lie in 0"),
+    "criterion": ("solve_", 9, 2, "criterion must lie in 0..1; got 2"),
+    "tol is NaN": ("solve_", 10, float("nan"), "tol must not be negative or NaN"),
+    "tol is negative": ("solve_", 10, -1e-3, "tol must not be negative or NaN"),
+    "max_iter is 0": ("solve_", 11, 0, "max_iter must lie in 1"),
+    "precision": ("solve_", 12, 3, "precision must lie in 0..2; got 3"),
+    "reflected": ("solve_", 13, 2, "reflected must lie in 0..1; got 2"),
+    "max_iter is huge": ("solve_", 11, 2**40, "max_iter must lie in 1.*; got 1099511627776"),
     "mask of an activation that hides it": (
         "masked_linear_",
-        8,
+        7,
         activations.get_activation("gelu").number,
         "masked_linear_: an argument is out of range",
     ),
@@ -277,20 +288,20 @@ def test_wrong_call_raises_and_names_the_argument(case):
 def test_width_zero_raises():
     empty = torch.zeros(S, B, 0)
     with pytest.raises(RuntimeError, match="width 0"):
-        operator("solve_")(torch.zeros(S, 0, 0), empty, empty, empty.clone(), *outcome(), 1, *RUN)
+        operator("solve_")(torch.zeros(S, 0, 0), empty, empty, empty.clone(), stats(), report(), 1, *RUN)
 
 
 @needs_library
 @pytest.mark.parametrize("shape", [(2, 0, 5), (0, 3, 5), (0, 0, 1)])
 def test_no_samples_is_no_work(shape):
     S, B, m = shape
-    c, report = torch.zeros(shape), torch.ones(4, dtype=torch.int64)
-    operator("solve_")(torch.zeros(S, m, m), c, c, c.clone(), *outcome(S, B)[:3], report, 1, *RUN)
-    assert report.tolist() == [0, 0, 0, 0]
+    c, said = torch.zeros(shape), report().fill_(1)
+    operator("solve_")(torch.zeros(S, m, m), c, c, c.clone(), stats(S, B), said, 1, *RUN)
+    assert said.tolist() == [0, 0, 0, 0]
 
 
 @needs_library
-@pytest.mark.parametrize("spoil", [None, 5], ids=["success", "error"])
+@pytest.mark.parametrize("spoil", [None, 4], ids=["success", "error"])
 def test_no_argument_is_kept_alive(spoil):
     call = arguments("solve_")
     refs = [StorageWeakRef(a.untyped_storage()) for a in call if isinstance(a, torch.Tensor)]
@@ -299,7 +310,7 @@ def test_no_argument_is_kept_alive(spoil):
     else:
         call[spoil] = torch.zeros(1)
         refs[spoil] = StorageWeakRef(call[spoil].untyped_storage())
-        with pytest.raises(RuntimeError, match="residual must"):
+        with pytest.raises(RuntimeError, match="stats must"):
             operator("solve_")(*call)
     del call
     assert [ref.expired() for ref in refs] == [True] * len(refs)
@@ -311,9 +322,8 @@ def team():
     return len(os.listdir("/proc/self/task"))
 def solve():
     z = torch.empty(1, 256, 64)
-    out = torch.empty(1, 256, dtype=torch.int32), torch.empty(1, 256), torch.empty(1, 256, dtype=torch.uint8)
     W, c = torch.full((1, 64, 64), 0.01), torch.ones(1, 256, 64)
-    torch.ops.deq.solve_(W, c, c, z, *out, torch.zeros(4).long(), 1, 0, 5, 0, 1e-5, 100)
+    torch.ops.deq.solve_(W, c, c, z, deq.stats.allocate(z), torch.zeros(4).long(), 1, 0, 5, 0, 1e-5, 100, 0, 0)
     return team()
 torch.set_num_threads(1)
 torch.ones(2**20).exp()

@@ -10,9 +10,10 @@ from click.testing import CliRunner
 
 from deq import _library, reference
 from deq.bench import baselines, memory, record, report
-from deq.bench.cases import CPU_CASES, KERNEL_CASES, MEMORY_CASE, TOL, Case
+from deq.bench.cases import AUTO_CASES, CPU_CASES, KERNEL_CASES, MEMORY_CASE, TOL, Case
 from deq.bench.cli import bench
-from deq.bench.cpu import measure, measure_kernel, relative_error, worst_error
+from deq.bench.cpu import measure, measure_kernel
+from deq.bench.quality import relative_error, worst_error
 from deq.bench.timing import MIN_TURNS, Timing, interleave
 
 SMALL = Case(17, 5)
@@ -21,8 +22,9 @@ needs_proc = pytest.mark.skipif(not memory.CLEAR.exists(), reason="peak memory i
 
 
 class TestCases:
-    def test_names_are_unique(self):
-        assert len({case.name for case in CPU_CASES}) == len(CPU_CASES)
+    @pytest.mark.parametrize("cases", [CPU_CASES, AUTO_CASES])
+    def test_names_are_unique(self, cases):
+        assert len({case.name for case in cases}) == len(cases)
 
     def test_required_ratios_belong_to_the_first_issue(self):
         required = {(case.m, case.B): tuple(case.must.values()) for case in CPU_CASES if case.must}
@@ -103,15 +105,15 @@ class TestBaselines:
 
 class TestTiming:
     def test_statistics(self):
-        timing = Timing((1.0, 2.0, 3.0, 4.0, 100.0))
+        timing = Timing((1.0, 2.0, 3.0, 4.0, 100.0), 0.5)
         assert timing.median == 3.0
         assert timing.percentile(20) == pytest.approx(1.8)
         assert timing.percentile(80) == pytest.approx(23.2)
 
     def test_ratio_is_paired_by_turn(self):
         """Both slow down tenfold in the same turns: the ratio of medians would be off, that of the turns is not."""
-        other = Timing((1.0, 10.0, 1.0, 10.0, 1.0))
-        assert Timing((2.0, 20.0, 2.0, 20.0, 20.0)).ratio(other) == 2.0
+        other = Timing((1.0, 10.0, 1.0, 10.0, 1.0), 1.0)
+        assert Timing((2.0, 20.0, 2.0, 20.0, 20.0), 2.0).ratio(other) == 2.0
 
     def test_turns_rotate_and_prepare_comes_before_every_call(self, monkeypatch):
         monkeypatch.setattr("deq.bench.timing.TURN_SECONDS", 0.0)
@@ -127,11 +129,23 @@ class TestTiming:
         calls = "".join(log)
         assert calls.startswith("-a-a-a-b-b-b" + "-a-b" + "-b-a" + "-a-b")
         assert len(calls) == 2 * (6 + 2 * MIN_TURNS)
-        assert timings["a"].median == 1.0
+        assert timings["a"].median == timings["a"].best == 1.0
 
     def test_finds_a_known_ratio(self):
         timings = interleave({"one": lambda: time.sleep(2e-3), "three": lambda: time.sleep(6e-3)}, 0.1)
         assert timings["three"].ratio(timings["one"]) == pytest.approx(3.0, rel=0.25)
+
+    def test_best_is_the_shortest_call_of_all_turns(self):
+        ticks = iter([0.0, 5.0] * 3 + [0.0, 4.0] + [0.0, 2.0] + [0.0, 3.0] * 100)
+        timings = interleave({"a": lambda: None}, 1e-9, clock=lambda: next(ticks), min_turns=3)
+        assert timings["a"].turns == (4.0, 2.0, 3.0)
+        assert timings["a"].best == 2.0
+
+    def test_long_calls_warm_up_but_once(self, monkeypatch):
+        monkeypatch.setattr("deq.bench.timing.WARM_UP_SECONDS", 0.0)
+        calls = []
+        interleave({"long": lambda: (calls.append(0), time.sleep(3e-3))}, 1e-9, min_turns=2)
+        assert len(calls) == 1 + 2
 
     def test_short_calls_share_a_turn(self):
         calls = []
@@ -229,6 +243,7 @@ class TestCommand:
     @needs_library
     def test_cpu(self, tmp_path):
         arguments = ["cpu", "--case", "17,5", "--threads", "1", "--seconds", "0.02", "--out", str(tmp_path)]
+        arguments += ["--pass", "training"]
         result = CliRunner().invoke(bench, arguments, catch_exceptions=False)
         assert result.exit_code == 0
         assert re.search(r"^ *17 +5 +1 ", result.output, re.MULTILINE)
@@ -236,7 +251,9 @@ class TestCommand:
         rows = json.loads(path.read_text())
         assert [row["baseline"] for row in rows][:2] == ["deq", "loop"]
         needed = {"case", "variant", "median", "p20", "p80", "ratio", "iterations", "error", "threads"}
-        assert all(needed | {"commit", "versions", "device"} <= set(row) for row in rows)
+        plain = [row for row in rows if "pass" not in row]
+        assert len(plain) >= 3
+        assert all(needed | {"commit", "versions", "device"} <= set(row) for row in plain)
         assert rows[0]["versions"]["torch"] == torch.__version__
 
     @needs_library

@@ -146,6 +146,25 @@ def test_batch_mates_do_not_matter(dtype, isa):
         assert torch.equal(alone.z, together.z[b]) and alone.residual == together.residual[b]
 
 
+@pytest.mark.parametrize("m", [70, 257, 513, 1100])  # one chunk of the sums over k, and several
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_skipping_zeros_changes_no_bit(m, dtype, isa):
+    """A batch of mostly zero rows skips products, one of dense rows does not, and a sample must not notice."""
+    W, c, g = gaussian(m, 24, dtype, scale=0.6)
+    sparse, dense = c[:4] - 2, c + 2  # about 5 % and 95 % of the equilibrium is not zero
+    W, batches = W.requires_grad_(), [torch.cat((sparse, c[:2], other)) for other in (sparse, dense)]
+    results = []
+    for batch in batches:
+        batch = batch.clone().requires_grad_()
+        solution = deq.solve(W, batch, solver="plain", backend="cpu")
+        z = solution.z
+        (dc,) = torch.autograd.grad(z, batch, g[:1].expand_as(z))
+        results.append((z.detach()[:6], dc[:6]))
+    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
+    W, c = W.detach(), batches[0][:6]
+    assert_as_accurate(results[0][0], torch_loop(W, c, tol=solution.plan.tol), exact(W, c))
+
+
 def test_thread_count_does_not_matter():
     """Two runs agree bit for bit, and so do thread counts: a sample never sees its neighbours."""
     W, c, _ = gaussian(90, 64)

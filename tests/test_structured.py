@@ -409,7 +409,7 @@ def test_what_direct_cannot_do_is_said():
         ValueError, match=r"W is dense and the activation is 'relu'; it serves the identity .* DiagonalLowRank"
     ):
         deq.solve(W, c, solver="direct")
-    with pytest.raises(ValueError, match="backward='implicit'; got backward='phantom'"):
+    with pytest.raises(ValueError, match="backward='implicit'; got 'phantom'"):
         deq.solve(weights.Diagonal(torch.zeros(5)), c, solver="direct", backward="phantom")
     low_rank = structure("diagonal_low_rank", *parts("diagonal_low_rank", 5))
     with pytest.raises(ValueError, match=r"criterion='error' is not estimated"):

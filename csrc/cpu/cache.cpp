@@ -74,20 +74,18 @@ Digest content(const Runs& runs, int64_t weights, int threads, void (*absorb)(ui
   // Pieces of about 256 KB, so that large weights are read by all threads.
   const int64_t per_piece = std::max<int64_t>(1, (256 << 10) / runs.bytes);
   const int64_t pieces = (runs.count + per_piece - 1) / per_piece, total = weights * pieces;
-  std::vector<Digest> digests(total);
-#pragma omp parallel for num_threads(threads) if (total > 1 && threads > 1)
-  for (int64_t i = 0; i < total; ++i) {
+  auto piece = [&](int64_t i) {
     const int64_t first = i % pieces * per_piece, count = std::min(per_piece, runs.count - first);
     const char* at = runs.data + i / pieces * runs.matrix_stride + first * runs.run_stride;
-    if (runs.adjacent()) {
-      digests[i] = digest(at, count * runs.bytes, absorb);
-    } else {
-      std::vector<Digest> parts(count);
-      for (int64_t r = 0; r < count; ++r) parts[r] = digest(at + r * runs.run_stride, runs.bytes, absorb);
-      digests[i] = digest(reinterpret_cast<const char*>(parts.data()), count * sizeof(Digest), absorb);
-    }
-  }
-  if (total == 1) return digests[0];
+    if (runs.adjacent()) return digest(at, count * runs.bytes, absorb);
+    std::vector<Digest> parts(count);
+    for (int64_t r = 0; r < count; ++r) parts[r] = digest(at + r * runs.run_stride, runs.bytes, absorb);
+    return digest(reinterpret_cast<const char*>(parts.data()), count * sizeof(Digest), absorb);
+  };
+  if (total == 1) return piece(0);  // without a team of one thread and its two system calls
+  std::vector<Digest> digests(total);
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+  for (int64_t i = 0; i < total; ++i) digests[i] = piece(i);
   return digest(reinterpret_cast<const char*>(digests.data()), total * sizeof(Digest), absorb);
 }
 
@@ -124,6 +122,22 @@ bool pack_all(const DeqProblem& p, const Kernels<T>& k, const T* w, const int64_
              finite;
   }
   return finite;
+}
+
+// Of an entry with all its forms.
+int64_t bytes_of(const Packed& packed) {
+  int64_t bytes = packed.bytes;
+  for (const Packed::Form& form : packed.forms)
+    if (form.packed) bytes += form.packed->bytes;
+  return bytes;
+}
+
+std::shared_ptr<Packed> make_packed(int64_t weights, int64_t matrix_bytes) {
+  auto packed = std::make_shared<Packed>();
+  packed->data = allocate(matrix_bytes * weights);
+  packed->bytes = matrix_bytes * weights;
+  packed->matrix_bytes = matrix_bytes;
+  return packed->data ? packed : nullptr;
 }
 
 }  // namespace
@@ -182,13 +196,9 @@ std::shared_ptr<const Packed> packed_weights(const DeqProblem& p, int threads) {
       entries.erase(it);
       break;
     }
-  if (!packed) {
-    packed = std::make_shared<Packed>();
-    packed->data = allocate(matrix_bytes * p.weights);
-    if (!packed->data) return nullptr;
-    packed->bytes = matrix_bytes * p.weights;
-    packed->matrix_bytes = matrix_bytes;
-  }
+  if (!packed) packed = make_packed(p.weights, matrix_bytes);
+  if (!packed) return nullptr;
+  for (Packed::Form& form : packed->forms) form.current = false;
   if (!pack_all<T>(p, k, w, stride, static_cast<T*>(packed->data), threads)) {
     auto bad = std::make_shared<Packed>();
     bad->bad_element = first_bad_element(p);
@@ -198,10 +208,22 @@ std::shared_ptr<const Packed> packed_weights(const DeqProblem& p, int threads) {
   int64_t bytes = 0;
   size_t kept = 0;
   for (auto it = entries.begin(); it != entries.end();) {
-    bytes += it->packed->bytes;
+    bytes += bytes_of(*it->packed);
     it = ++kept > kAlwaysKept && bytes > kBudgetBytes ? entries.erase(it) : std::next(it);
   }
   return packed;
+}
+
+std::shared_ptr<const Packed> packed_form(const Packed& packed, int form, int64_t weights, int64_t matrix_bytes,
+                                          const std::function<void(char*)>& fill) {
+  std::lock_guard<std::mutex> lock(mutex);
+  Packed::Form& entry = packed.forms[form];
+  if (entry.current) return entry.packed;
+  if (!entry.packed || entry.packed.use_count() > 1) entry.packed = make_packed(weights, matrix_bytes);
+  if (!entry.packed) return nullptr;
+  fill(static_cast<char*>(entry.packed->data));
+  entry.current = true;
+  return entry.packed;
 }
 
 template std::shared_ptr<const Packed> packed_weights<float>(const DeqProblem&, int);
@@ -224,7 +246,7 @@ bool fingerprint(const DeqView& view, const int64_t (&size)[3], int64_t element_
 int64_t cache_bytes() {
   std::lock_guard<std::mutex> lock(mutex);
   int64_t bytes = 0;
-  for (const Entry& e : entries) bytes += e.packed->bytes;
+  for (const Entry& e : entries) bytes += bytes_of(*e.packed);
   return bytes;
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 #include <stdint.h>
 
+#include <functional>
 #include <memory>
 
 #include "../kernels.h"
@@ -13,6 +14,13 @@ struct Packed {
   int64_t matrix_bytes = 0, bytes = 0;
   int64_t bad_element = 0;  // 1 + flat index of the first non-finite element of W; data is null then
   ~Packed();
+
+  // The same weights in another precision, by DeqPrecision. Guarded by the cache.
+  struct Form {
+    std::shared_ptr<Packed> packed;
+    bool current = false;  // false: memory of earlier weights, to be written over
+  };
+  mutable Form forms[3];
 };
 
 // The packed form of the (S, m, m) view W for the kernels in use, from the cache or made now with `threads` threads.
@@ -22,6 +30,11 @@ struct Packed {
 // Null when out of memory.
 template <class T>
 std::shared_ptr<const Packed> packed_weights(const DeqProblem& problem, int threads);
+
+// The form number `form` of `packed`, kept with it; where there is none yet, `fill` writes it into S matrices of `matrix_bytes`.
+// Null when out of memory.
+std::shared_ptr<const Packed> packed_form(const Packed& packed, int form, int64_t weights, int64_t matrix_bytes,
+                                          const std::function<void(char*)>& fill);
 
 // 128 bits of the content of `view`, see deq_cpu_fingerprint; false if neither its rows nor its columns are contiguous.
 bool fingerprint(const DeqView& view, const int64_t (&size)[3], int64_t element_bytes, int threads, uint64_t (&result)[2]);

@@ -6,6 +6,9 @@
 namespace deq {
 
 constexpr int kHashLanes = 32;
+// Sums over k are cut into chunks: the rounding error of a long sum grows with the chunk, not with m.
+constexpr int64_t kSumChunk = 512;
+constexpr int64_t kSkipWidth = 96;  // most columns that skip_step takes at once
 
 // One application of the map to n rows: out = act(W z + c), or d * (W z + c), with the residual sums of every row.
 // Rows are padded with zeros to a multiple of the vector width; W is packed by `pack`.
@@ -20,6 +23,9 @@ struct Step {
   const T* packed;
   int64_t width;
   int32_t activation;
+  uint64_t* nonzeros = nullptr;  // skip_step: n x ceil(width / 64) words of scratch
+  T* total = nullptr;            // skip_step: n x kSkipWidth elements of scratch
+  T* const* pre = nullptr;       // n row pointers: keep x = W z + c there and put 2 act(x) - x, or 2 d x - x, into out
 };
 
 template <class T>
@@ -39,6 +45,10 @@ struct Kernels {
   // not finite.
   bool (*pack)(const T* w, int64_t row_stride, int64_t column_stride, int64_t m, T* packed, int64_t first, int64_t last);
   void (*step)(const Step<T>&, int n);
+  // The same step bit for bit, for relu or a mask, without the products with zeros: find_nonzeros marks the elements of z that
+  // count and returns their number, skip_step does the rest.
+  int64_t (*find_nonzeros)(const Step<T>&, int n);
+  void (*skip_step)(const Step<T>&, int n);
   // out = act'(W z + c); ignores d, sums and totals.
   void (*derivative)(const Step<T>&, int n);
   // A padded row of act(x) becomes act'(x), where the activation allows it.

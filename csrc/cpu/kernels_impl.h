@@ -11,10 +11,8 @@
 
 namespace {
 
+using deq::kSumChunk;
 using deq::Step;
-
-// Sums over k are cut into chunks: the rounding error of a long sum grows with the chunk, not with m.
-constexpr int64_t kChunk = 512;
 
 // Calls f with the activation's struct.
 template <class T, class F>
@@ -112,13 +110,37 @@ void finish_tile(const T* tile, int rows, int vectors, const Step<T>& s, int row
   }
 }
 
+// The reflected map: its pre-activation is kept, because the result cannot be told from the reflection.
+template <class T, class Act>
+void finish_reflected(const T* tile, int rows, int vectors, const Step<T>& s, int row0, int64_t j) {
+  using M = VecMath<T>;
+  const int L = kLanes<T>;
+  for (int v = 0; v < vectors; ++v) {
+    const int64_t at = j + v * L;
+    const typename M::V valid = valid_lanes<T>(at, s.width);
+    for (int r = 0; r < rows; ++r) {
+      T* sums = s.sums[row0 + r];
+      typename M::V step2{}, size2{};
+      if (at > 0) step2 = M::load(sums), size2 = M::load(sums + L);
+      const typename M::V x = M::load(tile + (r * vectors + v) * L) + M::load(s.c[row0 + r] + at);
+      const typename M::V f = s.d ? M::load(s.d[row0 + r] + at) * x : Act::value(x) * valid, y = f + f - x;
+      const typename M::V diff = y - M::load(s.z[row0 + r] + at);
+      M::store(s.pre[row0 + r] + at, x);
+      M::store(s.out[row0 + r] + at, y);
+      M::store(sums, step2 + diff * diff);
+      M::store(sums + L, size2 + y * y);
+    }
+  }
+}
+
 template <class T>
 using FinishTile = void (*)(const T*, int, int, const Step<T>&, int, int64_t);
 
 template <class T>
-FinishTile<T> finish_tile_for(int32_t activation) {
+FinishTile<T> finish_tile_for(int32_t activation, bool reflected) {
   FinishTile<T> f = nullptr;
-  with_activation<T>(activation, [&](auto act) { f = &finish_tile<T, decltype(act)>; });
+  with_activation<T>(activation,
+                     [&](auto act) { f = reflected ? &finish_reflected<T, decltype(act)> : &finish_tile<T, decltype(act)>; });
   return f;
 }
 
@@ -158,16 +180,16 @@ __attribute__((noinline)) void tile(const Step<T>& s, FinishTile<T> finish_spill
   const T* w = s.packed + j * s.width;
   const int64_t stride = NV * L * s.width;
   V acc[MR][N];
-  product<T, MR, NV, NP>(s.z + row0, w, stride, 0, s.width < kChunk ? s.width : kChunk, acc);
-  for (int64_t k = kChunk; k < s.width; k += kChunk) {
+  product<T, MR, NV, NP>(s.z + row0, w, stride, 0, s.width < kSumChunk ? s.width : kSumChunk, acc);
+  for (int64_t k = kSumChunk; k < s.width; k += kSumChunk) {
     V part[MR][N];
-    product<T, MR, NV, NP>(s.z + row0, w, stride, k, s.width < k + kChunk ? s.width : k + kChunk, part);
+    product<T, MR, NV, NP>(s.z + row0, w, stride, k, s.width < k + kSumChunk ? s.width : k + kSumChunk, part);
 #pragma GCC unroll 16
     for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 16
       for (int v = 0; v < N; ++v) acc[r][v] += part[r][v];
   }
-  if (s.d == nullptr && s.activation != deq::kRelu) {
+  if (s.pre || (s.d == nullptr && s.activation != deq::kRelu)) {
     alignas(DEQ_VECTOR_BYTES) T spilled[MR * N * kLanes<T>];
 #pragma GCC unroll 16
     for (int r = 0; r < MR; ++r)
@@ -217,11 +239,20 @@ void step_with(const Step<T>& s, int n, FinishTile<T> f) {
 }
 
 template <class T>
-void step(const Step<T>& s, int n) {
-  step_with<T>(s, n, finish_tile_for<T>(s.activation));
+DEQ_INLINE void sum_lanes(const Step<T>& s, int n) {
   for (int r = 0; r < n; ++r)
     for (int i = 0; i < 2; ++i) s.totals[2 * r + i] = lane_sum<T>(VecMath<T>::load(s.sums[r] + i * kLanes<T>));
 }
+
+template <class T>
+void step(const Step<T>& s, int n) {
+  step_with<T>(s, n, finish_tile_for<T>(s.activation, s.pre != nullptr));
+  sum_lanes(s, n);
+}
+
+}  // namespace
+#include "skip_impl.h"
+namespace {
 
 // The derivative as a finish: out = act'(x), no sums.
 template <class T, class Act>
@@ -407,6 +438,8 @@ const deq::Kernels<T>* table() {
       .copy_out = copy_out<T>,
       .pack = pack<T>,
       .step = step<T>,
+      .find_nonzeros = find_nonzeros<T>,
+      .skip_step = skip_step<T>,
       .derivative = derivative<T>,
       .derivative_of_value = derivative_of_value<T>,
       .first = first<T>,

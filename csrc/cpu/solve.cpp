@@ -3,22 +3,16 @@
 // Every thread owns a tile of sample slots. A slot holds one sample's iterate, injection and, if needed, its Anderson window;
 // all slots of a tile take one step together, so that every panel of W is read once for the tile. A sample that is done
 // leaves at once and the slot is refilled from a shared queue. Threads never wait for each other.
-#include <stdlib.h>
-#include <string.h>
-
 #include <algorithm>
 #include <atomic>
-#include <cmath>
-#include <limits>
 #include <memory>
+#include <utility>
 
-#include "../activations.h"
 #include "../anderson.h"
-#include "../judge.h"
 #include "../kernels.h"
 #include "cache.h"
-#include "convert.h"
-#include "kernels.h"
+#include "delta.h"
+#include "samples.h"
 
 namespace deq {
 namespace {
@@ -26,52 +20,24 @@ namespace {
 constexpr int kMaxTile = 64;
 // Half of a 1 MB L2 for the rows of a tile; the rest for the panels of W that stream through.
 constexpr int64_t kTileBytes = 512 << 10;
+// Products with zeros are skipped where less than this share of the rows' elements is not zero; looked at again after so many
+// steps. Zen 4, float32: at half zeros 1.4 x the dense tiles from m = 128 to 1024, even at 0.72 (at 0.6 for 2048 x 16).
+constexpr double kSkipBelow = 0.65;
+constexpr int kLookEvery = 16;
+// A W far beyond the L2 cache is read faster without gaps; that takes some rows to make up for (2048 x 4: 0.8 x, x 16: 1.2 x).
+constexpr int kSkipRows = 8;
+constexpr int64_t kSkipWidest = 1024;
 // Rows start this many bytes apart modulo 4096, so that the rows of a tile do not share cache sets.
 constexpr int64_t kRowSkew = 64;
 
-// Memory that a thread keeps between calls, so that small solves do not pay for page faults.
-class Arena {
- public:
-  ~Arena() { free(data_); }
-  void* get(int64_t bytes) {
-    if (bytes > size_) {
-      free(data_);
-      data_ = allocate(bytes);
-      size_ = data_ ? bytes : 0;
-    }
-    return data_;
-  }
-  void trim() {
-    if (size_ <= kKeptBytes) return;
-    free(data_);
-    data_ = nullptr;
-    size_ = 0;
-  }
-
- private:
-  static constexpr int64_t kKeptBytes = 4 << 20;
-  void* data_ = nullptr;
-  int64_t size_ = 0;
-};
-thread_local Arena rows_arena, window_arena;
-
-// Shared by the threads of a call.
-struct Totals {
-  std::atomic<int64_t> failed{0}, bad_injection{0}, bad_start{0};
-  std::atomic<int32_t> error{DEQ_OK};
-  static void keep_first(std::atomic<int64_t>& at, int64_t index) {
-    int64_t now = at.load();
-    while ((now == 0 || index + 1 < now) && !at.compare_exchange_weak(now, index + 1)) {
-    }
-  }
-};
+thread_local Arena rows_arena, window_arena, result_arena;
 
 template <class T>
 struct alignas(64) Slot {
   Record record;  // with the flags, all that the common iteration touches: one cache line
   bool saved;     // the output row holds the best iterate
   bool accelerated;
-  T* buffer[2];
+  T *buffer[2], *pre[2];
   T *c, *d, *sums;
   int64_t sample;                     // flat index s * B + b
   double scale;                       // the sample was multiplied by this power of two
@@ -85,15 +51,14 @@ class Tile {
   Tile(const DeqProblem& p, const Packed& packed, Totals& totals)
       : p_(p),
         k_(kernels<T>()),
+        samples_(p, totals),
         packed_(packed),
         totals_(totals),
         m_(p.width),
-        padded_((p.width + k_.lanes - 1) / k_.lanes * k_.lanes),
+        padded_(samples_.padded()),
         rule_(make_rule(p.tol, p.max_iter, p.criterion, p.width, sizeof(T) == 8)),
         depth_(std::min<int>(std::max(p.depth, 1), kMaxDepth)),
-        // Linear in the injection up to a positive factor: rescaling by a power of two changes no bit of the path, and
-        // keeps every square in range.
-        rescaled_(p.mask.data != nullptr || is_homogeneous(p.activation)) {}
+        may_skip_(!p.reflected && (p.mask.data || p.activation == kRelu)) {}
 
   // Solves samples of matrix s taken from `queue` until it is empty.
   void run(int64_t s, std::atomic<int64_t>& queue, int threads) {
@@ -103,20 +68,24 @@ class Tile {
       return;
     }
     // Position a of the arrays belongs to slot at[a]; row[current] is what the next step reads.
-    T *row[2][kMaxTile], *c[kMaxTile], *d[kMaxTile], *sums[kMaxTile];
+    T *row[2][kMaxTile], *pre[2][kMaxTile], *c[kMaxTile], *d[kMaxTile], *sums[kMaxTile];
     double totals[2 * kMaxTile];
     int at[kMaxTile], n = 0;
     for (; n < size_ && fill(slots_[n], queue); ++n) {
       const Slot<T>& slot = slots_[at[n] = n];
       row[0][n] = slot.buffer[0];
       row[1][n] = slot.buffer[1];
+      pre[0][n] = slot.pre[0];
+      pre[1][n] = slot.pre[1];
       c[n] = slot.c;
       d[n] = slot.d;
       sums[n] = slot.sums;
     }
     const T* w = static_cast<const T*>(packed_.data) + s * (packed_.matrix_bytes / static_cast<int64_t>(sizeof(T)));
     while (n > 0) {
-      k_.step(Step<T>{row[current_], row[1 - current_], c, p_.mask.data ? d : nullptr, sums, totals, w, m_, p_.activation}, n);
+      evaluate(Step<T>{row[current_], row[1 - current_], c, p_.mask.data ? d : nullptr, sums, totals, w, m_, p_.activation,
+                       nonzeros_, total_, p_.reflected ? pre[1 - current_] : nullptr},
+               n);
       current_ = 1 - current_;
       for (int a = 0; a < n;) {
         Slot<T>& slot = slots_[at[a]];
@@ -129,6 +98,8 @@ class Tile {
         at[a] = at[n];
         row[0][a] = row[0][n];
         row[1][a] = row[1][n];
+        pre[0][a] = pre[0][n];
+        pre[1][a] = pre[1][n];
         c[a] = c[n];
         d[a] = d[n];
         sums[a] = sums[n];
@@ -143,130 +114,69 @@ class Tile {
  private:
   bool reserve(int threads) {
     const int64_t stride = padded_ + kRowSkew / static_cast<int64_t>(sizeof(T));
-    const int rows = p_.mask.data ? 4 : 3;
-    const int64_t fit = kTileBytes / (rows * stride * static_cast<int64_t>(sizeof(T)));
+    const int rows = 3 + (p_.mask.data ? 1 : 0) + (p_.reflected ? 2 : 0);
+    const int held = rows + (p_.acceleration == DEQ_ANDERSON ? 2 * depth_ : 0);  // a window is read as often as the rows
+    const int64_t fit = kTileBytes / (held * stride * static_cast<int64_t>(sizeof(T)));
     const int64_t share = (p_.batch + threads - 1) / threads;
     size_ = static_cast<int>(std::min<int64_t>({kMaxTile, std::max<int64_t>(2 * k_.rows, fit / k_.rows * k_.rows), share}));
     const int64_t sums = 2 * k_.lanes, per_slot = rows * stride + sums;
-    T* at = static_cast<T*>(rows_arena.get(size_ * per_slot * static_cast<int64_t>(sizeof(T))));
+    result_ = p_.reflected ? static_cast<T*>(result_arena.get(padded_ * static_cast<int64_t>(sizeof(T)))) : nullptr;
+    if (p_.reflected && !result_) return false;
+    const int64_t words = (m_ + 63) / 64 * static_cast<int64_t>(sizeof(uint64_t) / sizeof(T));
+    T* at = static_cast<T*>(rows_arena.get(size_ * (per_slot + kSkipWidth + words) * static_cast<int64_t>(sizeof(T))));
     if (!at) return false;
     for (int i = 0; i < size_; ++i, at += per_slot) {
       slots_[i].sums = at;
       slots_[i].buffer[0] = at + sums;
       slots_[i].buffer[1] = at + sums + stride;
       slots_[i].c = at + sums + 2 * stride;
-      slots_[i].d = p_.mask.data ? at + sums + 3 * stride : nullptr;
+      T* more = at + sums + 3 * stride;
+      slots_[i].d = p_.mask.data ? std::exchange(more, more + stride) : nullptr;
+      for (T*& pre : slots_[i].pre) pre = p_.reflected ? std::exchange(more, more + stride) : nullptr;
     }
+    total_ = at;
+    nonzeros_ = reinterpret_cast<uint64_t*>(at + size_ * kSkipWidth);
     stride_ = stride;
     window_ = nullptr;
     return true;
   }
 
-  static int64_t offset(const DeqView& view, int64_t s, int64_t b) { return s * view.stride[0] + b * view.stride[1]; }
-
-  // Largest magnitude, infinity if any element is not finite.
-  T read(const DeqView& view, int64_t b, T* dst) {
-    const int64_t first = offset(view, matrix_, b);
-    const bool native = p_.type == DEQ_FLOAT32 || p_.type == DEQ_FLOAT64;
-    if (native && view.stride[2] == 1) return k_.copy_in(static_cast<const T*>(view.data) + first, m_, padded_, dst);
-    load_row<T>(view, p_.type, first, T(1), m_, dst);
-    return k_.copy_in(dst, m_, padded_, dst);
-  }
-
-  void write(Slot<T>& slot, const T* row) {
-    const int64_t first = offset(p_.out, matrix_, slot.sample - matrix_ * p_.batch);
-    const T factor = static_cast<T>(1 / slot.scale);
-    const bool native = p_.type == DEQ_FLOAT32 || p_.type == DEQ_FLOAT64;
-    if (native && k_.copy_out(row, factor, m_, static_cast<T*>(p_.out.data) + first)) return;
-    if (!store_row<T>(p_.out, p_.type, first, factor, m_, row)) overflowed_ = true;
+  // One application of the map to n rows, without the products with zeros where there are enough of them.
+  void evaluate(const Step<T>& step, int n) {
+    if (may_skip_ && (n >= kSkipRows || m_ <= kSkipWidest) && --looks_again_ <= 0) {
+      if (static_cast<double>(k_.find_nonzeros(step, n)) < kSkipBelow * static_cast<double>(n * m_)) return k_.skip_step(step, n);
+      looks_again_ = kLookEvery;
+    }
+    k_.step(step, n);
   }
 
   // Takes the next sample of the queue that is not done at once; false when there is none.
   bool fill(Slot<T>& slot, std::atomic<int64_t>& queue) {
-    for (;;) {
-      const int64_t b = queue.fetch_add(1, std::memory_order_relaxed);
-      if (b >= p_.batch) return false;
-      slot.sample = matrix_ * p_.batch + b;
+    T* y = slot.buffer[current_];
+    while ((slot.sample = samples_.take(matrix_, queue, slot.c, slot.d, y, &slot.scale)) >= 0) {
       slot.record = new_record();
       slot.saved = false;
       slot.accelerated = p_.acceleration == DEQ_ANDERSON;
       slot.window = 0;
-      slot.scale = 1;
-      T* y = slot.buffer[current_];
-      T largest = read(p_.injection, b, slot.c), start = 0;
-      if (p_.start.data) start = read(p_.start, b, y);
-      if (!std::isfinite(largest) || !std::isfinite(start)) {
-        if (!std::isfinite(largest)) Totals::keep_first(totals_.bad_injection, slot.sample);
-        if (!std::isfinite(start)) Totals::keep_first(totals_.bad_start, slot.sample);
-        refuse(slot, b);
-        continue;
-      }
-      if (p_.mask.data) {
-        read(p_.mask, b, slot.d);
-        if (p_.mask_is_value) k_.derivative_of_value(p_.activation, slot.d, m_);
-      }
-      const T reach = std::max(largest, start);
-      // Near 1 the squares are in range as they are, and a factor would change no bit of the path.
-      constexpr T kNear = static_cast<T>(1 << 20);
-      if (rescaled_ && reach > 0 && (reach > kNear || reach < 1 / kNear)) {
-        constexpr int kLimit = std::numeric_limits<T>::max_exponent - 2;
-        slot.scale = std::ldexp(1.0, std::clamp(-std::ilogb(reach), -kLimit, kLimit));
-        k_.scale(slot.c, static_cast<T>(slot.scale), padded_);
-        if (p_.start.data) k_.scale(y, static_cast<T>(slot.scale), padded_);
-      }
       if (p_.start.data) return true;
       // From zero the first evaluation is act(c): no product. Its step and its size are the same.
       double size2 = k_.first(p_.activation, slot.c, slot.d, y, m_);
-      if (!in_range(size2)) size2 = size_of(y);
+      if (p_.reflected) {
+        std::copy(slot.c, slot.c + padded_, slot.pre[current_]);
+        for (int64_t j = 0; j < m_; ++j) y[j] += y[j] - slot.c[j];
+        size2 = size_of(y, m_);
+      }
+      if (!in_range<T>(size2)) size2 = size_of(y, m_);
       const Verdict verdict = judge(rule_, slot.record, size2, size2, 0.0);
       if (verdict == Verdict::kContinue) return true;
       finish(slot, verdict, y);
     }
-  }
-
-  // A sample whose input is not finite: refused, or for the adjoint NaN in, NaN out (a loss scaler looks for it).
-  void refuse(Slot<T>& slot, int64_t b) {
-    const T value = p_.mask.data ? std::numeric_limits<T>::quiet_NaN() : T(0);
-    for (int64_t j = 0; j < m_; ++j) slot.c[j] = value;
-    const int64_t first = offset(p_.out, matrix_, b);
-    store_value(first, slot.c);
-    p_.iterations[slot.sample] = 0;
-    static_cast<T*>(p_.residual)[slot.sample] = std::numeric_limits<T>::infinity();
-    p_.status[slot.sample] = DEQ_NONFINITE;
-    totals_.failed.fetch_add(1, std::memory_order_relaxed);
-  }
-
-  void store_value(int64_t first, const T* row) {
-    for (int64_t j = 0; j < m_; ++j) {
-      if (p_.type == DEQ_BFLOAT16) {
-        static_cast<uint16_t*>(p_.out.data)[first + j] = to_bfloat16(static_cast<float>(row[j]));
-      } else if (p_.type == DEQ_FLOAT16) {
-        static_cast<uint16_t*>(p_.out.data)[first + j] = to_float16(static_cast<float>(row[j]));
-      } else {
-        static_cast<T*>(p_.out.data)[first + j] = row[j];
-      }
-    }
-  }
-
-  // Squares of T lose their meaning outside: there the sums are formed again in double, which float squares cannot leave.
-  static bool in_range(double sum) { return sizeof(T) == 4 ? sum > 1e-20 && sum < 1e30 : sum > 1e-120 && sum < 1e120; }
-  double size_of(const T* y) const {
-    double sum = 0;
-    for (int64_t j = 0; j < m_; ++j) sum += static_cast<double>(y[j]) * static_cast<double>(y[j]);
-    return sum;
-  }
-  double distance(const T* f, const T* y) const {
-    double sum = 0;
-    for (int64_t j = 0; j < m_; ++j) {
-      const double diff = static_cast<double>(f[j]) - static_cast<double>(y[j]);
-      sum += diff * diff;
-    }
-    return sum;
+    return false;
   }
 
   // The common iteration, apart from advance(): nothing to decide, nothing to write.
   bool goes_on(Slot<T>& slot, double step2, double size2) {
-    if (slot.accelerated || !in_range(size2) || !progresses(rule_, slot.record, step2, size2)) return false;
+    if (slot.accelerated || !in_range<T>(size2) || !progresses(rule_, slot.record, step2, size2)) return false;
     slot.saved = false;
     return true;
   }
@@ -274,18 +184,19 @@ class Tile {
   // Judges the evaluation just made and prepares the next iterate; false when the sample is done.
   bool advance(Slot<T>& slot, double step2, double size2) {
     T *f = slot.buffer[current_], *y = slot.buffer[1 - current_];
-    if (!in_range(size2)) {
-      step2 = distance(f, y);
-      size2 = size_of(f);
+    if (!in_range<T>(size2)) {
+      step2 = distance(f, y, m_);
+      size2 = size_of(f, m_);
     }
-    const double start2 = slot.record.iteration == 0 ? size_of(y) : 0.0, before2 = slot.record.step2[1];
+    const double start2 = slot.record.iteration == 0 ? size_of(y, m_) : 0.0, before2 = slot.record.step2[1];
     const Verdict verdict = judge(rule_, slot.record, step2, size2, start2);
     const bool is_best = slot.record.best_at == slot.record.iteration;
     if (is_best) {
       slot.saved = false;
     } else if (!slot.saved) {
       // The previous evaluation was the best: f of it is the iterate just left, or the newest of the window.
-      write(slot, slot.accelerated && slot.window ? window_row(slot, slot.newest, 0) : y);
+      const T* best = slot.accelerated && slot.window ? window_row(slot, slot.newest, 0) : y;
+      samples_.write(slot.sample, slot.scale, result(slot, 1 - current_, best));
       slot.saved = true;
     }
     if (verdict != Verdict::kContinue) {
@@ -297,15 +208,18 @@ class Tile {
     return true;
   }
 
+  // What is handed out for f(y): itself, or for the reflected map the value at its pre-activation.
+  const T* result(const Slot<T>& slot, int which, const T* f) {
+    if (!p_.reflected) return f;
+    k_.first(p_.activation, slot.pre[which], slot.d, result_, m_);
+    return result_;
+  }
+
   // `best` null: the output row already holds the best iterate.
   void finish(Slot<T>& slot, Verdict verdict, const T* best) {
-    overflowed_ = false;
-    if (best) write(slot, best);
-    if (overflowed_) verdict = Verdict::kDiverged;  // it left the range of the caller's dtype
-    p_.iterations[slot.sample] = static_cast<int32_t>(slot.record.iteration);
-    static_cast<T*>(p_.residual)[slot.sample] = static_cast<T>(slot.record.residual());
-    p_.status[slot.sample] = static_cast<uint8_t>(verdict);
-    if (verdict != Verdict::kConverged) totals_.failed.fetch_add(1, std::memory_order_relaxed);
+    // One that left the range of the caller's dtype has diverged.
+    if (best && !samples_.write(slot.sample, slot.scale, result(slot, current_, best))) verdict = Verdict::kDiverged;
+    samples_.report(slot.sample, slot.record, verdict);
   }
 
   // Row `ring` of the slot's window: part 0 holds f(y), part 1 f(y) - y.
@@ -349,16 +263,18 @@ class Tile {
 
   const DeqProblem& p_;
   const Kernels<T>& k_;
+  Samples<T> samples_;
   const Packed& packed_;
   Totals& totals_;
   const int64_t m_, padded_;
   const Rule rule_;
   const int depth_;
-  const bool rescaled_;
+  const bool may_skip_;
   int64_t matrix_ = 0, stride_ = 0;
   int size_ = 0, current_ = 0;
-  bool overflowed_ = false;
-  T* window_ = nullptr;
+  int looks_again_ = 0;  // steps until the zeros are counted again
+  T *window_ = nullptr, *total_ = nullptr, *result_ = nullptr;
+  uint64_t* nonzeros_ = nullptr;
   Slot<T> slots_[kMaxTile];
 };
 
@@ -386,10 +302,12 @@ int32_t solve(const DeqProblem& p) {
   } else {
     for (int64_t s = 0; s < p.weights; ++s) {
       std::atomic<int64_t> queue{0};
-#pragma omp parallel num_threads(threads) if (threads > 1)
-      {
-        auto tile = std::make_unique<Tile<T>>(p, *packed, totals);
-        tile->run(s, queue, threads);
+      auto work = [&] { std::make_unique<Tile<T>>(p, *packed, totals)->run(s, queue, threads); };
+      if (threads == 1) {  // a team of one would cost two system calls
+        work();
+      } else {
+#pragma omp parallel num_threads(threads)
+        work();
       }
     }
   }
@@ -452,6 +370,7 @@ int32_t deq_cpu_solve(const DeqProblem* p) {
   if (!deq::well_formed(p)) return DEQ_BAD_ARGUMENT;
   *p->report = DeqReport{0, 0, 0, 0};
   if (p->weights * p->batch == 0) return DEQ_OK;
+  if (deq::delta_serves(*p)) return deq::delta_solve(*p);
   return p->type == DEQ_FLOAT64 ? deq::solve<double>(*p) : deq::solve<float>(*p);
 }
 

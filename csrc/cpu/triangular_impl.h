@@ -14,6 +14,9 @@ using deq::kPanel;
 using deq::Lanes;
 using deq::Row;
 
+// Sums over k are cut into runs: the rounding error of a long sum grows with the run, not with m.
+constexpr int64_t kSumRun = 512;
+
 constexpr int kMaxNewton = 60;  // a bracket halves at worst: bisection alone would be done
 
 template <class T>
@@ -86,8 +89,8 @@ __attribute__((noinline)) void add_product(T* own, const T* w, const T* z, int64
   for (int l = 0; l < kPanel; ++l)
 #pragma GCC unroll 2
     for (int v = 0; v < NV; ++v) total[l][v] = M::load(own + l * N + v * L);
-  for (int64_t k0 = 0; k0 < count; k0 += kChunk) {
-    const int64_t k1 = count < k0 + kChunk ? count : k0 + kChunk;
+  for (int64_t k0 = 0; k0 < count; k0 += kSumRun) {
+    const int64_t k1 = count < k0 + kSumRun ? count : k0 + kSumRun;
     V acc[kPanel][NV];
 #pragma GCC unroll 16
     for (int l = 0; l < kPanel; ++l)

@@ -11,6 +11,9 @@
 #ifndef DEQ_VECTOR_BYTES
 #error "define DEQ_VECTOR_BYTES before including vec.h"
 #endif
+#if DEQ_VECTOR_BYTES > 16
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -153,6 +156,28 @@ DEQ_INLINE double lane_sum(const typename Simd<T>::V& v) {
 
 template <class T>
 constexpr int kLanes = VecMath<T>::kLanes;
+
+// One bit a lane: is it other than zero?
+template <class T>
+DEQ_INLINE uint64_t nonzero_lanes(const typename Simd<T>::V& v) {
+#if DEQ_VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == 4)
+    return _mm512_cmp_ps_mask(reinterpret_cast<__m512>(v), _mm512_setzero_ps(), _CMP_NEQ_UQ);
+  else
+    return _mm512_cmp_pd_mask(reinterpret_cast<__m512d>(v), _mm512_setzero_pd(), _CMP_NEQ_UQ);
+#elif DEQ_VECTOR_BYTES == 32
+  if constexpr (sizeof(T) == 4)
+    return static_cast<unsigned>(
+        _mm256_movemask_ps(_mm256_cmp_ps(reinterpret_cast<__m256>(v), _mm256_setzero_ps(), _CMP_NEQ_UQ)));
+  else
+    return static_cast<unsigned>(
+        _mm256_movemask_pd(_mm256_cmp_pd(reinterpret_cast<__m256d>(v), _mm256_setzero_pd(), _CMP_NEQ_UQ)));
+#else
+  uint64_t bits = 0;
+  for (int i = 0; i < kLanes<T>; ++i) bits |= static_cast<uint64_t>(v[i] != 0) << i;
+  return bits;
+#endif
+}
 
 template <class T>
 int64_t padded(int64_t m) {

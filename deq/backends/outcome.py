@@ -6,11 +6,10 @@ from torch import Tensor
 
 
 class Outcome(NamedTuple):
-    """z or u (..., m); iterations, residual, status (...); report int64 (4,): samples that failed, then one plus the
-    flat index of the first non-finite element of W, sample of c and sample of z0, 0 where there is none."""
+    """z or u (..., m); what is said of its samples, a buffer of :mod:`deq.stats`; and the report of the call, four
+    numbers: samples that failed, then one plus the flat index of the first non-finite element of W, sample of c and
+    sample of z0, 0 where there is none. No report where nothing can be read: inside a compiled graph."""
 
     z: Tensor
-    iterations: Tensor
-    residual: Tensor
-    status: Tensor
-    report: Tensor
+    stats: Tensor
+    report: list[int] | None

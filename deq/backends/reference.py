@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .. import reference
+from .. import reference, stats
 from ..activations import ACTIVATIONS
 from ..plan import Plan
 from ..solution import Status
@@ -33,32 +33,49 @@ def _outcome(
     largest = torch.finfo(dtype).max
     status = torch.where((z.abs() > largest).any(-1), int(Status.DIVERGED), status).to(torch.uint8)
     failed = int((status != Status.CONVERGED).sum())
-    return Outcome(z.clamp(-largest, largest).to(dtype), iterations, residual, status, torch.tensor([failed, *bad]))
+    return Outcome(z.clamp(-largest, largest).to(dtype), stats.pack(iterations, residual, status), [failed, *bad])
 
 
-def solve(W: Tensor, c: Tensor, z0: Tensor | None, activation: str, plan: Plan) -> Outcome:
+def solve(
+    W: Tensor,
+    c: Tensor,
+    z0: Tensor | None,
+    activation: str,
+    plan: Plan,
+    *,
+    out: Tensor | None = None,
+    reflected: bool = False,
+) -> Outcome:
     bad = [_first(~torch.isfinite(W)), _first(~torch.isfinite(c).all(-1))]
     bad.append(0 if z0 is None else _first(~torch.isfinite(z0).all(-1)))
     W, wide, z0 = _wide(plan, W, c, z0)
-    return _outcome(*reference.solve(W, wide, activation, z0, **_options(plan)), c.dtype, bad)
+    run = reference.reflected if reflected else reference.solve
+    outcome = _outcome(*run(W, wide, activation, z0, **_options(plan)), c.dtype, bad)
+    return outcome if out is None else outcome._replace(z=out.copy_(outcome.z))
 
 
 def masked_linear(
-    A: Tensor, g: Tensor, d: Tensor, value_of: str | None, plan: Plan, out: Tensor | None = None
+    A: Tensor,
+    g: Tensor,
+    d: Tensor,
+    value_of: str | None,
+    plan: Plan,
+    *,
+    u0: Tensor | None = None,
+    out: Tensor | None = None,
+    reflected: bool = False,
 ) -> Outcome:
     dtype, finite = g.dtype, torch.isfinite(g).all(-1, keepdim=True)
     bad = [_first(~torch.isfinite(A)), _first(~finite), 0]
-    A, g, d = _wide(plan, A, g, d)
+    A, g, d, u0 = _wide(plan, A, g, d, u0)
     if value_of is not None:
         d = ACTIVATIONS[value_of].derivative_of_value(d)
-    u, *stats = reference.masked_linear(A, d, torch.where(finite, g, 0.0), **_options(plan))
-    outcome = _outcome(u, *stats, dtype, bad)
+    run = reference.reflected_masked if reflected else reference.masked_linear
+    u, iterations, residual, status = run(A, d, torch.where(finite, g, 0.0), u0, **_options(plan))
+    status = torch.where(finite.squeeze(-1), status, int(Status.NONFINITE))
+    outcome = _outcome(u, iterations, residual, status, dtype, bad)
     u = torch.where(finite, outcome.z, torch.nan)
-    if out is not None:
-        u = out.copy_(u)
-    return outcome._replace(
-        z=u, status=torch.where(finite.squeeze(-1), outcome.status, int(Status.NONFINITE)).to(torch.uint8)
-    )
+    return outcome._replace(z=u if out is None else out.copy_(u))
 
 
 def derivative(W: Tensor, c: Tensor, z: Tensor, activation: str) -> Tensor:

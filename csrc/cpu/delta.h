@@ -1,0 +1,76 @@
+// Delta iterations with reliable updates: the parts that the driver (delta.cpp) and the inner loops share.
+//
+// A sample keeps y = W x + c in float32, where x is what its increments have added up to. A step multiplies one quantised
+// increment, y += W_low Q(f(y) - x), x += Q(f(y) - x): what rounding left out of an increment is still in the next one, so only
+// the rounding of W is left in y, and that is proportional to the increments. A float32 evaluation of y (an anchor) removes it;
+// a correction, y += (W - W_low) Q(sum of increments), removes all but the square of it at the price of one step.
+#pragma once
+#include <stdint.h>
+
+#include <memory>
+
+#include "../kernels.h"
+#include "cache.h"
+
+namespace deq {
+
+// One sample in the inner loops. Rows are padded with zeros to a multiple of the vector width.
+struct DeltaRow {
+  float* y;         // W x + c
+  float* x;         // the sum of the increments
+  const float* d;   // derivative of the adjoint problem, or null
+  void* increment;  // read by the step
+  void* next;       // written by the step
+  float scale;      // of the increment read: element = scale * integer
+  float next_scale,
+      next_inverse;  // of the increment written; a larger element is cut off, and what was cut is in the next increment
+  float* sums;       // 3 vectors of scratch
+  double step2, size2;
+  float largest;  // |f(y) - x|^2, |f(y)|^2 and max |f(y) - x|, set by the step
+
+  void set_next_scale(double scale_of_next) {
+    next_scale = static_cast<float>(scale_of_next);
+    next_inverse = next_scale > 1e-37f ? 1 / next_scale : 0;
+  }
+};
+
+// What f is where the step itself applies it; the others are applied row by row by the driver.
+enum class DeltaMap { kByRow, kRelu, kReflectedRelu, kMask, kReflectedMask };
+
+struct DeltaStep {
+  DeltaRow* const* rows;
+  const void* weights;  // a plane of a matrix packed by `pack`
+  int64_t width;
+  DeltaMap map;
+};
+
+struct DeltaKernels {
+  DeqPrecision precision;
+  int lanes;  // of the float32 kernels that these work with
+  int element_bytes;
+
+  // A packed matrix is two planes of so many bytes: W_low, and what is left of W in the same precision. Made from W as the
+  // float32 kernels have packed it, for panels [first, last).
+  int64_t (*plane_bytes)(int64_t m);
+  void (*pack)(const float* w, int64_t m, void* packed, int64_t first, int64_t last);
+  // y += W_low increment for n rows and, unless the map is applied by row, the next increment with x and the sums.
+  void (*step)(const DeltaStep&, int n);
+  // state = f(y) as given, or with y its reflection 2 f(y) - y; sets step2, size2 and largest.
+  void (*measure)(DeltaRow&, float* state, const float* y, int64_t padded);
+  // next = Q(state - x), x += next.
+  void (*feed)(DeltaRow&, const float* state, int64_t padded);
+};
+
+// Compiled-in tables.
+const DeltaKernels* avx512vnni_delta_kernels();
+const DeltaKernels* avx512bf16_delta_kernels();
+
+// The inner loops for increments of this precision that go with the float32 kernels in use; null where the CPU or the build has
+// none.
+const DeltaKernels* delta_kernels(int32_t precision);
+
+// Whether delta_solve serves the problem: else the row engine does.
+bool delta_serves(const DeqProblem& problem);
+int32_t delta_solve(const DeqProblem& problem);
+
+}  // namespace deq

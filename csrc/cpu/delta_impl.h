@@ -1,0 +1,235 @@
+// The inner loops of the delta iteration for one instruction set. The including file defines DEQ_VECTOR_BYTES, DEQ_TILE_ROWS
+// and a struct Increment: the elements of an increment, their quantisation and their dot products.
+//
+// Register tile: up to DEQ_TILE_ROWS samples x two vectors of outputs, like the float32 kernels; a 32-bit word of an increment
+// (kTerms elements of k) is multiplied with the same word of a vector of outputs.
+#pragma once
+#include "delta.h"
+#include "vec.h"
+
+namespace {
+
+using deq::DeltaMap;
+using deq::DeltaRow;
+using deq::DeltaStep;
+using M = VecMath<float>;
+using V = M::V;
+constexpr int kL = kLanes<float>;
+
+// A packed plane: for every panel of two vectors of outputs the words [k / kTerms][output], then a scale and an offset of every
+// output. A matrix is two planes, the second what rounding left out of the first.
+struct Layout {
+  int64_t columns, words;
+  explicit Layout(int64_t m) : columns(padded<float>(m)), words((m + Increment::kTerms - 1) / Increment::kTerms) {}
+  int64_t bytes() const { return (columns * words * 4 + columns * 8 + 63) / 64 * 64; }
+  const float* scales(const void* packed) const {
+    return reinterpret_cast<const float*>(static_cast<const uint32_t*>(packed) + columns * words);
+  }
+  const int32_t* offsets(const void* packed) const { return reinterpret_cast<const int32_t*>(scales(packed) + columns); }
+};
+
+int64_t plane_bytes(int64_t m) { return Layout(m).bytes(); }
+
+// The float32 panels [k][output] become words [k / kTerms][output].
+void pack(const float* w, int64_t m, void* packed, int64_t first, int64_t last) {
+  const Layout layout(m);
+  for (int64_t j = first * 2 * kL; j < last * 2 * kL && j < layout.columns; j += kL) {
+    // Where vector j starts in its panel of one or two vectors.
+    const int64_t panel = j / (2 * kL) * (2 * kL), left = layout.columns - panel, width = left < 2 * kL ? left : 2 * kL;
+    const float* src = w + panel * m + (j - panel);
+    V largest{};
+    for (int64_t k = 0; k < m; ++k) largest = Increment::maximum(largest, M::abs(M::load(src + k * width)));
+    const Increment::Weights weights[2] = {Increment::Weights(largest), Increment::Weights(largest).rest()};
+    Increment::Sum offset[2] = {};
+    char* plane[2] = {static_cast<char*>(packed), static_cast<char*>(packed) + layout.bytes()};
+    for (int64_t word = 0; word < layout.words; ++word) {
+      V terms[Increment::kTerms];
+      for (int t = 0; t < Increment::kTerms; ++t) {
+        const int64_t k = word * Increment::kTerms + t;
+        terms[t] = k < m ? M::load(src + k * width) : V{};
+      }
+      for (int i = 0; i < 2; ++i)
+        weights[i].take(terms, reinterpret_cast<uint32_t*>(plane[i]) + panel * layout.words + (j - panel) + word * width,
+                        &offset[i]);
+    }
+    for (int i = 0; i < 2; ++i) {
+      M::store(const_cast<float*>(layout.scales(plane[i])) + j, weights[i].scale);
+      memcpy(const_cast<int32_t*>(layout.offsets(plane[i])) + j, &offset[i], sizeof offset[i]);
+    }
+  }
+}
+
+// f of the maps that the step applies itself; every one keeps the zeros of the padding.
+template <DeltaMap kMap>
+DEQ_INLINE V apply(V y, const float* d) {
+  if constexpr (kMap == DeltaMap::kRelu) return Increment::maximum(y, V{});
+  if constexpr (kMap == DeltaMap::kReflectedRelu) return M::abs(y);
+  if constexpr (kMap == DeltaMap::kMask) return M::load(d) * y;
+  if constexpr (kMap == DeltaMap::kReflectedMask) {
+    const V z = M::load(d) * y;
+    return z + (z - y);
+  }
+  return y;
+}
+
+// One register tile: rows [row0, row0 + MR), NP panels of NV vectors from column j.
+template <DeltaMap kMap, int MR, int NV, int NP>
+__attribute__((noinline)) void tile(const DeltaStep& s, int row0, int64_t j) {
+  using Sum = Increment::Sum;
+  constexpr int N = NV * NP;
+  const Layout layout(s.width);
+  const float* scales = layout.scales(s.weights) + j;
+  const int32_t* offsets = layout.offsets(s.weights) + j;
+  const uint32_t* w = static_cast<const uint32_t*>(s.weights) + j * layout.words;
+  const int64_t panel_words = NV * kL * layout.words;
+  Sum acc[MR][N];
+#pragma GCC unroll 16
+  for (int v = 0; v < N; ++v) {
+    const Sum start = Increment::start(offsets + v * kL);
+#pragma GCC unroll 16
+    for (int r = 0; r < MR; ++r) acc[r][v] = start;
+  }
+  const uint32_t* increment[MR];
+#pragma GCC unroll 16
+  for (int r = 0; r < MR; ++r) increment[r] = static_cast<const uint32_t*>(s.rows[row0 + r]->increment);
+  for (int64_t k = 0; k < layout.words; ++k, w += NV * kL) {
+    Sum b[N];
+#pragma GCC unroll 16
+    for (int p = 0; p < NP; ++p)
+#pragma GCC unroll 2
+      for (int v = 0; v < NV; ++v) memcpy(&b[p * NV + v], w + p * panel_words + v * kL, sizeof(Sum));
+#pragma GCC unroll 16
+    for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 16
+      for (int v = 0; v < N; ++v) acc[r][v] = Increment::dot(acc[r][v], increment[r][k], b[v]);
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < MR; ++r) {
+    DeltaRow& row = *s.rows[row0 + r];
+    float *y = row.y + j, *x = row.x + j;
+    const float* d = kMap == DeltaMap::kMask || kMap == DeltaMap::kReflectedMask ? row.d + j : nullptr;
+    char* next = static_cast<char*>(row.next) + j * Increment::kBytes;
+    const Increment::Quantiser quantiser(row);
+    const V scale = M::set(0.0) + row.scale;
+    V step2{}, size2{}, largest{};
+    if (kMap != DeltaMap::kByRow && j > 0)
+      step2 = M::load(row.sums), size2 = M::load(row.sums + kL), largest = M::load(row.sums + 2 * kL);
+#pragma GCC unroll 16
+    for (int v = 0; v < N; ++v) {
+      const V updated = Increment::added(M::load(y + v * kL), acc[r][v], scale, scales + v * kL);
+      M::store(y + v * kL, updated);
+      if constexpr (kMap != DeltaMap::kByRow) {
+        const V state = apply<kMap>(updated, d + v * kL), before = M::load(x + v * kL), change = state - before;
+        const V size = M::abs(change);
+        step2 += change * change;
+        size2 += state * state;
+        largest = Increment::maximum(largest, size);
+        M::store(x + v * kL, before + quantiser.store(change, next + v * kL * Increment::kBytes));
+      }
+    }
+    if constexpr (kMap != DeltaMap::kByRow) {
+      M::store(row.sums, step2);
+      M::store(row.sums + kL, size2);
+      M::store(row.sums + 2 * kL, largest);
+    }
+  }
+}
+
+// The tile shapes of up to MR rows, tried from the largest down.
+template <DeltaMap kMap, int NV, int MR>
+DEQ_INLINE void tile_rows(int rows, const DeltaStep& s, int row0, int64_t j) {
+  if constexpr (MR > 0) {
+    if (rows == MR) return tile<kMap, MR, NV, 1>(s, row0, j);
+    tile_rows<kMap, NV, MR - 1>(rows, s, row0, j);
+  }
+}
+
+void set_totals(DeltaRow& row, V step2, V size2, V largest) {
+  row.step2 = lane_sum<float>(step2);
+  row.size2 = lane_sum<float>(size2);
+  row.largest = Increment::lane_max(largest);
+}
+
+template <DeltaMap kMap>
+void step_with(const DeltaStep& s, int n) {
+  const int64_t columns = padded<float>(s.width), full = columns / (2 * kL) * (2 * kL);
+  int64_t j = 0;
+  // One or two rows do not fill the pipeline with one panel: take several at once.
+  if (n == 1)
+    for (; j + 8 * kL <= full; j += 8 * kL) tile<kMap, 1, 2, 4>(s, 0, j);
+  else if (n == 2)
+    for (; j + 4 * kL <= full; j += 4 * kL) tile<kMap, 2, 2, 2>(s, 0, j);
+  const int blocks = (n + DEQ_TILE_ROWS - 1) / DEQ_TILE_ROWS, base = n / blocks, extra = n % blocks;
+  for (; j < columns; j += 2 * kL) {
+    int row = 0;
+    for (int b = 0; b < blocks; ++b) {  // even blocks: 9 rows are 5 + 4, not 8 + 1
+      const int rows = base + (b < extra);
+      if (j < full)
+        tile_rows<kMap, 2, DEQ_TILE_ROWS>(rows, s, row, j);
+      else
+        tile_rows<kMap, 1, DEQ_TILE_ROWS>(rows, s, row, j);
+      row += rows;
+    }
+  }
+  if constexpr (kMap != DeltaMap::kByRow)
+    for (int r = 0; r < n; ++r) {
+      const float* sums = s.rows[r]->sums;
+      set_totals(*s.rows[r], M::load(sums), M::load(sums + kL), M::load(sums + 2 * kL));
+    }
+}
+
+void step(const DeltaStep& s, int n) {
+  switch (s.map) {
+    case DeltaMap::kRelu:
+      return step_with<DeltaMap::kRelu>(s, n);
+    case DeltaMap::kReflectedRelu:
+      return step_with<DeltaMap::kReflectedRelu>(s, n);
+    case DeltaMap::kMask:
+      return step_with<DeltaMap::kMask>(s, n);
+    case DeltaMap::kReflectedMask:
+      return step_with<DeltaMap::kReflectedMask>(s, n);
+    default:
+      return step_with<DeltaMap::kByRow>(s, n);
+  }
+}
+
+void measure(DeltaRow& row, float* state, const float* y, int64_t n) {
+  V step2{}, size2{}, largest{};
+  for (int64_t j = 0; j < n; j += kL) {
+    V value = M::load(state + j);
+    if (y) {
+      value = value + (value - M::load(y + j));
+      M::store(state + j, value);
+    }
+    const V change = value - M::load(row.x + j), size = M::abs(change);
+    step2 += change * change;
+    size2 += value * value;
+    largest = Increment::maximum(largest, size);
+  }
+  set_totals(row, step2, size2, largest);
+}
+
+void feed(DeltaRow& row, const float* state, int64_t n) {
+  const Increment::Quantiser quantiser(row);
+  char* next = static_cast<char*>(row.next);
+  for (int64_t j = 0; j < n; j += kL) {
+    const V before = M::load(row.x + j);
+    M::store(row.x + j, before + quantiser.store(M::load(state + j) - before, next + j * Increment::kBytes));
+  }
+}
+
+const deq::DeltaKernels* table() {
+  static constexpr deq::DeltaKernels kTable = {
+      .precision = Increment::kPrecision,
+      .lanes = kL,
+      .element_bytes = Increment::kBytes,
+      .plane_bytes = plane_bytes,
+      .pack = pack,
+      .step = step,
+      .measure = measure,
+      .feed = feed,
+  };
+  return &kTable;
+}
+
+}  // namespace

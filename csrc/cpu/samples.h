@@ -1,0 +1,179 @@
+// A call's samples: taken one by one from a shared queue, read in any dtype and stride, and written back with how they ended.
+// What every engine of this backend does before the first and after the last evaluation of a sample.
+#pragma once
+#include <stdlib.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <limits>
+
+#include "../activations.h"
+#include "../judge.h"
+#include "../kernels.h"
+#include "cache.h"
+#include "convert.h"
+#include "kernels.h"
+
+namespace deq {
+
+// Memory that a thread keeps between calls, so that small solves do not pay for page faults.
+class Arena {
+ public:
+  ~Arena() { free(data_); }
+  void* get(int64_t bytes) {
+    if (bytes > size_) {
+      free(data_);
+      data_ = allocate(bytes);
+      size_ = data_ ? bytes : 0;
+    }
+    return data_;
+  }
+  void trim() {
+    if (size_ <= kKeptBytes) return;
+    free(data_);
+    data_ = nullptr;
+    size_ = 0;
+  }
+
+ private:
+  static constexpr int64_t kKeptBytes = 4 << 20;
+  void* data_ = nullptr;
+  int64_t size_ = 0;
+};
+
+// Shared by the threads of a call.
+struct Totals {
+  std::atomic<int64_t> failed{0}, bad_injection{0}, bad_start{0};
+  std::atomic<int32_t> error{DEQ_OK};
+  static void keep_first(std::atomic<int64_t>& at, int64_t index) {
+    int64_t now = at.load();
+    while ((now == 0 || index + 1 < now) && !at.compare_exchange_weak(now, index + 1)) {
+    }
+  }
+};
+
+template <class T>
+class Samples {
+ public:
+  using Queue = std::atomic<int64_t>;
+
+  Samples(const DeqProblem& p, Totals& totals)
+      : p_(p),
+        k_(kernels<T>()),
+        totals_(totals),
+        padded_((p.width + k_.lanes - 1) / k_.lanes * k_.lanes),
+        native_(p.type == DEQ_FLOAT32 || p.type == DEQ_FLOAT64),
+        // Linear in the injection up to a positive factor: rescaling by a power of two changes no bit of the path, and
+        // keeps every square in range.
+        rescaled_(p.mask.data != nullptr || is_homogeneous(p.activation)) {}
+
+  int64_t padded() const { return padded_; }
+
+  // The next sample of matrix s with finite input: its rows in c, d (with a mask) and y (with a start), zero in the padding,
+  // multiplied by the power of two `scale`. Returns its flat index s * B + b, or -1 when the queue is empty.
+  int64_t take(int64_t s, Queue& queue, T* c, T* d, T* y, double* scale) {
+    for (;;) {
+      const int64_t b = queue.fetch_add(1, std::memory_order_relaxed);
+      if (b >= p_.batch) return -1;
+      const int64_t sample = s * p_.batch + b;
+      const T largest = read(p_.injection, s, b, c), start = p_.start.data ? read(p_.start, s, b, y) : T(0);
+      if (!std::isfinite(largest) || !std::isfinite(start)) {
+        if (!std::isfinite(largest)) Totals::keep_first(totals_.bad_injection, sample);
+        if (!std::isfinite(start)) Totals::keep_first(totals_.bad_start, sample);
+        refuse(s, b, c);
+        continue;
+      }
+      if (p_.mask.data) {
+        read(p_.mask, s, b, d);
+        if (p_.mask_is_value) k_.derivative_of_value(p_.activation, d, p_.width);
+      }
+      *scale = 1;
+      const T reach = std::max(largest, start);
+      // Near 1 the squares are in range as they are, and a factor would change no bit of the path.
+      constexpr T kNear = static_cast<T>(1 << 20);
+      if (rescaled_ && reach > 0 && (reach > kNear || reach < 1 / kNear)) {
+        constexpr int kLimit = std::numeric_limits<T>::max_exponent - 2;
+        *scale = std::ldexp(1.0, std::clamp(-std::ilogb(reach), -kLimit, kLimit));
+        k_.scale(c, static_cast<T>(*scale), padded_);
+        if (p_.start.data) k_.scale(y, static_cast<T>(*scale), padded_);
+      }
+      return sample;
+    }
+  }
+
+  // Writes row / scale as the sample's result; false if it left the range of the caller's dtype and was held at its edge.
+  bool write(int64_t sample, double scale, const T* row) {
+    const int64_t first = offset(p_.out, sample / p_.batch, sample % p_.batch);
+    const T factor = static_cast<T>(1 / scale);
+    if (native_ && k_.copy_out(row, factor, p_.width, static_cast<T*>(p_.out.data) + first)) return true;
+    return store_row<T>(p_.out, p_.type, first, factor, p_.width, row);
+  }
+
+  void report(int64_t sample, const Record& record, Verdict verdict) {
+    p_.iterations[sample] = static_cast<int32_t>(record.iteration);
+    static_cast<T*>(p_.residual)[sample] = static_cast<T>(record.residual());
+    p_.status[sample] = static_cast<uint8_t>(verdict);
+    if (verdict != Verdict::kConverged) totals_.failed.fetch_add(1, std::memory_order_relaxed);
+  }
+
+ private:
+  static int64_t offset(const DeqView& view, int64_t s, int64_t b) { return s * view.stride[0] + b * view.stride[1]; }
+
+  // Largest magnitude, infinity if any element is not finite.
+  T read(const DeqView& view, int64_t s, int64_t b, T* dst) {
+    const int64_t first = offset(view, s, b);
+    if (native_ && view.stride[2] == 1) return k_.copy_in(static_cast<const T*>(view.data) + first, p_.width, padded_, dst);
+    load_row<T>(view, p_.type, first, T(1), p_.width, dst);
+    return k_.copy_in(dst, p_.width, padded_, dst);
+  }
+
+  // A sample whose input is not finite: refused, or for the adjoint NaN in, NaN out (a loss scaler looks for it).
+  void refuse(int64_t s, int64_t b, T* row) {
+    const T value = p_.mask.data ? std::numeric_limits<T>::quiet_NaN() : T(0);
+    std::fill(row, row + p_.width, value);
+    const int64_t first = offset(p_.out, s, b);
+    for (int64_t j = 0; j < p_.width; ++j) {
+      if (p_.type == DEQ_BFLOAT16) {
+        static_cast<uint16_t*>(p_.out.data)[first + j] = to_bfloat16(static_cast<float>(row[j]));
+      } else if (p_.type == DEQ_FLOAT16) {
+        static_cast<uint16_t*>(p_.out.data)[first + j] = to_float16(static_cast<float>(row[j]));
+      } else {
+        static_cast<T*>(p_.out.data)[first + j] = row[j];
+      }
+    }
+    Record record = new_record();
+    report(s * p_.batch + b, record, static_cast<Verdict>(DEQ_NONFINITE));
+  }
+
+  const DeqProblem& p_;
+  const Kernels<T>& k_;
+  Totals& totals_;
+  const int64_t padded_;
+  const bool native_, rescaled_;
+};
+
+// Squares of T lose their meaning outside: there the sums are formed again in double, which float squares cannot leave.
+template <class T>
+bool in_range(double sum) {
+  return sizeof(T) == 4 ? sum > 1e-20 && sum < 1e30 : sum > 1e-120 && sum < 1e120;
+}
+
+template <class T>
+double size_of(const T* y, int64_t m) {
+  double sum = 0;
+  for (int64_t j = 0; j < m; ++j) sum += static_cast<double>(y[j]) * static_cast<double>(y[j]);
+  return sum;
+}
+
+template <class T>
+double distance(const T* f, const T* y, int64_t m) {
+  double sum = 0;
+  for (int64_t j = 0; j < m; ++j) {
+    const double diff = static_cast<double>(f[j]) - static_cast<double>(y[j]);
+    sum += diff * diff;
+  }
+  return sum;
+}
+
+}  // namespace deq

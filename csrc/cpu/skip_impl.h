@@ -1,0 +1,127 @@
+// The step for rows that are half zeros, as relu leaves them: products with a zero are skipped, one row at a time.
+//
+// A block of W (64 values of k x up to three panels: 24 KB) stays in the L1 cache while all rows pass over it; within a row the
+// bits of its nonzero elements are walked, one broadcast and one multiply-add with a memory operand a vector. Adding a product
+// with zero changes no sum, and the order of k is that of the dense tiles: the result is the same to the last bit.
+#pragma once
+#include "../kernels.h"
+#include "kernels.h"
+#include "vec.h"
+
+namespace {
+
+constexpr int64_t kWord = 64;                                // values of k in one word of bits
+constexpr int kSkipPanels = DEQ_VECTOR_BYTES == 64 ? 3 : 4;  // accumulators: two vectors a panel
+constexpr int64_t kFetchWidth = 400;                         // W of 640 KB in float32
+static_assert(deq::kSumChunk % kWord == 0, "a chunk of the sum ends with a word");
+
+inline int64_t words(int64_t m) { return (m + kWord - 1) / kWord; }
+
+// Fills the bits of every row; returns how many are set.
+template <class T>
+int64_t find_nonzeros(const Step<T>& s, int n) {
+  const int64_t count = words(s.width), end = padded<T>(s.width);
+  int64_t set = 0;
+  for (int r = 0; r < n; ++r) {
+    const T* z = s.z[r];
+    for (int64_t w = 0; w < count; ++w) {
+      uint64_t bits = 0;
+      const int64_t first = w * kWord, last = end < first + kWord ? end : first + kWord;
+      for (int64_t k = first; k < last; k += kLanes<T>) bits |= nonzero_lanes<T>(VecMath<T>::load(z + k)) << (k - first);
+      s.nonzeros[r * count + w] = bits;
+      set += __builtin_popcountll(bits);
+    }
+  }
+  return set;
+}
+
+// Rows x NP panels of NV vectors from column j, word `w` of k. Sums of earlier words wait in `out`, those of earlier chunks in
+// `total`; the last word finishes the row.
+template <class T, int NV, int NP>
+__attribute__((noinline)) void skip_block(const Step<T>& s, int n, int64_t j, int64_t w) {
+  using M = VecMath<T>;
+  using V = typename M::V;
+  constexpr int N = NV * NP, L = kLanes<T>;
+  static_assert(N * L <= deq::kSkipWidth);
+  const int64_t count = words(s.width), k0 = w * kWord, panel = NV * L * s.width;
+  const bool fresh = k0 % deq::kSumChunk == 0, last = w + 1 == count, ends = last || (k0 + kWord) % deq::kSumChunk == 0;
+  const bool has_total = k0 >= deq::kSumChunk;
+  const T* block = s.packed + j * s.width + k0 * (NV * L);
+  // W beyond the L2 cache: the gaps between nonzero rows defeat the hardware's prefetcher, so every row fetches its share of
+  // the next block.
+  const T* next = last ? s.packed + (j + N * L) * s.width : block + kWord * NV * L;
+  const int64_t run = kWord * NV * L / n + 1;
+  const bool fetches = s.width > kFetchWidth && (!last || j + N * L < padded<T>(s.width));
+  for (int r = 0; r < n; ++r) {
+    if (fetches)
+      for (int p = 0; p < NP; ++p)
+        for (int64_t i = r * run; i < (r + 1) * run; i += 64 / static_cast<int64_t>(sizeof(T)))
+          __builtin_prefetch(next + p * panel + i, 0, 2);
+    T* out = s.out[r] + j;
+    const T* z = s.z[r] + k0;
+    uint64_t bits = s.nonzeros[r * count + w];
+    V acc[N];
+#pragma GCC unroll 16
+    for (int v = 0; v < N; ++v) acc[v] = fresh ? V{} : M::load(out + v * L);
+    while (bits) {
+      const int64_t k = __builtin_ctzll(bits);
+      bits &= bits - 1;
+      const V a = z[k] - V{};
+      const T* b = block + k * (NV * L);
+#pragma GCC unroll 16
+      for (int p = 0; p < NP; ++p)
+#pragma GCC unroll 2
+        for (int v = 0; v < NV; ++v) acc[p * NV + v] += a * M::load(b + p * panel + v * L);
+    }
+    T* total = s.total + r * deq::kSkipWidth;
+    if (ends && has_total) {
+#pragma GCC unroll 16
+      for (int v = 0; v < N; ++v) acc[v] = M::load(total + v * L) + acc[v];
+    }
+    if (!last) {
+      T* to = ends ? total : out;
+#pragma GCC unroll 16
+      for (int v = 0; v < N; ++v) M::store(to + v * L, acc[v]);
+      continue;
+    }
+    T* sums = s.sums[r];
+    const T *c = s.c[r] + j, *y = s.z[r] + j, *d = s.d ? s.d[r] + j : nullptr;
+    V step2{}, size2{};
+    if (j > 0) step2 = M::load(sums), size2 = M::load(sums + L);
+#pragma GCC unroll 16
+    for (int v = 0; v < N; ++v) {
+      const V x = acc[v] + M::load(c + v * L), f = d ? M::load(d + v * L) * x : deq::Relu<M>::value(x);
+      const V diff = f - M::load(y + v * L);
+      M::store(out + v * L, f);
+      step2 += diff * diff;
+      size2 += f * f;
+    }
+    M::store(sums, step2);
+    M::store(sums + L, size2);
+  }
+}
+
+template <class T, int NV, int NP>
+DEQ_INLINE void skip_panels(int panels, const Step<T>& s, int n, int64_t j) {
+  if constexpr (NP > 0) {
+    if (panels < NP) return skip_panels<T, NV, NP - 1>(panels, s, n, j);
+    for (int64_t w = 0; w < words(s.width); ++w) skip_block<T, NV, NP>(s, n, j, w);
+  }
+}
+
+// step() for relu or a mask, after find_nonzeros() on the same rows.
+template <class T>
+void skip_step(const Step<T>& s, int n) {
+  const int64_t L = kLanes<T>, columns = padded<T>(s.width), panels = columns / (2 * L);
+  const int64_t groups = (panels + kSkipPanels - 1) / kSkipPanels;
+  int64_t j = 0;
+  for (int64_t g = 0; g < groups; ++g) {  // even groups: 4 panels are 2 + 2, not 3 + 1
+    const int size = static_cast<int>(panels * (g + 1) / groups - panels * g / groups);
+    skip_panels<T, 2, kSkipPanels>(size, s, n, j);
+    j += size * 2 * L;
+  }
+  if (j < columns) skip_panels<T, 1, 1>(1, s, n, j);
+  sum_lanes(s, n);
+}
+
+}  // namespace

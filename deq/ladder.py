@@ -1,0 +1,305 @@
+"""Runs a plan and takes the samples that it does not bring home up a ladder of other means.
+
+The first rung is the plan itself, on the plain or the Cayley map. Samples that it hands over or fails on go, one rung
+after the other and only as long as they fail, to
+
+1. the Cayley map with Anderson acceleration, where its matrix K is cheap beside the batch (:func:`deq.plan.is_cheap`);
+2. the plain map with Anderson acceleration, from the best iterate so far;
+3. the Cayley map as in 1, whatever K costs;
+4. semi-smooth Newton, sample by sample, within a bound on its arithmetic.
+
+Whatever ran, a sample is converged only on the residual of the equation itself in the precision of its input, and the
+evaluations of all rungs are added up. Which means a sample gets is decided by its own numbers, by W and by the shapes,
+never by its batch mates.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from . import cayley, newton, stats
+from .activations import ACTIVATIONS
+from .backends import Outcome, get_backend
+from .cache import remembered
+from .plan import Plan, is_cheap
+from .solution import Status
+
+# The Cayley map is left at this share of the tolerance; the first product with W then nearly always finds the
+# equation's own residual below the tolerance. The second number is for samples with which it did not.
+TIGHTER = (1.5, 0.1)
+CHUNK = 2048  # rows whose shifted injection exists at a time: bounds the memory of the Cayley map
+FAR = 0.1  # residual above which an iterate is no better a start than zero
+NEWTON_STEPS = 60
+NEWTON_FLOPS = 1e12  # of the systems solved, were all steps needed: about ten seconds of one core
+
+
+@dataclass(frozen=True)
+class _Equilibria:
+    """``z = act(W z + c)`` for the rows of c (B, m) or (S, B, m), in the precision computed in."""
+
+    W: Tensor
+    c: Tensor
+    activation: str
+    backend: object
+    K: Callable[[], tuple[Tensor | None, float]]  # made when it is needed: K or None, and alpha
+
+    @property
+    def injection(self) -> Tensor:
+        return self.c
+
+    def part(self, index) -> "_Equilibria":
+        return replace(self, c=self.c[index])
+
+    def plain(self, start: Tensor | None, plan: Plan, out: Tensor | None = None) -> Outcome:
+        return self.backend.solve(self.W, self.c, start, self.activation, plan, out=out)
+
+    def reflected(self, K: Tensor, shifted: Tensor, start: Tensor | None, alpha: float, plan: Plan) -> Outcome:
+        if start is not None:
+            u = start @ self.W.mT + self.c
+            x = (1.0 - alpha) * self._value(u) + alpha * u
+            start = 2.0 * self._value(x) - x
+        return self.backend.solve(K, shifted, start, self.activation, plan, reflected=True)
+
+    def _value(self, u: Tensor) -> Tensor:
+        return ACTIVATIONS[self.activation].value(u)
+
+    def newton(self, start: Tensor, plan: Plan) -> tuple[Tensor, ...]:
+        return newton.newton(self.W, self.c, start, self.activation, plan.tol, min(plan.max_iter, NEWTON_STEPS))
+
+
+@dataclass(frozen=True)
+class _Adjoint:
+    """``u = d * (A u + g)`` for the rows of g; ``d()`` is the derivative, or with ``value_of`` the activation at z."""
+
+    A: Tensor
+    g: Tensor
+    d: Callable[[], Tensor]
+    value_of: str | None
+    backend: object
+    K: Callable[[], tuple[Tensor | None, float]]
+
+    @property
+    def injection(self) -> Tensor:
+        return self.g
+
+    def part(self, index) -> "_Adjoint":
+        return replace(self, g=self.g[index], d=lambda: self.d()[index])
+
+    def plain(self, start: Tensor | None, plan: Plan, out: Tensor | None = None) -> Outcome:
+        return self.backend.masked_linear(self.A, self.g, self.d(), self.value_of, plan, u0=start, out=out)
+
+    def reflected(self, K: Tensor, shifted: Tensor, start: Tensor | None, alpha: float, plan: Plan) -> Outcome:
+        d = self.d()
+        if start is not None:
+            x = (1.0 - alpha) * start + alpha * (start @ self.A.mT + self.g)
+            start = (2.0 * self._derivative(d) - 1.0) * x
+        return self.backend.masked_linear(K, shifted, d, self.value_of, plan, u0=start, reflected=True)
+
+    def _derivative(self, d: Tensor) -> Tensor:
+        return d if self.value_of is None else ACTIVATIONS[self.value_of].derivative_of_value(d)
+
+    def newton(self, start: Tensor, plan: Plan) -> tuple[Tensor, ...]:
+        return newton.masked_solve(self.A, self._derivative(self.d()), self.g, plan.tol)
+
+
+def solve(W: Tensor, c: Tensor, z0: Tensor | None, activation: str, plan: Plan) -> Outcome:
+    """Outcome of :mod:`deq.backends` for ``z = act(W z + c)``, canonical tensors.
+
+    Raises ValueError where ``solver="cayley"`` was asked for and ``2 I - W`` has no inverse.
+    """
+    backend = get_backend(plan.backend)
+    if plan.map == "plain" and not plan.rescues:
+        return backend.solve(W, c, z0, activation, plan)
+    problem = _Equilibria(W, c, activation, backend, partial(_matrix, W, activation))
+    return _climb(problem, z0, plan, None)
+
+
+def masked_linear(
+    A: Tensor,
+    g: Tensor,
+    d: Tensor,
+    value_of: str | None,
+    activation: str,
+    plan: Plan,
+    *,
+    out: Tensor | None = None,
+    recompute: Callable[[], Tensor] | None = None,
+) -> Outcome:
+    """Outcome for the adjoint ``u = d * (A u + g)`` of an equation with ``activation``, A the transpose of its W.
+
+    ``recompute()`` gives d anew where ``out`` is d itself.
+    """
+    backend = get_backend(plan.backend)
+    if plan.map == "plain" and not plan.rescues:
+        return backend.masked_linear(A, g, d, value_of, plan, out=out)
+
+    def transposed() -> tuple[Tensor | None, float]:
+        K, alpha = _matrix(A.mT, activation)
+        return None if K is None else K.mT, alpha
+
+    problem = _Adjoint(A, g, lambda: d, value_of, backend, transposed)
+    return _climb(problem, None, plan, out, recompute)
+
+
+def _matrix(W: Tensor, activation: str) -> tuple[Tensor | None, float]:
+    """K of W and its alpha; None where it does not exist. Remembered: forward, backward and later solves share it."""
+
+    def make() -> tuple[Tensor | None, float]:
+        alpha = cayley.choose_alpha(W, activation)
+        return cayley.cayley_matrix(W, alpha), alpha
+
+    return remembered(W, ("cayley", activation == "relu"), make)
+
+
+def _climb(problem, start: Tensor | None, plan: Plan, out: Tensor | None, recompute=None) -> Outcome:
+    outcome = None
+    if plan.map == "cayley":
+        outcome = _by_cayley(problem, start, plan, plan, TIGHTER[0])
+        if outcome is None and not plan.rescues:
+            tried = problem.plain(start, replace(plan, max_iter=1), out)
+            if tried.report is not None and any(tried.report[1:]):  # the input itself is not finite: the caller says so
+                return tried
+            raise ValueError(
+                "solver='cayley' needs an inverse of 2 I - W, and this W has none; use 'auto' or 'anderson'"
+            )
+        if outcome is not None and out is not None:
+            outcome = outcome._replace(z=out.copy_(outcome.z))
+    outcome = problem.plain(start, plan, out) if outcome is None else outcome
+    if not plan.rescues or outcome.report is None or not outcome.report[0]:
+        return outcome
+    if recompute is not None:
+        problem = replace(problem, d=recompute)
+    if outcome.z.dim() == 2:
+        _rescue(problem, outcome, plan)
+    else:
+        for s in range(outcome.z.shape[0]):
+            _rescue(_matrix_of_stack(problem, s), outcome, plan, s)
+    failed = int((stats.status(outcome.z, outcome.stats) != Status.CONVERGED).sum())
+    return outcome._replace(report=[failed, *outcome.report[1:]])
+
+
+def _matrix_of_stack(problem, s: int):
+    """The problem of the s-th W of a stack."""
+    if isinstance(problem, _Equilibria):
+        W = problem.W[s]
+        return replace(problem, W=W, c=problem.c[s], K=partial(_matrix, W, problem.activation))
+    K = problem.K
+
+    def own() -> tuple[Tensor | None, float]:
+        stack, alpha = K()
+        return None if stack is None else stack[s], alpha
+
+    return replace(problem, A=problem.A[s], g=problem.g[s], d=lambda: problem.d()[s], K=own)
+
+
+def _rescue(problem, outcome: Outcome, plan: Plan, s: int | None = None) -> None:
+    """Take the failed samples of ``outcome`` (of its s-th W) up the rungs, and write what they reach into it."""
+    z, iterations, residual, status = (t if s is None else t[s] for t in (outcome.z, *_read(outcome)))
+    wide = torch.float64 if z.dtype == torch.float64 else torch.float32
+    accelerated = replace(plan, acceleration="anderson", increments="native")
+    patient = replace(plan, acceleration="on_demand", increments="native")
+    width, batch = z.shape[-1], z.shape[-2]
+
+    def by_cayley(part, start, left, share=TIGHTER[0]):
+        warm = torch.where((residual[index] < FAR).unsqueeze(-1), start, 0.0)
+        return _by_cayley(part, warm, replace(accelerated, max_iter=left), replace(plan, max_iter=left), share)
+
+    def by_tight_cayley(part, start, left):
+        return by_cayley(part, start, left, TIGHTER[1])
+
+    def by_anderson(part, start, left):
+        return part.plain(start, replace(patient, max_iter=left))
+
+    def by_newton(part, start, left):
+        n = start.shape[0]
+        if NEWTON_STEPS * n * (2 / 3) * width**3 > NEWTON_FLOPS:
+            return None
+        x, steps, r, how = part.newton(start, replace(plan, max_iter=left))
+        return Outcome(x, stats.pack(steps, r.to(wide), how), None)
+
+    may_reflect = plan.reflects
+    cheap = may_reflect and is_cheap(width, batch, plan.frozen)
+    # The plain map with all its patience has the last word on how a sample failed, unless it had it already.
+    had_patience = plan.map == "plain" and plan.increments == "native"
+    rungs = [by_cayley] if cheap else []
+    rungs += [] if had_patience else [by_anderson]
+    rungs += [by_tight_cayley] if may_reflect else []
+    for rung in [*rungs, by_newton]:
+        failed = (status != Status.CONVERGED) & (status != Status.NONFINITE)
+        index = failed.nonzero().squeeze(-1)
+        if index.numel() == 0:
+            return
+        left = plan.max_iter - int(iterations[index].max())
+        if left <= 0:
+            return
+        part = _widened(problem.part(index), wide)
+        answer = rung(part, z[index].to(wide), left)
+        if answer is None:
+            continue
+        more, now, how = _read(answer)
+        iterations[index] += more
+        before = residual[index]
+        fits = (answer.z.abs() <= torch.finfo(z.dtype).max).all(-1)  # 16 bits may not hold what they are solved in
+        converged = (how == Status.CONVERGED) & fits
+        better = converged | ((now < before) & fits)
+        z[index[better]] = answer.z[better].to(z.dtype)
+        residual[index[better]] = now[better]
+        final = converged if rung is not by_anderson else fits
+        status[index[final]] = how[final]
+
+
+def _widened(problem, dtype: torch.dtype):
+    """The problem in the precision computed in."""
+    if problem.injection.dtype == dtype:
+        return problem
+    if isinstance(problem, _Equilibria):
+        W = problem.W.to(dtype)
+        return replace(problem, W=W, c=problem.c.to(dtype), K=partial(_matrix, W, problem.activation))
+    A = problem.A.to(dtype)
+
+    def transposed() -> tuple[Tensor | None, float]:
+        K, alpha = problem.K()
+        return None if K is None else K.to(dtype), alpha
+
+    return replace(problem, A=A, g=problem.g.to(dtype), d=lambda: problem.d().to(dtype), K=transposed)
+
+
+def _by_cayley(problem, start: Tensor | None, plan: Plan, final: Plan, share: float) -> Outcome | None:
+    """Reflected iteration to ``share`` of the tolerance, then one evaluation of the equation itself that judges.
+
+    None where K does not exist. ``plan`` says how to iterate, ``final`` what to judge by.
+    """
+    K, alpha = problem.K()
+    if K is None:
+        return None
+    iterate = replace(plan, tol=share * plan.tol)
+    judge = replace(final, acceleration="none", increments="native", max_iter=1)
+    c = problem.injection
+    z = torch.empty_like(c, memory_format=torch.contiguous_format)
+    pieces, reports = [], []
+    for first in range(0, max(c.shape[-2], 1), CHUNK):
+        rows = (..., slice(first, first + CHUNK), slice(None))
+        part = problem.part(rows) if c.shape[-2] > CHUNK else problem
+        shifted = torch.matmul(part.injection, K.mT).add_(part.injection)
+        if alpha != 1.0:
+            shifted *= alpha
+        x = part.reflected(K, shifted, None if start is None else start[rows], alpha, iterate)
+        judged = part.plain(x.z, judge)
+        z[rows] = judged.z
+        said = _read(judged)
+        pieces.append((_read(x)[0] + said[0], *said[1:]))
+        reports.append(judged.report)
+    iterations, residual, status = (torch.cat(piece, dim=-1) for piece in zip(*pieces, strict=True))
+    report = [sum(r[0] for r in reports), *reports[0][1:]]
+    if len(reports) > 1 and any(r[2] for r in reports):  # the first sample that is not finite, of all chunks
+        report[2] = int((~torch.isfinite(c).all(-1)).reshape(-1).nonzero()[0]) + 1
+    return Outcome(z, stats.pack(iterations, residual, status), report)
+
+
+def _read(outcome: Outcome) -> tuple[Tensor, Tensor, Tensor]:
+    """Iterations, residual and status of every sample."""
+    z, said, _ = outcome
+    return stats.iterations(z, said), stats.residual(z, said), stats.status(z, said)

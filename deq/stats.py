@@ -1,0 +1,46 @@
+"""What a solve says of every sample, in one buffer: one allocation and one argument a call.
+
+A buffer is uint8 (n_bytes,) on the device of z, for n samples: the residuals, n float32, or float64 where z is; the
+iterations, n int32; the statuses, n uint8. csrc/torch_ops.cpp knows the same layout. z gives the number and the shape
+of the samples, so that the buffer of a flattened batch serves the batch as it came.
+"""
+
+import torch
+from torch import Tensor
+
+
+def allocate(z: Tensor) -> Tensor:
+    """An unwritten buffer for the samples of z (..., m)."""
+    bytes_each = (8 if z.dtype == torch.float64 else 4) + 4 + 1
+    return z.new_empty(z.numel() // z.shape[-1] * bytes_each, dtype=torch.uint8)
+
+
+def pack(iterations: Tensor, residual: Tensor, status: Tensor) -> Tensor:
+    """The buffer of iterations, residual (float32 or float64) and status, all (...)."""
+    parts = (residual, iterations.to(torch.int32), status.to(torch.uint8))
+    return torch.cat([part.reshape(-1).view(torch.uint8) for part in parts])
+
+
+def residual(z: Tensor, stats: Tensor) -> Tensor:
+    """(...) float32 or float64 view."""
+    dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
+    return _field(z, stats, 0, _residual_bytes(z), dtype)
+
+
+def iterations(z: Tensor, stats: Tensor) -> Tensor:
+    """(...) int32 view."""
+    return _field(z, stats, _residual_bytes(z), 4, torch.int32)
+
+
+def status(z: Tensor, stats: Tensor) -> Tensor:
+    """(...) uint8 view."""
+    return _field(z, stats, _residual_bytes(z) + 4, 1, torch.uint8)
+
+
+def _residual_bytes(z: Tensor) -> int:
+    return 8 if z.dtype == torch.float64 else 4
+
+
+def _field(z: Tensor, stats: Tensor, bytes_before: int, size: int, dtype: torch.dtype) -> Tensor:
+    n = z.numel() // z.shape[-1]
+    return stats[n * bytes_before : n * (bytes_before + size)].view(dtype).view(z.shape[:-1])

@@ -1,0 +1,348 @@
+"""Low-precision increments (csrc/cpu/delta.cpp): as accurate as float32, and every promise of the row engine kept."""
+
+from dataclasses import replace
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+import torch
+from close import assert_as_accurate, worst_error
+from problems import exact, gaussian, torch_adjoint, torch_loop
+
+from deq import Status, _library, stats
+from deq.activations import ACTIVATIONS
+from deq.backends import cpu
+from deq.plan import INCREMENTS, make_plan
+
+LOW = [n for n, i in INCREMENTS.items() if i and _library.compiled and _library.compiled.deq_cpu_has_precision(i)]
+pytestmark = pytest.mark.skipif(not LOW, reason="this CPU or build multiplies no low-precision increments")
+every = pytest.mark.parametrize("increments", LOW)
+DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+def plan(increments="int8", dtype=torch.float32, solver="plain", **options):
+    made = make_plan(dtype=DTYPES[dtype], device="cpu", solver=solver, backend="cpu", compiled=True, **options)
+    return replace(made, increments=increments)
+
+
+class Solved:
+    """An outcome with what each sample says."""
+
+    def __init__(self, outcome):
+        self.z = outcome.z
+        self.report = stats.read_report(outcome.stats)
+        self.iterations, self.residual, self.status = (
+            read(outcome.z, outcome.stats) for read in (stats.iterations, stats.residual, stats.status)
+        )
+        self.converged = self.status == Status.CONVERGED
+
+
+def solve(W, c, activation="relu", increments="int8", z0=None, reflected=False, **options):
+    made = plan(increments, c.dtype, **options)
+    return Solved(cpu.solve(W, c, z0, activation, made, reflected=reflected))
+
+
+def adjoint(W, g, d, increments="int8", value_of=None, reflected=False, **options):
+    return Solved(cpu.masked_linear(W, g, d, value_of, plan(increments, g.dtype, **options), reflected=reflected))
+
+
+@every
+@pytest.mark.parametrize("scale", [0.45, 0.9])
+@pytest.mark.parametrize(("m", "B"), [(1, 1), (3, 2), (17, 5), (64, 256), (130, 3), (333, 7), (512, 64), (1024, 20)])
+def test_as_accurate_as_a_torch_loop(m, B, scale, increments):
+    W, c, _ = gaussian(m, B, scale=scale)
+    solved = solve(W, c, increments=increments)
+    assert solved.converged.all() and (solved.residual <= 1e-5).all()
+    assert_as_accurate(solved.z, torch_loop(W, c), exact(W, c))
+
+
+@every
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation(activation, increments):
+    W, c, g = gaussian(70, 30)
+    solved = solve(W, c, activation, increments)
+    z64 = exact(W, c, activation)
+    assert solved.converged.all()
+    assert_as_accurate(solved.z, torch_loop(W, c, activation), z64)
+    d = ACTIVATIONS[activation].derivative(z64 @ W.double().mT + c.double()).float()
+    back = adjoint(W.mT, g, d, increments)
+    u64 = torch_adjoint(W.double(), c.double(), z64, g.double(), activation, tol=4e-15)
+    assert back.converged.all()
+    assert_as_accurate(back.z, torch_adjoint(W, c, z64.float(), g, activation), u64)
+    if ACTIVATIONS[activation].derivative_of_value:
+        of_value = adjoint(W.mT, g, z64.float(), increments, value_of=activation)
+        assert_as_accurate(of_value.z, torch_adjoint(W, c, z64.float(), g, activation), u64)
+
+
+@every
+@pytest.mark.parametrize("tol", [1e-2, 1e-3, 1e-4, 1e-6])
+@pytest.mark.parametrize("criterion", ["residual", "error"])
+def test_any_tolerance(tol, criterion, increments):
+    W, c, _ = gaussian(100, 50, scale=0.7)
+    solved = solve(W, c, increments=increments, tol=tol, criterion=criterion)
+    assert solved.converged.all()
+    native = solve(W, c, increments="native", tol=tol, criterion=criterion)
+    # Steps are a few more than in float32, never many: rounding is fed back.
+    assert solved.iterations.double().mean() <= 1.25 * native.iterations.double().mean() + 2
+    if criterion == "residual":
+        assert (solved.residual <= tol).all()
+        assert_as_accurate(solved.z, torch_loop(W, c, tol=tol), exact(W, c))
+    else:
+        assert worst_error(solved.z, exact(W, c)) <= 1.2 * tol
+
+
+@every
+def test_error_criterion_bounds_the_distance_of_slow_modes(increments):
+    W, c, _ = gaussian(40, 30, torch.float64)
+    W = W @ W.mT  # eigenvalues in [0, 0.95]: the error of a slow mode is q / (1 - q) = 19 steps
+    W = (0.95 * W / torch.linalg.matrix_norm(W, 2)).float()
+    truth = torch.linalg.solve(torch.eye(40, dtype=torch.float64) - W.double(), c.mT).mT
+    solved = solve(W, c.float(), "identity", increments, criterion="error", tol=1e-4)
+    assert solved.converged.all() and worst_error(solved.z, truth) <= 1.2e-4
+
+
+@every
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bit_problems_are_computed_in_float32(dtype, increments):
+    W, c, g = gaussian(40, 9, dtype)
+    solved = solve(W, c, increments=increments)
+    assert solved.z.dtype == dtype and solved.residual.dtype == torch.float32 and solved.converged.all()
+    assert_as_accurate(solved.z, torch_loop(W, c, tol=1e-2), exact(W, c))
+    back = adjoint(W.mT, g, solved.z, increments, value_of="tanh")
+    assert back.z.dtype == dtype and back.converged.all()
+
+
+def monotone(m, B, seed=0):
+    """W with sym(W) < 1/2 whose plain iteration diverges, and its Cayley transform K, c' (facts of deq/cayley.py)."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    A, S, c, g = draw(m, m) / m**0.5, draw(m, m) / m**0.5, draw(B, m), draw(B, m)
+    eye = torch.eye(m, dtype=torch.float64)
+    W = 0.5 * eye - A.mT @ A + S - S.mT
+    V = torch.linalg.inv(2 * eye - W)
+    return W, c, g, V @ W, V
+
+
+def reflected_loop(K, c, value, tol):
+    """The plain iteration of s = 2 value(y) - y, y = K s + c; returns value(y)."""
+    s = torch.zeros_like(c)
+    for _ in range(5000):
+        y = s @ K.mT + c
+        s, old = 2 * value(y) - y, s
+        if ((s - old).norm(dim=-1) <= tol * s.norm(dim=-1)).all():
+            break
+    return value(y)
+
+
+@every
+@pytest.mark.parametrize("activation", ["relu", "tanh", "sigmoid", "softplus"])
+def test_reflected_map(activation, increments):
+    W, c, _, K, V = monotone(90, 40)
+    K, c2 = K.float(), (2 * c @ V.mT).float()
+    value = ACTIVATIONS[activation].value
+    solved = solve(K, c2, activation, increments, reflected=True)
+    assert solved.converged.all()
+    truth = reflected_loop(K.double(), c2.double(), value, 1e-14)
+    assert_as_accurate(solved.z, reflected_loop(K, c2, value, 1e-5), truth)
+    # It is the equilibrium of the map that the plain iteration cannot find.
+    f = value(truth @ W.mT + c)
+    assert ((f - truth).norm(dim=1) / f.norm(dim=1)).max() < 1e-5
+
+
+@every
+def test_reflected_adjoint(increments):
+    W, _, g, K, V = monotone(90, 40)
+    d = (torch.rand(40, 90, generator=torch.Generator().manual_seed(3), dtype=torch.float64) > 0.5).double()
+    K, g2 = K.mT.contiguous().float(), (2 * g @ V).float()
+    solved = adjoint(K, g2, d.float(), increments, reflected=True)
+    assert solved.converged.all()
+    truth = reflected_loop(K.double(), g2.double(), lambda y: d * y, 1e-14)
+    assert_as_accurate(solved.z, reflected_loop(K, g2, lambda y: d.float() * y, 1e-5), truth)
+    eye = torch.eye(90, dtype=torch.float64)
+    closed = torch.linalg.solve(eye - d.unsqueeze(-1) * W.mT, (d * g).unsqueeze(-1)).squeeze(-1)
+    assert worst_error(truth, closed) < 1e-4  # K and g2 are rounded
+
+
+@every
+@pytest.mark.parametrize("activation", ["relu", "tanh"])
+@pytest.mark.parametrize("m", [40, 300])
+def test_a_sample_does_not_depend_on_its_batch_mates(m, activation, increments):
+    W, c, _ = gaussian(m, 150, scale=0.8)
+    together = solve(W, c, activation, increments)
+    order = torch.randperm(150, generator=torch.Generator().manual_seed(1))
+    shuffled = solve(W, c[order], activation, increments)
+    assert torch.equal(shuffled.z, together.z[order]) and torch.equal(shuffled.iterations, together.iterations[order])
+    for b in range(0, 150, 7):
+        alone = solve(W, c[b : b + 1], activation, increments)
+        assert torch.equal(alone.z[0], together.z[b]) and alone.residual == together.residual[b]
+
+
+@every
+def test_thread_count_does_not_matter(increments):
+    W, c, _ = gaussian(200, 130)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 2):
+            torch.set_num_threads(threads)
+            results.append(solve(W, c, increments=increments).z)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(results[0], z) for z in results)
+
+
+@every
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "identity"])
+def test_scale_invariance(activation, increments):
+    W, c, _ = gaussian(60, 30)
+    one = solve(W, c, activation, increments)
+    for exponent in (-100, -40, 40, 100):
+        scaled = solve(W, c * 2.0**exponent, activation, increments)
+        assert torch.equal(scaled.iterations, one.iterations) and torch.equal(scaled.z * 2.0**-exponent, one.z)
+    for factor in (1e-30, 1e30):  # rounds c itself
+        scaled = solve(W, c * factor, activation, increments)
+        assert scaled.converged.all() and ((scaled.iterations - one.iterations).abs() <= 2).all()
+        assert_as_accurate((scaled.z.double() / factor).float(), torch_loop(W, c, activation), exact(W, c, activation))
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-20])
+@every
+def test_tiny_equilibria_of_bounded_activations(scale, increments):
+    """tanh(x) = x there, and squares of float32 underflow: such samples are computed in float32 throughout."""
+    W, c, _ = gaussian(30, 20)
+    solved = solve(W, c * scale, "tanh", increments)
+    assert solved.converged.all()
+    assert_as_accurate(solved.z / scale, torch_loop(W, c, "identity"), exact(W, c, "identity"))
+
+
+@every
+def test_warm_start(increments):
+    W, c, _ = gaussian(80, 16, scale=0.9)
+    cold = solve(W, c, increments=increments)
+    warm = solve(W, c, increments=increments, z0=cold.z)
+    assert warm.converged.all() and (warm.iterations <= 3).all()
+    far = solve(W, c, increments=increments, z0=1e6 * torch.ones_like(c))
+    assert far.converged.all() and (far.iterations > cold.iterations).all()
+    assert_as_accurate(far.z, torch_loop(W, c), exact(W, c))
+
+
+@every
+def test_strides_batches_and_stacks(increments):
+    parts = [gaussian(45, 6, seed=s) for s in range(4)]
+    W, c = (torch.stack([p[i] for p in parts]) for i in (0, 1))
+    stacked = solve(W, c, increments=increments)
+    for s in range(4):
+        single = solve(W[s], c[s], increments=increments)
+        assert torch.equal(single.z, stacked.z[s])
+        wide, columns = torch.zeros(6, 90), torch.zeros(45, 50)
+        wide[:, ::2], columns[:, 5:] = c[s], W[s].mT
+        strided = solve(columns[:, 5:].mT, wide[:, ::2], increments=increments)
+        assert torch.equal(strided.z, single.z)
+    one = solve(W[0], c[0, :1].expand(9, 45), increments=increments)
+    assert torch.equal(one.z, solve(W[0], c[0, :1], increments=increments).z.expand(9, 45))
+    assert solve(W[0], c[0, :0], increments=increments).z.shape == (0, 45)
+
+
+@every
+def test_new_weights_in_old_memory_are_new_weights(increments):
+    W, c, _ = gaussian(64, 10)
+    for seed in range(3):
+        fresh, _, _ = gaussian(64, 10, seed=seed)
+        W.data.copy_(fresh)
+        assert_as_accurate(solve(W, c, increments=increments).z, torch_loop(W, c), exact(W, c))
+    _library.compiled.deq_cpu_clear_cache()
+    solve(W, c, increments="native")
+    native = _library.compiled.deq_cpu_cache_bytes()
+    solve(W, c, increments=increments)
+    assert _library.compiled.deq_cpu_cache_bytes() > native
+    _library.compiled.deq_cpu_clear_cache()
+    assert _library.compiled.deq_cpu_cache_bytes() == 0
+
+
+@every
+def test_weights_of_very_different_sizes(increments):
+    """A scale for every row of W: a row of 1e-6 keeps its digits, one of 1e-37 counts as zero until an anchor."""
+    W, c, _ = gaussian(50, 20, torch.float64)
+    rows = 10.0 ** torch.linspace(-37, 0, 50, dtype=torch.float64)
+    W, c = (W * rows[:, None]).float(), (c * torch.where(rows > 1e-20, rows, 0.0)).float()
+    for activation in ("identity", "tanh"):
+        solved = solve(W, c, activation, increments)
+        assert solved.converged.all()
+        assert_as_accurate(solved.z, torch_loop(W, c, activation), exact(W, c, activation))
+
+
+# ---- failures -------------------------------------------------------------------------------------------------------
+
+
+@every
+def test_what_diverges_is_said_to_diverge(increments):
+    W, c, _ = gaussian(60, 20)
+    c[:10] = -c[:10].abs() - 1  # relu gives zero at once, and W >= 0 below keeps the others growing
+    W = W.abs() * 3
+    solved = solve(W, c.where(torch.arange(20)[:, None] < 10, c.abs()), increments=increments)
+    assert solved.converged[:10].all() and (solved.z[:10] == 0).all()
+    assert (solved.status[10:] == Status.DIVERGED).all() and torch.isfinite(solved.z).all()
+    assert solved.report[0] == 10
+
+
+@every
+@pytest.mark.parametrize("max_iter", [1, 2, 5, 9])
+def test_out_of_iterations(max_iter, increments):
+    W, c, _ = gaussian(60, 20, scale=0.9)
+    solved = solve(W, c, increments=increments, max_iter=max_iter)
+    native = solve(W, c, increments="native", max_iter=max_iter)
+    assert (solved.status == Status.MAX_ITER).all() and (solved.iterations == max_iter).all()
+    # The best iterate, and the float32 residual of its point: about as good as that many steps in float32.
+    f = torch.relu(solved.z @ W.mT + c)
+    residual = (f - solved.z).norm(dim=1) / f.norm(dim=1)
+    assert (residual <= 1.5 * solved.residual).all() and (solved.residual <= 1.5 * native.residual + 1e-3).all()
+
+
+@every
+def test_a_tolerance_below_float32_stalls_at_the_floor(increments):
+    W, c, _ = gaussian(60, 20)
+    solved = solve(W, c, increments=increments, tol=1e-9)
+    native = solve(W, c, increments="native", tol=1e-9)
+    assert not solved.converged[~native.converged].any() or (solved.residual[solved.converged] <= 1e-9).all()
+    assert torch.isin(solved.status, torch.tensor([Status.CONVERGED, Status.STALLED])).all()
+    assert (solved.residual < 1e-6).all() and (solved.iterations < 400).all()
+    assert_as_accurate(solved.z, native.z, exact(W, c))
+
+
+@every
+def test_bad_input_is_refused_and_stays_alone(increments):
+    W, c, g = gaussian(33, 9)
+    good = solve(W, c, increments=increments)
+    broken = c.clone()
+    broken[4, 7] = torch.nan
+    solved = solve(W, broken, increments=increments)
+    others = torch.arange(9) != 4
+    assert solved.status[4] == Status.NONFINITE and solved.report[2] == 5
+    assert torch.equal(solved.z[others], good.z[others])
+    g[2, 3] = torch.inf
+    back = adjoint(W.mT, g, torch.ones_like(g), increments)
+    assert torch.isnan(back.z[2]).all() and torch.isfinite(back.z[3:]).all()
+    W[1, 2] = torch.inf
+    assert solve(W, c, increments=increments).report[1] == 33 + 2 + 1
+
+
+@hypothesis.settings(deadline=None, max_examples=60, derandomize=True)
+@hypothesis.given(
+    m=st.integers(1, 70),
+    B=st.integers(0, 20),
+    activation=st.sampled_from(list(ACTIVATIONS)),
+    increments=st.sampled_from(LOW or ["native"]),
+    scale=st.floats(0.0, 6.0),
+    magnitude=st.sampled_from([1e-30, 1e-3, 1.0, 1e3, 1e30]),
+    seed=st.integers(0, 10**6),
+)
+def test_never_nan_and_always_an_honest_status(m, B, activation, increments, scale, magnitude, seed):
+    W, c, _ = gaussian(m, B, seed=seed, scale=scale)
+    solved = solve(W, c * magnitude, activation, increments, max_iter=300)
+    assert torch.isfinite(solved.z).all() and (solved.iterations <= 300).all()
+    z, c64 = solved.z.double(), (c * magnitude).double()
+    f = ACTIVATIONS[activation].value(z @ W.double().mT + c64)
+    residual = (f - z).norm(dim=1) / f.norm(dim=1).clamp(min=1e-30)  # float32 ends at 1e-38
+    # z is one evaluation past the judged point: its residual may exceed that by W's expansion, and by rounding.
+    expansion = max(1.0, ACTIVATIONS[activation].lipschitz * float(torch.linalg.matrix_norm(W.double(), 2)))
+    floor = 4e-6 * (1 + scale) * (1 + expansion)
+    assert (residual[solved.converged] <= 1e-5 * expansion + floor).all()
