@@ -94,7 +94,7 @@ def solve(
 @lru_cache(maxsize=64)
 def _plan_of(plan: Plan, name: str, what: str) -> Plan:
     why = (what, *(reason for reason in plan.why if not reason.startswith("on demand")))
-    return replace(plan, map=name, acceleration="none", rescues=False, reflects=False, why=why)
+    return replace(plan, map=name, acceleration="none", adapts=False, reflects=False, why=why)
 
 
 def _run(method: Method, activation: str, plan: Plan, on_failure: str, start: Tensor | None, c: Tensor) -> tuple:
