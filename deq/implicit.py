@@ -14,12 +14,12 @@ from torch import Tensor
 from torch._C._functorch import unwrap_if_dead
 from torch.autograd import forward_ad
 
-from . import ladder
 from . import stats as layout
 from .activations import ACTIVATIONS
 from .backends import Outcome, get_backend
 from .plan import Plan
 from .solution import Solution, report_failures
+from .solvers import ladder
 
 PHANTOM_STEPS, PHANTOM_DAMPING = 5, 0.5  # Geng et al. 2021 use a handful of damped steps
 

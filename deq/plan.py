@@ -5,7 +5,7 @@ from functools import lru_cache
 
 SOLVERS = ("auto", "plain", "anderson", "cayley", "direct")
 BACKENDS = ("auto", "cpu", "reference")
-MAPS = ("plain", "cayley")  # what is iterated; Plan.map of a direct method (deq/structured.py) is that method's name
+MAPS = ("plain", "cayley")  # what is iterated; Plan.map of a direct method (deq/direct) is that method's name
 CRITERIA = ("residual", "error")
 
 # Relative tolerance by input dtype: near the square root of what the dtype can resolve, and the habit of the field.
@@ -45,7 +45,7 @@ class Plan:
     increments: str = "native"  # of INCREMENTS; float64 and Anderson from the start are always native
     adapts: bool = False  # fit() may still choose the map, the increments and the rungs for a weight
     reflects: bool = False  # the activation is one that the Cayley map can take
-    rungs: tuple[str, ...] = ()  # of RUNGS: what samples that fail are tried with, in this order (deq/ladder.py)
+    rungs: tuple[str, ...] = ()  # of RUNGS, in order: what samples that fail are tried with (deq/solvers/ladder.py)
     why: tuple[str, ...] = ()
 
     def __str__(self) -> str:

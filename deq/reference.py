@@ -51,7 +51,7 @@ def masked_linear(A: Tensor, d: Tensor, g: Tensor, u0: Tensor | None = None, **o
 
 def reflected(K: Tensor, c: Tensor, activation: str, s0: Tensor | None = None, **options) -> tuple[Tensor, ...]:
     """``act(x)`` at the fixed point of ``x = K s + c``, ``s = 2 act(x) - x``, started at the reflection ``s0`` or zero.
-    The residual is that of x, not of the equation that K came from (:mod:`deq.cayley`)."""
+    The residual is that of x, not of the equation that K came from (:mod:`deq.solvers.cayley`)."""
     act = get_activation(activation).value
 
     def run(K: Tensor, c: Tensor, s0: Tensor) -> tuple[Tensor, ...]:
@@ -83,7 +83,7 @@ def cayley_solve(
     W: Tensor, c: Tensor, activation: str, z0: Tensor | None = None, *, alpha: float = 1.0, **options
 ) -> tuple[Tensor, ...]:
     """Fixed point of :func:`cell` by the reflected map ``x <- K (2 act(x) - x) + alpha (c + K c)``, ``z = act(x)``,
-    with K of :func:`deq.cayley.cayley_matrix`, started at ``z0`` or zero; options and results of :func:`iterate`.
+    with K of :func:`deq.solvers.cayley.cayley_matrix`, started at ``z0`` or zero; options and results of ``iterate``.
 
     Every x is judged by the residual of its z in the equation itself; ``iterations`` counts the products with K.
     """

@@ -8,18 +8,16 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from . import _library, cayley, structured
+from . import _library, direct
 from .activations import get_activation
-from .backends.cpu import increments_here
-from .cache import remembered
 from .implicit import Problem, equilibrium
-from .plan import DEFAULT_TOL, INCREMENTS_FROM, LARGE_WEIGHT, SLOW_FROM, Plan, fit, is_cheap, make_plan
+from .indicators import fitted
+from .plan import DEFAULT_TOL, make_plan
 from .solution import Solution, report_failures
 from .weights import Structure
 
 BACKWARDS = ("implicit", "phantom", "one_step", "unrolled")
 ON_FAILURE = ("warn", "raise", "ignore")
-LOOK_AT_ROWS = 64
 _DTYPES = {getattr(torch, name): name for name in DEFAULT_TOL}
 
 
@@ -49,10 +47,10 @@ def solve(
         tol: relative tolerance; 1e-5 in float32, 1e-10 in float64, 1e-4 in 16 bits if None. Serves the gradient too.
         max_iter: evaluations allowed for each sample, and for its gradient.
         solver: "plain" iterates ``z <- act(W z + c)`` strictly; "anderson" accelerates every sample from the start;
-            "cayley" iterates the reflected map of :mod:`deq.cayley`, which converges for every monotone W; "direct"
-            solves without iterating on z: the identity activation with any W, and LowerTriangular, Diagonal and
+            "cayley" iterates the reflected map of :mod:`deq.solvers.cayley`, which converges for every monotone W;
+            "direct" solves without iterating on z: the identity activation with any W, and LowerTriangular, Diagonal and
             DiagonalLowRank of deq.weights (``z`` is then the point judged); "auto" chooses, and takes samples that are
-            slow or fail to other means (:mod:`deq.ladder`).
+            slow or fail to other means (:mod:`deq.solvers.ladder`).
         criterion: "residual" stops a sample at ``r = ||f(y) - y|| / ||f(y)|| <= tol``; "error" stops it at
             ``r q / (1 - q) <= tol`` with its measured contraction q, an estimate of the distance to the fixed point.
         backward: "implicit" is exact; "one_step" (JFB) differentiates one evaluation at the equilibrium, "phantom" five
@@ -82,7 +80,7 @@ def solve(
     if problem is None:  # an option that cannot be a key, or a wrong one: its own error
         problem = _make_problem.__wrapped__(*given)
     if (is_structure or activation == "identity" or solver == "direct") and solver in ("auto", "direct"):
-        solution = structured.solve(W, c, z0, problem, backward, forced=solver == "direct")
+        solution = direct.solve(W, c, z0, problem, backward, forced=solver == "direct")
         if solution is not None:
             return solution
     if is_structure:
@@ -93,40 +91,13 @@ def solve(
         flat = (*shape[: dims - 2], math.prod(shape[dims - 2 : -1]), shape[-1])
         c, z0 = c.reshape(flat), None if z0 is None else z0.reshape(flat)
     if problem.plan.adapts:
-        problem = problem._replace(plan=_fit(problem.plan, W, c, activation))
+        problem = problem._replace(plan=fitted(problem.plan, W, c, activation))
     z, stats, report = equilibrium(W, c, z0, problem, backward)
     solution = Solution(z if canonical else z.reshape(shape), stats, problem.plan)
     if report is not None and any(report):
         _refuse_non_finite(report[1:], W, shape[:-1])
         report_failures(solution, on_failure, problem.plan.tol, "deq.solve")
     return solution
-
-
-def _fit(plan: Plan, W: Tensor, c: Tensor, activation: str) -> Plan:
-    """The plan for this weight."""
-    width, batch, frozen = W.shape[-1], c.shape[-2], not (torch.is_grad_enabled() and W.requires_grad)
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return fit(plan, width, batch, False, False, frozen, "native")
-    increments = increments_here() if plan.backend == "cpu" and plan.precision == "float32" else "native"
-    rows = W.detach()[..., :: max(1, width // LOOK_AT_ROWS), :]  # evenly spread: enough to tell the size of W
-    size = float(torch.linalg.vector_norm(rows, dtype=torch.float32 if W.element_size() < 4 else None))
-    large = size * size > LARGE_WEIGHT**2 * (rows.numel() // width)
-    slow = False
-    worth_knowing = plan.reflects and frozen and not large and increments != "native" and width >= INCREMENTS_FROM
-    if worth_knowing and W.dim() == 2 and is_cheap(width, batch, frozen):
-        slow = _expected(W, activation, plan.tol) >= SLOW_FROM
-    return fit(plan, width, batch, large, slow, frozen, increments)
-
-
-def _expected(W: Tensor, activation: str, tol: float) -> float:
-    """Evaluations that the plain map is expected to need for injections like noise: a property of W, not of a batch."""
-
-    def make() -> float:
-        wide = W.detach().to(torch.float64 if W.dtype == torch.float64 else torch.float32)
-        noise = torch.randn(cayley.PROBE_SAMPLES, W.shape[-1], generator=torch.Generator().manual_seed(0))
-        return cayley.predict(wide, noise.to(wide), activation, tol)
-
-    return remembered(W, ("evaluations", activation, tol), make)
 
 
 @lru_cache(maxsize=256)  # a training run asks the same thing at every step

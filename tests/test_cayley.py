@@ -11,8 +11,8 @@ from problems import exact, gaussian, torch_loop
 
 from deq import reference
 from deq.activations import ACTIVATIONS
-from deq.cayley import cayley_matrix, choose_alpha, is_certified, predict
 from deq.solution import Status
+from deq.solvers.cayley import cayley_matrix, choose_alpha, is_certified, predict
 from deq.weights import monotone
 
 DTYPES = [torch.float32, torch.float64]

@@ -113,7 +113,7 @@ def test_sixteen_bit_problems_are_computed_in_float32(dtype, increments):
 
 
 def monotone(m, B, seed=0):
-    """W with sym(W) < 1/2 whose plain iteration diverges, and its Cayley transform K, c' (facts of deq/cayley.py)."""
+    """W with sym(W) < 1/2 whose plain iteration diverges, and its K and c' (deq/solvers/cayley.py)."""
     generator = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
     A, S, c, g = draw(m, m) / m**0.5, draw(m, m) / m**0.5, draw(B, m), draw(B, m)

@@ -6,8 +6,9 @@ from close import assert_as_accurate, worst_error
 from problems import exact, gaussian, torch_adjoint, torch_loop
 
 import deq
-from deq import _library, ladder, reference
+from deq import _library, reference
 from deq.backends.cpu import increments_here
+from deq.solvers import ladder
 
 BACKENDS = ["reference"] + (["cpu"] if _library.compiled is not None else [])
 backends = pytest.mark.parametrize("backend", BACKENDS)

@@ -8,11 +8,11 @@ from close import assert_as_accurate, worst_error
 from problems import exact, gaussian, torch_adjoint, torch_loop
 from test_cayley import monotone_problem
 
-from deq import newton as newton_module
 from deq import reference
 from deq.activations import ACTIVATIONS
-from deq.newton import masked_solve, newton
 from deq.solution import Status
+from deq.solvers import newton as newton_module
+from deq.solvers.newton import masked_solve, newton
 
 TIGHT = {torch.float32: 1e-6, torch.float64: 1e-13}
 

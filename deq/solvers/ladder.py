@@ -20,12 +20,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from . import cayley, newton, stats
-from .activations import ACTIVATIONS
-from .backends import Outcome, get_backend
-from .cache import remembered
-from .plan import Plan
-from .solution import Status
+from .. import stats
+from ..activations import ACTIVATIONS
+from ..backends import Outcome, get_backend
+from ..cache import remembered
+from ..plan import Plan
+from ..solution import Status
+from . import cayley, newton
 
 # The Cayley map is left at this share of the tolerance; the first product with W then nearly always finds the
 # equation's own residual below the tolerance. The second number is for samples with which it did not.

@@ -5,8 +5,8 @@
     diagonal              a scalar equation an element
     diagonal + rank r     a fixed point in R^r
 
-The methods are in :mod:`deq.methods` and :mod:`deq.low_rank`; here they are chosen, differentiated and reported. The
-adjoint ``u = D (g + W^T u)`` of a solve is again a problem of the same structure; the gradient of c is u, that of the
+The methods are in :mod:`deq.direct.methods` and :mod:`deq.direct.low_rank`; here they are chosen, differentiated and
+reported. The adjoint ``u = D (g + W^T u)`` of a solve is again a problem of the same structure; the gradient of c is u, that of the
 structure's own tensors is the one of ``<u, W z>``: nothing of size m x m for a diagonal.
 """
 
@@ -18,13 +18,13 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from . import stats, weights
-from .activations import ACTIVATIONS
-from .implicit import Problem
+from .. import stats, weights
+from ..activations import ACTIVATIONS
+from ..implicit import Problem
+from ..plan import Plan
+from ..solution import Solution, Status, report_failures
 from .low_rank import LowRank
 from .methods import Diagonal, Linear, Result, Triangular, is_compiled, is_finite
-from .plan import Plan
-from .solution import Solution, Status, report_failures
 
 Method = Linear | Triangular | Diagonal | LowRank
 

@@ -7,7 +7,7 @@ definition, and what runs where the compiled kernels (csrc/cpu/triangular_impl.h
 import torch
 from torch import Tensor
 
-from .activations import ACTIVATIONS, LEAKY_SLOPE
+from ..activations import ACTIVATIONS, LEAKY_SLOPE
 
 MAX_NEWTON = 60  # a bracket halves at worst: bisection alone would be done
 

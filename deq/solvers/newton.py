@@ -7,9 +7,9 @@ All is computed in float64 and judged in the caller's precision; Jacobians take 
 import torch
 from torch import Tensor
 
-from .activations import get_activation
-from .reference import MARGIN_POWER, _norm
-from .solution import Status
+from ..activations import get_activation
+from ..reference import MARGIN_POWER, _norm
+from ..solution import Status
 
 JACOBIAN_BYTES = 64 * 2**20  # of the Jacobians and of their factors together
 # (first pseudo-time step, exponent of its growth): briskly from z0, then patiently from act(c). Of 32 samples each at

@@ -21,8 +21,9 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _library, cache, roots
-from .activations import ACTIVATIONS
+from .. import _library, cache
+from ..activations import ACTIVATIONS
+from . import roots
 
 
 class Result(NamedTuple):

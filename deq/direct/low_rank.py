@@ -12,8 +12,9 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from . import cache
-from .activations import ACTIVATIONS
+from .. import cache
+from ..activations import ACTIVATIONS
+from ..reference import _History
 from .methods import (
     Result,
     is_compiled,
@@ -25,7 +26,6 @@ from .methods import (
     solve_diagonal,
     why_not_diagonal,
 )
-from .reference import _History
 
 ANDERSON_DEPTH = 5
 SLOW = 0.5  # measured contraction above which Anderson takes over: in R^r it costs a fraction of an evaluation
@@ -52,7 +52,7 @@ class Problem(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
-    """d (m,), P and Q (m, r); the interface of :mod:`deq.methods`."""
+    """d (m,), P and Q (m, r); the interface of :mod:`deq.direct.methods`."""
 
     d: Tensor
     P: Tensor

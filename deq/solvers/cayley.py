@@ -42,7 +42,7 @@ import math
 import torch
 from torch import Tensor
 
-from .activations import get_activation
+from ..activations import get_activation
 
 BASE = 32  # blocks inverted by LAPACK; below, the calls cost more than the arithmetic (16: 1.1x at m = 512)
 ACCURATE = 100.0  # machine epsilons of the probe's residual above which the pivoted inverse is tried as well
