@@ -6,8 +6,8 @@
     diagonal + rank r     a fixed point in R^r
 
 The methods are in :mod:`deq.direct.methods` and :mod:`deq.direct.low_rank`; here they are chosen, differentiated and
-reported. The adjoint ``u = D (g + W^T u)`` of a solve is again a problem of the same structure; the gradient of c is u, that of the
-structure's own tensors is the one of ``<u, W z>``: nothing of size m x m for a diagonal.
+reported. The adjoint ``u = D (g + W^T u)`` of a solve is again a problem of the same structure; the gradient of c is u,
+that of the structure's own tensors is the one of ``<u, W z>``: nothing of size m x m for a diagonal.
 """
 
 import math
