@@ -9,6 +9,7 @@
 #include <string>
 
 #include "kernels.h"
+#include "structured.h"
 #include "torch_abi.h"
 
 namespace {
@@ -300,6 +301,167 @@ void fingerprint(StableIValue* stack, uint64_t, uint64_t) {
     W.place().fail("must have contiguous rows or columns");
 }
 
+constexpr const char* kPackTriangle =
+    "pack_triangle_(Tensor W, Tensor(a!) packed, Tensor(b!) diagonal, int strict, int reversed) -> ()";
+
+void pack_triangle(StableIValue* stack, uint64_t, uint64_t) {
+  constexpr const char* op = "pack_triangle_";
+  const Tensor W(op, "W", stack[0]), packed(op, "packed", stack[1]), diagonal(op, "diagonal", stack[2]);
+  W.expect_dim(2, "(m, m)");
+  const int64_t m = W.sizes()[0];
+  W.expect_shape({m, m});
+  if (m == 0) W.place().fail("must not be empty");
+  packed.expect_shape({deq_cpu_triangle_elements(m)});
+  diagonal.expect_shape({m});
+  for (const Tensor* out : {&packed, &diagonal}) {
+    out->expect_dtype(W.dtype());
+    out->expect_contiguous();
+  }
+  const DeqView view = W.view();
+  if (deq_cpu_pack_triangle(&view, m, type_of(W.place(), W.dtype()), integer({op, "strict"}, stack[3], 0, 1),
+                            integer({op, "reversed"}, stack[4], 0, 1), torch_threads(), packed.data<void>(),
+                            diagonal.data<void>()))
+    W.place().fail("must be float32 or float64; got " + dtype_name(W.dtype()));
+}
+
+// A (B, width) tensor of the dtype of c with contiguous rows.
+DeqView rows_of(const Tensor& tensor, const Tensor& c, int64_t batch, int64_t width) {
+  tensor.expect_shape({batch, width});
+  tensor.expect_dtype(c.dtype());
+  const DeqView view = tensor.view();
+  if (width > 1 && batch > 0 && view.stride[2] != 1) tensor.place().fail("must have contiguous rows");
+  return view;
+}
+
+constexpr const char* kSubstitute =
+    "substitute_(Tensor packed, Tensor diagonal, Tensor c, Tensor mask, Tensor(a!) z, Tensor(b!) derivative, "
+    "Tensor(c!) residual, int activation, int reversed) -> ()";
+
+void substitute(StableIValue* stack, uint64_t, uint64_t) {
+  constexpr const char* op = "substitute_";
+  const Tensor packed(op, "packed", stack[0]), diagonal(op, "diagonal", stack[1]), c(op, "c", stack[2]);
+  const Tensor mask(op, "mask", stack[3]), z(op, "z", stack[4]), derivative(op, "derivative", stack[5]);
+  const Tensor residual(op, "residual", stack[6]);
+  DeqSubstitution p{};
+  c.expect_dim(2, "(B, m)");
+  p.batch = c.sizes()[0], p.width = c.sizes()[1];
+  p.type = type_of(c.place(), c.dtype());
+  p.threads = torch_threads();
+  diagonal.expect_shape({p.width});
+  residual.expect_shape({p.batch});
+  if (!packed.empty()) {
+    packed.expect_shape({deq_cpu_triangle_elements(p.width)});
+    p.packed = packed.data<void>();
+  }
+  for (const Tensor* flat : {&packed, &diagonal, &residual}) {
+    flat->expect_dtype(c.dtype());
+    flat->expect_contiguous();
+  }
+  const auto rows = [&](const Tensor& tensor) { return rows_of(tensor, c, p.batch, p.width); };
+  p.injection = rows(c);
+  if (z.dim() == 2) z.expect_separate_rows();
+  p.out = rows(z);
+  if (mask.dim() != 1) p.mask = rows(mask);
+  if (derivative.dim() != 1) {
+    p.derivative = rows(derivative);
+    derivative.expect_separate_rows();
+  }
+  p.diagonal = diagonal.data<void>();
+  p.residual = residual.data<void>();
+  p.activation = integer({op, "activation"}, stack[7], -1, INT32_MAX);
+  p.reversed = integer({op, "reversed"}, stack[8], 0, 1);
+  if (p.batch == 0) return;
+  switch (deq_cpu_substitute(&p)) {
+    case DEQ_OK:
+      return;
+    case DEQ_NO_MEMORY:
+      throw std::runtime_error("deq::substitute_: not enough memory");
+    default:
+      throw std::runtime_error("deq::substitute_: an argument is out of range (activation " + std::to_string(p.activation) +
+                               ", width " + std::to_string(p.width) + "), or the diagonal admits more than one solution");
+  }
+}
+
+constexpr const char* kReduced =
+    "reduced_(Tensor P, Tensor Q, Tensor diagonal, Tensor c, Tensor mask, Tensor q, Tensor(a!) following, Tensor(b!) size, "
+    "Tensor(c!) z, int activation) -> ()";
+
+// The problem that both operators share.
+DeqReduced reduced_problem(const Tensor& P, const Tensor& Q, const Tensor& diagonal, const Tensor& c, const Tensor& mask,
+                           const Tensor& q, const Tensor& following, const Tensor& size) {
+  DeqReduced p{};
+  c.expect_dim(2, "(B, m)");
+  q.expect_dim(2, "(B, r)");
+  p.batch = c.sizes()[0], p.width = c.sizes()[1], p.rank = q.sizes()[1];
+  p.type = type_of(c.place(), c.dtype());
+  p.threads = torch_threads();
+  P.expect_shape({(p.width + 7) / 8, p.rank, 8});
+  Q.expect_shape({(p.width + 7) / 8, p.rank, 8});
+  diagonal.expect_shape({p.width});
+  size.expect_shape({p.batch});
+  for (const Tensor* flat : {&P, &Q, &diagonal, &size}) {
+    flat->expect_dtype(c.dtype());
+    flat->expect_contiguous();
+  }
+  p.injection = rows_of(c, c, p.batch, p.width);
+  if (mask.dim() != 1) p.mask = rows_of(mask, c, p.batch, p.width);
+  p.q = rows_of(q, c, p.batch, p.rank);
+  p.following = rows_of(following, c, p.batch, p.rank);
+  following.expect_separate_rows();
+  p.P = P.data<void>(), p.Q = Q.data<void>(), p.diagonal = diagonal.data<void>(), p.size = size.data<void>();
+  return p;
+}
+
+void check_reduced(const char* op, const DeqReduced& p, int32_t error) {
+  if (error)
+    throw std::runtime_error(std::string("deq::") + op + ": an argument is out of range (activation " +
+                             std::to_string(p.activation) + ", rank " + std::to_string(p.rank) +
+                             "), the diagonal admits more than one solution, or no memory is left");
+}
+
+void reduced(StableIValue* stack, uint64_t, uint64_t) {
+  constexpr const char* op = "reduced_";
+  const Tensor P(op, "P", stack[0]), Q(op, "Q", stack[1]), diagonal(op, "diagonal", stack[2]), c(op, "c", stack[3]);
+  const Tensor mask(op, "mask", stack[4]), q(op, "q", stack[5]), following(op, "following", stack[6]), size(op, "size", stack[7]);
+  const Tensor z(op, "z", stack[8]);
+  DeqReduced p = reduced_problem(P, Q, diagonal, c, mask, q, following, size);
+  if (z.dim() != 1) {
+    p.out = rows_of(z, c, p.batch, p.width);
+    z.expect_separate_rows();
+  }
+  p.activation = integer({op, "activation"}, stack[9], 0, INT32_MAX);
+  if (p.batch > 0) check_reduced(op, p, deq_cpu_reduced(&p));
+}
+
+constexpr const char* kReducedIterate =
+    "reduced_iterate_(Tensor P, Tensor Q, Tensor diagonal, Tensor c, Tensor mask, Tensor gram, Tensor(a!) q, "
+    "Tensor(b!) following, Tensor(c!) residual, Tensor(d!) iterations, int activation, float tol, float leave, float slow, "
+    "int max_iter) -> ()";
+
+void reduced_iterate(StableIValue* stack, uint64_t, uint64_t) {
+  constexpr const char* op = "reduced_iterate_";
+  const Tensor P(op, "P", stack[0]), Q(op, "Q", stack[1]), diagonal(op, "diagonal", stack[2]), c(op, "c", stack[3]);
+  const Tensor mask(op, "mask", stack[4]), gram(op, "gram", stack[5]), q(op, "q", stack[6]), following(op, "following", stack[7]);
+  const Tensor residual(op, "residual", stack[8]), iterations(op, "iterations", stack[9]);
+  DeqReducedIteration it{};
+  it.problem = reduced_problem(P, Q, diagonal, c, mask, q, following, residual);
+  q.expect_separate_rows();
+  gram.expect_shape({it.problem.rank, it.problem.rank});
+  gram.expect_dtype(torch_.dtype.float64);
+  gram.expect_contiguous();
+  iterations.expect_shape({it.problem.batch});
+  iterations.expect_dtype(torch_.dtype.int32);
+  iterations.expect_contiguous();
+  it.gram = gram.data<double>();
+  it.iterations = iterations.data<int32_t>();
+  it.problem.activation = integer({op, "activation"}, stack[10], 0, INT32_MAX);
+  it.tol = tolerance({op, "tol"}, stack[11]);
+  it.leave = tolerance({op, "leave"}, stack[12]);
+  it.slow = tolerance({op, "slow"}, stack[13]);
+  it.max_iter = integer({op, "max_iter"}, stack[14], 1, INT32_MAX);
+  if (it.problem.batch > 0) check_reduced(op, it.problem, deq_cpu_reduced_iterate(&it));
+}
+
 void* torch_symbol(const char* name) {
   void* library = dlopen("libtorch_cpu.so", RTLD_NOLOAD | RTLD_LAZY);
   return library ? dlsym(library, name) : nullptr;
@@ -332,10 +494,16 @@ DEQ_API const char* deq_register(void) {
   const struct {
     const char *name, *schema;
     BoxedKernel kernel;
-  } operators[] = {{"solve_", kSolve, solve},
-                   {"masked_linear_", kMaskedLinear, masked_linear},
-                   {"derivative_", kDerivative, derivative},
-                   {"fingerprint", kFingerprint, fingerprint}};
+  } operators[] = {
+      {"solve_", kSolve, solve},
+      {"masked_linear_", kMaskedLinear, masked_linear},
+      {"derivative_", kDerivative, derivative},
+      {"fingerprint", kFingerprint, fingerprint},
+      {"pack_triangle_", kPackTriangle, pack_triangle},
+      {"substitute_", kSubstitute, substitute},
+      {"reduced_", kReduced, reduced},
+      {"reduced_iterate_", kReducedIterate, reduced_iterate},
+  };
   for (const auto& op : operators)
     if (torch_.aoti_torch_library_def(schemas, op.schema) || torch_.aoti_torch_library_impl(cpu, op.name, op.kernel))
       return "torch refused an operator's schema or kernel";

@@ -13,7 +13,16 @@ import torch
 
 import deq
 
-OPERATORS = ("solve_", "masked_linear_", "derivative_", "fingerprint")
+OPERATORS = (
+    "solve_",
+    "masked_linear_",
+    "derivative_",
+    "fingerprint",
+    "pack_triangle_",
+    "substitute_",
+    "reduced_",
+    "reduced_iterate_",
+)
 
 # Exported function: result type, argument types.
 _SIGNATURES = {

@@ -3,8 +3,9 @@
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-SOLVERS = ("auto", "plain", "anderson", "cayley")
+SOLVERS = ("auto", "plain", "anderson", "cayley", "direct")
 BACKENDS = ("auto", "cpu", "reference")
+MAPS = ("plain", "cayley")  # what is iterated; Plan.map of a direct method (deq/structured.py) is that method's name
 CRITERIA = ("residual", "error")
 
 # Relative tolerance by input dtype: near the square root of what the dtype can resolve, and the habit of the field.
@@ -48,7 +49,7 @@ class Plan:
     why: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        parts = [f"{self.map} map", f"{self.precision} on {self.backend}"]
+        parts = [f"{self.map} map" if self.map in MAPS else self.map, f"{self.precision} on {self.backend}"]
         if self.increments != "native":
             parts.append(f"{self.increments} increments")
         if self.acceleration != "none":
@@ -104,7 +105,7 @@ def make_plan(
     precision = "float64" if dtype == "float64" else "float32"
     if precision != dtype:
         why.append(f"float32: {dtype} cannot resolve a residual of 1e-4; solved in float32, rounded once at the end")
-    acceleration = {"auto": "on_demand", "plain": "none", "anderson": "anderson", "cayley": "on_demand"}[solver]
+    acceleration = {"auto": "on_demand", "anderson": "anderson", "cayley": "on_demand"}.get(solver, "none")
     if solver == "cayley" and activation in NOT_MONOTONE:
         raise ValueError(f"solver='cayley' needs a nondecreasing activation; {activation} is not")
     if solver == "auto":

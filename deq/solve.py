@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from . import _library, cayley
+from . import _library, cayley, structured
 from .activations import get_activation
 from .backends.cpu import increments_here
 from .cache import remembered
@@ -49,8 +49,10 @@ def solve(
         tol: relative tolerance; 1e-5 in float32, 1e-10 in float64, 1e-4 in 16 bits if None. Serves the gradient too.
         max_iter: evaluations allowed for each sample, and for its gradient.
         solver: "plain" iterates ``z <- act(W z + c)`` strictly; "anderson" accelerates every sample from the start;
-            "cayley" iterates the reflected map of :mod:`deq.cayley`, which converges for every monotone W; "auto"
-            chooses, and takes samples that are slow or fail to other means (:mod:`deq.ladder`).
+            "cayley" iterates the reflected map of :mod:`deq.cayley`, which converges for every monotone W; "direct"
+            solves without iterating on z: the identity activation with any W, and LowerTriangular, Diagonal and
+            DiagonalLowRank of deq.weights (``z`` is then the point judged); "auto" chooses, and takes samples that are
+            slow or fail to other means (:mod:`deq.ladder`).
         criterion: "residual" stops a sample at ``r = ||f(y) - y|| / ||f(y)|| <= tol``; "error" stops it at
             ``r q / (1 - q) <= tol`` with its measured contraction q, an estimate of the distance to the fixed point.
         backward: "implicit" is exact; "one_step" (JFB) differentiates one evaluation at the equilibrium, "phantom" five
@@ -67,9 +69,8 @@ def solve(
     """
     if unknown:
         raise TypeError(_unknown_option(next(iter(unknown.items()))))
-    if isinstance(W, Structure):
-        W = W.dense()
-    _check_tensors(W, c, z0)
+    is_structure = isinstance(W, Structure)
+    _check_tensors(W.like() if is_structure else W, c, z0)
     options = activation, tol, max_iter, solver, criterion, backward, on_failure, backend
     device = "cpu" if c.is_cpu else c.device.type
     # The types, because 1, 1.0 and True are one key and not one option.
@@ -80,6 +81,12 @@ def solve(
         problem = None
     if problem is None:  # an option that cannot be a key, or a wrong one: its own error
         problem = _make_problem.__wrapped__(*given)
+    if (is_structure or activation == "identity" or solver == "direct") and solver in ("auto", "direct"):
+        solution = structured.solve(W, c, z0, problem, backward, forced=solver == "direct")
+        if solution is not None:
+            return solution
+    if is_structure:
+        W = W.dense()
     shape, dims = c.shape, W.dim()
     canonical = len(shape) == dims
     if not canonical:  # one sample dimension, or none: W (m, m) with c (B, m), W (S, m, m) with c (S, B, m)

@@ -43,6 +43,10 @@ class Structure:
         """The matrix (m, m) itself, differentiable in the fields."""
         raise NotImplementedError
 
+    def like(self) -> Tensor:
+        """A tensor of the shape, dtype and device of ``dense()``, of one undefined element."""
+        return self._leading.detach().new_empty(()).expand(self.width, self.width)
+
 
 @dataclass(frozen=True, eq=False)
 class Dense(Structure):

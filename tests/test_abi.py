@@ -95,11 +95,33 @@ def arguments(op: str, dtype=torch.float32, stacked: bool = True) -> list:
     c, d = (torch.rand(S, B, m, generator=generator).to(dtype) for _ in range(2))
     out = torch.empty(S, B, m, dtype=dtype)
     relu = activations.get_activation("relu").number
+    triangle = torch.zeros(64, dtype=dtype), torch.zeros(m, dtype=dtype)  # one panel, the diagonal
+    factors, q = [torch.zeros(1, 2, 8, dtype=dtype) for _ in range(2)], torch.zeros(B, 2, dtype=dtype)
+    residual, none = torch.empty(B, dtype=dtype), torch.empty(0, dtype=dtype)
     call = {
         "solve_": [W, c, c[..., :0], out, stats(S, B, dtype), report(), relu, *RUN],
         "masked_linear_": [W, c, d, c[..., :0], out, stats(S, B, dtype), report(), -1, *RUN],
         "derivative_": [W, c, d, out, relu],
         "fingerprint": [W, torch.zeros(2, dtype=torch.int64)],
+        "pack_triangle_": [W[0], *triangle, 0, 0],
+        "reduced_": [*factors, triangle[1], c[0], none, q, q.clone(), residual, out[0], relu],
+        "reduced_iterate_": [
+            *factors,
+            triangle[1],
+            c[0],
+            none,
+            torch.eye(2).double(),
+            q,
+            q.clone(),
+            residual,
+            torch.zeros(B).int(),
+            relu,
+            1e-5,
+            1e-6,
+            0.5,
+            10,
+        ],
+        "substitute_": [*triangle, c[0], none, out[0], none, residual, relu, 0],
     }[op]
     if stacked:
         return call
@@ -113,14 +135,21 @@ def operator(op: str):
 
 @needs_library
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("op", _library.OPERATORS)
+@pytest.mark.parametrize("op", ["solve_", "masked_linear_", "derivative_", "fingerprint"])
 def test_opcheck(op, dtype):
     torch.library.opcheck(operator(op), tuple(arguments(op, dtype)))
     torch.library.opcheck(operator(op), tuple(arguments(op, dtype, stacked=False)))
 
 
 @needs_library
-@pytest.mark.parametrize("op", [op for op in _library.OPERATORS if op.endswith("_")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("op", ["pack_triangle_", "substitute_", "reduced_", "reduced_iterate_"])
+def test_opcheck_of_one_weight(op, dtype):
+    torch.library.opcheck(operator(op), tuple(arguments(op, dtype)))
+
+
+@needs_library
+@pytest.mark.parametrize("op", ["solve_", "masked_linear_", "derivative_"])
 def test_one_weight_without_its_dimension_is_the_same_problem(op):
     stacked, single = arguments(op), arguments(op, stacked=False)
     operator(op)(*stacked)
@@ -137,6 +166,10 @@ def test_every_operator_has_a_schema_that_names_what_it_writes():
         "masked_linear_": ["u", "stats", "report"],
         "derivative_": ["d"],
         "fingerprint": ["out"],
+        "pack_triangle_": ["packed", "diagonal"],
+        "substitute_": ["z", "derivative", "residual"],
+        "reduced_": ["following", "size", "z"],
+        "reduced_iterate_": ["q", "following", "residual", "iterations"],
     }
     assert set(written) == set(_library.OPERATORS)
     for op, names in written.items():
@@ -183,6 +216,32 @@ WRONG_TENSORS = {
         torch.zeros(6, 6)[::2, ::2],
         "W must have contiguous rows or",
     ),
+    "W of a triangle is not square": ("pack_triangle_", 0, torch.zeros(m, 4), r"W must have shape \(5, 5\)"),
+    "W of a triangle is integer": ("pack_triangle_", 0, torch.zeros(m, m).int(), "packed must be int32; got float32"),
+    "packed too short": ("pack_triangle_", 1, torch.zeros(63), r"packed must have shape \(64\); got \(63\)"),
+    "diagonal too long": ("pack_triangle_", 2, torch.zeros(6), r"diagonal must have shape \(5\); got \(6\)"),
+    "packed for another width": ("substitute_", 0, torch.zeros(128), r"packed must have shape \(64\); got \(128\)"),
+    "diagonal of another dtype": ("substitute_", 1, torch.zeros(m).double(), "diagonal must be float32; got float64"),
+    "diagonal without a unique root": ("substitute_", 1, torch.ones(m), "the diagonal admits more than one solution"),
+    "c with scattered rows": ("substitute_", 2, torch.zeros(m, B).mT, "c must have contiguous rows"),
+    "mask for another batch": ("substitute_", 3, torch.zeros(B + 1, m), r"mask must have shape \(3, 5\)"),
+    "z of substitution with one row": ("substitute_", 4, torch.zeros(1, m).expand(B, m), "z must .* not overlap"),
+    "derivative too narrow": ("substitute_", 5, torch.zeros(B, m - 1), r"derivative must have shape \(3, 5\)"),
+    "residual of half precision": ("substitute_", 6, torch.zeros(B).half(), "residual must be float32; got float16"),
+    "P of another rank": ("reduced_", 0, torch.zeros(1, 3, 8), r"P must have shape \(1, 2, 8\); got \(1, 3, 8\)"),
+    "Q of another width": ("reduced_", 1, torch.zeros(2, 2, 8), r"Q must have shape \(1, 2, 8\); got \(2, 2, 8\)"),
+    "q of another batch": ("reduced_", 5, torch.zeros(B + 1, 2), r"q must have shape \(3, 2\); got \(4, 2\)"),
+    "following with one row": ("reduced_", 6, torch.zeros(1, 2).expand(B, 2), "following must .* not overlap"),
+    "z of another width": ("reduced_", 8, torch.zeros(B, 4), r"z must have shape \(3, 5\); got \(3, 4\)"),
+    "gram of another rank": ("reduced_iterate_", 5, torch.zeros(3, 3).double(), r"gram must have shape \(2, 2\)"),
+    "gram in single precision": ("reduced_iterate_", 5, torch.zeros(2, 2), "gram must be float64; got float32"),
+    "iterations of a reduction too long": (
+        "reduced_iterate_",
+        9,
+        torch.zeros(4).int(),
+        r"iterations must have shape \(3\)",
+    ),
+    "size too precise": ("reduced_", 7, torch.zeros(B).double(), "size must be float32; got float64"),
     "W has four dimensions": ("fingerprint", 0, torch.zeros(1, 1, 2, 2), r"W must be \(rows, columns\) or"),
     "fingerprint too long": ("fingerprint", 1, torch.zeros(3).long(), r"out must have shape \(2\); got \(3\)"),
     "z of another dtype": ("derivative_", 2, torch.zeros(S, B, m).double(), "derivative_: z must be float32"),
@@ -205,6 +264,11 @@ WRONG_NUMBERS = {
         activations.get_activation("gelu").number,
         "masked_linear_: an argument is out of range",
     ),
+    "substitution with an unknown activation": ("substitute_", 7, 99, "substitute_: an argument is out of range"),
+    "substitution that is half reversed": ("substitute_", 8, 2, "reversed must lie in 0..1; got 2"),
+    "reduction of no steps": ("reduced_iterate_", 14, 0, "max_iter must lie in 1"),
+    "reduction to a negative tolerance": ("reduced_iterate_", 11, -1.0, "tol must not be negative or NaN"),
+    "reduction with an unknown activation": ("reduced_", 9, 99, "reduced_: an argument is out of range"),
     "derivative of an unknown activation": ("derivative_", 4, 99, "derivative_: an argument is out of range"),
 }
 

@@ -52,7 +52,7 @@ WRONG = {
         c,
         {"solver": "broyden"},
         ValueError,
-        r"solver must be one of 'auto', 'plain', 'anderson', 'cayley'; got",
+        r"solver must be one of 'auto', 'plain', 'anderson', 'cayley', 'direct'; got",
     ),
     "unknown criterion": (W, c, {"criterion": "abs"}, ValueError, r"criterion must be one of 'residual', 'error'; got"),
     "unknown backward": (W, c, {"backward": "jfb"}, ValueError, r"backward must be one of 'implicit', .* got 'jfb'"),

@@ -6,6 +6,7 @@
 #include "../kernels.h"
 #include "cache.h"
 #include "kernels.h"
+#include "triangular.h"
 
 namespace deq {
 namespace {
@@ -51,6 +52,18 @@ const Kernels<T>* table_of(Isa isa) {
   return portable_kernels<T>();
 }
 
+template <class T>
+const TriangularKernels<T>* triangular_table_of(Isa isa) {
+#ifdef DEQ_HAVE_AVX512
+  if (isa == kAvx512) return avx512_triangular<T>();
+#endif
+#ifdef DEQ_HAVE_AVX2
+  if (isa == kAvx2) return avx2_triangular<T>();
+#endif
+  (void)isa;
+  return portable_triangular<T>();
+}
+
 }  // namespace
 
 template <>
@@ -60,6 +73,14 @@ const Kernels<float>& kernels<float>() {
 template <>
 const Kernels<double>& kernels<double>() {
   return *table_of<double>(chosen());
+}
+template <>
+const TriangularKernels<float>& triangular_kernels<float>() {
+  return *triangular_table_of<float>(chosen());
+}
+template <>
+const TriangularKernels<double>& triangular_kernels<double>() {
+  return *triangular_table_of<double>(chosen());
 }
 
 }  // namespace deq

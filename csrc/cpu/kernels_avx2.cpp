@@ -3,6 +3,7 @@
 #define DEQ_TILE_ROWS 6
 static constexpr const char* kName = "avx2";
 #include "kernels_impl.h"
+#include "triangular_impl.h"
 
 namespace deq {
 
@@ -13,6 +14,15 @@ const Kernels<float>* avx2_kernels<float>() {
 template <>
 const Kernels<double>* avx2_kernels<double>() {
   return table<double>();
+}
+
+template <>
+const TriangularKernels<float>* avx2_triangular<float>() {
+  return triangular_table<float>();
+}
+template <>
+const TriangularKernels<double>* avx2_triangular<double>() {
+  return triangular_table<double>();
 }
 
 }  // namespace deq

@@ -3,6 +3,7 @@
 #define DEQ_TILE_ROWS 4
 static constexpr const char* kName = "portable";
 #include "kernels_impl.h"
+#include "triangular_impl.h"
 
 namespace deq {
 
@@ -13,6 +14,15 @@ const Kernels<float>* portable_kernels<float>() {
 template <>
 const Kernels<double>* portable_kernels<double>() {
   return table<double>();
+}
+
+template <>
+const TriangularKernels<float>* portable_triangular<float>() {
+  return triangular_table<float>();
+}
+template <>
+const TriangularKernels<double>* portable_triangular<double>() {
+  return triangular_table<double>();
 }
 
 }  // namespace deq

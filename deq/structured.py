@@ -1,0 +1,262 @@
+"""Weights of known structure: the equilibrium without iterating on it, and its exact gradient.
+
+    identity activation   any W: (I - W)^-1 c, one factorisation for all samples
+    lower triangular      forward substitution
+    diagonal              a scalar equation an element
+    diagonal + rank r     a fixed point in R^r
+
+The methods are in :mod:`deq.methods` and :mod:`deq.low_rank`; here they are chosen, differentiated and reported. The
+adjoint ``u = D (g + W^T u)`` of a solve is again a problem of the same structure; the gradient of c is u, that of the
+structure's own tensors is the one of ``<u, W z>``: nothing of size m x m for a diagonal.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from . import stats, weights
+from .activations import ACTIVATIONS
+from .implicit import Problem
+from .low_rank import LowRank
+from .methods import Diagonal, Linear, Result, Triangular, is_compiled, is_finite
+from .plan import Plan
+from .solution import Solution, Status, report_failures
+
+Method = Linear | Triangular | Diagonal | LowRank
+
+HAVE_A_DIRECT_METHOD = (
+    "it serves the identity activation with any W, and deq.weights.LowerTriangular, Diagonal and DiagonalLowRank with "
+    "every activation"
+)
+FACTOR_PAYS_BELOW = 8  # m / B; one LU costs 14 products W z at m = 512, B = 64, iterating about ten and more
+
+
+def solve(
+    W: Tensor | weights.Structure, c: Tensor, z0: Tensor | None, problem: Problem, backward: str, forced: bool
+) -> Solution | None:
+    """The equilibrium by the direct method of W, or None where it has none or that is not the way to go.
+
+    Arguments as checked by ``deq.solve``; the plan says precision, tolerance and backend. With ``forced``
+    (solver="direct") the method is used whether it pays or not, and samples beyond the tolerance are reported STALLED.
+    Raises ValueError for NaN or infinity in W, d, P, Q or c, and with ``forced`` saying why there is no direct method.
+    """
+    activation, plan, on_failure = problem.activation, problem.plan, problem.on_failure
+    if backward != "implicit":
+        if forced:
+            raise ValueError(f"solver='direct' has the exact gradient alone, backward='implicit'; got {backward!r}")
+        return None
+    method, why_not = _choose(W, c, activation, plan, forced)
+    if why_not is None and z0 is not None and not is_finite(z0):
+        why_not = "z0 is not finite"
+    if why_not is None:
+        why_not = method.why_not(activation)
+    if why_not is not None:
+        if forced:
+            raise ValueError(f"solver='direct' cannot solve this: {why_not}; {HAVE_A_DIRECT_METHOD}")
+        return None
+    precision = getattr(torch, plan.precision)
+    batch = W.shape[:1] if isinstance(W, Tensor) and W.dim() == 3 else ()
+    flat = (*batch, math.prod(c.shape[len(batch) : -1]), c.shape[-1])
+    start = None if z0 is None else z0.detach().reshape(flat).to(precision)
+    plan = _plan_of(plan, method.name, method.what)
+    if torch.is_autocast_enabled(c.device.type):
+        with torch.autocast(c.device.type, enabled=False):
+            z, residual, iterations = _run(method, activation, plan, on_failure, start, c.reshape(flat).to(precision))
+    else:
+        z, residual, iterations = _run(method, activation, plan, on_failure, start, c.reshape(flat).to(precision))
+    converged = residual <= plan.tol
+    if c.dtype != precision:
+        largest = torch.finfo(c.dtype).max
+        converged = converged & (z.detach().abs().amax(-1) <= largest)
+        z = z.clamp(-largest, largest).to(c.dtype)
+    if bool(converged.all()):
+        status = torch.zeros(residual.shape, dtype=torch.uint8, device=c.device)
+    else:
+        if not is_finite(c):
+            _refuse_non_finite_samples(c)
+        if not forced:
+            return None
+        if not is_finite(z):  # a singular system: its only iterate is f(0)
+            z = torch.where(torch.isfinite(z).all(-1, keepdim=True), z, ACTIVATIONS[activation].value(c.reshape(flat)))
+        status = torch.where(residual < torch.inf, int(Status.STALLED), int(Status.DIVERGED))
+        status = torch.where(converged, int(Status.CONVERGED), status).to(torch.uint8)
+    z = z if z.shape == c.shape else z.reshape(c.shape)
+    solution = Solution(z, stats.pack(iterations, residual, status), plan)
+    if forced:  # otherwise every sample has converged
+        report_failures(solution, on_failure, plan.tol, "deq.solve")
+    return solution
+
+
+@lru_cache(maxsize=64)
+def _plan_of(plan: Plan, name: str, what: str) -> Plan:
+    why = (what, *(reason for reason in plan.why if not reason.startswith("on demand")))
+    return replace(plan, map=name, acceleration="none", adapts=False, reflects=False, why=why)
+
+
+def _run(method: Method, activation: str, plan: Plan, on_failure: str, start: Tensor | None, c: Tensor) -> tuple:
+    """z, residual and iterations of canonical rows, in the precision of the plan."""
+    if not (is_compiled(c) and method.refuses_samples) and not is_finite(c):
+        return torch.full_like(c, torch.nan), c.new_full(c.shape[:-1], torch.nan), None  # and the caller says which
+    parts = tuple(part.to(c.dtype) for part in method.parts)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (c, *parts)):
+        return _Direct.apply(method, activation, plan, on_failure, start, c, *parts)
+    result = _forward(method.of(*parts), c, activation, start)
+    return result.z, result.residual, _counts(result, c)
+
+
+def _forward(method: Method, c: Tensor, activation: str, start: Tensor | None) -> Result:
+    """``method.solve`` with the rows near 1 where a factor changes nothing else."""
+    scale = None
+    if not method.refuses_samples and ACTIVATIONS[activation].homogeneous:
+        scale = _far_from_one(c)
+    if scale is None:
+        return method.solve(c, activation, start)
+    result = method.solve(c * scale, activation, None if start is None else start * scale)
+    return result._replace(z=result.z / scale)
+
+
+def _counts(result: Result, c: Tensor) -> Tensor:
+    if isinstance(result.iterations, Tensor):
+        return result.iterations
+    return torch.full(c.shape[:-1], result.iterations, dtype=torch.int32, device=c.device)
+
+
+def _choose(
+    W: Tensor | weights.Structure, c: Tensor, activation: str, plan: Plan, forced: bool
+) -> tuple[Method | None, str | None]:
+    """The method of W, or why there is none."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return None, "torch.compile and torch.func transforms need the iteration"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return None, "forward-mode differentiation needs the iteration"
+    if isinstance(W, weights.Dense):
+        W = W.W
+    if isinstance(W, Tensor):
+        if activation != "identity":
+            return None, f"W is dense and the activation is {activation!r}"
+        m, B = W.shape[-1], c.numel() // max(1, c.shape[-1] * math.prod(W.shape[:-2]))
+        is_trained = torch.is_grad_enabled() and W.requires_grad
+        if not forced and is_trained and m > FACTOR_PAYS_BELOW * B:
+            return None, "a factorisation for few samples costs more than iterating"
+        # A weight that is trained is inverted for one step only, which pays from B = m on (float32: 5.8 products at
+        # m = B = 256 against 1.4 for the LU, but 1 instead of 3 for each of the two solves).
+        inverts = m <= B or (not is_trained and m <= FACTOR_PAYS_BELOW * B)
+        return Linear(W, inverts, tol=plan.tol), None
+    if isinstance(W, weights.LowerTriangular):
+        if not forced and plan.backend != "cpu":
+            return None, "substitution is compiled for the CPU only"
+        return Triangular(W.W, W.strict), None
+    if isinstance(W, weights.Diagonal):
+        return Diagonal(W.d), None
+    if isinstance(W, weights.DiagonalLowRank):
+        if not forced and 2 * W.rank > W.width:
+            return None, "the rank is above half of the width"
+        if plan.criterion == "error":
+            return None, "criterion='error' is not estimated in R^r"
+        return LowRank(W.d, W.P, W.Q, plan.tol, plan.max_iter), None
+    return None, f"{type(W).__name__} has no direct method"
+
+
+class _Direct(torch.autograd.Function):
+    """(method, ..., c, *parts of the weight) -> z, residual, iterations; z is differentiable in c and the parts."""
+
+    @staticmethod
+    def forward(ctx, method, activation, plan, on_failure, start, c, *parts):
+        result = _forward(method.of(*parts), c, activation, start)
+        z, iterations = result.z, _counts(result, c)
+        entry = ACTIVATIONS[activation]
+        keep = (None, None) if entry.derivative_of_value else (c, result.derivative)
+        ctx.save_for_backward(z, *keep, *parts)
+        ctx.mark_non_differentiable(result.residual, iterations)
+        ctx.set_materialize_grads(False)
+        ctx.settings = method.of(*(None for _ in parts)), activation, plan, on_failure
+        return z, result.residual, iterations
+
+    @staticmethod
+    def backward(ctx, g, *_):
+        if g is None:
+            return (None,) * (6 + len(ctx.settings[0].parts))
+        z, c, derivative, *parts = ctx.saved_tensors
+        method, activation, plan, on_failure = ctx.settings
+        method = method.of(*parts)
+        entry = ACTIVATIONS[activation]
+        if torch.is_grad_enabled():  # create_graph: the gradient must itself be differentiable
+            s = entry.derivative_of_value(z) if entry.derivative_of_value else entry.derivative(method.apply(z) + c)
+            u = _Masked.apply(method.T, plan, on_failure, s, g, *method.T.parts)
+        elif isinstance(method, Triangular) and entry.derivative_of_value and plan.backend == "cpu":
+            u = _solve_masked(
+                lambda g: method.T.masked_of_value(z, activation, g), g, plan, on_failure, refuses_samples=True
+            )
+        else:
+            if derivative is None:
+                derivative = entry.derivative_of_value(z) if c is None else entry.derivative(method.apply(z) + c)
+            u = _solve_masked(lambda g: method.T.masked(derivative, g), g, plan, on_failure)
+        outer = method.outer(u, z) if any(ctx.needs_input_grad[6:]) else (None,) * len(parts)
+        return None, None, None, None, None, u, *_needed(outer, ctx.needs_input_grad[6:])
+
+
+class _Masked(torch.autograd.Function):
+    """``u = s * (W u + g)``. Its gradient is one more such solve: differentiable for ever."""
+
+    @staticmethod
+    def forward(ctx, method, plan, on_failure, s, g, *parts):
+        u = _solve_masked(lambda g: method.of(*parts).masked(s, g), g, plan, on_failure)
+        ctx.save_for_backward(s, g, u, *parts)
+        ctx.settings = method.of(*(None for _ in parts)), plan, on_failure
+        return u
+
+    @staticmethod
+    def backward(ctx, h):
+        s, g, u, *parts = ctx.saved_tensors
+        method, plan, on_failure = ctx.settings
+        method = method.of(*parts)
+        q = _Masked.apply(method.T, plan, on_failure, s, h, *method.T.parts)
+        ds = (h + method.T.apply(q)) * (method.apply(u) + g) if ctx.needs_input_grad[3] else None
+        outer = method.outer(q, u) if any(ctx.needs_input_grad[5:]) else (None,) * len(parts)
+        return None, None, None, ds, q, *_needed(outer, ctx.needs_input_grad[5:])
+
+
+def _needed(gradients: tuple, needs: tuple[bool, ...]) -> tuple:
+    return tuple(gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
+
+
+def _solve_masked(
+    masked: Callable[[Tensor], Result], g: Tensor, plan: Plan, on_failure: str, refuses_samples: bool = False
+) -> Tensor:
+    """u of every row of g, NaN where g is not finite (a loss scaler looks for it). Reports residuals beyond tol."""
+    finite = scale = None
+    if not refuses_samples:
+        if not is_finite(g):
+            finite = torch.isfinite(g).all(-1, keepdim=True)
+            g = torch.where(finite, g, 0.0)
+        scale = _far_from_one(g)  # u is linear in g
+    result = masked(g) if scale is None else masked(g * scale)
+    u = result.z if scale is None else result.z / scale
+    if on_failure != "ignore" and not bool(((result.residual <= plan.tol) | result.residual.isnan()).all()):
+        status = torch.where(result.residual <= plan.tol, int(Status.CONVERGED), int(Status.STALLED)).to(torch.uint8)
+        solution = Solution(u, stats.pack(_counts(result, g), result.residual, status), plan)
+        report_failures(solution, on_failure, plan.tol, "the gradient of deq.solve")
+    return u if finite is None else torch.where(finite, u, torch.nan)
+
+
+def _far_from_one(rows: Tensor) -> Tensor | None:
+    """Powers of two (..., 1) that take the largest element of every row near 1; None if all are near enough."""
+    if rows.numel() == 0:
+        return None
+    largest = rows.abs().amax(-1, keepdim=True)
+    near = (largest == 0) | ((largest > 2.0**-20) & (largest < 2.0**20))
+    if bool(near.all()):
+        return None
+    limit = 126 if rows.dtype == torch.float32 else 1022
+    return torch.where(
+        near, 1.0, torch.ldexp(torch.ones_like(largest), -torch.frexp(largest).exponent.clamp(-limit, limit))
+    )
+
+
+def _refuse_non_finite_samples(c: Tensor) -> None:
+    place = (~torch.isfinite(c.detach())).any(-1).nonzero()[0].tolist()
+    raise ValueError(f"c must be finite; c{place if place else ''} holds NaN or infinity")
