@@ -49,8 +49,8 @@ def solve(
         solver: "plain" iterates ``z <- act(W z + c)`` strictly; "anderson" accelerates every sample from the start;
             "cayley" iterates the reflected map of :mod:`deq.solvers.cayley`, which converges for every monotone W;
             "direct" solves without iterating on z: the identity activation with any W, and LowerTriangular, Diagonal
-            and DiagonalLowRank of deq.weights (``z`` is then the point judged); "auto" chooses, and takes samples that are
-            slow or fail to other means (:mod:`deq.solvers.ladder`).
+            and DiagonalLowRank of deq.weights (``z`` is then the point judged); "auto" chooses, and takes samples that
+            are slow or fail to other means (:mod:`deq.solvers.ladder`).
         criterion: "residual" stops a sample at ``r = ||f(y) - y|| / ||f(y)|| <= tol``; "error" stops it at
             ``r q / (1 - q) <= tol`` with its measured contraction q, an estimate of the distance to the fixed point.
         backward: "implicit" is exact; "one_step" (JFB) differentiates one evaluation at the equilibrium, "phantom" five
