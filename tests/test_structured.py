@@ -9,8 +9,9 @@ from problems import exact, gaussian, torch_adjoint, torch_loop
 from torch.autograd import gradcheck, gradgradcheck
 
 import deq
-from deq import _library, cache, roots, weights
+from deq import _library, cache, weights
 from deq.activations import ACTIVATIONS
+from deq.direct import roots
 from deq.nn import EquilibriumLinear
 from deq.solution import Status
 
