@@ -75,8 +75,22 @@ def implicit_gradient(W: Tensor, c: Tensor, z: Tensor, g: Tensor, activation: st
     """Closed-form gradients of W (m, m) and c (B, m): ``u = D (I - D W)^-T g`` and ``u^T z``; dense, O(B m^3)."""
     D = derivative(W, c, z, activation)
     eye = torch.eye(W.shape[-1], dtype=W.dtype, device=W.device)
-    u = D * torch.linalg.solve((eye - D.unsqueeze(-1) * W).mT, g)
+    u = D * solve_each((eye - D.unsqueeze(-1) * W).mT, g)[0]
     return u.mT @ z, u
+
+
+def solve_each(A: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """``x`` (n, m) and LAPACK's info (n,) of ``A x = b`` for n matrices A (n, m, m), as torch.linalg.solve_ex.
+
+    On the CPU one by one from m = 128 on: once torch.set_num_threads has been called, torch 2.13 with MKL fails in a
+    batch of them ("Pivots given to lu_solve must all be greater or equal to 1", every time at m >= 200).
+    """
+    if A.device.type != "cpu" or A.shape[-1] < 128:
+        return torch.linalg.solve_ex(A, b)
+    x, info = torch.empty_like(b), torch.empty(A.shape[0], dtype=torch.int32)
+    for i in range(A.shape[0]):
+        x[i], info[i] = torch.linalg.solve_ex(A[i], b[i])
+    return x, info
 
 
 def cayley_solve(

@@ -156,3 +156,17 @@ def test_singular_adjoints(dtype):
     )  # consistent and singular: (0, u_2) is the shortest solution
     u, _, _, status = masked_solve(A, torch.ones(1, 2, dtype=dtype), torch.tensor([[0.0, 1.0]], dtype=dtype), 1e-5)
     assert status.item() == Status.CONVERGED and u.tolist() == [[0.0, 2.0]]
+
+
+def test_many_large_systems_after_the_thread_count_was_set():
+    """torch's batched LU fails there (torch 2.13 with MKL, m >= 200)."""
+    W, c, _ = gaussian(210, 6, torch.float64, scale=0.9)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+        z, *_, status = newton(W, c, None, "relu", 1e-10)
+    finally:
+        torch.set_num_threads(before)
+    assert (status == Status.CONVERGED).all()
+    assert worst_error(reference.cell(W, c, z, "relu"), z) <= 1e-9

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..activations import get_activation
-from ..reference import MARGIN_POWER, _norm
+from ..reference import MARGIN_POWER, _norm, solve_each
 from ..solution import Status
 
 JACOBIAN_BYTES = 64 * 2**20  # of the Jacobians and of their factors together
@@ -86,7 +86,7 @@ def _march(W, c, act, start, best, rows, delta, power, steps, limit) -> None:
             return
         J = act.derivative(u).unsqueeze(-1) * -W
         J.diagonal(dim1=-2, dim2=-1).add_((1 + 1 / delta).unsqueeze(-1))
-        trial = z - torch.linalg.solve_ex(J, F)[0]
+        trial = z - solve_each(J, F)[0]
         best.iterations[rows] += 1
         v = trial @ W.mT + c
         G = trial - act.value(v)
@@ -117,7 +117,7 @@ def masked_solve(A: Tensor, d: Tensor, g: Tensor, tol: float) -> tuple[Tensor, T
         D, b = d[part].double(), g[part].double()
         J = D.unsqueeze(-1) * -wide
         J.diagonal(dim1=-2, dim2=-1).add_(1.0)
-        y, info = torch.linalg.solve_ex(J, D * b)
+        y, info = solve_each(J, D * b)
         failed = (info != 0) | ~torch.isfinite(y).all(-1)
         if failed.any():
             y[failed] = _least_squares(J[failed], (D * b)[failed])
