@@ -91,7 +91,7 @@ def solve(
         flat = (*shape[: dims - 2], math.prod(shape[dims - 2 : -1]), shape[-1])
         c, z0 = c.reshape(flat), None if z0 is None else z0.reshape(flat)
     if problem.plan.adapts:
-        problem = problem._replace(plan=fitted(problem.plan, W, c, activation))
+        problem = problem._replace(plan=fitted(problem.plan, W, c))
     z, stats, report = equilibrium(W, c, z0, problem, backward)
     solution = Solution(z if canonical else z.reshape(shape), stats, problem.plan)
     if report is not None and any(report):

@@ -12,7 +12,7 @@ from problems import exact, gaussian, torch_loop
 from deq import reference
 from deq.activations import ACTIVATIONS
 from deq.solution import Status
-from deq.solvers.cayley import cayley_matrix, choose_alpha, is_certified, predict
+from deq.solvers.cayley import cayley_matrix, choose_alpha, is_certified
 from deq.weights import monotone
 
 DTYPES = [torch.float32, torch.float64]
@@ -267,18 +267,3 @@ def test_alpha():
         largest = torch.full((4, 4), torch.finfo(dtype).max, dtype=dtype)
         assert 0 < choose_alpha(-largest, "relu") < 1e-3
     assert choose_alpha(torch.eye(5), "relu") == choose_alpha(torch.zeros(2, 3, 3), "relu") == 1.0
-
-
-@pytest.mark.parametrize(("m", "scale"), [(64, 0.3), (64, 0.9), (128, 1.0), (200, 0.7)])
-def test_prediction(m, scale):
-    W, c, _ = gaussian(m, 24, scale=scale)
-    options = {"tol": 1e-5, "max_iter": 500, "acceleration": "on_demand"}
-    plain = float(reference.solve(W, c, "relu", **options)[1].double().mean())
-    assert 0.6 < predict(W, c, "relu", 1e-5) / plain < 2.3
-    assert predict(W, c[:1], "relu", 1e-5) < 2.3 * plain
-
-
-def test_prediction_at_the_ends():
-    W, c, _ = monotone_problem(96, 0.1)
-    assert predict(W, c, "relu", 1e-5) == math.inf
-    assert predict(torch.zeros(5, 5), torch.zeros(3, 5), "relu", 1e-5) == 8  # nothing moves

@@ -48,8 +48,6 @@ BASE = 32  # blocks inverted by LAPACK; below, the calls cost more than the arit
 ACCURATE = 100.0  # machine epsilons of the probe's residual above which the pivoted inverse is tried as well
 TYPICAL_SIZE = 1.5  # root mean square singular value of alpha (I - W) that alpha aims at; choose_alpha says why
 
-PROBE_SAMPLES, PROBE_EVALUATIONS = 8, 8
-
 
 @torch.no_grad()
 def cayley_matrix(W: Tensor, alpha: float = 1.0) -> Tensor | None:
@@ -192,33 +190,6 @@ def choose_alpha(W: Tensor, activation: str) -> float:
     frobenius = float(torch.linalg.vector_norm(wide))
     mean_square = (1.0 / unit - 2.0 * trace / count) / unit + frobenius**2 / count
     return min(1.0, TYPICAL_SIZE / (unit * math.sqrt(mean_square))) if mean_square > 0 else 1.0
-
-
-@torch.no_grad()
-def predict(W: Tensor, c: Tensor, activation: str, tol: float) -> float:
-    """Evaluations of the plain map that an average sample is expected to need to ``tol``, infinite where it does not
-    contract: extrapolated from eight plain iterations of eight samples, 64 / B of an evaluation of a batch of B.
-
-    W (m, m), c (B, m), B >= 1, in a dtype that torch multiplies. Over norms 0.3 to 2.2, radii 0.5 to 1.2, outliers to
-    0.98, monotone and trained weights, m = 64 to 256, tol 1e-3 to 1e-8: 0.6 to 2.3 of the truth, nine in ten 0.78 to
-    1.34. The Cayley map needs 1 / 1.5 of it, and 28 where the plain map does not contract.
-    """
-    act = get_activation(activation)
-    c = c[:: max(1, c.shape[0] // PROBE_SAMPLES)][:PROBE_SAMPLES]
-    z, steps = torch.zeros_like(c), []
-    for _ in range(PROBE_EVALUATIONS):
-        z, old = act.value(z @ W.mT + c), z
-        steps.append(torch.linalg.vector_norm(z - old, dim=-1))
-    size = torch.linalg.vector_norm(z, dim=-1)
-    tiny = torch.finfo(c.dtype).tiny
-    first, last = steps[-5].clamp(min=tiny), steps[-1].clamp(min=tiny)
-    contraction = float((last / first).log().mean().div(4).exp())
-    residual = float((last / size.clamp(min=tiny)).log().mean().exp())
-    if residual <= tol or not bool(steps[-1].any()):
-        return float(PROBE_EVALUATIONS)
-    if not contraction < 1.0:
-        return math.inf
-    return PROBE_EVALUATIONS + math.log(tol / residual) / math.log(max(contraction, 1e-3))
 
 
 def _check_weight(W: Tensor) -> None:
