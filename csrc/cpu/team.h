@@ -3,18 +3,47 @@
 // A step is cut into pieces. The members take them one by one, their own share first (it is warm in their caches), then what is
 // left of the others': a member that has lost its core holds up the step only by the piece it has begun. Whoever waits spins for
 // some microseconds, which is what a wait takes while all have their cores; then it gives its core to others, and at last sleeps.
-// (A barrier that only spins made two threads twice as slow as one when another process took a core.)
+// Where another process has taken a core, a wait still takes that process's slice of time (10 ms for a solve of 1 ms): so the
+// leader works alone for a while after it.
 #pragma once
 #include <linux/futex.h>
 #include <sched.h>
 #include <stdint.h>
 #include <sys/syscall.h>
+#include <time.h>
 #include <unistd.h>
 
 #include <atomic>
-#include <chrono>
 
 namespace deq {
+
+// Nanoseconds, of time passed or of the calling thread at work.
+inline int64_t clock_ns(clockid_t clock = CLOCK_MONOTONIC) {
+  timespec now;
+  clock_gettime(clock, &now);
+  return now.tv_sec * int64_t{1000000000} + now.tv_nsec;
+}
+
+// Whether a core was lost a short time ago: then leaders work alone, so that losing time again and again costs little of it.
+// Common to all calls: it is the machine that is busy.
+class LostCore {
+ public:
+  static bool is_recent() {
+    const int64_t until = until_.load(std::memory_order_relaxed);
+    if (until == 0) return false;
+    if (clock_ns() < until) return true;
+    until_.store(0, std::memory_order_relaxed);
+    return false;
+  }
+  // So much time was lost in a call.
+  static void report(int64_t ns) {
+    if (ns > kOrdinary) until_.store(clock_ns() + 8 * (ns + kAfterwards), std::memory_order_relaxed);
+  }
+
+ private:
+  static constexpr int64_t kOrdinary = 200000, kAfterwards = 10000000;  // OpenMP's threads spin for 8 ms when they are done
+  static inline std::atomic<int64_t> until_{0};
+};
 
 // A counter that threads wait on.
 class alignas(64) Signal {
@@ -28,16 +57,15 @@ class alignas(64) Signal {
 
   // Returns the value once it is another than `seen`.
   uint32_t await_other_than(uint32_t seen) {
-    using Clock = std::chrono::steady_clock;
     for (int i = 0; i < kPauses; ++i) {
       if (const uint32_t now = value(); now != seen) return now;
       pause();
     }
-    const Clock::time_point end = Clock::now() + kYields;
+    const int64_t end = clock_ns() + kYields;
     do {
       sched_yield();
       if (const uint32_t now = value(); now != seen) return now;
-    } while (Clock::now() < end);
+    } while (clock_ns() < end);
     sleepers_.fetch_add(1);
     uint32_t now;
     while ((now = value()) == seen) futex(FUTEX_WAIT_PRIVATE, seen);
@@ -46,8 +74,8 @@ class alignas(64) Signal {
   }
 
  private:
-  static constexpr int kPauses = 100;  // 1 to 4 microseconds
-  static constexpr std::chrono::microseconds kYields{50};
+  static constexpr int kPauses = 100;        // 1 to 4 microseconds
+  static constexpr int64_t kYields = 50000;  // ns
 
   static void pause() {
 #if defined(__x86_64__)
@@ -76,7 +104,7 @@ class Team {
   // The leader, member 0: piece(i, member) for every piece i of a step, each by one of the members. Returns when all are done.
   template <class Piece>
   void share(const Piece& piece) {
-    if (members_ == 1) {
+    if (members_ == 1 || LostCore::is_recent()) {
       for (int i = 0; i < pieces_; ++i) piece(i, 0);
       return;
     }
@@ -85,7 +113,11 @@ class Team {
     step_.add();
     const uint32_t step = step_.value(), all = step * static_cast<uint32_t>(pieces_);
     take_pieces(step, 0);
-    for (uint32_t done = done_.value(); done != all;) done = done_.await_other_than(done);
+    uint32_t done = done_.value();
+    if (done == all) return;
+    const int64_t start = clock_ns();
+    while (done != all) done = done_.await_other_than(done);
+    LostCore::report(clock_ns() - start);
   }
 
   // Every other member: takes its part in the leader's steps until close().

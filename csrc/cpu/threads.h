@@ -25,7 +25,7 @@ inline Division divide(const DeqProblem& p, int segments, double least_flops) {
   if (2.0 * p.weights * p.batch * p.width * p.width < least_flops) return {Division::kSamples, 1};
   if (p.weights > 1 && p.weights >= threads) return {Division::kMatrices, threads};
   if (threads > 1 && segments > 1 && p.batch < kSamplesPerThread * threads)
-    return {Division::kColumns, std::min(threads, segments)};
+    return LostCore::is_recent() ? Division{Division::kSamples, 1} : Division{Division::kColumns, std::min(threads, segments)};
   return {Division::kSamples, static_cast<int>(std::min<int64_t>(threads, p.weights * p.batch))};
 }
 
@@ -58,16 +58,22 @@ void run_divided(const DeqProblem& p, int segments, Division division, const Sol
       // The first to come leads, so that nobody waits for a thread that has not come yet, or never will.
       Team team(segments, threads);
       std::atomic<int> come{0};
+      const int64_t start = clock_ns();
+      int64_t worked = 0;
 #pragma omp parallel num_threads(threads)
       {
         const int member = come.fetch_add(1, std::memory_order_relaxed);
         if (member > 0) {
           team.help(member);
         } else {
+          const int64_t before = clock_ns(CLOCK_THREAD_CPUTIME_ID);
           solve(s, queue, 1, team);
+          worked = clock_ns(CLOCK_THREAD_CPUTIME_ID) - before;
           team.close();
         }
       }
+      // The region begins and ends when every thread has been there.
+      LostCore::report(clock_ns() - start - worked);
     }
   }
 }
