@@ -14,6 +14,8 @@
 
 #include "../judge.h"
 #include "samples.h"
+#include "segments.h"
+#include "threads.h"
 
 namespace deq {
 namespace {
@@ -47,7 +49,7 @@ struct alignas(64) Slot {
   DeltaRow row;
   DeltaRow rest;  // of the corrections: its x is the part of row.x that they have covered
   Record record;
-  float *c, *sums;
+  float* c;
   int64_t sample;
   double scale;      // the sample was multiplied by this power of two
   double step2;      // |f(x) - x|^2 at the evaluation before
@@ -74,13 +76,14 @@ class Tile {
         m_(p.width),
         padded_(samples_.padded()),
         rule_(make_rule(p.tol, p.max_iter, p.criterion, p.width, false)),
+        segments_(m_, padded_),
         map_(map_of(p)),
         hands_over_(p.acceleration == DEQ_ON_DEMAND) {}
 
-  // Solves samples of matrix s taken from `queue` until it is empty.
-  void run(int64_t s, std::atomic<int64_t>& queue, int threads) {
+  // Solves samples of matrix s taken from `queue`, as `sharing` threads do, until it is empty; the team shares the steps.
+  void run(int64_t s, std::atomic<int64_t>& queue, int sharing, Team& team) {
     matrix_ = s;
-    if (!reserve(threads)) {
+    if (!reserve(sharing, team.members())) {
       totals_.error = DEQ_NO_MEMORY;
       return;
     }
@@ -88,7 +91,7 @@ class Tile {
     int n = 0;
     for (; n < size_ && fill(slots_[n], queue); ++n) active[n] = &slots_[n];
     while (n > 0) {
-      evaluate(active, n);
+      evaluate(active, n, team);
       for (int a = 0; a < n;) {
         Slot& slot = *active[a];
         const bool goes_on = slot.next == Next::kAnchor ? anchored(slot) : stepped(slot);
@@ -108,14 +111,15 @@ class Tile {
     return DeltaMap::kByRow;
   }
 
-  bool reserve(int threads) {
-    constexpr int64_t kFloat = sizeof(float), kSums = 2 * 64;
+  bool reserve(int sharing, int members) {
+    constexpr int64_t kFloat = sizeof(float);
+    const int64_t sums = 3 * 64 * segments_.count;
     const int64_t stride = padded_ * kFloat + kRowSkew, half = (padded_ * low_.element_bytes + 63) / 64 * 64;
-    const int64_t rows = p_.mask.data ? 5 : 4, per_slot = rows * stride + 3 * half + kSums;
+    const int64_t rows = p_.mask.data ? 5 : 4, per_slot = rows * stride + 3 * half + sums;
     const int64_t words = (m_ + 63) / 64;
-    const int64_t share = (p_.batch + threads - 1) / threads, fit = kTileBytes / per_slot / k_.rows * k_.rows;
+    const int64_t share = (p_.batch + sharing - 1) / sharing, fit = kTileBytes / per_slot / k_.rows * k_.rows;
     size_ = static_cast<int>(std::min<int64_t>({kMaxTile, std::max<int64_t>(2 * k_.rows, fit), share}));
-    char* at = static_cast<char*>(rows_arena.get(size_ * (per_slot + words * 8 + kSkipWidth * kFloat) + 3 * stride));
+    char* at = static_cast<char*>(rows_arena.get(size_ * (per_slot + words * 8 + members * kSkipWidth * kFloat) + 3 * stride));
     if (!at) return false;
     auto take = [&](int64_t bytes) {
       at += bytes;
@@ -124,7 +128,7 @@ class Tile {
     for (int i = 0; i < size_; ++i) {
       Slot& slot = slots_[i];
       slot.row = DeltaRow{};
-      slot.sums = reinterpret_cast<float*>(take(kSums));
+      slot.row.sums = reinterpret_cast<float*>(take(sums));
       slot.row.y = reinterpret_cast<float*>(take(stride));
       slot.row.x = reinterpret_cast<float*>(take(stride));
       slot.c = reinterpret_cast<float*>(take(stride));
@@ -134,6 +138,7 @@ class Tile {
       slot.row.next = take(half);
       slot.rest = DeltaRow{};
       slot.rest.y = slot.row.y;
+      slot.rest.sums = slot.row.sums;
       slot.rest.x = reinterpret_cast<float*>(take(stride));
       slot.rest.next = slot.rest.increment = take(half);
     }
@@ -141,17 +146,16 @@ class Tile {
     state_ = reinterpret_cast<float*>(take(stride));
     ones_ = reinterpret_cast<float*>(take(stride));
     std::fill(ones_, ones_ + padded_, 1.0f);
-    total_ = reinterpret_cast<float*>(take(size_ * kSkipWidth * kFloat));
+    total_ = reinterpret_cast<float*>(take(size_ * members * kSkipWidth * kFloat));
     nonzeros_ = reinterpret_cast<uint64_t*>(take(size_ * words * 8));
     return true;
   }
 
   // One evaluation of every active slot: the steps together, the anchors together.
-  void evaluate(Slot* const* active, int n) {
+  void evaluate(Slot* const* active, int n, Team& team) {
     DeltaRow *steps[kMaxTile], *corrections[kMaxTile];
     const float *x[kMaxTile], *c[kMaxTile], *ones[kMaxTile];
     float *y[kMaxTile], *sums[kMaxTile];
-    double totals[2 * kMaxTile];
     int step_count = 0, correction_count = 0, anchors = 0;
     for (int a = 0; a < n; ++a) {
       Slot& slot = *active[a];
@@ -160,24 +164,35 @@ class Tile {
         c[anchors] = slot.c;
         ones[anchors] = ones_;
         y[anchors] = slot.row.y;
-        sums[anchors++] = slot.sums;
+        sums[anchors++] = slot.row.sums;
         continue;
       }
       steps[step_count++] = &slot.row;
       if (slot.next == Next::kCorrectedStep) corrections[correction_count++] = &slot.rest;
     }
     const char* low = static_cast<const char*>(increments_.data) + matrix_ * increments_.matrix_bytes;
-    if (correction_count > 0)
-      low_.step(DeltaStep{corrections, low + increments_.matrix_bytes / 2, m_, DeltaMap::kByRow}, correction_count);
-    if (step_count > 0) low_.step(DeltaStep{steps, low, m_, map_}, step_count);
-    if (anchors > 0) {
-      const float* w = static_cast<const float*>(packed_.data) + matrix_ * (packed_.matrix_bytes / 4);
-      // The float32 step with the mask 1 is y = W x + c.
-      const Step<float> step{x, y, c, ones, sums, totals, w, m_, kIdentity, nonzeros_, total_};
-      const bool skips = anchors >= kSkipRows && m_ <= kSkipUpTo &&
-                         static_cast<double>(k_.find_nonzeros(step, anchors)) < kSkipBelow * static_cast<double>(anchors * m_);
-      (skips ? k_.skip_step : k_.step)(step, anchors);
-    }
+    const float* w = static_cast<const float*>(packed_.data) + matrix_ * (packed_.matrix_bytes / 4);
+    // The float32 step with the mask 1 is y = W x + c; its sums are not used.
+    const Step<float> anchor{x, y, c, ones, sums, nullptr, w, m_, kIdentity, 0, 0, padded_, nonzeros_, total_};
+    const bool skips = anchors >= kSkipRows && m_ <= kSkipUpTo &&
+                       static_cast<double>(k_.find_nonzeros(anchor, anchors)) < kSkipBelow * static_cast<double>(anchors * m_);
+    const auto compute_anchors = skips ? k_.skip_step : k_.step;
+    team.share([&](int segment, int member) {
+      const int64_t from = segments_.start[segment], to = segments_.start[segment + 1];
+      if (correction_count > 0)
+        low_.step(DeltaStep{corrections, low + increments_.matrix_bytes / 2, m_, DeltaMap::kByRow, segment, from, to},
+                  correction_count);
+      if (step_count > 0) low_.step(DeltaStep{steps, low, m_, map_, segment, from, to}, step_count);
+      if (anchors == 0) return;
+      Step<float> part = anchor;
+      part.segment = segment;
+      part.from = from;
+      part.to = to;
+      part.total += member * size_ * kSkipWidth;
+      compute_anchors(part, anchors);
+    });
+    if (map_ == DeltaMap::kByRow) return;
+    for (int i = 0; i < step_count; ++i) low_.add_up(*steps[i], segments_.count);
   }
 
   // f at the slot's y: returns the state, leaves act(y) or d y in value_, and sets the row's sums.
@@ -343,6 +358,7 @@ class Tile {
   Totals& totals_;
   const int64_t m_, padded_;
   const Rule rule_;
+  const Segments segments_;
   const DeltaMap map_;
   const bool hands_over_;
   int64_t matrix_ = 0;
@@ -353,11 +369,7 @@ class Tile {
   Slot slots_[kMaxTile];
 };
 
-// Threads worth their start: a parallel region costs microseconds, milliseconds where another process holds a core.
-int useful_threads(const DeqProblem& p) {
-  const double flops = 2.0 * p.weights * p.batch * p.width * p.width;  // of one step: 4e6 are 10 microseconds in int8
-  return flops < 4e6 ? 1 : static_cast<int>(std::min<int64_t>(std::max(p.threads, 1), p.weights * p.batch));
-}
+constexpr double kLeastFlops = 4e6;
 
 }  // namespace
 
@@ -369,35 +381,18 @@ bool delta_serves(const DeqProblem& p) {
 
 int32_t delta_solve(const DeqProblem& p) {
   const DeltaKernels& low = *delta_kernels(p.precision);
-  const int threads = useful_threads(p);
-  std::shared_ptr<const Packed> packed = packed_weights<float>(p, threads);
+  const Segments segments(p.width, (p.width + low.lanes - 1) / low.lanes * low.lanes);
+  const Division division = divide(p, segments.count, kLeastFlops);
+  std::shared_ptr<const Packed> packed = packed_weights<float>(p, division.threads);
   if (!packed) return DEQ_NO_MEMORY;
   *p.report = DeqReport{0, packed->bad_element, 0, 0};
   if (packed->bad_element) return DEQ_OK;
-  std::shared_ptr<const Packed> increments = delta_planes(p, low, *packed, threads);
+  std::shared_ptr<const Packed> increments = delta_planes(p, low, *packed, division.threads);
   if (!increments) return DEQ_NO_MEMORY;
   Totals totals;
-  auto solve_matrix = [&](int64_t s, std::atomic<int64_t>& queue, int team) {
-    auto tile = std::make_unique<Tile>(p, low, *packed, *increments, totals);
-    tile->run(s, queue, team);
-  };
-  if (p.weights > 1 && p.weights >= threads) {  // one matrix a thread
-#pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
-    for (int64_t s = 0; s < p.weights; ++s) {
-      std::atomic<int64_t> queue{0};
-      solve_matrix(s, queue, 1);
-    }
-  } else {
-    for (int64_t s = 0; s < p.weights; ++s) {
-      std::atomic<int64_t> queue{0};
-      if (threads == 1) {  // a team of one would cost two system calls
-        solve_matrix(s, queue, 1);
-      } else {
-#pragma omp parallel num_threads(threads)
-        solve_matrix(s, queue, threads);
-      }
-    }
-  }
+  run_divided(p, segments.count, division, [&](int64_t s, std::atomic<int64_t>& queue, int sharing, Team& team) {
+    std::make_unique<Tile>(p, low, *packed, *increments, totals)->run(s, queue, sharing, team);
+  });
   p.report->failed = totals.failed;
   p.report->bad_injection = totals.bad_injection;
   p.report->bad_start = totals.bad_start;

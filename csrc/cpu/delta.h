@@ -21,11 +21,12 @@ struct DeltaRow {
   const float* d;   // derivative of the adjoint problem, or null
   void* increment;  // read by the step
   void* next;       // written by the step
+  float* sums;      // 3 vectors of scratch a segment
   float scale;      // of the increment read: element = scale * integer
   float next_scale,
       next_inverse;  // of the increment written; a larger element is cut off, and what was cut is in the next increment
   double step2, size2;
-  float largest;  // |f(y) - x|^2, |f(y)|^2 and max |f(y) - x|, set by the step
+  float largest;  // |f(y) - x|^2, |f(y)|^2 and max |f(y) - x|, set by add_up and measure
 
   void set_next_scale(double scale_of_next) {
     next_scale = static_cast<float>(scale_of_next);
@@ -36,11 +37,14 @@ struct DeltaRow {
 // What f is where the step applies it; other activations are applied by the driver.
 enum class DeltaMap { kByRow, kRelu, kReflectedRelu, kMask, kReflectedMask };
 
+// A step in the columns [from, to) of one segment (segments.h).
 struct DeltaStep {
   DeltaRow* const* rows;
   const void* weights;  // a plane of a matrix packed by `pack`
   int64_t width;
   DeltaMap map;
+  int segment;
+  int64_t from, to;
 };
 
 struct DeltaKernels {
@@ -54,6 +58,8 @@ struct DeltaKernels {
   void (*pack)(const float* w, int64_t m, void* packed, int64_t first, int64_t last);
   // y += W_low increment for n rows and, unless the map is applied by row, the next increment with x and the sums.
   void (*step)(const DeltaStep&, int n);
+  // After every segment's step, unless the map is applied by row: sets step2, size2 and largest.
+  void (*add_up)(DeltaRow&, int segments);
   // state = f(y) as given, or with y its reflection 2 f(y) - y; sets step2, size2 and largest.
   void (*measure)(DeltaRow&, float* state, const float* y, int64_t padded);
   // next = Q(state - x), x += next.

@@ -130,18 +130,31 @@ struct Sums {
     size2[i] += state * state;
     largest[i] = Increment::maximum(largest[i], M::abs(change));
   }
-  void set(DeltaRow& row) const {
-    row.step2 = lane_sum<float>(step2[0] + step2[1]);
-    row.size2 = lane_sum<float>(size2[0] + size2[1]);
-    row.largest = Increment::lane_max(Increment::maximum(largest[0], largest[1]));
+  void store(float* at) const {
+    M::store(at, step2[0] + step2[1]);
+    M::store(at + kL, size2[0] + size2[1]);
+    M::store(at + 2 * kL, Increment::maximum(largest[0], largest[1]));
   }
 };
+
+void add_up(DeltaRow& row, int segments) {
+  V step2 = M::load(row.sums), size2 = M::load(row.sums + kL), largest = M::load(row.sums + 2 * kL);
+  for (int i = 1; i < segments; ++i) {
+    const float* sums = row.sums + i * 3 * kL;
+    step2 += M::load(sums);
+    size2 += M::load(sums + kL);
+    largest = Increment::maximum(largest, M::load(sums + 2 * kL));
+  }
+  row.step2 = lane_sum<float>(step2);
+  row.size2 = lane_sum<float>(size2);
+  row.largest = Increment::lane_max(largest);
+}
 
 // The state at the row's new y, its sums, and the increment towards it. In a loop of its own: in the epilogue of the tile the
 // same work takes twice as long, because it fills the reorder buffer and the products of the next tile have to wait (28 and 15
 // cycles a vector on Zen 4).
 template <DeltaMap kMap>
-void settle(DeltaRow& row, int64_t columns) {
+void settle(DeltaRow& row, int segment, int64_t from, int64_t to) {
   const Increment::Quantiser quantiser(row);
   Sums sums;
   auto vector = [&](int64_t j, int i) __attribute__((always_inline)) {
@@ -149,25 +162,25 @@ void settle(DeltaRow& row, int64_t columns) {
     sums.add(i, state, change);
     M::store(row.x + j, before + quantiser.store(change, static_cast<char*>(row.next) + j * Increment::kBytes));
   };
-  int64_t j = 0;
-  for (; j + 2 * kL <= columns; j += 2 * kL) {
+  int64_t j = from;
+  for (; j + 2 * kL <= to; j += 2 * kL) {
     vector(j, 0);
     vector(j + kL, 1);
   }
-  if (j < columns) vector(j, 0);
-  sums.set(row);
+  if (j < to) vector(j, 0);
+  sums.store(row.sums + segment * 3 * kL);
 }
 
-void settle(DeltaMap map, DeltaRow& row, int64_t columns) {
-  switch (map) {
+void settle(const DeltaStep& s, DeltaRow& row) {
+  switch (s.map) {
     case DeltaMap::kRelu:
-      return settle<DeltaMap::kRelu>(row, columns);
+      return settle<DeltaMap::kRelu>(row, s.segment, s.from, s.to);
     case DeltaMap::kReflectedRelu:
-      return settle<DeltaMap::kReflectedRelu>(row, columns);
+      return settle<DeltaMap::kReflectedRelu>(row, s.segment, s.from, s.to);
     case DeltaMap::kMask:
-      return settle<DeltaMap::kMask>(row, columns);
+      return settle<DeltaMap::kMask>(row, s.segment, s.from, s.to);
     case DeltaMap::kReflectedMask:
-      return settle<DeltaMap::kReflectedMask>(row, columns);
+      return settle<DeltaMap::kReflectedMask>(row, s.segment, s.from, s.to);
     default:
       return;
   }
@@ -177,9 +190,9 @@ void settle(DeltaMap map, DeltaRow& row, int64_t columns) {
 constexpr int64_t kStreamedBytes = 512 << 10;
 
 void step(const DeltaStep& s, int n) {
-  const int64_t columns = padded<float>(s.width), full = columns / (2 * kL) * (2 * kL);
+  const int64_t full = s.to / (2 * kL) * (2 * kL);
   const int blocks = (n + DEQ_TILE_ROWS - 1) / DEQ_TILE_ROWS, base = n / blocks, extra = n % blocks;
-  int64_t j = 0;
+  int64_t j = s.from;
   // One or two rows do not fill the pipeline with one panel: take several at once.
   if (n == 1)
     for (; j + 8 * kL <= full; j += 8 * kL) tile<1, 2, 4>(s, 0, j);
@@ -190,7 +203,7 @@ void step(const DeltaStep& s, int n) {
   auto first_row = [&](int b) { return b * base + (b < extra ? b : extra); };  // even blocks: 9 rows are 5 + 4, not 8 + 1
   const int together = streams ? 1 : blocks;
   for (int group = 0; group < blocks; group += together) {
-    for (j = first; j < columns; j += 2 * kL)
+    for (j = first; j < s.to; j += 2 * kL)
       for (int b = group; b < group + together; ++b) {
         const int row = first_row(b), rows = first_row(b + 1) - row;
         if (j < full)
@@ -198,7 +211,7 @@ void step(const DeltaStep& s, int n) {
         else
           tile_rows<1, DEQ_TILE_ROWS>(rows, s, row, j);
       }
-    for (int r = first_row(group); r < first_row(group + together); ++r) settle(s.map, *s.rows[r], columns);
+    for (int r = first_row(group); r < first_row(group + together); ++r) settle(s, *s.rows[r]);
   }
 }
 
@@ -212,7 +225,8 @@ void measure(DeltaRow& row, float* state, const float* y, int64_t n) {
     }
     sums.add(j / kL & 1, value, value - M::load(row.x + j));
   }
-  sums.set(row);
+  sums.store(row.sums);
+  add_up(row, 1);
 }
 
 void feed(DeltaRow& row, const float* state, int64_t n) {
@@ -232,6 +246,7 @@ const deq::DeltaKernels* table() {
       .plane_bytes = plane_bytes,
       .pack = pack,
       .step = step,
+      .add_up = add_up,
       .measure = measure,
       .feed = feed,
   };

@@ -10,7 +10,8 @@ constexpr int kHashLanes = 32;
 constexpr int64_t kSumChunk = 512;
 constexpr int64_t kSkipWidth = 96;  // most columns that skip_step takes at once
 
-// One application of the map to n rows: out = act(W z + c), or d * (W z + c), with the residual sums of every row.
+// One application of the map to n rows: out = act(W z + c), or d * (W z + c), with the residual sums of every row; in the columns
+// of one segment (segments.h).
 // Rows are padded with zeros to a multiple of the vector width; W is packed by `pack`.
 template <class T>
 struct Step {
@@ -18,11 +19,13 @@ struct Step {
   T* const* out;      // n row pointers, distinct from z
   const T* const* c;  // n row pointers
   const T* const* d;  // n row pointers, or null: apply the activation
-  T* const* sums;     // n pointers to 2 vectors of scratch
+  T* const* sums;     // n pointers to 2 vectors of scratch a segment
   double* totals;     // n pairs: |out - z|^2 and |out|^2
   const T* packed;
   int64_t width;
   int32_t activation;
+  int segment;
+  int64_t from, to;              // columns of the segment
   uint64_t* nonzeros = nullptr;  // skip_step: n x ceil(width / 64) words of scratch
   T* total = nullptr;            // skip_step: n x kSkipWidth elements of scratch
   T* const* pre = nullptr;       // n row pointers: keep x = W z + c there and put 2 act(x) - x, or 2 d x - x, into out
@@ -45,11 +48,13 @@ struct Kernels {
   // not finite.
   bool (*pack)(const T* w, int64_t row_stride, int64_t column_stride, int64_t m, T* packed, int64_t first, int64_t last);
   void (*step)(const Step<T>&, int n);
+  // After every segment's step: the totals of `segments` segments.
+  void (*add_up)(const Step<T>&, int n, int segments);
   // The same step bit for bit, for relu or a mask, without the products with zeros: find_nonzeros marks the elements of z that
   // count and returns their number, skip_step does the rest.
   int64_t (*find_nonzeros)(const Step<T>&, int n);
   void (*skip_step)(const Step<T>&, int n);
-  // out = act'(W z + c); ignores d, sums and totals.
+  // out = act'(W z + c) in columns [from, to); ignores d, sums and totals.
   void (*derivative)(const Step<T>&, int n);
   // A padded row of act(x) becomes act'(x), where the activation allows it.
   void (*derivative_of_value)(int32_t activation, T* x, int64_t m);

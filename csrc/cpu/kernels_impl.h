@@ -79,6 +79,12 @@ DEQ_INLINE void product(const T* const* z, const T* w, int64_t panel_stride, int
   }
 }
 
+// The sums of a row in the step's segment.
+template <class T>
+DEQ_INLINE T* sums_of(const Step<T>& s, int row) {
+  return s.sums[row] + s.segment * (2 * kLanes<T>);
+}
+
 // Finishes one vector of one row.
 template <class T, class Act>
 DEQ_INLINE void finish(typename Simd<T>::V x, typename Simd<T>::V valid, const T* z, T* out, typename Simd<T>::V* step2,
@@ -98,10 +104,10 @@ void finish_tile(const T* tile, int rows, int vectors, const Step<T>& s, int row
   for (int v = 0; v < vectors; ++v) {
     const typename M::V valid = valid_lanes<T>(j + v * L, s.width);
     for (int r = 0; r < rows; ++r) {
-      T* sums = s.sums[row0 + r];
+      T* sums = sums_of(s, row0 + r);
       const int64_t at = j + v * L;
       typename M::V step2{}, size2{};
-      if (at > 0) step2 = M::load(sums), size2 = M::load(sums + L);
+      if (at > s.from) step2 = M::load(sums), size2 = M::load(sums + L);
       typename M::V x = M::load(tile + (r * vectors + v) * L) + M::load(s.c[row0 + r] + at);
       finish<T, Act>(x, valid, s.z[row0 + r] + at, s.out[row0 + r] + at, &step2, &size2);
       M::store(sums, step2);
@@ -119,9 +125,9 @@ void finish_reflected(const T* tile, int rows, int vectors, const Step<T>& s, in
     const int64_t at = j + v * L;
     const typename M::V valid = valid_lanes<T>(at, s.width);
     for (int r = 0; r < rows; ++r) {
-      T* sums = s.sums[row0 + r];
+      T* sums = sums_of(s, row0 + r);
       typename M::V step2{}, size2{};
-      if (at > 0) step2 = M::load(sums), size2 = M::load(sums + L);
+      if (at > s.from) step2 = M::load(sums), size2 = M::load(sums + L);
       const typename M::V x = M::load(tile + (r * vectors + v) * L) + M::load(s.c[row0 + r] + at);
       const typename M::V f = s.d ? M::load(s.d[row0 + r] + at) * x : Act::value(x) * valid, y = f + f - x;
       const typename M::V diff = y - M::load(s.z[row0 + r] + at);
@@ -152,11 +158,11 @@ DEQ_INLINE void finish_rows(const Step<T>& s, int row0, int64_t j, const typenam
   const int L = kLanes<T>;
 #pragma GCC unroll 16
   for (int r = 0; r < MR; ++r) {
-    T* sums = s.sums[row0 + r];
+    T* sums = sums_of(s, row0 + r);
     const T *c = s.c[row0 + r] + j, *z = s.z[row0 + r] + j;
     T* out = s.out[row0 + r] + j;
     V step2{}, size2{};
-    if (j > 0) step2 = M::load(sums), size2 = M::load(sums + L);
+    if (j > s.from) step2 = M::load(sums), size2 = M::load(sums + L);
 #pragma GCC unroll 16
     for (int v = 0; v < N; ++v) {
       V y = map(r, v, acc[r][v] + M::load(c + v * L));
@@ -217,15 +223,15 @@ DEQ_INLINE void tile_rows(int rows, const Step<T>& s, FinishTile<T> f, int row0,
 
 template <class T>
 void step_with(const Step<T>& s, int n, FinishTile<T> f) {
-  const int64_t L = kLanes<T>, columns = padded<T>(s.width), full = columns / (2 * L) * (2 * L);
-  int64_t j = 0;
+  const int64_t L = kLanes<T>, full = s.to / (2 * L) * (2 * L);
+  int64_t j = s.from;
   // One or two rows do not fill the FMA pipeline with one panel: take several at once.
   if (n == 1)
     for (; j + 8 * L <= full; j += 8 * L) tile<T, 1, 2, 4>(s, f, 0, j);
   else if (n == 2)
     for (; j + 4 * L <= full; j += 4 * L) tile<T, 2, 2, 2>(s, f, 0, j);
   const int blocks = (n + DEQ_TILE_ROWS - 1) / DEQ_TILE_ROWS, base = n / blocks, extra = n % blocks;
-  for (; j < columns; j += 2 * L) {
+  for (; j < s.to; j += 2 * L) {
     int row = 0;
     for (int b = 0; b < blocks; ++b) {  // even blocks: 9 rows are 5 + 4, not 8 + 1
       const int rows = base + (b < extra);
@@ -239,15 +245,20 @@ void step_with(const Step<T>& s, int n, FinishTile<T> f) {
 }
 
 template <class T>
-DEQ_INLINE void sum_lanes(const Step<T>& s, int n) {
+void add_up(const Step<T>& s, int n, int segments) {
+  using M = VecMath<T>;
   for (int r = 0; r < n; ++r)
-    for (int i = 0; i < 2; ++i) s.totals[2 * r + i] = lane_sum<T>(VecMath<T>::load(s.sums[r] + i * kLanes<T>));
+    for (int i = 0; i < 2; ++i) {
+      const T* sums = s.sums[r] + i * kLanes<T>;
+      typename M::V sum = M::load(sums);
+      for (int segment = 1; segment < segments; ++segment) sum += M::load(sums + segment * (2 * kLanes<T>));
+      s.totals[2 * r + i] = lane_sum<T>(sum);
+    }
 }
 
 template <class T>
 void step(const Step<T>& s, int n) {
   step_with<T>(s, n, finish_tile_for<T>(s.activation, s.pre != nullptr));
-  sum_lanes(s, n);
 }
 
 }  // namespace
@@ -438,6 +449,7 @@ const deq::Kernels<T>* table() {
       .copy_out = copy_out<T>,
       .pack = pack<T>,
       .step = step<T>,
+      .add_up = add_up<T>,
       .find_nonzeros = find_nonzeros<T>,
       .skip_step = skip_step<T>,
       .derivative = derivative<T>,

@@ -10,6 +10,7 @@
 #include "../kernels.h"
 #include "cache.h"
 #include "kernels.h"
+#include "segments.h"
 
 namespace deq {
 namespace {
@@ -32,7 +33,8 @@ template <class T>
 double kernel_gflops(int64_t batch, int64_t m, double seconds) {
   const Kernels<T>& k = kernels<T>();
   const int64_t padded = (m + k.lanes - 1) / k.lanes * k.lanes, stride = padded + 64 / static_cast<int64_t>(sizeof(T));
-  const int64_t sums_size = 2 * k.lanes;
+  const Segments segments(m, padded);
+  const int64_t sums_size = 2 * k.lanes * segments.count;
   T* packed = static_cast<T*>(allocate(packed_elements(k, m) * static_cast<int64_t>(sizeof(T))));
   T* rows = static_cast<T*>(allocate(batch * (3 * stride + sums_size) * static_cast<int64_t>(sizeof(T))));
   if (!packed || !rows) {
@@ -53,11 +55,19 @@ double kernel_gflops(int64_t batch, int64_t m, double seconds) {
     out[b] = at + sums_size + stride;
     c[b] = at + sums_size + 2 * stride;
   }
-  const Step<T> step{z.data(), out.data(), c.data(), nullptr, sums.data(), totals.data(), packed, m, kRelu};
+  Step<T> step{z.data(), out.data(), c.data(), nullptr, sums.data(), totals.data(), packed, m, kRelu, 0, 0, 0};
+  const int rows_together = static_cast<int>(batch);
   const double flops = 2.0 * batch * m * m;
   const int repeats = static_cast<int>(1e6 / flops) + 1;
   const double best = best_gflops(seconds, [&] {
-    for (int i = 0; i < repeats; ++i) k.step(step, static_cast<int>(batch));
+    for (int i = 0; i < repeats; ++i) {
+      for (step.segment = 0; step.segment < segments.count; ++step.segment) {
+        step.from = segments.start[step.segment];
+        step.to = segments.start[step.segment + 1];
+        k.step(step, rows_together);
+      }
+      k.add_up(step, rows_together, segments.count);
+    }
     return repeats * flops;
   });
   free(packed);

@@ -51,7 +51,7 @@ __attribute__((noinline)) void skip_block(const Step<T>& s, int n, int64_t j, in
   // the next block.
   const T* next = last ? s.packed + (j + N * L) * s.width : block + kWord * NV * L;
   const int64_t run = kWord * NV * L / n + 1;
-  const bool fetches = s.width > kFetchWidth && (!last || j + N * L < padded<T>(s.width));
+  const bool fetches = s.width > kFetchWidth && (!last || j + N * L < s.to);
   for (int r = 0; r < n; ++r) {
     if (fetches)
       for (int p = 0; p < NP; ++p)
@@ -84,10 +84,10 @@ __attribute__((noinline)) void skip_block(const Step<T>& s, int n, int64_t j, in
       for (int v = 0; v < N; ++v) M::store(to + v * L, acc[v]);
       continue;
     }
-    T* sums = s.sums[r];
+    T* sums = sums_of(s, r);
     const T *c = s.c[r] + j, *y = s.z[r] + j, *d = s.d ? s.d[r] + j : nullptr;
     V step2{}, size2{};
-    if (j > 0) step2 = M::load(sums), size2 = M::load(sums + L);
+    if (j > s.from) step2 = M::load(sums), size2 = M::load(sums + L);
 #pragma GCC unroll 16
     for (int v = 0; v < N; ++v) {
       const V x = acc[v] + M::load(c + v * L), f = d ? M::load(d + v * L) * x : deq::Relu<M>::value(x);
@@ -112,16 +112,15 @@ DEQ_INLINE void skip_panels(int panels, const Step<T>& s, int n, int64_t j) {
 // step() for relu or a mask, after find_nonzeros() on the same rows.
 template <class T>
 void skip_step(const Step<T>& s, int n) {
-  const int64_t L = kLanes<T>, columns = padded<T>(s.width), panels = columns / (2 * L);
+  const int64_t L = kLanes<T>, panels = (s.to - s.from) / (2 * L);
   const int64_t groups = (panels + kSkipPanels - 1) / kSkipPanels;
-  int64_t j = 0;
+  int64_t j = s.from;
   for (int64_t g = 0; g < groups; ++g) {  // even groups: 4 panels are 2 + 2, not 3 + 1
     const int size = static_cast<int>(panels * (g + 1) / groups - panels * g / groups);
     skip_panels<T, 2, kSkipPanels>(size, s, n, j);
     j += size * 2 * L;
   }
-  if (j < columns) skip_panels<T, 1, 1>(1, s, n, j);
-  sum_lanes(s, n);
+  if (j < s.to) skip_panels<T, 1, 1>(1, s, n, j);
 }
 
 }  // namespace

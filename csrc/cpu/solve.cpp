@@ -2,7 +2,8 @@
 //
 // Every thread owns a tile of sample slots. A slot holds one sample's iterate, injection and, if needed, its Anderson window;
 // all slots of a tile take one step together, so that every panel of W is read once for the tile. A sample that is done
-// leaves at once and the slot is refilled from a shared queue. Threads never wait for each other.
+// leaves at once and the slot is refilled from a shared queue. Threads with tiles of their own never wait for each other; where
+// there are few samples of a wide matrix, all threads share the steps of one tile (threads.h).
 #include <algorithm>
 #include <atomic>
 #include <memory>
@@ -13,6 +14,8 @@
 #include "cache.h"
 #include "delta.h"
 #include "samples.h"
+#include "segments.h"
+#include "threads.h"
 
 namespace deq {
 namespace {
@@ -57,13 +60,14 @@ class Tile {
         m_(p.width),
         padded_(samples_.padded()),
         rule_(make_rule(p.tol, p.max_iter, p.criterion, p.width, sizeof(T) == 8)),
+        segments_(m_, padded_),
         depth_(std::min<int>(std::max(p.depth, 1), kMaxDepth)),
         may_skip_(!p.reflected && (p.mask.data || p.activation == kRelu)) {}
 
-  // Solves samples of matrix s taken from `queue` until it is empty.
-  void run(int64_t s, std::atomic<int64_t>& queue, int threads) {
+  // Solves samples of matrix s taken from `queue`, as `sharing` threads do, until it is empty; the team shares the steps.
+  void run(int64_t s, std::atomic<int64_t>& queue, int sharing, Team& team) {
     matrix_ = s;
-    if (!reserve(threads)) {
+    if (!reserve(sharing, team.members())) {
       totals_.error = DEQ_NO_MEMORY;
       return;
     }
@@ -83,9 +87,9 @@ class Tile {
     }
     const T* w = static_cast<const T*>(packed_.data) + s * (packed_.matrix_bytes / static_cast<int64_t>(sizeof(T)));
     while (n > 0) {
-      evaluate(Step<T>{row[current_], row[1 - current_], c, p_.mask.data ? d : nullptr, sums, totals, w, m_, p_.activation,
-                       nonzeros_, total_, p_.reflected ? pre[1 - current_] : nullptr},
-               n);
+      evaluate(Step<T>{row[current_], row[1 - current_], c, p_.mask.data ? d : nullptr, sums, totals, w, m_, p_.activation, 0, 0,
+                       padded_, nonzeros_, total_, p_.reflected ? pre[1 - current_] : nullptr},
+               n, team);
       current_ = 1 - current_;
       for (int a = 0; a < n;) {
         Slot<T>& slot = slots_[at[a]];
@@ -112,18 +116,18 @@ class Tile {
   }
 
  private:
-  bool reserve(int threads) {
+  bool reserve(int sharing, int members) {
     const int64_t stride = padded_ + kRowSkew / static_cast<int64_t>(sizeof(T));
     const int rows = 3 + (p_.mask.data ? 1 : 0) + (p_.reflected ? 2 : 0);
     const int held = rows + (p_.acceleration == DEQ_ANDERSON ? 2 * depth_ : 0);  // a window is read as often as the rows
     const int64_t fit = kTileBytes / (held * stride * static_cast<int64_t>(sizeof(T)));
-    const int64_t share = (p_.batch + threads - 1) / threads;
+    const int64_t share = (p_.batch + sharing - 1) / sharing;
     size_ = static_cast<int>(std::min<int64_t>({kMaxTile, std::max<int64_t>(2 * k_.rows, fit / k_.rows * k_.rows), share}));
-    const int64_t sums = 2 * k_.lanes, per_slot = rows * stride + sums;
+    const int64_t sums = 2 * k_.lanes * segments_.count, per_slot = rows * stride + sums;
     result_ = p_.reflected ? static_cast<T*>(result_arena.get(padded_ * static_cast<int64_t>(sizeof(T)))) : nullptr;
     if (p_.reflected && !result_) return false;
     const int64_t words = (m_ + 63) / 64 * static_cast<int64_t>(sizeof(uint64_t) / sizeof(T));
-    T* at = static_cast<T*>(rows_arena.get(size_ * (per_slot + kSkipWidth + words) * static_cast<int64_t>(sizeof(T))));
+    T* at = static_cast<T*>(rows_arena.get(size_ * (per_slot + members * kSkipWidth + words) * static_cast<int64_t>(sizeof(T))));
     if (!at) return false;
     for (int i = 0; i < size_; ++i, at += per_slot) {
       slots_[i].sums = at;
@@ -135,19 +139,29 @@ class Tile {
       for (T*& pre : slots_[i].pre) pre = p_.reflected ? std::exchange(more, more + stride) : nullptr;
     }
     total_ = at;
-    nonzeros_ = reinterpret_cast<uint64_t*>(at + size_ * kSkipWidth);
+    nonzeros_ = reinterpret_cast<uint64_t*>(at + size_ * members * kSkipWidth);
     stride_ = stride;
     window_ = nullptr;
     return true;
   }
 
   // One application of the map to n rows, without the products with zeros where there are enough of them.
-  void evaluate(const Step<T>& step, int n) {
+  void evaluate(const Step<T>& step, int n, Team& team) {
+    bool skips = false;
     if (may_skip_ && (n >= kSkipRows || m_ <= kSkipWidest) && --looks_again_ <= 0) {
-      if (static_cast<double>(k_.find_nonzeros(step, n)) < kSkipBelow * static_cast<double>(n * m_)) return k_.skip_step(step, n);
-      looks_again_ = kLookEvery;
+      skips = static_cast<double>(k_.find_nonzeros(step, n)) < kSkipBelow * static_cast<double>(n * m_);
+      if (!skips) looks_again_ = kLookEvery;
     }
-    k_.step(step, n);
+    const auto compute = skips ? k_.skip_step : k_.step;
+    team.share([&](int segment, int member) {
+      Step<T> part = step;
+      part.segment = segment;
+      part.from = segments_.start[segment];
+      part.to = segments_.start[segment + 1];
+      part.total += member * size_ * kSkipWidth;
+      compute(part, n);
+    });
+    k_.add_up(step, n, segments_.count);
   }
 
   // Takes the next sample of the queue that is not done at once; false when there is none.
@@ -268,6 +282,7 @@ class Tile {
   Totals& totals_;
   const int64_t m_, padded_;
   const Rule rule_;
+  const Segments segments_;
   const int depth_;
   const bool may_skip_;
   int64_t matrix_ = 0, stride_ = 0;
@@ -278,39 +293,21 @@ class Tile {
   Slot<T> slots_[kMaxTile];
 };
 
-// Threads worth their start: a parallel region costs microseconds, milliseconds where another process holds a core.
-int useful_threads(const DeqProblem& p) {
-  const double flops = 2.0 * p.weights * p.batch * p.width * p.width;  // of one step: 1e6 are 10 microseconds
-  return flops < 1e6 ? 1 : static_cast<int>(std::min<int64_t>(std::max(p.threads, 1), p.weights * p.batch));
-}
+constexpr double kLeastFlops = 1e6;
 
 template <class T>
 int32_t solve(const DeqProblem& p) {
-  const int threads = useful_threads(p);
-  std::shared_ptr<const Packed> packed = packed_weights<T>(p, threads);
+  const int64_t lanes = kernels<T>().lanes;
+  const Segments segments(p.width, (p.width + lanes - 1) / lanes * lanes);
+  const Division division = divide(p, segments.count, kLeastFlops);
+  std::shared_ptr<const Packed> packed = packed_weights<T>(p, division.threads);
   if (!packed) return DEQ_NO_MEMORY;
   *p.report = DeqReport{0, packed->bad_element, 0, 0};
   if (packed->bad_element) return DEQ_OK;
   Totals totals;
-  if (p.weights > 1 && p.weights >= threads) {  // one matrix a thread
-#pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
-    for (int64_t s = 0; s < p.weights; ++s) {
-      std::atomic<int64_t> queue{0};
-      auto tile = std::make_unique<Tile<T>>(p, *packed, totals);
-      tile->run(s, queue, 1);
-    }
-  } else {
-    for (int64_t s = 0; s < p.weights; ++s) {
-      std::atomic<int64_t> queue{0};
-      auto work = [&] { std::make_unique<Tile<T>>(p, *packed, totals)->run(s, queue, threads); };
-      if (threads == 1) {  // a team of one would cost two system calls
-        work();
-      } else {
-#pragma omp parallel num_threads(threads)
-        work();
-      }
-    }
-  }
+  run_divided(p, segments.count, division, [&](int64_t s, std::atomic<int64_t>& queue, int sharing, Team& team) {
+    std::make_unique<Tile<T>>(p, *packed, totals)->run(s, queue, sharing, team);
+  });
   p.report->failed = totals.failed;
   p.report->bad_injection = totals.bad_injection;
   p.report->bad_start = totals.bad_start;
@@ -319,12 +316,12 @@ int32_t solve(const DeqProblem& p) {
 
 template <class T>
 int32_t derivative(const DeqProblem& p) {
-  const int threads = useful_threads(p);
   const Kernels<T>& k = kernels<T>();
+  const int64_t m = p.width, padded = (m + k.lanes - 1) / k.lanes * k.lanes;
+  const int threads = divide(p, 1, kLeastFlops).threads;
   std::shared_ptr<const Packed> packed = packed_weights<T>(p, threads);
   if (!packed) return DEQ_NO_MEMORY;
   if (packed->bad_element) return DEQ_BAD_ARGUMENT;
-  const int64_t m = p.width, padded = (m + k.lanes - 1) / k.lanes * k.lanes;
   const int64_t tiles = (p.batch + k.rows - 1) / k.rows;
   std::atomic<int32_t> error{DEQ_OK};
 #pragma omp parallel for num_threads(threads) if (threads > 1)
@@ -350,7 +347,7 @@ int32_t derivative(const DeqProblem& p) {
       out[r] = row + 2 * padded;
     }
     const T* w = static_cast<const T*>(packed->data) + s * (packed->matrix_bytes / static_cast<int64_t>(sizeof(T)));
-    k.derivative(Step<T>{z, out, c, nullptr, nullptr, nullptr, w, m, p.activation}, n);
+    k.derivative(Step<T>{z, out, c, nullptr, nullptr, nullptr, w, m, p.activation, 0, 0, padded}, n);
     for (int r = 0; r < n; ++r) store_row<T>(p.out, p.type, s * p.out.stride[0] + (first + r) * p.out.stride[1], T(1), m, out[r]);
     rows_arena.trim();
   }

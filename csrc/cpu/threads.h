@@ -1,0 +1,81 @@
+// How the threads of a call divide its work: whole matrices, samples of a matrix, or, where there are few samples and a wide
+// matrix, the columns of every step.
+#pragma once
+#include <stdint.h>
+
+#include <algorithm>
+#include <atomic>
+
+#include "../kernels.h"
+#include "team.h"
+
+namespace deq {
+
+struct Division {
+  enum Kind { kMatrices, kSamples, kColumns } kind;
+  int threads;  // worth their start: a parallel region costs microseconds, milliseconds where another process holds a core
+};
+
+// From so many samples a thread on, W is read for enough of them at a time.
+constexpr int64_t kSamplesPerThread = 4;
+
+// `segments` of the columns can be shared; `least_flops` of one step take 10 microseconds.
+inline Division divide(const DeqProblem& p, int segments, double least_flops) {
+  const int threads = std::max(p.threads, 1);
+  if (2.0 * p.weights * p.batch * p.width * p.width < least_flops) return {Division::kSamples, 1};
+  if (p.weights > 1 && p.weights >= threads) return {Division::kMatrices, threads};
+  if (threads > 1 && segments > 1 && p.batch < kSamplesPerThread * threads)
+    return LostCore::is_recent() ? Division{Division::kSamples, 1} : Division{Division::kColumns, std::min(threads, segments)};
+  return {Division::kSamples, static_cast<int>(std::min<int64_t>(threads, p.weights * p.batch))};
+}
+
+// Calls solve(s, queue, sharing, team) so that all samples of all matrices are solved: `sharing` threads take samples of matrix
+// s from the queue at the same time, and the team shares the steps of each.
+template <class Solve>
+void run_divided(const DeqProblem& p, int segments, Division division, const Solve& solve) {
+  const int threads = division.threads;
+  if (division.kind == Division::kMatrices) {
+#pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
+    for (int64_t s = 0; s < p.weights; ++s) {
+      std::atomic<int64_t> queue{0};
+      Team alone(segments, 1);
+      solve(s, queue, 1, alone);
+    }
+    return;
+  }
+  for (int64_t s = 0; s < p.weights; ++s) {
+    std::atomic<int64_t> queue{0};
+    if (threads == 1) {  // a parallel region of one would cost two system calls
+      Team alone(segments, 1);
+      solve(s, queue, 1, alone);
+    } else if (division.kind == Division::kSamples) {
+#pragma omp parallel num_threads(threads)
+      {
+        Team alone(segments, 1);
+        solve(s, queue, threads, alone);
+      }
+    } else {
+      // The first to come leads, so that nobody waits for a thread that has not come yet, or never will.
+      Team team(segments, threads);
+      std::atomic<int> come{0};
+      const int64_t start = clock_ns();
+      int64_t worked = 0;
+#pragma omp parallel num_threads(threads)
+      {
+        const int member = come.fetch_add(1, std::memory_order_relaxed);
+        if (member > 0) {
+          team.help(member);
+        } else {
+          const int64_t before = clock_ns(CLOCK_THREAD_CPUTIME_ID);
+          solve(s, queue, 1, team);
+          worked = clock_ns(CLOCK_THREAD_CPUTIME_ID) - before;
+          team.close();
+        }
+      }
+      // The region begins and ends when every thread has been there.
+      LostCore::report(clock_ns() - start - worked);
+    }
+  }
+}
+
+}  // namespace deq
