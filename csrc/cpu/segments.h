@@ -3,8 +3,6 @@
 #pragma once
 #include <stdint.h>
 
-#include <algorithm>
-
 namespace deq {
 
 struct Segments {
@@ -17,8 +15,9 @@ struct Segments {
   int count;
   int64_t start[kMost + 1];  // segment i holds columns [start[i], start[i + 1])
 
-  // Depends on the width alone; `padded` is the width in whole vectors.
-  Segments(int64_t width, int64_t padded) : count(static_cast<int>(std::clamp<int64_t>(width / kLeastColumns, 1, kMost))) {
+  // Depends on the width alone; `padded` is the width in whole vectors. A power of two: three segments are not for two threads.
+  Segments(int64_t width, int64_t padded) : count(1) {
+    while (count < kMost && 2 * count * kLeastColumns <= width) count *= 2;
     for (int i = 0; i < count; ++i) start[i] = (width * i / count + kMultiple / 2) / kMultiple * kMultiple;
     start[count] = padded;
   }

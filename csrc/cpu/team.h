@@ -35,9 +35,9 @@ class LostCore {
     until_.store(0, std::memory_order_relaxed);
     return false;
   }
-  // So much time was lost in a call.
-  static void report(int64_t ns) {
-    if (ns > kOrdinary) until_.store(clock_ns() + 8 * (ns + kAfterwards), std::memory_order_relaxed);
+  // `lost` of `spent` nanoseconds were lost, too many to gain by it.
+  static void report(int64_t lost, int64_t spent) {
+    if (lost > kOrdinary && lost > spent / 4) until_.store(clock_ns() + 8 * (lost + kAfterwards), std::memory_order_relaxed);
   }
 
  private:
@@ -117,7 +117,8 @@ class Team {
     if (done == all) return;
     const int64_t start = clock_ns();
     while (done != all) done = done_.await_other_than(done);
-    LostCore::report(clock_ns() - start);
+    const int64_t waited = clock_ns() - start;
+    LostCore::report(waited, waited);
   }
 
   // Every other member: takes its part in the leader's steps until close().

@@ -1,7 +1,7 @@
 # No code compiled for one instruction set may be visible to the linker under a name that another unit could share:
 # it keeps one copy, and a CPU without that instruction set would run it.
 foreach(object IN LISTS OBJECTS)
-  if(object MATCHES "/(kernels|delta)_[a-z0-9]+\\.cpp")
+  if(object MATCHES "/(kernels|delta)_(avx[a-z0-9]+|portable)\\.cpp")
     execute_process(COMMAND ${NM} --defined-only ${object} OUTPUT_VARIABLE symbols COMMAND_ERROR_IS_FATAL ANY)
     string(REGEX MATCHALL " [WVu] [^\n]+" shared "${symbols}")
     if(shared)
