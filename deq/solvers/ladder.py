@@ -242,6 +242,8 @@ def _rescue(problem, outcome: Outcome, plan: Plan, s: int | None = None) -> None
         left = plan.max_iter - int(iterations[index].max())
         if left <= 0:
             return
+        if name != plan.rungs[-1]:  # a rung that uses up all evaluations must not keep a sample from the next one
+            left -= left // 4
         part = _widened(problem.part(index), wide)
         answer = means[name](part, z[index].to(wide), left)
         if answer is None:
