@@ -180,7 +180,7 @@ def _first_by_cayley(problem, start: Tensor | None, plan: Plan, out: Tensor | No
     injection = problem.injection
     dtype, wide = injection.dtype, _computed_in(injection.dtype)
     problem, start = _widened(problem, wide), None if start is None else start.to(wide)
-    outcome = _by_cayley(problem, start, plan, plan, TIGHTER[0])
+    outcome = _by_cayley(problem, start, plan, TIGHTER[0])
     if outcome is None or (dtype == wide and out is None):
         return outcome
     largest = torch.finfo(dtype).max
@@ -218,7 +218,7 @@ def _rescue(problem, outcome: Outcome, plan: Plan, s: int | None = None) -> None
 
     def by_cayley(part, start, left, share=TIGHTER[0]):
         warm = torch.where((residual[index] < FAR).unsqueeze(-1), start, 0.0)
-        return _by_cayley(part, warm, replace(accelerated, max_iter=left), replace(plan, max_iter=left), share)
+        return _by_cayley(part, warm, replace(accelerated, max_iter=left), share)
 
     def by_tight_cayley(part, start, left):
         return by_cayley(part, start, left, TIGHTER[1])
@@ -276,16 +276,16 @@ def _widened(problem, dtype: torch.dtype):
     return replace(problem, A=A, g=problem.g.to(dtype), d=lambda: problem.d().to(dtype), K=transposed)
 
 
-def _by_cayley(problem, start: Tensor | None, plan: Plan, final: Plan, share: float) -> Outcome | None:
+def _by_cayley(problem, start: Tensor | None, plan: Plan, share: float) -> Outcome | None:
     """Reflected iteration to ``share`` of the tolerance, then one evaluation of the equation itself that judges.
 
-    None where K does not exist. ``plan`` says how to iterate, ``final`` what to judge by.
+    None where K does not exist. ``plan`` says how to iterate.
     """
     K, alpha = problem.K() if plan.max_iter > 1 else (None, 1.0)  # one evaluation at least to iterate, one to judge
     if K is None:
         return None
     iterate = replace(plan, tol=share * plan.tol, max_iter=plan.max_iter - 1)
-    judge = replace(final, acceleration="none", increments="native", max_iter=1)
+    judge = replace(plan, acceleration="none", increments="native", max_iter=1)
     c = problem.injection
     z = torch.empty_like(c, memory_format=torch.contiguous_format)
     pieces, reports = [], []
