@@ -192,7 +192,7 @@ def _adjoint(W: Tensor, z: Tensor, c: Tensor | None, g: Tensor, problem: Problem
 
 def _solve_masked(A: Tensor, g: Tensor, d: Tensor, value_of: str | None, problem: Problem, **memory) -> Tensor:
     u, stats, report = ladder.masked_linear(A, g, d, value_of, problem.activation, problem.plan, **memory)
-    if report is not None and report[0]:
+    if isinstance(report, list) and report[0]:
         report_failures(
             Solution(u, stats, problem.plan), problem.on_failure, problem.plan.tol, "the gradient of deq.solve"
         )
