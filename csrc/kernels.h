@@ -57,6 +57,17 @@ DEQ_API int32_t deq_cpu_solve(const struct DeqProblem* problem);
 // out (S, B, m) = act'(W start + injection); uses weights, batch, width, type, activation, W, injection, start, out, threads.
 DEQ_API int32_t deq_cpu_derivative(const struct DeqProblem* problem);
 
+// Sums over a batch of outer products: out[s][i][j] = sum over b of left[s][b][i] right[s][b][j].
+struct DeqOuter {
+  int64_t weights, batch, width;  // S, B, m
+  int32_t type;                   // DEQ_FLOAT32 or DEQ_FLOAT64, of all three
+  struct DeqView left, right;     // (S, B, m), rows contiguous
+  void* out;                      // (S, m, m), contiguous
+  int32_t threads;
+};
+
+DEQ_API int32_t deq_cpu_outer(const struct DeqOuter* problem);
+
 // 128-bit fingerprint of the bits and the order of the elements of `view` (size (S, rows, columns)), whose rows or columns are
 // contiguous; the same matrix stored the other way round has another. Reads with `threads` threads.
 DEQ_API int32_t deq_cpu_fingerprint(const struct DeqView* view, const int64_t size[3], int32_t type, int32_t threads,

@@ -17,6 +17,7 @@ OPERATORS = (
     "solve_",
     "masked_linear_",
     "derivative_",
+    "outer_",
     "fingerprint",
     "pack_triangle_",
     "substitute_",

@@ -95,7 +95,8 @@ class _Equilibrium(torch.autograd.Function):
             u = _apply(_MaskedLinear, W.mT, _derivative(W, z, c, ctx.problem), g, ctx.problem)
         else:
             u = _adjoint(W, z, c, g, ctx.problem)
-        return _outer(u, z) if ctx.needs_input_grad[0] else None, u, None, None
+        dW = _outer(u, z, ctx.problem.plan.backend) if ctx.needs_input_grad[0] else None
+        return dW, u, None, None
 
     @staticmethod
     def jvp(ctx, dW, dc, *_):
@@ -123,7 +124,7 @@ class _MaskedLinear(torch.autograd.Function):
     def backward(ctx, h):
         A, d, g, u = ctx.saved_tensors
         q = _apply(_MaskedLinear, A.mT, d, h, ctx.problem)
-        dA = _outer(q, u) if ctx.needs_input_grad[0] else None
+        dA = _outer(q, u, ctx.problem.plan.backend) if ctx.needs_input_grad[0] else None
         dd = (h + q @ A) * (u @ A.mT + g) if ctx.needs_input_grad[1] else None
         return dA, dd, q, None
 
@@ -199,6 +200,8 @@ def _solve_masked(A: Tensor, g: Tensor, d: Tensor, value_of: str | None, problem
     return u
 
 
-def _outer(u: Tensor, z: Tensor) -> Tensor:
+def _outer(u: Tensor, z: Tensor, backend: str) -> Tensor:
     """The sum over samples of ``u z^T``, in the shape of W."""
-    return torch.matmul(u.mT, z)  # not @, which finds its way in 4 us more where caches are cold
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return torch.matmul(u.mT, z)  # not @, which finds its way in 4 us more where caches are cold
+    return get_backend(backend).outer(u, z)
