@@ -15,11 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deq.activations import get_activation
+from deq.activations import ACTIVATIONS, get_activation
 
 from .activations import derivative as activation_derivative
 from .activations import value as activation_value
-from .tiles import ALIGNMENT, DTYPES, PRECISIONS, Tiles, cell_tiles
+from .compilation import Compilation
+from .tiles import ALIGNMENT, DTYPES, PRECISIONS, RAGGED_SAMPLES, TILES, Tiles, cell_tiles
 
 VALUE, ADJOINT, DERIVATIVE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 BAND = tl.constexpr(8)
@@ -235,3 +236,69 @@ def _multiply_add(x, z_ptrs, w_ptrs, in_b, in_n, left, PRECISION: tl.constexpr, 
         z = z.to(x.dtype)
         w = w.to(x.dtype)
     return tl.dot(z, w, x, input_precision=PRECISION, out_dtype=x.dtype)
+
+
+# Ending, activation (one for each kind of arithmetic: comparison, exponential with a series, error function), the
+# direction in which W is contiguous (the adjoint's A is a transposed W), and whether the width is a multiple of 16.
+_KINDS = (
+    ("value", "relu", "rows", "aligned"),
+    ("value", "tanh", "rows", "aligned"),
+    ("value", "tanh", "rows", "ragged"),
+    ("value", "tanh", "columns", "aligned"),
+    ("value", "gelu", "rows", "aligned"),
+    ("derivative", "gelu", "rows", "aligned"),
+    ("adjoint", "identity", "columns", "aligned"),
+    ("adjoint", "identity", "columns", "ragged"),
+    ("adjoint", "identity", "rows", "aligned"),
+)
+_TYPES = {"float32": "fp32", "float64": "fp64", "bfloat16": "bf16", "float16": "fp16"}
+_ENDINGS = {"value": VALUE, "derivative": DERIVATIVE, "adjoint": ADJOINT}
+
+
+def compilations() -> list[Compilation]:
+    """Everything that can be launched, in every kind. A plan does not choose single tf32, which is too coarse, and
+    float16 compiles like bfloat16."""
+    return [
+        _compilation(dtype, precision, tiles, *kind)
+        for dtype in DTYPES
+        for precision in (PRECISIONS if dtype == "float32" else PRECISIONS[:1])
+        for tiles in TILES[dtype if precision == "ieee" else "tf32"]
+        for kind in _KINDS
+        if kind[-1] == "aligned" or tiles.samples <= RAGGED_SAMPLES
+    ]
+
+
+def _compilation(
+    dtype: str, precision: str, tiles: Tiles, ending: str, activation: str, weight: str, width: str
+) -> Compilation:
+    constants = {
+        "EPILOGUE": _ENDINGS[ending].value,
+        "ACTIVATION": ACTIVATIONS[activation].number,
+        "PRECISION": precision,
+        "BLOCK_B": tiles.samples,
+        "BLOCK_N": tiles.units,
+        "BLOCK_K": tiles.depth,
+    }
+    if ending != "adjoint":
+        constants["d_ptr"] = None
+    constants["stride_wk" if weight == "rows" else "stride_wn"] = 1  # compiled in, as at run time
+    sums = "*fp64" if dtype == "float64" else "*fp32"
+    types = {}
+    for name in cell_kernel.arg_names:
+        if name not in constants:
+            pointer = sums if name.endswith("2_ptr") else f"*{_TYPES[dtype]}"
+            types[name] = pointer if name.endswith("_ptr") else "i32"
+    aligned = (name for name in types if name.endswith("_ptr") or (width == "aligned" and name != "B"))
+    multiplied = dtype if precision == "ieee" else f"{dtype} as {precision}"
+    what = ending if ending == "adjoint" else f"{ending} of {activation}"
+    return Compilation(
+        name=f"cell, {what}, W by {weight}, {width}, {multiplied}, {tiles}",
+        group=f"cell, {multiplied}, {tiles}",
+        function="cell:cell_kernel",
+        types=types,
+        constants=constants,
+        aligned=tuple(aligned),
+        warps=tiles.warps,
+        stages=tiles.stages,
+        chosen=precision != "tf32" and dtype != "float16",
+    )
