@@ -7,6 +7,7 @@ At ``z = act(W z + c)`` with ``D = diag(act'(W z + c))`` and the loss gradient `
 """
 
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from . import stats as layout
 from .activations import ACTIVATIONS
 from .backends import Outcome, get_backend
 from .plan import Plan
+from .profiling import ranges
 from .solution import Solution, report_failures
 from .solvers import ladder
 
@@ -67,6 +69,8 @@ def _in_forward_mode() -> bool:
 
 
 def _run(W: Tensor, c: Tensor, z0: Tensor | None, problem: Problem) -> Outcome:
+    if ranges.listening:
+        return ranges.call("solve", ladder.solve, W, c, z0, problem.activation, problem.plan)
     return ladder.solve(W, c, z0, problem.activation, problem.plan)
 
 
@@ -191,7 +195,9 @@ def _adjoint(W: Tensor, z: Tensor, c: Tensor | None, g: Tensor, problem: Problem
 
 
 def _solve_masked(A: Tensor, g: Tensor, d: Tensor, value_of: str | None, problem: Problem, **memory) -> Tensor:
-    u, stats, report = ladder.masked_linear(A, g, d, value_of, problem.activation, problem.plan, **memory)
+    solve = partial(ladder.masked_linear, **memory)
+    arguments = A, g, d, value_of, problem.activation, problem.plan
+    u, stats, report = ranges.call("adjoint", solve, *arguments) if ranges.listening else solve(*arguments)
     if report is not None and report[0]:
         report_failures(
             Solution(u, stats, problem.plan), problem.on_failure, problem.plan.tol, "the gradient of deq.solve"
@@ -201,4 +207,6 @@ def _solve_masked(A: Tensor, g: Tensor, d: Tensor, value_of: str | None, problem
 
 def _outer(u: Tensor, z: Tensor) -> Tensor:
     """The sum over samples of ``u z^T``, in the shape of W."""
+    if ranges.listening:
+        return ranges.call("dW", torch.matmul, u.mT, z)
     return torch.matmul(u.mT, z)  # not @, which finds its way in 4 us more where caches are cold
