@@ -10,7 +10,8 @@ if not any((Path(folder) / "kernels").is_dir() for folder in __path__):
 
 from . import nn, weights
 from .info import info
+from .profiling import profile
 from .solution import ConvergenceError, ConvergenceWarning, Solution, Status
 from .solve import solve
 
-__all__ = ["ConvergenceError", "ConvergenceWarning", "Solution", "Status", "info", "nn", "solve", "weights"]
+__all__ = ["ConvergenceError", "ConvergenceWarning", "Solution", "Status", "info", "nn", "profile", "solve", "weights"]

@@ -101,6 +101,7 @@ class Tile {
           active[a] = active[--n];
       }
     }
+    totals_.add(work_);
     rows_arena.trim();
   }
 
@@ -174,8 +175,17 @@ class Tile {
     const float* w = static_cast<const float*>(packed_.data) + matrix_ * (packed_.matrix_bytes / 4);
     // The float32 step with the mask 1 is y = W x + c; its sums are not used.
     const Step<float> anchor{x, y, c, ones, sums, nullptr, w, m_, kIdentity, 0, 0, padded_, nonzeros_, total_};
-    const bool skips = anchors > 0 && (anchors >= kSkipRows || m_ <= kSkipAnyRows) && m_ <= kSkipUpTo &&
-                       static_cast<double>(k_.find_nonzeros(anchor, anchors)) < kSkipBelow * static_cast<double>(anchors * m_);
+    const int64_t dense = anchors * m_;
+    const bool may_skip = anchors > 0 && (anchors >= kSkipRows || m_ <= kSkipAnyRows) && m_ <= kSkipUpTo;
+    const int64_t nonzeros = may_skip ? k_.find_nonzeros(anchor, anchors) : dense;
+    const bool skips = static_cast<double>(nonzeros) < kSkipBelow * static_cast<double>(dense);
+    work_.native_rows += anchors;
+    work_.native_products += (skips ? nonzeros : dense) * m_;
+    work_.native_sweeps += anchors > 0;
+    work_.increment_rows += step_count;
+    work_.increment_sweeps += step_count > 0;
+    work_.correction_rows += correction_count;
+    work_.correction_sweeps += correction_count > 0;
     const auto compute_anchors = skips ? k_.skip_step : k_.step;
     team.share([&](int segment, int member) {
       const int64_t from = segments_.start[segment], to = segments_.start[segment + 1];
@@ -370,6 +380,7 @@ class Tile {
   const bool hands_over_;
   int64_t matrix_ = 0;
   int size_ = 0;
+  DeqWork work_{};
   float *value_ = nullptr, *state_ = nullptr, *ones_ = nullptr, *total_ = nullptr;
   uint64_t* nonzeros_ = nullptr;
   float* d_[kMaxTile];
@@ -400,6 +411,7 @@ int32_t delta_solve(const DeqProblem& p) {
   run_divided(p, segments.count, division, [&](int64_t s, std::atomic<int64_t>& queue, int sharing, Team& team) {
     std::make_unique<Tile>(p, low, *packed, *increments, totals)->run(s, queue, sharing, team);
   });
+  last_work = totals.work;
   p.report->failed = totals.failed;
   p.report->bad_injection = totals.bad_injection;
   p.report->bad_start = totals.bad_start;
