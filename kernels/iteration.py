@@ -20,6 +20,7 @@ accelerated samples write to the ring position ``t % DEPTH`` of their window ins
 is written any more, so that its best iterate stays where its PLACE says.
 """
 
+from dataclasses import replace
 from itertools import product
 
 import triton
@@ -29,7 +30,8 @@ from deq.activations import ACTIVATIONS
 
 from . import activations
 from .anderson import entry, mixing_weights, ring
-from .cell import ENOUGH_PROGRAMS, INTERPRETED, RAGGED_SAMPLES, TILES, Tiles, cell_tiles, multiply_add, tile_of
+from .cell import INTERPRETED, multiply_add, tile_of
+from .compilation import Compilation
 from .judge import CONVERGED, LIVE, judge
 from .records import (
     ACCELERATIONS,
@@ -73,20 +75,21 @@ from .records import (
     floats,
     ints,
 )
-from .variant import Variant
+from .tiles import ENOUGH_PROGRAMS, RAGGED_SAMPLES, TILES, Tiles, cell_tiles, programs
 
+# Those of the cell, with more warps where the judgement of a step would spill.
+STEP_TILES = tuple(replace(tiles, warps=8) if tiles.samples >= 64 else tiles for tiles in TILES["tf32"])
 MOST_SLOTS = 64  # partial sums of a sample that are loaded at a time
 MOST_SPLITS = 8
 LEAST_STEPS = 4  # of the inner dimension, for each split
 
 
 def step_tiles(B: int, m: int) -> tuple[Tiles, int]:
-    """The tiles and splits of a step for B samples of width m: as :func:`.cell.cell_tiles`, and where they make too few
-    programs, the inner dimension is split among up to :data:`MOST_SPLITS`."""
-    tiles = cell_tiles(B, m, "float32", "tf32x3")
-    programs = triton.cdiv(B, tiles.samples) * triton.cdiv(m, tiles.units)
+    """The tiles and splits of a step for B samples of width m: as :func:`.tiles.cell_tiles`, and where they make too
+    few programs, the inner dimension is split among up to :data:`MOST_SPLITS`."""
+    tiles = STEP_TILES[TILES["tf32"].index(cell_tiles(B, m, "float32", "tf32x3"))]
     splits = 1
-    while splits < MOST_SPLITS and 2 * splits * programs <= ENOUGH_PROGRAMS * 2:
+    while splits < MOST_SPLITS and splits * programs(B, m, tiles) <= ENOUGH_PROGRAMS:
         if triton.cdiv(m, tiles.depth) < 2 * splits * LEAST_STEPS:
             break
         splits *= 2
@@ -363,44 +366,54 @@ def mix_kernel(table_ptr, turn, B, m, DEPTH: tl.constexpr, BLOCK_B: tl.constexpr
     tl.store(floats(table_ptr, FRONT + (turn + 1) % 2) + at, y, mask=inside)
 
 
-def variants() -> list[Variant]:
-    """Every tile, ending and kind of acceleration that a solve can launch, with the dearest activations."""
+# Ending, activation (the dearest of each arithmetic), and the direction in which W is contiguous.
+_KINDS = (("value", "relu", "rows"), ("value", "gelu", "rows"), ("adjoint", "identity", "columns"))
+_KINDS += (("reflected", "tanh", "rows"), ("reflected adjoint", "identity", "columns"))
+
+
+def compilations() -> list[Compilation]:
+    """Every tile, ending and kind of acceleration that a solve can launch."""
     found = []
-    kinds = (("value", "relu"), ("value", "gelu"), ("adjoint", "identity"), ("reflected", "tanh"))
-    for tiles in TILES["tf32"]:
+    for tiles in STEP_TILES:
         splits = (1,) if tiles.samples > 16 else (1, MOST_SPLITS)
-        for kind, split, acceleration, aligned in product(kinds, splits, ("none", "on_demand"), (True, False)):
-            if aligned or tiles.samples <= RAGGED_SAMPLES:
-                found.append(_step_variant(tiles, split, *kind, acceleration, aligned))
+        for kind, split, acceleration, width in product(_KINDS, splits, ("none", "on_demand"), ("aligned", "ragged")):
+            if width == "aligned" or tiles.samples <= RAGGED_SAMPLES:
+                found.append(_step_compilation(tiles, split, *kind, acceleration, width))
     return found
 
 
-def _step_variant(tiles: Tiles, splits: int, ending: str, activation: str, acceleration: str, aligned: bool) -> Variant:
-    integers = ("turn", "B", "m", "stride_wn", "stride_wk", "stride_c", "stride_d", "max_iter", "patience")
-    transposed = ending == "adjoint"  # W of the adjoint is the transpose of a contiguous one
+def _step_compilation(
+    tiles: Tiles, splits: int, ending: str, activation: str, weight: str, acceleration: str, width: str
+) -> Compilation:
+    unit, across = ("stride_wk", "stride_wn") if weight == "rows" else ("stride_wn", "stride_wk")
     accelerates = acceleration != "none"
-    name = f"step, {ending} of {activation}, {'accelerated, ' if accelerates else ''}{splits} splits, "
-    return Variant(
-        name + f"{'aligned' if aligned else 'ragged'}, {tiles.samples}x{tiles.units}x{tiles.depth}",
-        step_kernel,
-        {"table_ptr": "*i64", "tol": "fp32", "leave": "fp32", **dict.fromkeys(integers, "i32")},
-        {
-            "stride_wn" if transposed else "stride_wk": 1,
-            "ENDING": ENDINGS[ending],
-            "ACTIVATION": ACTIVATIONS[activation].number,
-            "HOMOGENEOUS": ending == "adjoint" or ACTIVATIONS[activation].homogeneous,
-            "ACCELERATION": ACCELERATIONS[acceleration],
-            "DEPTH": 5 if accelerates else 1,
-            "CRITERION": 0,
-            "PRECISION": "tf32x3",
-            "SPLITS": splits,
-            "SLOTS": 32,
-            "BLOCK_B": tiles.samples,
-            "BLOCK_N": tiles.units,
-            "BLOCK_K": tiles.depth,
+    constants = {
+        unit: 1,
+        "ENDING": ENDINGS[ending],
+        "ACTIVATION": ACTIVATIONS[activation].number,
+        "HOMOGENEOUS": int("adjoint" in ending or ACTIVATIONS[activation].homogeneous),
+        "ACCELERATION": ACCELERATIONS[acceleration],
+        "DEPTH": 5 if accelerates else 1,
+        "CRITERION": 0,
+        "PRECISION": "tf32x3",
+        "SPLITS": splits,
+        "SLOTS": 32,
+        "BLOCK_B": tiles.samples,
+        "BLOCK_N": tiles.units,
+        "BLOCK_K": tiles.depth,
+    }
+    group = f"step, {'accelerated, ' if accelerates else ''}{splits} split{'s' if splits > 1 else ''}, {tiles}"
+    return Compilation(
+        name=f"{group}, {ending} of {activation}, W by {weight}, {width}",
+        group=group,
+        function="iteration:step_kernel",
+        types={
+            "table_ptr": "*i64",
+            **dict.fromkeys(("turn", "B", "m", across, "stride_c", "stride_d", "max_iter", "patience"), "i32"),
+            **dict.fromkeys(("tol", "leave"), "fp32"),
         },
-        ("table_ptr", "m", "stride_wk" if transposed else "stride_wn", "stride_c", "stride_d")
-        if aligned
-        else ("table_ptr",),
-        {"num_warps": tiles.warps, "num_stages": tiles.stages, "enable_fp_fusion": True},
+        constants=constants,
+        aligned=("table_ptr", "m", across, "stride_c", "stride_d") if width == "aligned" else ("table_ptr",),
+        warps=tiles.warps,
+        stages=tiles.stages,
     )

@@ -17,7 +17,7 @@ which of its turns are anchors depends on nothing but the sample.
 Endings, units, judgement and Anderson acceleration are those of :mod:`.iteration`. The window of accelerated samples is
 in global memory (SCRATCH, for each program), as is y for the streamed product.
 
-Ahead-of-time compilation: :func:`variants`.
+Ahead-of-time compilation: :func:`compilations`.
 """
 
 from itertools import product
@@ -30,6 +30,7 @@ from deq.activations import ACTIVATIONS
 from . import activations
 from .anderson import entry, mixing_weights, ring
 from .cell import INTERPRETED
+from .compilation import Compilation
 from .judge import CONVERGED, DIVERGED, ERROR, LIVE, NONFINITE, judge
 from .records import (
     ACCELERATIONS,
@@ -46,7 +47,6 @@ from .records import (
     VALUE,
     unit_of,
 )
-from .variant import Variant
 
 WIDEST = 256
 WHOLE = tl.constexpr(128)
@@ -335,54 +335,58 @@ def _mixed(
     return tl.where(mixes[None, :], mixed, out)
 
 
-def variants() -> list[Variant]:
-    """Every width, ending and kind of acceleration that a solve can launch, with the dearest activations."""
-    kinds = (("value", "relu"), ("value", "gelu"), ("adjoint", "identity"), ("reflected", "tanh"))
-    found = []
-    for M, kind, acceleration, aligned in product(WARPS, kinds, ("none", "on_demand"), (True, False)):
-        found.append(_variant(M, *kind, acceleration, "native", aligned))
-        if WHOLE.value < M:
-            found.append(_variant(M, *kind, acceleration, "bfloat16", aligned))
-    return found
+# Ending, activation (the dearest of each arithmetic), and the direction in which W is contiguous.
+_KINDS = (("value", "relu", "rows"), ("value", "gelu", "rows"), ("adjoint", "identity", "columns"))
+_KINDS += (("reflected", "tanh", "rows"), ("reflected adjoint", "identity", "columns"))
 
 
-def _variant(M: int, ending: str, activation: str, acceleration: str, increments: str, aligned: bool) -> Variant:
-    pointers = ("w_ptr", "c_ptr", "out_ptr", "residual_ptr", "iterations_ptr", "status_ptr", "counters_ptr")
-    types = {"iterations_ptr": "*i32", "status_ptr": "*u8", "counters_ptr": "*i32"}
-    integers = ("B", "m", "stride_wn", "stride_wk", "stride_c", "stride_d", "stride_start", "max_iter", "patience")
-    masked = "adjoint" in ending
-    depth = 5 if acceleration != "none" else 1
-    name = f"resident solve, {ending} of {activation}, {acceleration}, {increments}, M {M}"
+def compilations() -> list[Compilation]:
+    """Every width, ending, kind of acceleration and of increments that a solve can launch."""
+    return [
+        _compilation(M, *kind, acceleration, increments, width)
+        for M, kind, acceleration, width in product(WARPS, _KINDS, ("none", "on_demand"), ("aligned", "ragged"))
+        for increments in (("native",) if WHOLE.value >= M else ("native", "bfloat16"))
+    ]
+
+
+def _compilation(
+    M: int, ending: str, activation: str, weight: str, acceleration: str, increments: str, width: str
+) -> Compilation:
+    unit, across = ("stride_wk", "stride_wn") if weight == "rows" else ("stride_wn", "stride_wk")
+    masked, accelerates = "adjoint" in ending, acceleration != "none"
+    depth = 5 if accelerates else 1
     constants = {
         "start_ptr": None,
-        "stride_wn" if masked else "stride_wk": 1,
+        unit: 1,
         "ENDING": ENDINGS[ending],
         "ACTIVATION": ACTIVATIONS[activation].number,
-        "HOMOGENEOUS": masked or ACTIVATIONS[activation].homogeneous,
+        "HOMOGENEOUS": int(masked or ACTIVATIONS[activation].homogeneous),
         "ACCELERATION": ACCELERATIONS[acceleration],
         "DEPTH": depth,
         "CRITERION": 0,
         "PRECISION": "tf32x3",
-        "INCREMENTS": increments == "bfloat16",
-        "SCRATCH": scratch_floats(M, depth if acceleration != "none" else 0),
+        "INCREMENTS": int(increments == "bfloat16"),
+        "SCRATCH": scratch_floats(M, depth),
         "M": M,
         "BLOCK_B": BLOCK_B,
     }
     if not masked:
         constants["d_ptr"] = None
-    divisible = (*pointers, "scratch_ptr", "d_ptr")
-    if aligned:
-        divisible += ("m", "stride_wk" if masked else "stride_wn", "stride_c", "stride_d")
-    return Variant(
-        name + (", aligned" if aligned else ", ragged"),
-        solve_kernel,
-        {
-            **dict.fromkeys((*pointers, "d_ptr", "start_ptr", "scratch_ptr"), "*fp32"),
-            **types,
-            **dict.fromkeys(integers, "i32"),
-            **dict.fromkeys(("tol", "leave", "largest"), "fp32"),
-        },
-        constants,
-        tuple(name for name in divisible if name not in constants),
-        {"num_warps": WARPS[M], "num_stages": 1, "enable_fp_fusion": True},
+    floats = ("w_ptr", "c_ptr", "d_ptr", "out_ptr", "residual_ptr", "scratch_ptr")
+    types = dict.fromkeys(floats, "*fp32") | dict.fromkeys(("tol", "leave", "largest"), "fp32")
+    types |= {"iterations_ptr": "*i32", "status_ptr": "*u8", "counters_ptr": "*i32"}
+    integers = ("B", "m", across, "stride_c", "stride_d", "stride_start", "max_iter", "patience")
+    types |= dict.fromkeys(integers, "i32")
+    types = {name: kind for name, kind in types.items() if name not in constants}
+    multiples = ("m", across, "stride_c", "stride_d") if width == "aligned" else ()
+    group = f"resident solve, {'accelerated, ' if accelerates else ''}{increments}, {M}x{BLOCK_B}"
+    return Compilation(
+        name=f"{group}, {ending} of {activation}, W by {weight}, {width}",
+        group=group,
+        function="solve_resident:solve_kernel",
+        types=types,
+        constants=constants,
+        aligned=(*(name for name, kind in types.items() if kind in ("*fp32", "*i32")), *multiples),
+        warps=WARPS[M],
+        stages=1,
     )

@@ -62,6 +62,10 @@ def derivative(W: Tensor, c: Tensor, z: Tensor, activation: str) -> Tensor:
     return d.to(c.dtype)
 
 
+def outer(u: Tensor, z: Tensor) -> Tensor:
+    return torch.matmul(u.mT, z)
+
+
 class _Kind(NamedTuple):
     """What is solved, apart from tensors."""
 
