@@ -15,7 +15,7 @@ product itself, W streamed from the L2 cache. Samples are judged at anchors alon
 which of its turns are anchors depends on nothing but the sample.
 
 Endings, units, judgement and Anderson acceleration are those of :mod:`.iteration`. The window of accelerated samples is
-in global memory (SCRATCH, for each program), as is y for the streamed product.
+in global memory (SCRATCH, for each program), as are the best iterates, and y for the streamed product.
 
 Ahead-of-time compilation: :func:`compilations`.
 """
@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 
 from deq.activations import ACTIVATIONS
+from deq.plan import INCREMENTS_TOL
 
 from . import activations
 from .anderson import entry, mixing_weights, ring
@@ -51,8 +52,8 @@ from .records import (
 WIDEST = 256
 WHOLE = tl.constexpr(128)
 BLOCK_B = 16  # samples of a program: the least that tensor cores multiply
-WARPS = {16: 2, 32: 4, 64: 4, 128: 8, 256: 16}  # by M
-_STREAMED = tl.constexpr(32)  # columns of W at a time in a streamed product
+WARPS = {16: 2, 32: 4, 64: 4, 128: 8, 256: 8}  # by M
+_STREAMED = tl.constexpr(16)  # columns of W at a time in a streamed product
 
 # An anchor is due where the next step is expected below SAFE of the tolerance, where a step is below DRIFT (what
 # bfloat16 resolves) of all that was moved since the last anchor, or after LONGEST steps.
@@ -64,15 +65,22 @@ def fits(m: int) -> bool:
     return m <= WIDEST
 
 
+def increments(m: int, tol: float, acceleration: str) -> bool:
+    """Whether steps go by increments: where W as float32 does not fit on chip, unless the tolerance leaves them nothing
+    to do but wait for anchors, or every turn needs one."""
+    return padded(m) > WHOLE.value and tol >= INCREMENTS_TOL and acceleration != "anderson"
+
+
 def padded(m: int) -> int:
     """M of a width."""
     return max(16, triton.next_power_of_2(m))
 
 
 def scratch_floats(m: int, depth: int) -> int:
-    """Float32 of scratch memory that a program needs: y, the window of values and residuals, the Gram matrices."""
+    """Float32 of scratch memory that a program needs: y, the best iterates, the window of values and residuals, the
+    Gram matrices and the weights."""
     M = padded(m)
-    return BLOCK_B * (M * (1 + 2 * depth) + 2 * depth * depth)
+    return BLOCK_B * (M * (2 + 2 * depth) + 2 * depth * (depth + 1))
 
 
 @triton.jit
@@ -97,7 +105,7 @@ def _streamed(w_ptr, y_ptr, m, stride_wn, stride_wk, M: tl.constexpr, BLOCK_B: t
     first = 0
     while first < m:
         k = first + tl.arange(0, _STREAMED)
-        w = tl.load(w_ptr + j * stride_wn + k[None, :] * stride_wk, mask=(j < m) & (k < m)[None, :], other=0.0)
+        w = tl.load(w_ptr + j * stride_wn + k[None, :] * stride_wk)
         y = tl.load(y_ptr + b * M + k[:, None])
         x = tl.dot(w, y, x, input_precision=PRECISION)
         first += _STREAMED
@@ -107,6 +115,7 @@ def _streamed(w_ptr, y_ptr, m, stride_wn, stride_wk, M: tl.constexpr, BLOCK_B: t
 @triton.jit(do_not_specialize=["B", "max_iter", "patience"])
 def solve_kernel(
     w_ptr,
+    low_ptr,
     c_ptr,
     d_ptr,
     start_ptr,
@@ -140,7 +149,8 @@ def solve_kernel(
     M: tl.constexpr,
     BLOCK_B: tl.constexpr,
 ):
-    """BLOCK_B samples from start to finish. Rows of c, d, start (None for zero) and out are contiguous."""
+    """BLOCK_B samples from start to finish. W is (M, M), zero beyond m; low is the same in bfloat16, contiguous, with
+    INCREMENTS. Rows of c, d, start (None for zero) and out (B, m) are contiguous."""
     MASKED: tl.constexpr = (ENDING == ADJOINT) | (ENDING == REFLECTED_ADJOINT)
     program = tl.program_id(0).to(tl.int64)
     b = program * BLOCK_B + tl.arange(0, BLOCK_B)
@@ -148,11 +158,13 @@ def solve_kernel(
     j = tl.arange(0, M)[:, None]
     inside = (j < m) & in_b[None, :]
     y_ptr = scratch_ptr + program * SCRATCH
-    values_ptr = y_ptr + M * BLOCK_B
+    best_ptr = y_ptr + M * BLOCK_B  # best iterates: not in registers, of which there are too few
+    values_ptr = best_ptr + M * BLOCK_B
     residuals_ptr = values_ptr + DEPTH * M * BLOCK_B
     gram_ptr = (residuals_ptr + DEPTH * M * BLOCK_B).to(tl.pointer_type(tl.float64))
     own = tl.arange(0, BLOCK_B)  # places of the samples in the scratch memory
     at = own[None, :] * M + j
+    z_ptrs = best_ptr + at
 
     c = tl.load(c_ptr + b[None, :] * stride_c + j, mask=inside, other=0.0)
     d = c
@@ -187,13 +199,13 @@ def solve_kernel(
     held = iterations
     if ACCELERATION == ANDERSON:
         held = held + 1
-    z = y  # the best iterate
+    tl.store(z_ptrs, y)
     columns = tl.arange(0, M)[None, :]
-    w_ptrs = w_ptr + j * stride_wn + columns * stride_wk
     if INCREMENTS:
-        w = tl.load(w_ptrs, mask=(j < m) & (columns < m), other=0.0).to(tl.bfloat16)
+        # Of its own: 256 x 256 float32 on their way to bfloat16 would take all registers.
+        w = tl.load(low_ptr + j * M + columns)
     elif M <= WHOLE:
-        w = tl.load(w_ptrs, mask=(j < m) & (columns < m), other=0.0)
+        w = tl.load(w_ptr + j * stride_wn + columns * stride_wk)
     else:
         w = 0.0
     x = c
@@ -215,7 +227,7 @@ def solve_kernel(
         )
         decided = live & exact
         better = better & decided
-        z = tl.where(better[None, :], out, z)
+        tl.store(z_ptrs, out, mask=better[None, :])
         best = tl.where(better, best_now, best)
         best_at = tl.where(better, best_at_now, best_at)
         status = tl.where(decided, verdict, status)
@@ -251,8 +263,11 @@ def solve_kernel(
             y = tl.where((live & anchors)[None, :], onward, tl.where(live[None, :], y + q.to(tl.float32), y))
             exact = live & anchors
             if tl.max(exact.to(tl.int32)) > 0:
-                anchor = c + _product(w, w_ptr, y, y_ptr + at, y_ptr, m, stride_wn, stride_wk, M, BLOCK_B, PRECISION)
-                x = tl.where(exact[None, :], anchor, x)
+                anchor = _product(w, w_ptr, y, y_ptr + at, y_ptr, m, stride_wn, stride_wk, M, BLOCK_B, PRECISION)
+                c = tl.load(c_ptr + b[None, :] * stride_c + j, mask=inside & finite[None, :], other=0.0)
+                if HOMOGENEOUS:
+                    c = c * unit[None, :]
+                x = tl.where(exact[None, :], anchor + c, x)
         else:
             y = tl.where(live[None, :], onward, y)
             x = c + _product(w, w_ptr, y, y_ptr + at, y_ptr, m, stride_wn, stride_wk, M, BLOCK_B, PRECISION)
@@ -261,6 +276,8 @@ def solve_kernel(
         turn += 1
         going = tl.max(live.to(tl.int32))
 
+    tl.debug_barrier()
+    z = tl.load(z_ptrs)
     if (ENDING == REFLECTED) | (ENDING == REFLECTED_ADJOINT):  # one evaluation of the equation's own map
         x = c + _product(w, w_ptr, z, y_ptr + at, y_ptr, m, stride_wn, stride_wk, M, BLOCK_B, PRECISION)
         z = tl.where(j < m, _ending(x, d, ADJOINT if MASKED else VALUE, ACTIVATION), 0.0)
@@ -314,23 +331,31 @@ def _mixed(
     BLOCK_B: tl.constexpr,
 ):
     """The next iterate: for samples that mix, of the pair just evaluated and those of their window; otherwise out."""
-    place = newest * (M * BLOCK_B)
-    tl.store(values_ptrs + place, out, mask=mixes[None, :])
-    tl.store(residuals_ptrs + place, step_of, mask=mixes[None, :])
-    for r in tl.static_range(DEPTH):
+    tl.store(values_ptrs + newest * (M * BLOCK_B), out, mask=mixes[None, :])
+    tl.store(residuals_ptrs + newest * (M * BLOCK_B), step_of, mask=mixes[None, :])
+    # Loops, and not unrolled: the whole window at once would take all registers.
+    r = 0
+    while r < DEPTH:
         age = (newest + DEPTH - r) % DEPTH
         present = mixes & (held > tl.where(age == 0, DEPTH, age))
         other = tl.load(residuals_ptrs + r * (M * BLOCK_B), mask=present[None, :], other=0.0)
         other = tl.where(age == 0, step_of, other)
         dots = tl.sum(step_of * other * judged[None, :] * judged[None, :], axis=0)
         tl.store(gram_ptrs + entry(newest, r, DEPTH) * BLOCK_B, dots.to(tl.float64), mask=mixes & (age < held))
+        r += 1
     tl.debug_barrier()
     weights = mixing_weights(gram_ptrs, BLOCK_B, mixes, held, newest, DEPTH)
-    mixed = weights[0].to(tl.float32)[None, :] * out
-    for i in tl.static_range(1, DEPTH):
-        present = mixes & (weights[i] != 0.0)
-        value = tl.load(values_ptrs + ring(newest, i, DEPTH) * (M * BLOCK_B), mask=present[None, :], other=0.0)
-        mixed += weights[i].to(tl.float32)[None, :] * value
+    weights_ptrs = gram_ptrs + DEPTH * DEPTH * BLOCK_B
+    for i in tl.static_range(DEPTH):
+        tl.store(weights_ptrs + ring(newest, i, DEPTH) * BLOCK_B, weights[i], mask=mixes)
+    tl.debug_barrier()
+    mixed = tl.zeros((M, BLOCK_B), tl.float32)
+    r = 0
+    while r < DEPTH:
+        weight = tl.load(weights_ptrs + r * BLOCK_B, mask=mixes, other=0.0).to(tl.float32)
+        value = tl.load(values_ptrs + r * (M * BLOCK_B), mask=(mixes & (weight != 0.0))[None, :], other=0.0)
+        mixed += weight[None, :] * value
+        r += 1
     tl.debug_barrier()  # read before any thread overwrites it
     return tl.where(mixes[None, :], mixed, out)
 
@@ -372,13 +397,15 @@ def _compilation(
     }
     if not masked:
         constants["d_ptr"] = None
+    if increments == "native":
+        constants["low_ptr"] = None
     floats = ("w_ptr", "c_ptr", "d_ptr", "out_ptr", "residual_ptr", "scratch_ptr")
     types = dict.fromkeys(floats, "*fp32") | dict.fromkeys(("tol", "leave", "largest"), "fp32")
-    types |= {"iterations_ptr": "*i32", "status_ptr": "*u8", "counters_ptr": "*i32"}
+    types |= {"low_ptr": "*bf16", "iterations_ptr": "*i32", "status_ptr": "*u8", "counters_ptr": "*i32"}
     integers = ("B", "m", across, "stride_c", "stride_d", "stride_start", "max_iter", "patience")
     types |= dict.fromkeys(integers, "i32")
     types = {name: kind for name, kind in types.items() if name not in constants}
-    multiples = ("m", across, "stride_c", "stride_d") if width == "aligned" else ()
+    multiples = (across, *(("m", "stride_c", "stride_d") if width == "aligned" else ()))
     group = f"resident solve, {'accelerated, ' if accelerates else ''}{increments}, {M}x{BLOCK_B}"
     return Compilation(
         name=f"{group}, {ending} of {activation}, W by {weight}, {width}",
@@ -386,7 +413,7 @@ def _compilation(
         function="solve_resident:solve_kernel",
         types=types,
         constants=constants,
-        aligned=(*(name for name, kind in types.items() if kind in ("*fp32", "*i32")), *multiples),
+        aligned=(*(name for name, kind in types.items() if kind in ("*fp32", "*bf16")), *multiples),
         warps=WARPS[M],
         stages=1,
     )

@@ -183,11 +183,15 @@ def _solve_resident(
     M, block = solve_resident.padded(m), solve_resident.BLOCK_B
     programs = triton.cdiv(B, block)
     counters = torch.zeros(records.HEADER, dtype=torch.int32, device=c.device)
+    increments = solve_resident.increments(m, plan.tol, kind.acceleration)
     each = solve_resident.scratch_floats(m, kind.depth if kind.accelerates else 0)
     scratch = torch.empty(programs * each, device=c.device)
+    if m < M:
+        W = torch.nn.functional.pad(W, (0, M - m, 0, M - m))
     if B > 0:
         solve_resident.solve_kernel[(programs,)](
             W,
+            W.to(torch.bfloat16, memory_format=torch.contiguous_format) if increments else None,
             c,
             d,
             start,
@@ -206,7 +210,7 @@ def _solve_resident(
             **kind.constants,
             DEPTH=kind.depth,
             PRECISION=PRECISION,
-            INCREMENTS=plan.increments == "bfloat16",
+            INCREMENTS=increments,
             SCRATCH=each,
             M=M,
             BLOCK_B=block,
