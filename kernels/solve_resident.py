@@ -1,4 +1,4 @@
-"""A whole solve in one program, for widths up to :data:`WIDEST`: W stays on chip, samples leave by their own residual.
+"""A whole solve in one program, for widths up to 256: W stays on chip, samples leave by their own residual.
 
 A program takes BLOCK_B samples and holds their iterates transposed, (M, BLOCK_B) with M the width rounded up to a power
 of two, so that W is the left operand of every product. Each turn of its loop evaluates ``f`` once for the samples that
@@ -49,7 +49,6 @@ from .records import (
     unit_of,
 )
 
-WIDEST = 256
 WHOLE = tl.constexpr(128)
 BLOCK_B = 16  # samples of a program: the least that tensor cores multiply
 WARPS = {16: 2, 32: 4, 64: 4, 128: 8, 256: 8}  # by M
