@@ -50,6 +50,8 @@ from .records import (
 )
 from .tiles import TILES, Tiles
 
+# By samples, which the tiles of anchors share: of the cell's, narrower where the sums of a step would spill.
+DELTA_TILES = (Tiles(128, 64, 64, 8, 3), Tiles(64, 64, 64, 4, 4), *TILES["bfloat16"][3:])
 STEPS = 4  # in a turn; even, so that the next turn begins with EVEN
 
 # A sample is due where its step is below SAFE of the tolerance, below DRIFT (what bfloat16 resolves) of all that was
@@ -197,7 +199,7 @@ def compilations() -> list[Compilation]:
     kinds = (("value", "relu"), ("value", "gelu"), ("adjoint", "identity"))
     return [
         _compilation(tiles, ending, activation, width)
-        for tiles in TILES["bfloat16"]
+        for tiles in DELTA_TILES
         for ending, activation in kinds
         for width in (("aligned", "ragged") if tiles.samples <= 32 else ("aligned",))
     ]

@@ -20,7 +20,6 @@ accelerated samples write to the ring position ``t % DEPTH`` of their window ins
 is written any more, so that its best iterate stays where its PLACE says.
 """
 
-from dataclasses import replace
 from itertools import product
 
 import triton
@@ -83,8 +82,8 @@ from .records import (
 )
 from .tiles import ENOUGH_PROGRAMS, RAGGED_SAMPLES, TILES, Tiles, cell_tiles, programs
 
-# Those of the cell, with more warps where the judgement of a step would spill.
-STEP_TILES = tuple(replace(tiles, warps=8) if tiles.samples >= 64 else tiles for tiles in TILES["tf32"])
+# Of the cell's, where the judgement of a step leaves fewer registers: more warps, and narrower in the largest.
+STEP_TILES = (Tiles(128, 32, 32, 8, 3), Tiles(64, 64, 32, 8, 3), *TILES["tf32"][2:])
 MOST_SLOTS = 64  # partial sums of a sample that are loaded at a time
 MOST_SPLITS = 8
 LEAST_STEPS = 4  # of the inner dimension, for each split
