@@ -48,7 +48,7 @@ from .records import (
     halves,
     ints,
 )
-from .tiles import TILES, Tiles
+from .tiles import RAGGED_SAMPLES, TILES, Tiles
 
 # By samples, which the tiles of anchors share: of the cell's, narrower where the sums of a step would spill.
 DELTA_TILES = (Tiles(128, 64, 64, 8, 3), Tiles(64, 64, 64, 4, 4), *TILES["bfloat16"][3:])
@@ -195,14 +195,14 @@ def _watch(
 
 
 def compilations() -> list[Compilation]:
-    """Every tile that a step can be launched with, plain and with the dearest activation."""
-    kinds = (("value", "relu"), ("value", "gelu"), ("adjoint", "identity"))
-    return [
-        _compilation(tiles, ending, activation, width)
-        for tiles in DELTA_TILES
-        for ending, activation in kinds
-        for width in (("aligned", "ragged") if tiles.samples <= 32 else ("aligned",))
-    ]
+    """Every tile that a step can be launched with, plain and with the dearest activation, ragged with the latter."""
+    found = []
+    for tiles in DELTA_TILES:
+        for ending, activation in (("value", "relu"), ("value", "gelu"), ("adjoint", "identity")):
+            found.append(_compilation(tiles, ending, activation, "aligned"))
+        if tiles.samples <= RAGGED_SAMPLES:
+            found.append(_compilation(tiles, "value", "gelu", "ragged"))
+    return found
 
 
 def _compilation(tiles: Tiles, ending: str, activation: str, width: str) -> Compilation:

@@ -350,18 +350,17 @@ def _mixed(
     return tl.where(mixes[None, :], mixed, out)
 
 
-# Ending, activation (the dearest of each arithmetic), and the direction in which W is contiguous.
+# Ending, activation, and the direction in which W is contiguous; reflected endings are little more than these.
 _KINDS = (("value", "relu", "rows"), ("value", "gelu", "rows"), ("adjoint", "identity", "columns"))
-_KINDS += (("reflected", "tanh", "rows"), ("reflected adjoint", "identity", "columns"))
 
 
 def compilations() -> list[Compilation]:
-    """Every width, ending and kind of acceleration that a solve can launch."""
-    return [
-        _compilation(M, *kind, acceleration, width)
-        for M, kind, acceleration, width in product(WARPS, _KINDS, ("none", "on_demand"), ("aligned", "ragged"))
-        for increments in (("native",) if WHOLE.value >= M else ("native", "bfloat16"))
-    ]
+    """Every width with every ending and kind of acceleration, ragged with the dearest."""
+    found = []
+    for M in WARPS:
+        found += [_compilation(M, *kind, how, "aligned") for kind, how in product(_KINDS, ("none", "on_demand"))]
+        found.append(_compilation(M, *_KINDS[1], "on_demand", "ragged"))
+    return found
 
 
 def _compilation(M: int, ending: str, activation: str, weight: str, acceleration: str, width: str) -> Compilation:

@@ -180,6 +180,13 @@ def test_gradient_of_what_is_not_finite_is_nan_for_its_sample(regime):
     assert torch.isnan(c.grad[1]).all() and torch.isfinite(c.grad[[0, 2]]).all()
 
 
+def test_inside_torch_compile():
+    W, c, _ = gaussian(9, 3)
+    with torch.no_grad():
+        compiled = torch.compile(lambda W, c: solved(W, c, "gelu").z, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(W, c), solved(W, c, "gelu").z)
+
+
 def test_without_interpreter_and_gpu_the_error_says_so(monkeypatch):
     W, c, _ = gaussian(4, 2)
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
