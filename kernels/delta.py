@@ -198,16 +198,16 @@ def compilations() -> list[Compilation]:
     """Every tile that a step can be launched with, plain and with the dearest activation, ragged with the latter."""
     found = []
     for tiles in DELTA_TILES:
-        for ending, activation in (("value", "relu"), ("value", "gelu"), ("adjoint", "identity")):
-            found.append(_compilation(tiles, ending, activation, "aligned"))
+        for kind in (("value", "relu"), ("value", "gelu"), ("adjoint", "identity")):
+            found.append(_compilation(tiles, *kind, "aligned"))
         if tiles.samples <= RAGGED_SAMPLES:
             found.append(_compilation(tiles, "value", "gelu", "ragged"))
     return found
 
 
-def _compilation(tiles: Tiles, ending: str, activation: str, width: str) -> Compilation:
+def _compilation(tiles: Tiles, end: str, activation: str, width: str) -> Compilation:
     return Compilation(
-        name=f"delta step, {tiles}, {ending} of {activation}, {width}",
+        name=f"delta step, {tiles}, {end} of {activation}, {width}",
         group=f"delta step, {tiles}",
         function="delta:delta_kernel",
         types={
@@ -216,9 +216,9 @@ def _compilation(tiles: Tiles, ending: str, activation: str, width: str) -> Comp
             **dict.fromkeys(("tol", "leave"), "fp32"),
         },
         constants={
-            "ENDING": ENDINGS[ending],
+            "ENDING": ENDINGS[end],
             "ACTIVATION": ACTIVATIONS[activation].number,
-            "HOMOGENEOUS": int(ending == "adjoint" or ACTIVATIONS[activation].homogeneous),
+            "HOMOGENEOUS": int(end == "adjoint" or ACTIVATIONS[activation].homogeneous),
             "CRITERION": 0,
             "SLOTS": 32,
             "BLOCK_B": tiles.samples,
