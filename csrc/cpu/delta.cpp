@@ -27,7 +27,7 @@ constexpr int64_t kTileBytes = 768 << 10;
 constexpr int64_t kRowSkew = 64;
 // Rounding of W leaves about this share of the increments in y, and a correction this share of that: smaller increments than
 // what is left gain nothing.
-constexpr double kPollution[] = {0, 1e-2, 2e-3}, kRest[] = {0, 1.0 / 254, 1.0 / 512};
+constexpr double kPollution[] = {0, 1e-2, 2e-3}, kRest[] = {0, 1.0 / 256, 1.0 / 512};
 // An anchor is expected to pass if the residual to come is this share of the one to leave at.
 constexpr double kSafety = 0.85;
 // Anchors skip the products with zeros where less than this share of the rows' elements is not zero: 1.25 x the dense kernel for
@@ -401,15 +401,14 @@ int32_t delta_solve(const DeqProblem& p) {
   const DeltaKernels& low = *delta_kernels(p.precision);
   const Segments segments(p.width, (p.width + low.lanes - 1) / low.lanes * low.lanes);
   const Division division = divide(p, segments.count, kLeastFlops);
-  std::shared_ptr<const Packed> packed = packed_weights<float>(p, division.threads);
-  if (!packed) return DEQ_NO_MEMORY;
-  *p.report = DeqReport{0, packed->bad_element, 0, 0};
-  if (packed->bad_element) return DEQ_OK;
-  std::shared_ptr<const Packed> increments = delta_planes(p, low, *packed, division.threads);
-  if (!increments) return DEQ_NO_MEMORY;
+  const DeltaWeights weights = delta_weights(p, low, division.threads);
+  if (!weights.packed) return DEQ_NO_MEMORY;
+  *p.report = DeqReport{0, weights.packed->bad_element, 0, 0};
+  if (weights.packed->bad_element) return DEQ_OK;
+  if (!weights.planes) return DEQ_NO_MEMORY;
   Totals totals;
   run_divided(p, segments.count, division, [&](int64_t s, std::atomic<int64_t>& queue, int sharing, Team& team) {
-    std::make_unique<Tile>(p, low, *packed, *increments, totals)->run(s, queue, sharing, team);
+    std::make_unique<Tile>(p, low, *weights.packed, *weights.planes, totals)->run(s, queue, sharing, team);
   });
   last_work = totals.work;
   p.report->failed = totals.failed;
