@@ -176,14 +176,14 @@ def cell_time(m: int, B: int, device: Device, precision: Precision) -> float:
     weight = precision.size * m * m
     bandwidth = device.l2 if weight < device.l2_bytes else device.copy
     body = max(weight / bandwidth, 2 * m * m * B / precision.of(device))
-    return body + device.graph_kernel + device.kernel_ramp + 3 * m * B * precision.size / device.l2
+    return body + device.graph_kernel + 3 * m * B * precision.size / device.l2
 
 
 def loop_time(m: int, B: int, device: Device, graphed: bool, precision: str = "bfloat16") -> float:
     """What an iteration takes without fused kernels: a library product, then addition, activation, difference and two
     norms; captured in a graph, or launched from Python with one ``.item()``."""
     size = PRECISIONS[precision].size
-    pointwise = 4 * (device.graph_kernel + device.kernel_ramp + 3 * m * B * size / device.l2)
+    pointwise = 4 * (device.graph_kernel + 3 * m * B * size / device.l2)
     graph = cell_time(m, B, device, PRECISIONS[precision]) + pointwise
     return graph if graphed else max(graph, 7 * device.eager_op) + device.item
 
