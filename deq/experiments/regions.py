@@ -304,6 +304,6 @@ EXPERIMENT = Experiment(
     ),
     function=run_regions,
     width_means=f"largest m: counted exactly up to {EXACT}, sampled above",
-    width=(20, 10),
+    width=(20, 10, 22),
     largest_width=LARGEST,
 )

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from ._equilibria import MOVED, moved
 from ._result import (
     CONFOUNDED,
-    INCONCLUSIVE,
     NOT_JUDGED,
     NOT_REPRODUCED,
     REPRODUCED,
@@ -19,7 +18,7 @@ from ._result import (
     spread,
 )
 from ._run import Experiment, Part, Run
-from ._steep_built import check_scalar_state, check_self_loops, solve_built
+from ._steep_built import POINTS, check_scalar_state, check_self_loops, solve_built
 from ._steep_target import floor
 from ._steep_trained import BATCH, models, train_one
 
@@ -38,7 +37,7 @@ def run_steep(run: Run) -> Result:
     ds = QUICK_BUILT if quick else BUILT
     top = max(width, 32 if quick else 64)
     Ks = sorted({2**k for k in range(2, top.bit_length())} | {top})
-    parts = [Part(f"built/{d}", f"constructions A and B, d = {d}", _building(run, d, Ks)) for d in ds]
+    parts = [Part(f"built/{d}", f"constructions A and B, d = {d}", _building(run, d, Ks), top * POINTS) for d in ds]
     parts += [
         Part(f"solved/{d}", f"constructions by deq.solve, d = {d}", lambda tick, d=d: solve_built(d, run.device))
         for d in SOLVED
@@ -49,11 +48,11 @@ def run_steep(run: Run) -> Result:
             f"trained/{d}/{name}",
             f"train {name}, d = {d}",
             lambda tick, d=d, make=make: train_one(run, d, make, steps, tick),
+            run.settings.seeds * BATCH * width,
         )
         for d, name, make in nets
     ]
-    with run.threads_for(run.settings.seeds * BATCH * width):
-        values = run.parts(parts)
+    values = run.parts(parts)
 
     built = [row for d in ds for row in values[f"built/{d}"]]
     solved = [row for d in SOLVED for row in values[f"solved/{d}"]]
@@ -142,7 +141,7 @@ def _learned_better(d: int, rows: list[dict], quick: bool) -> Claim:
     seeds = len(deq["mse"])
     wins = {r["model"]: sum(_less(a, b) for a, b in zip(deq["mse"], r["mse"], strict=True)) for r in others}
     p = max(sign_test(w, seeds) for w in wins.values())
-    verdict = NOT_REPRODUCED if not ratio > 1 else REPRODUCED if p <= 0.05 else INCONCLUSIVE
+    verdict = NOT_REPRODUCED if not ratio > 1 else REPRODUCED if p <= 0.05 else NOT_REPRODUCED
     won = ", ".join(f"{w} against {name}" for name, w in wins.items())
     note = f"seeds won of {seeds}: {won}; sign test p <= {number(p)}"
     statement = f"d = {d}: best feed-forward MSE / DEQ's"
@@ -160,7 +159,7 @@ def _below_floor(d: int, rows: list[dict], quick: bool) -> Claim:
     below = sum(r > 1 for r in ratios)
     p = sign_test(below, len(deq["sup"]))
     ratio = sorted(ratios)[len(ratios) // 2] if ratios else 0.0
-    verdict = NOT_REPRODUCED if not ratio > 1 else REPRODUCED if p <= 0.05 else INCONCLUSIVE
+    verdict = NOT_REPRODUCED if not ratio > 1 else REPRODUCED if p <= 0.05 else NOT_REPRODUCED
     note = f"{below} of {len(deq['sup'])} seeds are below the floor of their own norms; sup error over the test points"
     statement = f"d = {d}: floor at DEQ's norms / its sup error"
     return Claim(statement, "Thm. 2", ratio, ">", 1, _if_measured(verdict, deq, quick), note)
@@ -225,6 +224,6 @@ EXPERIMENT = Experiment(
     ),
     function=run_steep,
     width_means="neurons of the trained DEQs; the constructions go up to this width, at least to K = 64",
-    width=(20, 20),
-    seeds=(8, 3),
+    width=(20, 20, 256),
+    seeds=(8, 3, 16),
 )
