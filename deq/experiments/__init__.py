@@ -3,20 +3,22 @@
 Reference: "Separation and Bias of Deep Equilibrium Models on Expressivity and Learning Dynamics", NeurIPS 2024.
 """
 
-from . import bias, density, features, gotu, regions, sawtooth, spectrum, steep
+from . import bias, density, features, flops, gotu, norms, regions, sawtooth, spectrum, steep
 from ._ledger import write_ledger
 from ._run import Experiment, Settings, SettingsError, execute, forget_parts, parts_path
 
 REGISTRY: dict[str, Experiment] = {
     e.name: e
     for e in (
-        steep.EXPERIMENT,
         regions.EXPERIMENT,
+        sawtooth.EXPERIMENT,
+        steep.EXPERIMENT,
+        norms.EXPERIMENT,
         bias.EXPERIMENT,
         density.EXPERIMENT,
         gotu.EXPERIMENT,
-        sawtooth.EXPERIMENT,
         features.EXPERIMENT,
+        flops.EXPERIMENT,
         spectrum.EXPERIMENT,
     )
 }

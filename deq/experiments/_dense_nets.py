@@ -66,6 +66,11 @@ class DenseDEQ(EquilibriumNet):
         evaluations = 1.0 if self.last is None else float(self.last.iterations.double().mean())
         return (evaluations - 1) * self.width**2
 
+    def training_flops(self) -> float:
+        """The adjoint takes about as many evaluations as the forward solve, and dW is one more product."""
+        outside = 3 * 2 * self.width * (self.inputs + 1)
+        return outside + 2 * (2 * self.products() + self.width**2)
+
     def equilibrium(self, c: Tensor) -> Tensor:
         start = self.last.z if self.warm and self.last is not None and self.last.z.shape == c.shape else None
         with warnings.catch_warnings():

@@ -10,7 +10,7 @@ from ._judge import kind_of
 from ._nets import EquilibriumNet, SeededNet
 from ._result import number, spread
 from ._run import Run, Tick
-from ._train import Loss, square, train
+from ._train import Loss, Schedule, cosine, square, train
 
 Make = Callable[[int, torch.Generator], SeededNet]
 STEPS = 2000  # evaluations of a DEQ's first solve; the second has ten times as many
@@ -33,7 +33,8 @@ def fit(
     rate: float,
     clip: float | None = None,
     loss: Loss = square,
-    final_share: float = 0.01,
+    schedule: Schedule | None = None,
+    after: Callable[[SeededNet], None] | None = None,
     metric: Callable[[Tensor], Tensor] | None = None,
     inspect: Callable[[SeededNet], dict] | None = None,
     prepare: Callable[[SeededNet, Tick], None] | None = None,
@@ -41,6 +42,7 @@ def fit(
     """Train ``make``'s net on ``batch`` and test it on ``test``, x (S, B, d) and y (S, B): a row of numbers.
 
     metric: (S,) of an output on the test points, the mean squared error if None; reported as "mse" in either case.
+    schedule: of the learning rate, a cosine to 1 % if None. after(net): called after every update.
     inspect(net): more entries for the row. prepare(net, tick): trains beforehand, on easier targets.
     flops: of a forward pass of one sample, a DEQ's with the evaluations that it needed; training: the same of a
     training step, with the backward pass. memory: numbers kept a sample for the backward pass. evidence: None for
@@ -59,7 +61,8 @@ def fit(
         rate=rate,
         clip=clip,
         loss=loss,
-        final_share=final_share,
+        schedule=schedule or cosine(0.01),
+        after=None if after is None else lambda: after(net),
         checkpoints=shown,
         observe=lambda step: tick(step / steps),
     )
@@ -67,7 +70,7 @@ def fit(
     row |= {"ill_posed": {str(k): v for k, v in log.ill_posed.items()}}
     with torch.no_grad():
         used = metric(net(x))
-        row |= {"mse": used.tolist(), "flops": net.flops(), "training": 3 * net.flops(), "evidence": None}
+        row |= {"mse": used.tolist(), "flops": net.flops(), "training": net.training_flops(), "evidence": None}
         if isinstance(net, EquilibriumNet):
             twin = net.double()
             steps_of_use = getattr(net, "steps", STEPS)

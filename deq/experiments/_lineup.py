@@ -31,7 +31,7 @@ def feedforward(width: int, depth: int, kinks: float, steps: int = TIED_STEPS) -
     parameters = width * width + 3 * width + 1
     same = {
         "params": (matching_width(1, depth, parameters), depth),
-        "FLOPs": (_width_for_flops(depth + 2, 2 * (2 * width + (steps - 1) * width * width)), depth + 2),
+        "FLOPs": (width_for_flops(depth + 2, 2 * (2 * width + (steps - 1) * width * width)), depth + 2),
         "memory": (-(-width // (depth - 1)), depth),
     }
     return {
@@ -40,7 +40,7 @@ def feedforward(width: int, depth: int, kinks: float, steps: int = TIED_STEPS) -
     }
 
 
-def _width_for_flops(depth: int, flops: float) -> int:
+def width_for_flops(depth: int, flops: float) -> int:
     """The smallest width with at least so many; a net's parameters less its biases are half of its FLOPs."""
     width = 1
     while 2 * (feedforward_count(1, width, depth) - width * (depth - 1) - 1) < flops:

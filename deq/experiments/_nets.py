@@ -26,6 +26,10 @@ class SeededNet:
         """Multiplications and additions of a forward pass of one sample, products with weights only."""
         raise NotImplementedError
 
+    def training_flops(self) -> float:
+        """The same of a training step: twice as much again for the gradients of inputs and of weights."""
+        return 3 * self.flops()
+
     def failed(self) -> Tensor | None:
         """(S, B) samples of the last call whose equilibrium was not found; None where that cannot happen."""
         return None

@@ -1,5 +1,6 @@
 """The trainer of all experiments: Adam with a cosine schedule, all seeds in one go."""
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from ..solution import ConvergenceWarning
 from ._dense_nets import statuses
 from ._nets import SeededNet
 
+Schedule = Callable[[float], float]  # finished fraction of the steps -> factor of the learning rate
 Loss = Callable[[Tensor, Tensor], Tensor]  # output and target (S, B) -> (S, B)
 
 
@@ -43,6 +45,16 @@ class Log:
         return lines
 
 
+def cosine(final: float = 0.02) -> Schedule:
+    """From 1 to ``final`` on half a cosine."""
+    return lambda done: final + (1 - final) * (1 + math.cos(math.pi * done)) / 2
+
+
+def hold_then_fall(hold: float, final: float = 0.01) -> Schedule:
+    """1 for this fraction of the steps, then on a line towards 0, but not below ``final``."""
+    return lambda done: 1.0 if done < hold else max(final, (1 - done) / (1 - hold))
+
+
 def square(output: Tensor, target: Tensor) -> Tensor:
     return (output - target).square()
 
@@ -53,7 +65,7 @@ def train(
     *,
     steps: int,
     rate: float = 1e-2,
-    final_share: float = 0.02,
+    schedule: Schedule | None = None,
     clip: float | None = None,
     loss: Loss = square,
     checkpoints: Sequence[int] = (),
@@ -62,13 +74,14 @@ def train(
 ) -> Log:
     """Minimise the mean ``loss`` of every seed over the batches that ``batch()`` gives.
 
-    batch: x (S, B, d) and y (S, B). The learning rate falls from ``rate`` to ``rate * final_share`` on a cosine.
+    batch: x (S, B, d) and y (S, B). schedule: factor of ``rate`` by the finished fraction of steps, a cosine if None.
     clip: largest 2-norm of a seed's gradient. observe(step): called without gradients before every step in
     ``checkpoints``; step ``steps`` is the end. after(): called after every update, for constraints on the weights.
     The losses of the seeds are added, clipping is by seed, and Adam works entry by entry, so that no seed sees another.
     """
     optimiser = torch.optim.Adam(net.parameters, lr=rate, fused=True)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps, eta_min=rate * final_share)
+    factor = schedule or cosine()
+    decay = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: factor(step / steps))
     due, log = set(checkpoints), Log()
     for step in range(steps):
         if step in due:
@@ -87,7 +100,7 @@ def train(
         if clip is not None:
             _clip(net, clip)
         optimiser.step()
-        schedule.step()
+        decay.step()
         if after is not None:
             after()
     if steps in due:

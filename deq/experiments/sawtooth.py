@@ -1,5 +1,7 @@
 """Fig. 1a, d and 3: can a DEQ be trained to the sawtooth that it can represent?"""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from matplotlib.figure import Figure
@@ -13,7 +15,7 @@ from ._lineup import F32, equilibria, feedforward, tied
 from ._nets import SeededNet, TriangularDEQ
 from ._result import Claim, Result, Table, proved_for_all, spread
 from ._run import Choice, Experiment, Part, Run, Tick
-from ._train import train
+from ._train import cosine, train
 
 F64 = torch.float64
 SOURCE = "Fig. 1a, d; Fig. 3"
@@ -81,11 +83,11 @@ def run_sawtooth(run: Run) -> Result:
     parts = [Part("built", "Theorem 1's DEQ with a linear readout", lambda tick: _built())]
     entries = run.settings.seeds * config.grid * width
     parts += [
-        Part(f"{n}/{name}", f"train {name}, 2^{n} pieces", _training(run, n, name, make, None), entries)
+        Part(f"{n}/{name}", f"train {name}, 2^{n} pieces", training(run, n, name, make), entries)
         for n, name, make in nets
     ]
     parts += [
-        Part(f"tried/{name}", f"train {name}", _training(run, last, name, make, path), entries)
+        Part(f"tried/{name}", f"train {name}", training(run, last, name, make, path), entries)
         for name, (make, path) in tried.items()
     ]
     values = run.parts(parts)
@@ -120,7 +122,11 @@ def _attempts(run: Run, width: int, n: int) -> dict[str, tuple[Make, list[int] |
     return made
 
 
-def _training(run: Run, n: int, name: str, make: Make, path: list[int] | None):
+def training(
+    run: Run, n: int, name: str, make: Make, path: list[int] | None = None
+) -> Callable[[Tick], dict]:
+    """A part that trains one model on 2^n pieces; ``path``: coarser sawtooths to train on first."""
+
     def compute(tick: Tick) -> dict:
         config, S = run.config, run.settings.seeds
         x = (
@@ -140,7 +146,7 @@ def _training(run: Run, n: int, name: str, make: Make, path: list[int] | None):
                     steps=config.steps // 4,
                     rate=config.rate,
                     clip=config.clip,
-                    final_share=0.3,
+                    schedule=cosine(0.3),
                 )
 
         y = triangle(x[..., 0], n)
