@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from ._equilibria import MOVED, moved
+from ._lemma2 import check as lemma2
 from ._result import (
     CONFOUNDED,
     NOT_JUDGED,
@@ -26,6 +27,8 @@ BUILT, QUICK_BUILT = (5, 10, 15, 20, 25, 30), (5, 10, 30)  # dimensions d, delta
 SOLVED = (4, 5, 6)  # of those that the engine solves: the plain iteration needs about 2^d steps
 TRAINED = (6, 10)  # of the trained nets; from d = 16 on nothing learns from samples of the cube
 STEPS, QUICK_STEPS = 3000, 200
+WIDE, QUICK_WIDE = (4096, 65536), (4096,)  # widths at which both laws are checked once, at d = 20
+DRAWS = 10_000  # pairs of contractions for Lemma 2
 
 
 def run_steep(run: Run) -> Result:
@@ -42,6 +45,11 @@ def run_steep(run: Run) -> Result:
         Part(f"solved/{d}", f"constructions by deq.solve, d = {d}", lambda tick, d=d: solve_built(d, run.device))
         for d in SOLVED
     ]
+    parts.append(Part("lemma2", "Lemma 2 on random contractions", lambda tick: lemma2(DRAWS, run.generator("lemma2"))))
+    parts += [
+        Part(f"wide/{K}", f"constructions of width {K}", _building(run, 20, [K]), K * POINTS)
+        for K in (QUICK_WIDE if quick else WIDE)
+    ]
     nets = [(d, name, make) for d in TRAINED for name, make in models(width, d).items()]
     parts += [
         Part(
@@ -54,10 +62,11 @@ def run_steep(run: Run) -> Result:
     ]
     values = run.parts(parts)
 
+    wide = [row for K in (QUICK_WIDE if quick else WIDE) for row in values[f"wide/{K}"]]
     built = [row for d in ds for row in values[f"built/{d}"]]
     solved = [row for d in SOLVED for row in values[f"solved/{d}"]]
     trained = [values[f"trained/{d}/{name}"] | {"model": name, "case": f"{name}, d = {d}"} for d, name, _ in nets]
-    claims = [*_proved(built, solved, trained)]
+    claims = [*_proved([*built, *wide], solved, trained), *_lemma2_claims(values["lemma2"])]
     for d in TRAINED:
         of_d = [r for r in trained if r["d"] == d]
         claims += [_learned_better(d, of_d, quick), _below_floor(d, of_d, quick)]
@@ -72,7 +81,7 @@ def run_steep(run: Run) -> Result:
     if quick:
         notes.append(f"Quick: {steps} steps are too few to judge training.")
     tables = [_built_table(ds, built), _trained_table(trained), _equilibrium_table(solved, trained)]
-    record = {"built": built, "solved": solved, "trained": trained, "steps": steps, "batch": BATCH}
+    record = {"built": built, "wide": wide, "lemma2": values["lemma2"], "solved": solved, "trained": trained, "steps": steps, "batch": BATCH}
     return Result(claims, tables, record, draw(built, trained), notes)
 
 
@@ -125,6 +134,14 @@ def _proved(built: list[dict], solved: list[dict], trained: list[dict]) -> list[
         claim("deq.solve: error / law of A and B", solved, lambda r: r["law"], "<=", 1),
         claim("deq.solve - closed form, over bound", equilibria, lambda r: r["difference"], "<=", 1),
         claim("feed-forward: sup error - floor", floors, lambda r: r["excess"], ">=", 0),
+    ]
+
+
+def _lemma2_claims(row: dict) -> list[Claim]:
+    drawn = f"{row['draws']} pairs of contractions; tightest ratio {number(row['tightest'])}"
+    return [
+        proved("fixed points further apart than allowed", "Lemma 2", row["violations"], "==", 0, drawn),
+        proved("pairs that break the pointwise inequality", "Lemma 2, before", row["pointwise"], ">", 0, drawn),
     ]
 
 
