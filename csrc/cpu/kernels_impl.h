@@ -273,6 +273,7 @@ void step(const Step<T>& s, int n) {
 }
 
 }  // namespace
+#include "lanes_impl.h"
 #include "skip_impl.h"
 namespace {
 
@@ -471,6 +472,7 @@ const deq::Kernels<T>* table() {
       .mix = mix<T>,
       .absorb = absorb,
       .peak_flops = peak_flops<T>,
+      .lane = lane_table<T>,
   };
   return &kTable;
 }
