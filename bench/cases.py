@@ -138,5 +138,25 @@ SCALING_CASES = (  # from one thread to two
 )
 KERNEL_CASES = tuple((m, B) for m in (64, 100, 128, 256, 512, 1024, 2048) for B in (8, 64))  # the micro-kernel alone
 KERNEL_MUST = 0.9  # of the core's measured FMA peak
+# Solves whose instructions are counted (bench/instructions.py): activation and acceleration by their numbers in C; and
+# steps whose evaluations, products, operators and bytes are (bench/guard.py): m, B, activation, solver.
+INSTRUCTION_ISAS = ("avx2", "portable")
+_RELU = {"m": 64, "B": 16, "activation": 1, "dtype": "float32", "masked": False, "acceleration": 0, "radius": 0.6}
+INSTRUCTION_CASES = {
+    "relu": _RELU,
+    "relu-wide": _RELU | {"m": 160, "B": 24},
+    "one-sample": _RELU | {"m": 100, "B": 1},
+    "tanh": _RELU | {"activation": 6},
+    "adjoint": _RELU | {"masked": True},
+    "double": _RELU | {"dtype": "float64"},
+    "anderson": _RELU | {"acceleration": 1},
+}
+COUNT_CASES = {
+    "plain": (64, 32, "relu", "plain"),
+    "auto": (192, 48, "relu", "auto"),
+    "gelu": (48, 16, "gelu", "plain"),
+    "anderson": (64, 32, "relu", "anderson"),
+    "cayley": (64, 32, "relu", "cayley"),
+}
 MEMORY_CASE = Case(256, 16384)
 MEMORY_MUST = {"forward": 1.2, "forward + backward": 2.5}  # buffers of B x m elements

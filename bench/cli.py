@@ -203,6 +203,59 @@ def digits(epochs: int, threads: int | None, seed: int, out: Path) -> None:
     _finish(rows, out, "digits", console)
 
 
+@bench.command()
+@click.argument("base")
+@click.argument("head", default="HEAD")
+def compare(base: str, head: str) -> None:
+    """Is HEAD slower than BASE? Builds both commits and runs them in turns; exit code 1 if any case takes longer by
+    more than 5 % and three times the spread. About two minutes, a third of it compiling; one thread, processor time."""
+    from rich.console import Console
+
+    from . import compare as run
+    from . import report
+
+    console = Console()
+    try:
+        with console.status("Building and running"), run.built((base, head), Path.cwd()) as sites:
+            verdicts = run.run(tuple(sites))
+    except RuntimeError as error:
+        raise click.ClickException(f"{error}") from error
+    console.print(report.verdicts(verdicts))
+    click.get_current_context().exit(1 if any(v.fails for v in verdicts) else 0)
+
+
+@bench.command()
+@click.option("--update", is_flag=True, help="Write the numbers of this build as the golden ones.")
+def guard(update: bool) -> None:
+    """Count instructions, evaluations, products, operators and bytes, and compare them with tests/guard.json. Exit code
+    1 if anything is done more often than there. Half a minute; needs valgrind, and no quiet machine."""
+    from rich.console import Console
+
+    from . import guard as run
+
+    console = Console()
+    try:
+        with console.status("Counting"):
+            measured = run.measure()
+    except RuntimeError as error:
+        raise click.ClickException(f"{error}.") from error
+    if update:
+        run.write(measured)
+        console.print(f"Written to {run.GOLDEN}", soft_wrap=True)
+        return
+    try:
+        golden = run.read()
+    except OSError as error:
+        raise click.ClickException(f"the golden numbers come with a checkout: {error}.") from error
+    findings = run.compare(golden, measured)
+    for finding in findings:
+        if finding.fails:
+            click.echo(str(finding))
+    failed, fewer = sum(f.fails for f in findings), sum(f.now < f.golden for f in findings)
+    console.print(f"{failed} numbers rose beyond their tolerance; {fewer} fell. `deq bench guard --update` keeps them.")
+    click.get_current_context().exit(1 if failed else 0)
+
+
 def _follow(run, out: Path, tables: Callable) -> None:
     """Go through the steps of a run with a progress bar; then, also when stopped, print, draw and say where it is."""
     from rich.console import Console

@@ -1,11 +1,12 @@
 """Tables of measurements, 80 columns wide; a figure is followed by (what it must be), and by ! if it is not."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from .compare import Verdict
     from .run import Results
 
 
@@ -235,3 +236,16 @@ def _ratio(row: dict | None, field: str) -> str:
 
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
+
+
+def verdicts(verdicts: Sequence["Verdict"]) -> Table:
+    """One line a job of bench/compare.py."""
+    table = _table("Time of HEAD / time of BASE, one thread (at most)")
+    table.add_column("case", no_wrap=True)
+    for heading in ("BASE", "HEAD", "HEAD / BASE", "spread"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for v in verdicts:
+        mark = "!" if v.fails else ""
+        cells = f"{1e3 * v.base:.3g} ms", f"{1e3 * v.head:.3g} ms", f"{v.ratio:.3f} ({v.limit:.2f}){mark}"
+        table.add_row(v.job.name, *cells, f"{v.spread:.1%}")
+    return table
