@@ -12,6 +12,8 @@ from .records import (
     BEFORE,
     BEST_AT,
     COUNTERS,
+    DUE,
+    EVEN,
     FAILED,
     FRONT,
     HELD,
@@ -20,18 +22,22 @@ from .records import (
     LISTS,
     LIVE_SAMPLES,
     MARKS,
-    PENDING,
+    MOVED,
     PLACE,
     RECORD,
     RESIDUAL,
     RING,
+    RUN,
     STATUS,
     STEP,
     UNIT,
     VALUES,
     C,
     D,
+    X,
+    Y,
     floats,
+    halves,
     ints,
     unit_of,
 )
@@ -56,6 +62,7 @@ def start_kernel(
     ACCELERATION: tl.constexpr,
     CRITERION: tl.constexpr,
     FREE_FIRST: tl.constexpr,
+    INCREMENTS: tl.constexpr,
     TILE_B: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -102,6 +109,14 @@ def start_kernel(
             y = tl.zeros((BLOCK,), tl.float32)
         y = tl.where(finite, y, 0.0)
         tl.store(front_ptr + j, y, mask=j < m)
+        if INCREMENTS:
+            if FREE_FIRST:  # f(0) is the first increment, and c is W 0 + c
+                c = tl.where(finite, c, 0.0)
+                tl.store(floats(table_ptr, X) + b * m + j, c, mask=j < m)
+                tl.store(floats(table_ptr, Y) + b * m + j, tl.zeros((BLOCK,), tl.float32), mask=j < m)
+                tl.store(halves(table_ptr, EVEN) + b * m + j, y.to(tl.bfloat16), mask=j < m)
+            else:
+                tl.store(floats(table_ptr, Y) + b * m + j, y, mask=j < m)
         if not HOMOGENEOUS:
             y = y * unit
         total += tl.sum(y * y)
@@ -130,6 +145,10 @@ def start_kernel(
     tl.store(marks_ptr + BEST_AT * B, best_at)
     tl.store(marks_ptr + PLACE * B, 0)
     tl.store(marks_ptr + HELD * B, 1 if ACCELERATION == ANDERSON else 0)
+    if INCREMENTS:
+        tl.store(record_ptr + MOVED * B, tl.where(step < float("inf"), step, 0.0))
+        tl.store(marks_ptr + RUN * B, 0)
+        tl.store(marks_ptr + DUE * B, 0 if FREE_FIRST else 1)
     counters = ints(table_ptr, COUNTERS)
     if status == LIVE:
         tl.atomic_add(counters + LIVE_SAMPLES, 1)
@@ -163,7 +182,7 @@ def finish_kernel(
     b = tl.program_id(0).to(tl.int64)
     record = floats(table_ptr, RECORD) + b
     marks = ints(table_ptr, MARKS) + b
-    place = tl.load(marks + PLACE * B) % PENDING
+    place = tl.load(marks + PLACE * B)
     status = tl.load(marks + STATUS * B)
     source = floats(table_ptr, tl.where(place < RING, FRONT + place, VALUES))
     source += (tl.maximum(place - RING, 0).to(tl.int64) * B + b) * m

@@ -39,7 +39,9 @@ from .records import (
     BEST,
     BEST_AT,
     COUNTERS,
+    DUE,
     ENDINGS,
+    EVEN,
     FAILED,
     FRONT,
     GRAM,
@@ -49,16 +51,17 @@ from .records import (
     LISTS,
     LIVE_SAMPLES,
     MARKS,
+    MOVED,
     NONE,
     ON_DEMAND,
     PARTS,
-    PENDING,
     PLACE,
     RECORD,
     REFLECTED,
     RESIDUAL,
     RESIDUALS,
     RING,
+    RUN,
     SAVED,
     STATUS,
     STEP,
@@ -70,8 +73,11 @@ from .records import (
     C,
     D,
     W,
+    X,
+    Y,
     doubles,
     floats,
+    halves,
     ints,
 )
 from .tiles import MOST_SPLITS, RAGGED_SAMPLES, STEP_TILES, Tiles, step_tiles
@@ -118,13 +124,15 @@ def step_kernel(
     DEPTH: tl.constexpr,
     CRITERION: tl.constexpr,
     PRECISION: tl.constexpr,
+    INCREMENTS: tl.constexpr,
     SPLITS: tl.constexpr,
     SLOTS: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One (BLOCK_B, BLOCK_N) tile of one evaluation, or with SPLITS a share of it; see the head of the file."""
+    """One (BLOCK_B, BLOCK_N) tile of one evaluation, or with SPLITS a share of it; see the head of the file. With
+    INCREMENTS it is an anchor of :mod:`.delta`: of the samples that are due, from Y, and leaving X and an increment."""
     tiles_b = tl.cdiv(B, BLOCK_B)
     tiles_n = tl.cdiv(m, BLOCK_N)
     program = tl.program_id(0)
@@ -134,13 +142,19 @@ def step_kernel(
         return
 
     in_b = tl.arange(0, BLOCK_B) < B - tile_b * BLOCK_B
+    b = tile_b.to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    marks = ints(table_ptr, MARKS) + b
+    live = in_b & (tl.load(marks + STATUS * B, mask=in_b, other=0) == LIVE)
+    if INCREMENTS:
+        live = live & (tl.load(marks + DUE * B, mask=live, other=0) != 0)
+        if tl.max(live.to(tl.int32)) == 0:
+            return
     in_n = (tl.arange(0, BLOCK_N) < m - tile_n * BLOCK_N)[None, :]
     inside = in_b[:, None] & in_n
-    b = tile_b.to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     n = (tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
     at = b[:, None] * m + n
     area = (tile_b.to(tl.int64) * 0 + B) * m
-    source = floats(table_ptr, FRONT + turn % 2)
+    source = floats(table_ptr, Y if INCREMENTS else FRONT + turn % 2)
     target = floats(table_ptr, FRONT + (turn + 1) % 2)
 
     share = tl.cdiv(tl.cdiv(m, BLOCK_K), SPLITS) * BLOCK_K
@@ -166,33 +180,31 @@ def step_kernel(
     if SPLITS > 1:
         parts = floats(table_ptr, PARTS) + at
         tl.store(parts + program % SPLITS * area, x, mask=inside)
-        if not _is_last(counters + LISTS + 2 * tiles_b + tile_b * tiles_n + tile_n, SPLITS):
+        if not is_last(counters + LISTS + 2 * tiles_b + tile_b * tiles_n + tile_n, SPLITS):
             return
         x = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
         for part in tl.static_range(SPLITS):
             x += tl.load(parts + part * area, mask=inside, other=0.0, cache_modifier=".cg")
 
     record = floats(table_ptr, RECORD) + b
-    marks = ints(table_ptr, MARKS) + b
-    live = in_b & (tl.load(marks + STATUS * B, mask=in_b, other=0) == LIVE)
     unit = tl.load(record + UNIT * B, mask=in_b, other=1.0)[:, None]
     c = tl.load(floats(table_ptr, C) + b[:, None] * stride_c + n, mask=inside, other=0.0)
     if HOMOGENEOUS:
         c = c * unit
     d_ptrs = floats(table_ptr, D) + b[:, None] * stride_d + n
-    out = ending(x + c, d_ptrs, inside, ENDING, ACTIVATION)
+    x += c
+    out = ending(x, d_ptrs, inside, ENDING, ACTIVATION)
     out = tl.where(in_n, out, 0.0)  # act(0) need not be zero
     step = out - tl.load(source + at, mask=inside, other=0.0)
 
+    held = tl.load(marks + HELD * B, mask=live, other=0)
     place = tl.load(marks + PLACE * B, mask=live, other=0)
-    saves = live & (place >= PENDING)
-    if tl.max(saves.to(tl.int32)) > 0:  # the best iterate so far is about to be overwritten
-        place = place - PENDING
+    saves = live & _overwritten(place, turn, DEPTH)
+    if tl.max(saves.to(tl.int32)) > 0:  # the best iterate so far
         kept = tl.load(target + at, mask=inside & (saves & (place < RING))[:, None], other=0.0)
         if ACCELERATION != NONE:
-            in_ring = inside & (saves & (place >= RING))[:, None]
-            ring_at = (place - RING).to(tl.int64)[:, None] * area + at
-            kept += tl.load(floats(table_ptr, VALUES) + ring_at, mask=in_ring, other=0.0)
+            newest_ptr = floats(table_ptr, VALUES) + turn % DEPTH * area
+            kept += tl.load(newest_ptr + at, mask=inside & (saves & (place >= RING))[:, None], other=0.0)
         tl.store(floats(table_ptr, BEST) + at, kept, mask=inside & saves[:, None])
         tl.debug_barrier()  # read before any thread overwrites it
 
@@ -203,7 +215,6 @@ def step_kernel(
     if not HOMOGENEOUS:
         scaled, size = step * unit, out * unit
     if ACCELERATION != NONE:
-        held = tl.load(marks + HELD * B, mask=live, other=0)
         windowed = inside & (held > 0)[:, None]
         written = written & (held == 0)[:, None]
         if tl.max(held) > 0:
@@ -219,17 +230,26 @@ def step_kernel(
                 other = tl.where(age == 0, scaled, other)
                 tl.store(sums + (2 + r) * field, tl.sum(scaled * other, axis=1), mask=held > 0)
     tl.store(target + at, out, mask=written)
+    if INCREMENTS:
+        tl.store(floats(table_ptr, X) + at, x, mask=written)
+        tl.store(halves(table_ptr, EVEN) + at, step.to(tl.bfloat16), mask=written)
     tl.store(sums, tl.sum(scaled * scaled, axis=1), mask=live)
     tl.store(sums + field, tl.sum(size * size, axis=1), mask=live)
-    if _is_last(counters + LISTS + tiles_b + tile_b, tiles_n):
+    if is_last(counters + LISTS + tiles_b + tile_b, tiles_n):
         _advance(
             table_ptr, turn, B, tile_b, tiles_n, b, live, tol, leave, max_iter, patience,
-            ACCELERATION, DEPTH, CRITERION, SLOTS,
+            ACCELERATION, DEPTH, CRITERION, INCREMENTS, SLOTS,
         )  # fmt: skip
 
 
 @triton.jit
-def _is_last(arrived_ptr, programs):
+def _overwritten(place, turn, DEPTH: tl.constexpr):
+    """Whether a turn writes to the PLACE."""
+    return (place == (turn + 1) % 2) | (place == RING + turn % DEPTH)
+
+
+@triton.jit
+def is_last(arrived_ptr, programs):
     """Whether this program is the last of so many to get here; then it sees what the others stored before, if it loads
     past the first cache, and the counter is ready for the next time."""
     tl.debug_barrier()
@@ -240,7 +260,7 @@ def _is_last(arrived_ptr, programs):
 
 
 @triton.jit
-def _total(sums_ptr, tiles_n, B, b, mask, SLOTS: tl.constexpr):
+def total_of(sums_ptr, tiles_n, B, b, mask, SLOTS: tl.constexpr):
     """The sum over tiles of one field of SUMS for the samples b (n,), always in the same order."""
     total = tl.zeros(b.shape, tl.float32)
     first = 0
@@ -269,6 +289,7 @@ def _advance(
     ACCELERATION: tl.constexpr,
     DEPTH: tl.constexpr,
     CRITERION: tl.constexpr,
+    INCREMENTS: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
     """Judge the evaluation of the live samples b (n,) of a row of tiles, and say what happens to them next."""
@@ -276,8 +297,8 @@ def _advance(
     marks = ints(table_ptr, MARKS) + b
     sums = floats(table_ptr, SUMS)
     field = (tile_b.to(tl.int64) * 0 + tiles_n) * B
-    step = tl.sqrt(_total(sums, tiles_n, B, b, live, SLOTS))
-    size = tl.sqrt(_total(sums + field, tiles_n, B, b, live, SLOTS))
+    step = tl.sqrt(total_of(sums, tiles_n, B, b, live, SLOTS))
+    size = tl.sqrt(total_of(sums + field, tiles_n, B, b, live, SLOTS))
     k = tl.load(marks + ITERATION * B, mask=live, other=0) + 1
     previous = tl.load(record + STEP * B, mask=live, other=1.0)
     before = tl.load(record + BEFORE * B, mask=live, other=1.0)
@@ -289,9 +310,8 @@ def _advance(
     status, better, best, best_at, limit, slow = judge(
         step, size, k, previous, before, best, best_at, limit, tol, leave, max_iter, patience, CRITERION
     )
-    place = tl.where(place >= PENDING, SAVED, place)  # this step has saved it
     here = tl.where(held > 0, RING + turn % DEPTH, (turn + 1) % 2)
-    place = tl.where(better, here, tl.where(place == SAVED, SAVED, place + PENDING))
+    place = tl.where(better, here, tl.where(_overwritten(place, turn, DEPTH), SAVED, place))
     goes_on = live & (status == LIVE)
     if ACCELERATION != NONE:
         mixes = goes_on & (held > 0)
@@ -299,7 +319,7 @@ def _advance(
             newest = turn % DEPTH
             gram = doubles(table_ptr, GRAM) + b
             for r in tl.static_range(DEPTH):
-                dots = _total(sums + (2 + r) * field, tiles_n, B, b, mixes, SLOTS)
+                dots = total_of(sums + (2 + r) * field, tiles_n, B, b, mixes, SLOTS)
                 present = mixes & ((newest + DEPTH - r) % DEPTH < held)
                 tl.store(gram + entry(newest, r, DEPTH) * B, dots.to(tl.float64), mask=present)
             tl.debug_barrier()
@@ -311,6 +331,10 @@ def _advance(
         if ACCELERATION == ON_DEMAND:
             held = tl.where((held == 0) & slow, 1, held)
         tl.store(marks + HELD * B, held, mask=live)
+    if INCREMENTS:
+        tl.store(record + MOVED * B, step, mask=live)
+        tl.store(marks + RUN * B, 0, mask=live)
+        tl.store(marks + DUE * B, (held > 0).to(tl.int32), mask=live)  # an accelerated one goes from anchor to anchor
     tl.store(record + STEP * B, step, mask=live)
     tl.store(record + BEFORE * B, previous, mask=live)
     tl.store(record + RESIDUAL * B, best, mask=live)
@@ -328,7 +352,16 @@ def _advance(
 
 
 @triton.jit(do_not_specialize=["turn", "B"])
-def mix_kernel(table_ptr, turn, B, m, DEPTH: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr):
+def mix_kernel(
+    table_ptr,
+    turn,
+    B,
+    m,
+    DEPTH: tl.constexpr,
+    INCREMENTS: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     """The next iterate of accelerated samples, ``sum_r weight_r f(y_r)``; a (BLOCK_B, BLOCK_N) tile of it."""
     tiles_n = tl.cdiv(m, BLOCK_N)
     tile_b = tl.program_id(0) // tiles_n
@@ -348,7 +381,7 @@ def mix_kernel(table_ptr, turn, B, m, DEPTH: tl.constexpr, BLOCK_B: tl.constexpr
     for r in tl.static_range(DEPTH):
         weight = tl.load(floats(table_ptr, WEIGHTS) + r * B + b, mask=mixes, other=0.0)[:, None]
         y += weight * tl.load(floats(table_ptr, VALUES) + r * area + at, mask=inside & (weight != 0.0), other=0.0)
-    tl.store(floats(table_ptr, FRONT + (turn + 1) % 2) + at, y, mask=inside)
+    tl.store(floats(table_ptr, Y if INCREMENTS else FRONT + (turn + 1) % 2) + at, y, mask=inside)
 
 
 # Ending, activation (the dearest of each arithmetic), and the direction in which W is contiguous.
@@ -363,12 +396,20 @@ def compilations() -> list[Compilation]:
         splits = (1,) if tiles.samples > 16 else (1, MOST_SPLITS)
         for kind, split, acceleration, width in product(_KINDS, splits, ("none", "on_demand"), ("aligned", "ragged")):
             if width == "aligned" or tiles.samples <= RAGGED_SAMPLES:
-                found.append(_step_compilation(tiles, split, *kind, acceleration, width))
+                found.append(_step_compilation(tiles, split, *kind, acceleration, width, False))
+        found.append(_step_compilation(tiles, 1, *_KINDS[1], "on_demand", "aligned", True))
     return found
 
 
 def _step_compilation(
-    tiles: Tiles, splits: int, ending: str, activation: str, weight: str, acceleration: str, width: str
+    tiles: Tiles,
+    splits: int,
+    ending: str,
+    activation: str,
+    weight: str,
+    acceleration: str,
+    width: str,
+    increments: bool,
 ) -> Compilation:
     unit, across = ("stride_wk", "stride_wn") if weight == "rows" else ("stride_wn", "stride_wk")
     accelerates = acceleration != "none"
@@ -381,13 +422,15 @@ def _step_compilation(
         "DEPTH": 5 if accelerates else 1,
         "CRITERION": 0,
         "PRECISION": "tf32x3",
+        "INCREMENTS": int(increments),
         "SPLITS": splits,
         "SLOTS": 32,
         "BLOCK_B": tiles.samples,
         "BLOCK_N": tiles.units,
         "BLOCK_K": tiles.depth,
     }
-    group = f"step, {'accelerated, ' if accelerates else ''}{splits} split{'s' if splits > 1 else ''}, {tiles}"
+    what = f"{'anchor' if increments else 'step'}, {'accelerated, ' if accelerates else ''}"
+    group = f"{what}{splits} split{'s' if splits > 1 else ''}, {tiles}"
     return Compilation(
         name=f"{group}, {ending} of {activation}, W by {weight}, {width}",
         group=group,

@@ -14,22 +14,26 @@ NONE, ANDERSON, ON_DEMAND = (tl.constexpr(n) for n in range(3))
 
 # The table of addresses (int64). W (m, m), C and D (B, m): weight, injection and mask; FRONT, BACK, BEST (B, m): two
 # buffers and the best iterates saved; VALUES, RESIDUALS (DEPTH, B, m): the windows f(y) and f(y) - y; GRAM (DEPTH^2, B)
-# float64; WEIGHTS (DEPTH, B) by ring position; PARTS (SPLITS, B, m); SUMS (2 + DEPTH, tiles, B); RECORD (5, B); MARKS
-# (5, B) int32; COUNTERS int32. All float32 but those.
+# float64; WEIGHTS (DEPTH, B) by ring position; PARTS (SPLITS, B, m); SUMS (2 + DEPTH, tiles, B); RECORD; MARKS int32;
+# COUNTERS int32. With increments LOW (m, m) bfloat16, the W of their steps; Y, X (B, m): the iterate and its W y + c;
+# EVEN, ODD (B, m) bfloat16: increments. All float32 but those.
 TABLE = ("W", "C", "D", "FRONT", "BACK", "BEST", "VALUES", "RESIDUALS", "GRAM", "WEIGHTS", "PARTS", "SUMS", "RECORD")
-TABLE += ("MARKS", "COUNTERS")
+TABLE += ("MARKS", "COUNTERS", "LOW", "Y", "X", "EVEN", "ODD")
 W, C, D, FRONT, BACK, BEST, VALUES, RESIDUALS, GRAM, WEIGHTS, PARTS, SUMS, RECORD, MARKS, COUNTERS = (
-    tl.constexpr(n) for n in range(len(TABLE))
+    tl.constexpr(n) for n in range(15)
 )
-# Fields of RECORD: the last two steps, the smallest residual, the limit of divergence (before the first evaluation the
-# norm of the start), and the power of two that a sample is judged in, homogeneous ones also solved in.
-STEP, BEFORE, RESIDUAL, LIMIT, UNIT = (tl.constexpr(n) for n in range(5))
-RECORDS = 5
-# Fields of MARKS. PLACE: 0 FRONT, 1 BACK, 2 BEST, 3 + r ring position r, + PENDING where the next step must save it.
-# HELD: 0 where not accelerated, else the pairs in the window, the one that the next step adds included.
-STATUS, ITERATION, BEST_AT, PLACE, HELD = (tl.constexpr(n) for n in range(5))
-MARKINGS = 5
-SAVED, RING, PENDING = tl.constexpr(2), tl.constexpr(3), tl.constexpr(1 << 8)
+LOW, Y, X, EVEN, ODD = (tl.constexpr(n) for n in range(15, 20))
+# Fields of RECORD (6, B): the last two steps, the smallest residual, the limit of divergence (before the first
+# evaluation the norm of the start), the power of two that a sample is judged in, homogeneous ones also solved in, and
+# the sum of the steps since the last anchor.
+STEP, BEFORE, RESIDUAL, LIMIT, UNIT, MOVED = (tl.constexpr(n) for n in range(6))
+RECORDS = 6
+# Fields of MARKS (7, B). PLACE of the best iterate: 0 FRONT, 1 BACK, 2 BEST, 3 + r ring position r. HELD: 0 where not
+# accelerated, else the pairs in the window, the one that the next step adds included. RUN: steps since the last anchor;
+# DUE: whether the next evaluation must be one.
+STATUS, ITERATION, BEST_AT, PLACE, HELD, RUN, DUE = (tl.constexpr(n) for n in range(7))
+MARKINGS = 7
+SAVED, RING = tl.constexpr(2), tl.constexpr(3)
 # COUNTERS: samples not done; samples that failed; B less the index of the first sample whose injection is not finite,
 # and of the first whose start is not, 0 for none; from LISTS on, the samples not done of every row of tiles, the tiles
 # of it that have arrived, then the splits of every tile that have.
@@ -47,6 +51,11 @@ def floats(table_ptr, which):
 @triton.jit
 def doubles(table_ptr, which):
     return tl.load(table_ptr + which).to(tl.pointer_type(tl.float64))
+
+
+@triton.jit
+def halves(table_ptr, which):
+    return tl.multiple_of(tl.load(table_ptr + which).to(tl.pointer_type(tl.bfloat16)), 16)
 
 
 @triton.jit
@@ -82,6 +91,11 @@ def bind_kernel(
     address_12,
     address_13,
     address_14,
+    address_15,
+    address_16,
+    address_17,
+    address_18,
+    address_19,
 ):
     """Fill the table, in the order of TABLE. Launched and not copied, so that no later solve can overtake it."""
     tl.store(table_ptr + 0, address_0)
@@ -99,3 +113,8 @@ def bind_kernel(
     tl.store(table_ptr + 12, address_12)
     tl.store(table_ptr + 13, address_13)
     tl.store(table_ptr + 14, address_14)
+    tl.store(table_ptr + 15, address_15)
+    tl.store(table_ptr + 16, address_16)
+    tl.store(table_ptr + 17, address_17)
+    tl.store(table_ptr + 18, address_18)
+    tl.store(table_ptr + 19, address_19)

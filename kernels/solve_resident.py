@@ -1,4 +1,4 @@
-"""A whole solve in one program, for widths up to :data:`WIDEST`: W stays on chip, samples leave by their own residual.
+"""A whole solve in one program, for widths up to 256: W stays on chip, samples leave by their own residual.
 
 A program takes BLOCK_B samples and holds their iterates transposed, (M, BLOCK_B) with M the width rounded up to a power
 of two, so that W is the left operand of every product. Each turn of its loop evaluates ``f`` once for the samples that
@@ -26,13 +26,13 @@ import triton
 import triton.language as tl
 
 from deq.activations import ACTIVATIONS
-from deq.plan import INCREMENTS_TOL
 
 from . import activations
 from .anderson import entry, mixing_weights, ring
 from .cell import INTERPRETED
 from .compilation import Compilation
-from .judge import CONVERGED, DIVERGED, ERROR, LIVE, NONFINITE, judge
+from .delta import is_due
+from .judge import CONVERGED, DIVERGED, LIVE, NONFINITE, judge
 from .records import (
     ACCELERATIONS,
     ADJOINT,
@@ -49,26 +49,10 @@ from .records import (
     unit_of,
 )
 
-WIDEST = 256
 WHOLE = tl.constexpr(128)
 BLOCK_B = 16  # samples of a program: the least that tensor cores multiply
 WARPS = {16: 2, 32: 4, 64: 4, 128: 8, 256: 8}  # by M
 _STREAMED = tl.constexpr(16)  # columns of W at a time in a streamed product
-
-# An anchor is due where the next step is expected below SAFE of the tolerance, where a step is below DRIFT (what
-# bfloat16 resolves) of all that was moved since the last anchor, or after LONGEST steps.
-_SAFE, _DRIFT, _LONGEST = tl.constexpr(2.0), tl.constexpr(2.0**-7), tl.constexpr(12)
-
-
-def fits(m: int) -> bool:
-    """Whether a width can be solved by one program."""
-    return m <= WIDEST
-
-
-def increments(m: int, tol: float, acceleration: str) -> bool:
-    """Whether steps go by increments: where W as float32 does not fit on chip, unless the tolerance leaves them nothing
-    to do but wait for anchors, or every turn needs one."""
-    return padded(m) > WHOLE.value and tol >= INCREMENTS_TOL and acceleration != "anderson"
 
 
 def padded(m: int) -> int:
@@ -248,13 +232,10 @@ def solve_kernel(
 
         if INCREMENTS:
             ratio = tl.where(previous < float("inf"), tl.minimum(step / previous, 1.0), 1.0)
-            goal = leave
-            if CRITERION == ERROR:
-                goal = tol * (1.0 - ratio) / tl.maximum(ratio, 1e-3)
             moved = tl.where(exact, 0.0, moved) + step
             run = tl.where(exact, 0, run) + 1
-            anchors = (step * ratio <= _SAFE * goal * size) | (step <= _DRIFT * moved) | (run >= _LONGEST)
-            anchors = anchors | (k + 1 >= max_iter) | (held > 0) | ((step < float("inf")) == 0) | (size > limit)
+            anchors = is_due(step * ratio, size, ratio, moved, run, k, limit, tol, leave, max_iter, CRITERION)
+            anchors = anchors | (held > 0)
             q = (onward - y).to(tl.bfloat16)
             if INTERPRETED:  # it would multiply the bit patterns of bfloat16
                 x += tl.dot(w.to(tl.float32), q.to(tl.float32), input_precision="ieee")
@@ -366,20 +347,19 @@ _KINDS += (("reflected", "tanh", "rows"), ("reflected adjoint", "identity", "col
 
 
 def compilations() -> list[Compilation]:
-    """Every width, ending, kind of acceleration and of increments that a solve can launch."""
+    """Every width, ending and kind of acceleration that a solve can launch."""
     return [
-        _compilation(M, *kind, acceleration, increments, width)
+        _compilation(M, *kind, acceleration, width)
         for M, kind, acceleration, width in product(WARPS, _KINDS, ("none", "on_demand"), ("aligned", "ragged"))
         for increments in (("native",) if WHOLE.value >= M else ("native", "bfloat16"))
     ]
 
 
-def _compilation(
-    M: int, ending: str, activation: str, weight: str, acceleration: str, increments: str, width: str
-) -> Compilation:
+def _compilation(M: int, ending: str, activation: str, weight: str, acceleration: str, width: str) -> Compilation:
     unit, across = ("stride_wk", "stride_wn") if weight == "rows" else ("stride_wn", "stride_wk")
     masked, accelerates = "adjoint" in ending, acceleration != "none"
     depth = 5 if accelerates else 1
+    increments = "native" if WHOLE.value >= M else "bfloat16"
     constants = {
         "start_ptr": None,
         unit: 1,

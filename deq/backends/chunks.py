@@ -1,6 +1,6 @@
 """Repeats a turn of GPU kernels until the device says that it is done, without waiting for it.
 
-Turns are captured once, CHUNK of them in a CUDA graph, and replayed. After every chunk the number of samples at work is
+A chunk of turns is captured once in a CUDA graph and replayed. After every chunk the number of samples at work is
 copied to pinned memory, and the host looks at it one chunk later: the device always has a chunk to go on with, and
 chunks beyond the last cost their empty kernels only. Inside a capture of the caller's own nothing can be looked at, and
 all turns that are allowed are launched. Triton's interpreter works on the host, which then looks after every turn.
@@ -13,39 +13,35 @@ from collections.abc import Callable, Hashable
 import torch
 from torch import Tensor
 
-KEPT = 64  # graphs of different shapes, each some tens of kilobytes
-LEAST_CHUNK = 8
+KEPT = 64  # loops of different shapes, with graphs of some tens of kilobytes
 
 _loops: OrderedDict[Hashable, "Loop"] = OrderedDict()
 _lock = threading.Lock()
 
 
 class Loop:
-    """One captured chunk and what it needs beyond the tensors of a solve.
+    """The captured chunks of a shape and what they need beyond the tensors of a solve.
 
-    table: (16,) int64 on the device, the addresses that the captured kernels look up; lock: held from the filling of
+    table: (32,) int64 on the device, the addresses that the captured kernels look up; lock: held from the filling of
     the table to the last launch, as the next solve of the shape fills it anew.
     """
 
     def __init__(self, device: torch.device):
-        self.table = torch.zeros(16, dtype=torch.int64, device=device)
+        self.table = torch.zeros(32, dtype=torch.int64, device=device)
         self.lock = threading.Lock()
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}  # by the first turn
         self._seen: list[tuple[Tensor, torch.cuda.Event]] = []
+        self._is_compiled = False
 
-    def repeat(self, turn: Callable[[int], None], turns: int, period: int, working: Tensor) -> None:
-        """Launch ``turn(0)``, ``turn(1)``, ... until ``working`` (int32, one element) is 0 or ``turns`` were launched.
-
-        Launches of turns that differ by ``period`` must be the same.
-        """
-        device = self.table.device
-        if device.type == "cpu":
+    def repeat(self, turn: Callable[[int], None], turns: int, period: int, chunk: int, working: Tensor) -> None:
+        """Launch ``turn(0)``, ``turn(1)``, ... until ``working`` (int32, one element) is 0 or ``turns`` were launched,
+        and at most a chunk more. Launches of turns that differ by ``period`` are the same: turn gets the remainder."""
+        if working.device.type == "cpu":
             for t in range(turns):
                 if int(working) == 0:
                     return
                 turn(t % period)
             return
-        chunk = -(-LEAST_CHUNK // period) * period
         if turns <= chunk or torch.cuda.is_current_stream_capturing():
             for t in range(turns):
                 turn(t % period)
@@ -53,14 +49,8 @@ class Loop:
         if not self._seen:
             pinned = torch.empty(2, dtype=torch.int32, pin_memory=True)
             self._seen = [(pinned[i : i + 1], torch.cuda.Event()) for i in range(2)]
-        for i in range(-(-turns // chunk)):
-            if i == 0 and self._graph is None:  # compiles what is not compiled yet, which a capture cannot
-                for t in range(chunk):
-                    turn(t % period)
-            else:
-                if self._graph is None:
-                    self._graph = _capture(turn, chunk, period, device)
-                self._graph.replay()
+        for i, first in enumerate(range(0, turns, chunk)):
+            self._launch(turn, first % period, period, chunk)
             number, event = self._seen[i % 2]
             number.copy_(working, non_blocking=True)
             event.record()
@@ -70,15 +60,27 @@ class Loop:
                 if int(number) == 0:
                     return
 
+    def _launch(self, turn: Callable[[int], None], first: int, period: int, chunk: int) -> None:
+        def launch() -> None:
+            for t in range(first, first + chunk):
+                turn(t % period)
 
-def _capture(turn: Callable[[int], None], chunk: int, period: int, device: torch.device) -> torch.cuda.CUDAGraph:
+        if not self._is_compiled:  # what is not compiled yet a capture could not load
+            launch()
+            self._is_compiled = True
+            return
+        if first not in self._graphs:
+            self._graphs[first] = _captured(launch, self.table.device)
+        self._graphs[first].replay()
+
+
+def _captured(launch: Callable[[], None], device: torch.device) -> torch.cuda.CUDAGraph:
     # torch.cuda.graph() would synchronise the device and empty its cache first.
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.stream(torch.cuda.Stream(device)):
         graph.capture_begin(capture_error_mode="thread_local")
         try:
-            for t in range(chunk):
-                turn(t % period)
+            launch()
         finally:
             graph.capture_end()
     return graph
