@@ -23,6 +23,8 @@ ANCHOR_EVERY = 6  # iterations of which about one is an anchor, where increments
 WORTH_IT = 0.95  # increments must take at most this share of the time without them
 
 TRITON_WIDEST, TRITON_SAMPLES = 256, 16  # of a resident program; more samples or a wider W spill
+TRITON_WARPS = {16: 2, 32: 4, 64: 4, 128: 8, 256: 8}  # by the padded width; each thread takes all the registers it may
+WARP_REGISTERS = 32 * 256 * 4  # bytes
 L2_BYTES_PER_CLOCK = 64  # that one multiprocessor can read
 CUDA_PAD, CUDA_SAMPLES = 16, 8  # of mma.sync: W is padded to multiples of 16, samples come by 8
 GRID_BATCH = 32  # samples whose states the blocks of regime "grid" can exchange
@@ -100,7 +102,7 @@ def resident_tiles(m: int, B: int, device: Device, size: int) -> Tiles | None:
     p = max(16, padded_power(m))
     if p > TRITON_WIDEST or resident_shared(p, size) > device.shared_per_block:
         return None
-    return Tiles(TRITON_SAMPLES, p, p, 4 if p <= 64 else 8, 1)
+    return Tiles(TRITON_SAMPLES, p, p, TRITON_WARPS[p], 1)
 
 
 def resident_shared(p: int, size: int) -> int:
@@ -131,12 +133,21 @@ def grid_tiles(m: int, B: int, device: Device, size: int) -> Tiles | None:
 
 
 def resident_time(m: int, B: int, device: Device, precision: Precision, tiles: Tiles) -> float:
-    """Every program reads W from shared memory and multiplies its samples; two sums over the block judge them."""
-    waves = max(1, ceil(ceil(B / tiles.samples) / device.processors))
+    """Every program reads W from shared memory and multiplies its samples; two sums over the block judge them. Programs
+    that share a multiprocessor share its rates and hide each other's waits."""
     weight = tiles.units * tiles.depth
     read = precision.size * weight / device.shared_bandwidth
     multiply = 2 * weight * tiles.samples / precision.of_processor(device)
-    return waves * (max(read, multiply) + 2 * device.block_reduction)
+    together, waves = _residents(B, device, precision, tiles)
+    return waves * (together * max(read, multiply) + 2 * device.block_reduction)
+
+
+def _residents(B: int, device: Device, precision: Precision, tiles: Tiles) -> tuple[int, int]:
+    """Programs that a multiprocessor runs together, by its shared memory and registers, and how often it does."""
+    by_shared = device.shared_per_block // (precision.size * tiles.units * (tiles.depth + 2 * tiles.samples))
+    by_registers = device.registers_per_processor // (tiles.warps * WARP_REGISTERS)
+    most, each = max(1, min(by_shared, by_registers)), max(1, ceil(ceil(B / tiles.samples) / device.processors))
+    return min(most, each), ceil(each / most)
 
 
 def grid_time(m: int, B: int, device: Device, precision: Precision, tiles: Tiles) -> float:
