@@ -103,10 +103,15 @@ LEAST_STEPS = 4  # of the inner dimension, for each split
 
 def step_tiles(B: int, m: int) -> tuple[Tiles, int]:
     """The tiles and splits of a step for B samples of width m: as :func:`cell_tiles`, and where they make too few
-    programs, the inner dimension is split among up to :data:`MOST_SPLITS`."""
+    programs, the inner dimension is split among up to :data:`MOST_SPLITS`; of the fewest samples only, since larger
+    tiles make enough."""
     tiles = STEP_TILES[TILES["tf32"].index(cell_tiles(B, m, "float32", "tf32x3"))]
     splits = 1
-    while splits < MOST_SPLITS and splits * programs(B, m, tiles) <= ENOUGH_PROGRAMS:
+    while (
+        tiles.samples == STEP_TILES[-1].samples
+        and splits < MOST_SPLITS
+        and splits * programs(B, m, tiles) <= ENOUGH_PROGRAMS
+    ):
         if -(-m // tiles.depth) < 2 * splits * LEAST_STEPS:
             break
         splits *= 2

@@ -156,6 +156,7 @@ def test_the_inner_dimension_is_split_where_few_tiles_leave_a_device_idle(shape)
     assert (plan.tiles, plan.split_k) == (tiles, splits)
     assert 1 <= splits <= MOST_SPLITS
     if splits > 1:
+        assert tiles.samples == STEP_TILES[-1].samples
         assert splits // 2 * programs(B, m, tiles) <= ENOUGH_PROGRAMS
         assert splits * tiles.depth <= m
     assert choose(m, B, dtype="float32", device=H200, allowed=("cell",), increments=("bfloat16",)).split_k == 1
