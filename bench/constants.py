@@ -1,9 +1,11 @@
 """``deq bench constants``: the numbers of deq/gpu_constants.json that can be measured from torch and Triton.
 
-A measurement is a function under ``@measures(name)``; other engines may add theirs from their own files. What none is
-registered for stays as it is in the table: estimates, and what only CUDA code can measure (BY_CUDA).
+A measurement is a function under ``@measures(name)``. Barriers between blocks and rates of mma.sync are measured by the
+compiled library, where it has CUDA kernels (csrc/cuda/constants.cu). What none is registered for stays as it is in the
+table.
 """
 
+import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,13 +17,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from deq import _library
 from deq.gpu_device import find_device, key_of, table, write_table
 
 from .device import capture, clock, device_seconds
 from .record import device_name, environment, write
 
 REPEATS = 7
-BY_CUDA = ("grid_barrier", "cluster_barrier", "mma_share")  # barriers between blocks and mma.sync are CUDA code
 MEASUREMENTS: dict[str, tuple[Callable[["Sizes"], float], str]] = {}
 
 
@@ -190,6 +192,44 @@ def block_reduction(sizes: Sizes) -> float:
     for run in (many, none):
         run()  # compiles
     return max(_median(many, sizes) - _median(none, sizes), 1e-9) / count
+
+
+def by_library(name: str) -> float:
+    """Seconds, bytes or FLOP per second that the library's CUDA code measures (csrc/cuda_kernels.h says what there is).
+
+    Raises NotImplementedError where the library has none, RuntimeError where it fails.
+    """
+    measure = getattr(_library.compiled, "deq_cuda_measure", None)
+    if measure is None:
+        raise NotImplementedError("the compiled library has no CUDA kernels")
+    measure.restype, measure.argtypes = ctypes.c_int32, (ctypes.c_char_p, ctypes.c_int32, ctypes.c_void_p)
+    result = ctypes.c_double()
+    if measure(name.encode(), torch.cuda.current_device(), ctypes.byref(result)):
+        _library.compiled.deq_cuda_why.restype = ctypes.c_char_p
+        raise RuntimeError(_library.compiled.deq_cuda_why().decode())
+    return result.value
+
+
+@measures("grid_barrier", "a flag a block, read by all blocks")
+def grid_barrier(sizes: Sizes) -> float:
+    return by_library("flag_barrier")
+
+
+@measures("cluster_barrier", "cluster.sync of 8 blocks")
+def cluster_barrier(sizes: Sizes) -> float:
+    return by_library("cluster_barrier")
+
+
+@measures("mma_share", "mma.sync in bfloat16 on all multiprocessors, of the vendor's rate at the table's clock")
+def mma_share(sizes: Sizes) -> float:
+    rate, device = by_library("tensor_core"), find_device(device_name("cuda"), torch.cuda.get_device_capability())
+    return rate / (device.processors * device.tensor_flops_per_clock * device.clock)
+
+
+@measures("shared_bytes_per_clock", "reads of 16 bytes a thread on one multiprocessor, at the table's clock")
+def shared_bytes_per_clock(sizes: Sizes) -> float:
+    rate, device = by_library("shared_reads"), find_device(device_name("cuda"), torch.cuda.get_device_capability())
+    return rate / device.clock
 
 
 def of_driver(device: torch.device) -> dict[str, float]:

@@ -2,13 +2,15 @@
 
 import json
 import re
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
 
 from deq import gpu_device
-from deq.bench import constants, figure, goals, gpu, graphed, report
+from deq.bench import constants, figure, goals, gpu, graphed, on_gpu, report, small_cases
 from deq.bench.baselines import torch_loop
 from deq.bench.cases import GPU_CASES, TOL, Case
 from deq.bench.cli import bench
@@ -25,6 +27,12 @@ SMALL = Case(17, 5)
 @pytest.fixture
 def without_torchdeq(monkeypatch):
     monkeypatch.setattr(gpu, "has_torchdeq", lambda: False)  # saves the time of its imports
+
+
+@pytest.fixture(scope="module", params=[SMALL, Case(40, 1, "orthogonal0.5")], ids=lambda case: case.name)
+def solved(request):
+    problem = request.param.make()
+    return problem, *problem.exact()
 
 
 class TestCases:
@@ -60,20 +68,16 @@ class TestCases:
 
 
 class TestGraphedLoop:
-    @pytest.mark.parametrize("every", graphed.EVERY)
-    @pytest.mark.parametrize(
-        "case", [SMALL, Case(40, 1, "orthogonal0.5"), Case(24, 7, "radius0.8")], ids=lambda c: c.name
-    )
-    def test_solves_what_the_eager_loop_solves(self, case, every):
-        problem = case.make()
-        z, dW = problem.exact()
-        eager, answer = torch_loop(problem), graphed.make_graphed_loop(problem, every=every)()
+    @pytest.mark.parametrize("chunk", graphed.CHUNKS, ids=str)
+    def test_solves_what_the_eager_loop_solves(self, solved, chunk):
+        problem, z, dW = solved
+        eager, answer = torch_loop(problem), graphed.make_graphed_loop(problem, chunk=chunk)()
         eps = torch.finfo(torch.float32).eps
         assert worst_error(answer.z, z) <= 2 * worst_error(eager.z, z) + 2 * eps
         assert relative_error(answer.dW, dW) <= 2 * relative_error(eager.dW, dW) + 2 * eps
         # The residual is looked at every so often, and the counts agree up to that.
-        assert answer.iterations == -(-eager.iterations // every) * every
-        forward_only = graphed.make_graphed_loop(problem, backward=False, every=every)()
+        assert answer.iterations == -(-eager.iterations // chunk.every) * chunk.every
+        forward_only = graphed.make_graphed_loop(problem, backward=False, chunk=chunk)()
         assert torch.equal(forward_only.z, answer.z) and forward_only.dW is None
 
     def test_solves_anew_every_time_for_the_weight_as_it_is(self):
@@ -91,14 +95,14 @@ class TestGraphedLoop:
         answer = graphed.make_graphed_loop(problem, backward=False)()
         assert answer.iterations == 40
 
-    def test_looks_at_a_chunk_while_the_next_one_runs(self):
-        """So that it makes one chunk more than it needs, and no more."""
+    @pytest.mark.parametrize("chunk", graphed.CHUNKS, ids=str)
+    def test_makes_at_most_the_chunk_more_that_it_is_late(self, chunk):
         calls = []
-        chunks = graphed.Chunks(lambda y, out: calls.append(out.copy_(y * 0.5 + 1)), torch.zeros(1, 3), 1e-2, 1)
-        chunks.run()
-        needed = int(chunks.count)
-        assert len(calls) == (-(-needed // graphed.CHUNK) + 1) * graphed.CHUNK
-        torch.testing.assert_close(chunks.y, torch.full((1, 3), 2.0), rtol=1e-3, atol=0)
+        loop = graphed.Loop(lambda y, out: calls.append(out.copy_(y * 0.5 + 1)), torch.zeros(1, 3), 1e-2, chunk)
+        loop.run()
+        chunks = -(-int(loop.count) // chunk.length) + chunk.late
+        assert len(calls) == chunks * chunk.length
+        torch.testing.assert_close(loop.y, torch.full((1, 3), 2.0), rtol=1e-2, atol=0)
 
 
 class TestDevice:
@@ -129,8 +133,8 @@ class TestMeasure:
                 assert row["median"] > 0 and row["failed"] == 0 and row["error"] < 10 * TOL
                 assert (row["gradient_error"] is None) == (rows is forward)
             assert by_name["deq"]["ratio"] == 1.0
-            assert by_name["graphed"]["variant"].startswith("graphed loop, a residual every")
-            assert set(by_name["graphed"]["attempts"]) == {f"graphed loop, a residual every {n}" for n in graphed.EVERY}
+            assert by_name["graphed"]["variant"] in by_name["graphed"]["attempts"]
+            assert set(by_name["graphed"]["attempts"]) == {f"graphed loop, {chunk}" for chunk in graphed.CHUNKS}
         deq = forward[0]
         seconds = deq["device_median"]
         assert deq["flop_share"] == pytest.approx(2 * 17 * 17 * 5 * deq["mean_iterations"] / 1e11 / seconds)
@@ -223,18 +227,19 @@ class TestReport:
 class TestConstants:
     def test_every_measurement_belongs_to_the_table(self):
         numbers = gpu_device.table()["H200"]["numbers"]
-        assert set(constants.MEASUREMENTS) | set(constants.BY_CUDA) <= set(numbers)
-        assert not set(constants.MEASUREMENTS) & set(constants.BY_CUDA)
+        assert set(constants.MEASUREMENTS) <= set(numbers)
 
     def test_all_are_measured_or_say_why_not(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(constants._library, "compiled", None)  # no driver is asked here
         measuring = constants.Measuring(Sizes.small(), (9, 0))
         assert list(measuring.steps()) == list(constants.MEASUREMENTS)
         for name in constants.MEASUREMENTS:
             number = measuring.numbers[name]
             assert (number["basis"] == "measured") != (name in measuring.failed)
             assert number["value"] > 0
-        assert set(measuring.failed) <= {"matmul_float8"}
-        for name in constants.BY_CUDA:
+        by_cuda = {"grid_barrier", "cluster_barrier", "mma_share", "shared_bytes_per_clock"}
+        assert by_cuda <= set(measuring.failed) <= by_cuda | {"matmul_float8"}
+        for name in by_cuda:
             assert measuring.numbers[name]["basis"] == "estimated"
             assert measuring.numbers[name]["source"] == "that of the H100"
         path = tmp_path / "table.json"
@@ -272,3 +277,73 @@ def test_without_a_gpu(command):
     assert re.search(
         "nothing to measure without a CUDA GPU: (this torch is a CPU build|torch sees no device)", result.output
     )
+
+
+class TestOnGpu:
+    """The one command for a machine with a GPU: its steps as data, and how they are run."""
+
+    def test_steps(self):
+        steps = {step.name: step for step in on_gpu.plan((9, 0), Path("/out"))}
+        assert tuple(steps) == on_gpu.NAMES
+        assert steps["build"].command[-1] == "cmake.define.CMAKE_CUDA_ARCHITECTURES=90a-real"
+        assert on_gpu.plan((8, 0), Path("/out"))[0].command[-1] == "cmake.define.CMAKE_CUDA_ARCHITECTURES=80-real"
+        before_bench = sum(step.limit for step in on_gpu.plan((9, 0), Path("/out"))[: on_gpu.NAMES.index("bench")])
+        assert before_bench <= 8 * 60  # even if all of them take as long as they may
+        for name in ("constants", "bench"):  # the commands exist and know these options
+            _, _, module, *arguments = steps[name].command
+            assert module == "deq.cli" and arguments[0] == "bench"
+            options = bench.commands[arguments[1]].params
+            assert {a for a in arguments if a.startswith("--")} <= {o for p in options for o in p.opts}
+        for step in steps.values():
+            for part in step.command:
+                if part.startswith("tests/"):
+                    assert (on_gpu.ROOT / part).exists()
+
+    def run(self, *code, seconds=30.0, limit=30.0):
+        steps = [on_gpu.Step(f"step {i}", limit, (sys.executable, "-c", c)) for i, c in enumerate(code)]
+        return on_gpu.run_all(steps, seconds, lambda records: None)
+
+    def test_runs_all_and_keeps_what_they_say(self, capfd):
+        first, second, third = self.run("print('good')", "import sys; print('bad'); sys.exit(3)", "print('{left}')")
+        assert (first["code"], first["output"]) == (0, "good\n")
+        assert (second["code"], second["output"]) == (3, "bad\n")
+        assert third["code"] == 0 and 20 < int(third["output"]) < 30  # the seconds that it has
+        assert "good" in capfd.readouterr().out
+        assert on_gpu.verdict(second).split() == ["step", "1", "0", "s", "failed", "(3)"]
+
+    def test_a_step_that_takes_too_long_is_interrupted_and_the_next_one_runs(self, monkeypatch):
+        monkeypatch.setattr(on_gpu, "LEAST", 0.1)
+        wait = "try:\n  time.sleep(60)\nexcept KeyboardInterrupt:\n  print('kept')"
+        slow = f"import time\nprint('begun', flush=True)\n{wait}"
+        first, second = self.run(slow, slow, limit=1.5)
+        for record in (first, second):
+            assert record["code"] is None and record["output"] == "begun\nkept\n" and 1 < record["seconds"] < 10
+            assert "out of time" in on_gpu.verdict(record)
+
+    def test_no_step_begins_without_time(self):
+        (record,) = self.run("print(1)", seconds=1.0)
+        assert record["code"] is None and record["output"] == "not begun: no time was left"
+
+    def test_a_missing_tool_is_named(self):
+        record = on_gpu.run(on_gpu.Step("x", 9, ("no-such-tool",)), 9)
+        assert record["code"] != 0 and record["output"] == "no-such-tool: No such file or directory"
+
+    def test_the_file_keeps_other_steps_of_the_commit(self, tmp_path):
+        path = tmp_path / "on_gpu.json"
+        on_gpu.write(path, [{"step": "tests", "code": 1}, {"step": "build", "code": 0}], {"commit": "a"})
+        on_gpu.write(path, [{"step": "tests", "code": 0}], {"commit": "a"})
+        rows = json.loads(path.read_text())
+        assert [(row["step"], row["code"]) for row in rows] == [("build", 0), ("tests", 0)]
+        on_gpu.write(path, [{"step": "bench", "code": 0}], {"commit": "b"})
+        assert [row["step"] for row in json.loads(path.read_text())] == ["bench"]
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="says what it says without a GPU")
+    def test_without_a_gpu(self):
+        result = CliRunner().invoke(on_gpu.main, [])
+        assert result.exit_code == 1 and "torch sees no CUDA GPU here" in result.output
+
+    def test_small_cases(self, monkeypatch):
+        monkeypatch.setattr(small_cases, "SHAPES", ((1, 1), (17, 5)))
+        assert small_cases.check("cpu", "reference") == len(small_cases.SHAPES) * len(small_cases.SOLVERS)
+        with pytest.raises(SystemExit, match="no backend for meta tensors"):
+            small_cases.main("meta")
