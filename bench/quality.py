@@ -45,8 +45,8 @@ class Truth:
         problem, z, norm = self.problem, answer.z.double(), torch.linalg.vector_norm
         fz = torch.relu(torch.addmm(problem.c.double(), z, problem.W.double().mT))
         solved = norm(fz - z, dim=1) <= SOLVED * norm(fz, dim=1)  # false for NaN
-        if answer.converged is not None:
-            solved &= answer.converged
+        if (said := answer.said_to_converge) is not None:
+            solved &= said
         elsewhere = solved & (norm(z - self.z, dim=1) > ELSEWHERE * norm(self.z, dim=1))
         here = ~elsewhere
         return Quality(

@@ -202,7 +202,7 @@ def _rows(
                 "pass": which,
                 "threads": threads,
                 "baseline": name,
-                "variant": str(answer.plan) if name == "deq" else rival.label,
+                "variant": str(answer.solution.plan) if name == "deq" else rival.label,
                 "why": rival.why,
                 "attempts": rival.attempts,
                 **_times(timing),
@@ -238,11 +238,10 @@ def _times(timing: Timing | None) -> dict:
 def _counts(answer: Answer | None) -> dict:
     if answer is None:
         return dict.fromkeys(("iterations", "mean_iterations", "products"))
-    evaluations = torch.as_tensor(answer.evaluations).double()
     return {
         "iterations": answer.iterations,
-        "mean_iterations": float(evaluations.mean()),
-        "products": answer.iterations if answer.plan is None else answer.products,
+        "mean_iterations": float(answer.counts.double().mean()),
+        "products": answer.products,
     }
 
 

@@ -63,6 +63,12 @@ def clear() -> int:
     return held
 
 
+def held() -> int:
+    """Bytes that are remembered."""
+    with _lock:
+        return sum(bytes for _, bytes in _entries.values())
+
+
 def _key(W: Tensor, what: Hashable) -> Hashable | None:
     """None where the content of W cannot be read."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():

@@ -7,13 +7,15 @@ from pathlib import Path
 import click
 
 from . import __version__
+from .activations import ACTIVATIONS
 from .bench.cli import bench
+from .plan import DEFAULT_TOL, SOLVERS
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="deq")
 def main() -> None:
-    """Deep equilibrium models in PyTorch: experiments, benchmarks, and facts about this installation."""
+    """Deep equilibrium models in PyTorch: experiments, profiles, benchmarks, and facts about this installation."""
 
 
 @main.command()
@@ -158,6 +160,76 @@ def _compare(recorded: dict, path: Path) -> str:
     ]
     versions = ", ".join(f"{k} {v}" for k, v in recorded["provenance"]["versions"].items())
     return "\n  ".join((f"Values differ from the recorded ones (made with {versions}).", *differ))
+
+
+@main.command()
+@click.option("--width", type=click.IntRange(min=1), default=1024, show_default=True, help="Neurons m.")
+@click.option("--batch", type=click.IntRange(min=1), default=256, show_default=True, help="Samples B.")
+@click.option("--family", default="gaussian", show_default=True, help="How W is drawn, as in `deq bench cpu`.")
+@click.option("--activation", type=click.Choice(list(ACTIVATIONS)), default="relu", show_default=True)
+@click.option("--dtype", type=click.Choice(list(DEFAULT_TOL)), default="float32", show_default=True)
+@click.option("--solver", type=click.Choice(SOLVERS), default="auto", show_default=True)
+@click.option("--depth", type=click.IntRange(min=1), default=3, show_default=True, help="Of the feed-forward nets.")
+@click.option(
+    "--seconds",
+    type=click.FloatRange(min=0, min_open=True),
+    default=2.0,
+    show_default=True,
+    help="For timing each pass.",
+)
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("results"),
+    show_default=True,
+    help="Folder for profile.json and the roofline figure profile.png.",
+)
+def profile(
+    width: int,
+    batch: int,
+    family: str,
+    activation: str,
+    dtype: str,
+    solver: str,
+    depth: int,
+    seconds: float,
+    device: str,
+    out: Path,
+) -> None:
+    """Account for one solve and its gradient: FLOPs, bytes, iterations, memory, and shares of what this machine can do;
+    beside it feed-forward nets of as many parameters, FLOPs an iteration, and bytes."""
+    import torch
+    from rich.console import Console
+
+    import deq
+
+    from .bench import families
+    from .bench.record import environment
+
+    where = _device(device)
+    try:
+        W, c = families.draw(family, width, batch, torch.Generator().manual_seed(0))
+    except ValueError as error:
+        raise click.BadParameter(f"{error}.", param_hint="'--family'") from error
+    W, c = (t.to(where, getattr(torch, dtype)).requires_grad_() for t in (W, c))
+    console = Console()
+    with console.status("Profiling"):
+        try:
+            report = deq.profile(
+                deq.solve, W, c, activation, solver=solver, on_failure="ignore", feed_forward=depth, seconds=seconds
+            )
+        except ValueError as error:  # a solver that cannot serve this activation or weight
+            raise click.UsageError(f"{error}.") from error
+    console.print(report)
+    path = out / "profile.json"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(report.as_dict() | environment(), indent=1) + "\n")
+        report.draw(path.with_suffix(".png"))
+    except OSError as error:
+        raise click.BadParameter(f"cannot write to {out}: {error.strerror}.", param_hint="'--out'") from error
+    console.print(f"Written to {path} and {path.with_suffix('.png')}", soft_wrap=True)
 
 
 def _names(experiment: str | None, known: list[str]) -> list[str]:

@@ -13,6 +13,7 @@ from .activations import get_activation
 from .implicit import Problem, equilibrium
 from .indicators import fitted
 from .plan import DEFAULT_TOL, make_plan
+from .profiling import ranges
 from .solution import Solution, report_failures
 from .weights import Structure
 
@@ -80,7 +81,8 @@ def solve(
     if problem is None:  # an option that cannot be a key, or a wrong one: its own error
         problem = _make_problem.__wrapped__(*given)
     if (is_structure or activation == "identity" or solver == "direct") and solver in ("auto", "direct"):
-        solution = direct.solve(W, c, z0, problem, backward, forced=solver == "direct")
+        arguments = W, c, z0, problem, backward, solver == "direct"
+        solution = ranges.call("solve", direct.solve, *arguments) if ranges.listening else direct.solve(*arguments)
         if solution is not None:
             return solution
     if is_structure:

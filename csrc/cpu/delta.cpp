@@ -34,7 +34,7 @@ constexpr double kSafety = 0.85;
 // 64 rows at m = 256, 512 and 1024, but 0.89 x for (1024, 4) and 0.73 x for (2048, 16) on Zen 4.
 constexpr double kSkipBelow = 0.65;
 constexpr int kSkipRows = 16;
-constexpr int64_t kSkipUpTo = 1024;
+constexpr int64_t kSkipUpTo = 1024, kSkipAnyRows = 256;  // W of 256 KB is in the L2 cache, whoever reads it
 // Steps to come for which a sample is handed over: what accelerated float32 evaluations on the Cayley map cost instead.
 constexpr double kMostSteps = 100;
 constexpr int kMaxRun = 64;  // steps before an anchor is due in any case
@@ -52,7 +52,7 @@ struct alignas(64) Slot {
   float* c;
   int64_t sample;
   double scale;      // the sample was multiplied by this power of two
-  double step2;      // |f(x) - x|^2 at the evaluation before
+  double norm;       // |f(x) - x| at the evaluation before
   double ratio2[2];  // of step2, over the last two evaluations
   double size;       // of the increments since the last anchor or correction, the sum of their norms
   double corrected;  // the same since the last anchor, up to the last correction
@@ -101,6 +101,7 @@ class Tile {
           active[a] = active[--n];
       }
     }
+    totals_.add(work_);
     rows_arena.trim();
   }
 
@@ -174,8 +175,17 @@ class Tile {
     const float* w = static_cast<const float*>(packed_.data) + matrix_ * (packed_.matrix_bytes / 4);
     // The float32 step with the mask 1 is y = W x + c; its sums are not used.
     const Step<float> anchor{x, y, c, ones, sums, nullptr, w, m_, kIdentity, 0, 0, padded_, nonzeros_, total_};
-    const bool skips = anchors >= kSkipRows && m_ <= kSkipUpTo &&
-                       static_cast<double>(k_.find_nonzeros(anchor, anchors)) < kSkipBelow * static_cast<double>(anchors * m_);
+    const int64_t dense = anchors * m_;
+    const bool may_skip = anchors > 0 && (anchors >= kSkipRows || m_ <= kSkipAnyRows) && m_ <= kSkipUpTo;
+    const int64_t nonzeros = may_skip ? k_.find_nonzeros(anchor, anchors) : dense;
+    const bool skips = static_cast<double>(nonzeros) < kSkipBelow * static_cast<double>(dense);
+    work_.native_rows += anchors;
+    work_.native_products += (skips ? nonzeros : dense) * m_;
+    work_.native_sweeps += anchors > 0;
+    work_.increment_rows += step_count;
+    work_.increment_sweeps += step_count > 0;
+    work_.correction_rows += correction_count;
+    work_.correction_sweeps += correction_count > 0;
     const auto compute_anchors = skips ? k_.skip_step : k_.step;
     team.share([&](int segment, int member) {
       const int64_t from = segments_.start[segment], to = segments_.start[segment + 1];
@@ -195,15 +205,11 @@ class Tile {
     for (int i = 0; i < step_count; ++i) low_.add_up(*steps[i], segments_.count);
   }
 
-  // f at the slot's y: returns the state, leaves act(y) or d y in value_, and sets the row's sums.
-  float* respond(Slot& slot) {
+  // f at the slot's y: leaves act(y) or d y in value_, returns the state.
+  const float* respond(const Slot& slot) {
     k_.first(p_.activation, slot.row.y, slot.row.d, value_, m_);
-    if (!p_.reflected) {
-      low_.measure(slot.row, value_, nullptr, padded_);
-      return value_;
-    }
-    std::copy(value_, value_ + padded_, state_);
-    low_.measure(slot.row, state_, slot.row.y, padded_);
+    if (!p_.reflected) return value_;
+    for (int64_t j = 0; j < padded_; ++j) state_[j] = value_[j] + (value_[j] - slot.row.y[j]);
     return state_;
   }
 
@@ -215,7 +221,7 @@ class Tile {
       slot.native = slot.is_slow = slot.best_is_first = false;
       slot.run = 0;
       slot.ratio2[0] = slot.ratio2[1] = 1;
-      slot.step2 = INFINITY;
+      slot.norm = INFINITY;
       if (p_.start.data) {
         slot.next = Next::kAnchor;
         return true;
@@ -231,14 +237,16 @@ class Tile {
   // After a float32 evaluation of y: judges it and prepares what comes next; false when the sample is done.
   bool anchored(Slot& slot) {
     DeltaRow& row = slot.row;
-    float* state = respond(slot);
+    const float* state = map_ == DeltaMap::kByRow ? respond(slot) : nullptr;
+    low_.measure(row, map_, state, padded_);
     double step2 = row.step2, size2 = row.size2;
     if (!in_range<float>(size2)) {
+      state = respond(slot);
       step2 = distance(state, row.x, m_);
       size2 = size_of(state, m_);
       slot.native = true;  // the sums of a step have no such second chance
     }
-    const double start2 = slot.record.iteration == 0 ? size_of(row.x, m_) : 0.0;
+    const double start2 = slot.record.iteration == 0 && p_.start.data ? size_of(row.x, m_) : 0.0;
     if (slot.run > 0) {
       // The contraction is what the steps showed; against them the residual of an anchor holds what they had left in y.
       // Slow is what was slow twice, and an estimated error is that of the slower.
@@ -256,23 +264,22 @@ class Tile {
     if (is_best) {
       // The value at zero is made again if nothing better comes: no row is written for what is soon written over.
       slot.best_is_first = slot.record.iteration == 1 && !p_.start.data;
-      if (!slot.best_is_first) samples_.write(slot.sample, slot.scale, value_);
+      if (!slot.best_is_first) write(slot);
     } else if (slot.run > 0) {
       slot.record.best_at = slot.record.iteration;  // what the steps did not gain is not the sample's failure
     }
-    slot.step2 = step2;
     slot.run = 0;
-    slot.size = std::sqrt(step2);
+    slot.size = slot.norm = std::sqrt(step2);
     slot.corrected = 0;
     if (slot.native || slot.record.iteration + 1 >= rule_.max_iter) {
+      state = respond(slot);
       std::copy(state, state + padded_, row.x);
       slot.next = Next::kAnchor;
       return true;
     }
-    std::copy(row.x, row.x + padded_, slot.rest.x);
     row.set_next_scale(row.largest / 127.0);
-    low_.feed(row, state, padded_);
-    expect(slot, slot.ratio2[0]);
+    low_.feed(row, map_, state, slot.rest.x, padded_);
+    expect(slot, std::sqrt(slot.ratio2[0]));
     slot.next = Next::kStep;
     return true;
   }
@@ -281,26 +288,28 @@ class Tile {
   bool stepped(Slot& slot) {
     DeltaRow& row = slot.row;
     if (map_ == DeltaMap::kByRow) {
-      float* state = respond(slot);
+      const float* state = respond(slot);
+      low_.measure(row, map_, state, padded_);
       row.set_next_scale(row.largest / 127.0);
-      low_.feed(row, state, padded_);
+      low_.feed(row, map_, state, nullptr, padded_);
     }
     ++slot.record.iteration;
     ++slot.run;
     slot.ratio2[1] = slot.ratio2[0];
-    slot.ratio2[0] = std::max(row.step2 / slot.step2, 1e-12);
-    slot.step2 = row.step2;
-    slot.size += std::sqrt(row.step2);
-    expect(slot, slot.ratio2[0]);
+    const double norm = std::sqrt(row.step2), ratio = std::max(norm / slot.norm, 1e-6);
+    slot.ratio2[0] = ratio * ratio;
+    slot.norm = norm;
+    slot.size += norm;
+    expect(slot, ratio);
     slot.is_slow = hands_over_ && is_hopeless(slot);
     slot.next = slot.is_slow ? Next::kAnchor : next_of(slot);
     if (slot.next == Next::kCorrectedStep) {
-      low_.measure(slot.rest, row.x, nullptr, padded_);
+      low_.measure(slot.rest, DeltaMap::kByRow, row.x, padded_);
       slot.rest.set_next_scale(slot.rest.largest / 127.0);
       slot.rest.scale = slot.rest.next_scale;
-      low_.feed(slot.rest, row.x, padded_);
+      low_.feed(slot.rest, DeltaMap::kByRow, row.x, nullptr, padded_);
       slot.corrected += slot.size;
-      slot.size = std::sqrt(row.step2);
+      slot.size = norm;
     }
     return true;
   }
@@ -332,22 +341,30 @@ class Tile {
   }
 
   // The increment just written becomes the one to read, and the scale of the one after it is set.
-  void expect(Slot& slot, double ratio2) {
+  void expect(Slot& slot, double ratio) {
     DeltaRow& row = slot.row;
     std::swap(row.increment, row.next);
-    const double cut = row.largest - 127.0 * row.next_scale, ratio = std::clamp(std::sqrt(ratio2), kLeastRatio, kMostRatio);
+    const double cut = row.largest - 127.0 * row.next_scale, expected = std::clamp(ratio, kLeastRatio, kMostRatio);
     row.scale = row.next_scale;
-    row.set_next_scale(kHeadroom / 127 * std::max(row.largest * ratio, cut));
+    row.set_next_scale(kHeadroom / 127 * std::max(row.largest * expected, cut));
   }
 
   void finish(Slot& slot, Verdict verdict, bool is_best) {
-    if (!is_best && slot.best_is_first) {
-      k_.first(p_.activation, slot.c, slot.row.d, value_, m_);
-      is_best = true;
-    }
     // Otherwise the output row already holds the best iterate. One that left the range of the caller's dtype has diverged.
-    if (is_best && !samples_.write(slot.sample, slot.scale, value_)) verdict = Verdict::kDiverged;
-    samples_.report(slot.sample, slot.record, verdict);
+    bool fits = true;
+    if (is_best) {
+      fits = write(slot);
+    } else if (slot.best_is_first) {
+      k_.first(p_.activation, slot.c, slot.row.d, value_, m_);
+      fits = samples_.write(slot.sample, slot.scale, value_);
+    }
+    samples_.report(slot.sample, slot.record, fits ? verdict : Verdict::kDiverged);
+  }
+
+  // The value at the slot's y becomes its result.
+  bool write(const Slot& slot) {
+    if (map_ != DeltaMap::kByRow) k_.first(p_.activation, slot.row.y, slot.row.d, value_, m_);  // else respond() has
+    return samples_.write(slot.sample, slot.scale, value_);
   }
 
   const DeqProblem& p_;
@@ -363,6 +380,7 @@ class Tile {
   const bool hands_over_;
   int64_t matrix_ = 0;
   int size_ = 0;
+  DeqWork work_{};
   float *value_ = nullptr, *state_ = nullptr, *ones_ = nullptr, *total_ = nullptr;
   uint64_t* nonzeros_ = nullptr;
   float* d_[kMaxTile];
@@ -393,6 +411,7 @@ int32_t delta_solve(const DeqProblem& p) {
   run_divided(p, segments.count, division, [&](int64_t s, std::atomic<int64_t>& queue, int sharing, Team& team) {
     std::make_unique<Tile>(p, low, *packed, *increments, totals)->run(s, queue, sharing, team);
   });
+  last_work = totals.work;
   p.report->failed = totals.failed;
   p.report->bad_injection = totals.bad_injection;
   p.report->bad_start = totals.bad_start;

@@ -60,10 +60,11 @@ struct DeltaKernels {
   void (*step)(const DeltaStep&, int n);
   // After every segment's step, unless the map is applied by row: sets step2, size2 and largest.
   void (*add_up)(DeltaRow&, int segments);
-  // state = f(y) as given, or with y its reflection 2 f(y) - y; sets step2, size2 and largest.
-  void (*measure)(DeltaRow&, float* state, const float* y, int64_t padded);
-  // next = Q(state - x), x += next.
-  void (*feed)(DeltaRow&, const float* state, int64_t padded);
+  // The state is f(y), formed in passing, or where the map is applied by row as given.
+  // Sets step2, size2 and largest.
+  void (*measure)(DeltaRow&, DeltaMap, const float* state, int64_t padded);
+  // next = Q(state - x), x += next; what x was goes to `before` if that is not null.
+  void (*feed)(DeltaRow&, DeltaMap, const float* state, float* before, int64_t padded);
 };
 
 // Compiled-in tables.

@@ -4,6 +4,8 @@
 // Register tile: up to DEQ_TILE_ROWS samples x two vectors of outputs, like the float32 kernels; a 32-bit word of an increment
 // (kTerms elements of k) is multiplied with the same word of a vector of outputs.
 #pragma once
+#include <type_traits>
+
 #include "delta.h"
 #include "vec.h"
 
@@ -171,19 +173,27 @@ void settle(DeltaRow& row, int segment, int64_t from, int64_t to) {
   sums.store(row.sums + segment * 3 * kL);
 }
 
-void settle(const DeltaStep& s, DeltaRow& row) {
-  switch (s.map) {
+// Calls f with the map as a constant.
+template <class F>
+DEQ_INLINE void with_map(DeltaMap map, F&& f) {
+  switch (map) {
     case DeltaMap::kRelu:
-      return settle<DeltaMap::kRelu>(row, s.segment, s.from, s.to);
+      return f(std::integral_constant<DeltaMap, DeltaMap::kRelu>{});
     case DeltaMap::kReflectedRelu:
-      return settle<DeltaMap::kReflectedRelu>(row, s.segment, s.from, s.to);
+      return f(std::integral_constant<DeltaMap, DeltaMap::kReflectedRelu>{});
     case DeltaMap::kMask:
-      return settle<DeltaMap::kMask>(row, s.segment, s.from, s.to);
+      return f(std::integral_constant<DeltaMap, DeltaMap::kMask>{});
     case DeltaMap::kReflectedMask:
-      return settle<DeltaMap::kReflectedMask>(row, s.segment, s.from, s.to);
+      return f(std::integral_constant<DeltaMap, DeltaMap::kReflectedMask>{});
     default:
-      return;
+      return f(std::integral_constant<DeltaMap, DeltaMap::kByRow>{});
   }
+}
+
+void settle(const DeltaStep& s, DeltaRow& row) {
+  with_map(s.map, [&](auto map) {
+    if constexpr (map() != DeltaMap::kByRow) settle<map()>(row, s.segment, s.from, s.to);
+  });
 }
 
 // Weights up to this size stream from the L2 cache once for every few rows, whose data then stay in L1; larger ones once for all.
@@ -215,27 +225,40 @@ void step(const DeltaStep& s, int n) {
   }
 }
 
-void measure(DeltaRow& row, float* state, const float* y, int64_t n) {
-  Sums sums;
-  for (int64_t j = 0; j < n; j += kL) {
-    V value = M::load(state + j);
-    if (y) {
-      value = value + (value - M::load(y + j));
-      M::store(state + j, value);
+template <DeltaMap kMap>
+DEQ_INLINE V state_at(const DeltaRow& row, const float* state, int64_t j) {
+  if constexpr (kMap == DeltaMap::kByRow) return M::load(state + j);
+  return apply<kMap>(M::load(row.y + j), row.d + j);
+}
+
+void measure(DeltaRow& row, DeltaMap map, const float* given, int64_t n) {
+  with_map(map, [&](auto m) {
+    Sums sums;
+    int64_t j = 0;
+    auto vector = [&](int64_t at, int i) __attribute__((always_inline)) {
+      const V state = state_at<m()>(row, given, at);
+      sums.add(i, state, state - M::load(row.x + at));
+    };
+    for (; j + 2 * kL <= n; j += 2 * kL) {
+      vector(j, 0);
+      vector(j + kL, 1);
     }
-    sums.add(j / kL & 1, value, value - M::load(row.x + j));
-  }
-  sums.store(row.sums);
+    if (j < n) vector(j, 0);
+    sums.store(row.sums);
+  });
   add_up(row, 1);
 }
 
-void feed(DeltaRow& row, const float* state, int64_t n) {
+void feed(DeltaRow& row, DeltaMap map, const float* given, float* before, int64_t n) {
   const Increment::Quantiser quantiser(row);
   char* next = static_cast<char*>(row.next);
-  for (int64_t j = 0; j < n; j += kL) {
-    const V before = M::load(row.x + j);
-    M::store(row.x + j, before + quantiser.store(M::load(state + j) - before, next + j * Increment::kBytes));
-  }
+  with_map(map, [&](auto m) {
+    for (int64_t j = 0; j < n; j += kL) {
+      const V x = M::load(row.x + j);
+      if (before) M::store(before + j, x);
+      M::store(row.x + j, x + quantiser.store(state_at<m()>(row, given, j) - x, next + j * Increment::kBytes));
+    }
+  });
 }
 
 const deq::DeltaKernels* table() {

@@ -81,3 +81,7 @@ def masked_linear(
 def derivative(W: Tensor, c: Tensor, z: Tensor, activation: str) -> Tensor:
     wide = torch.float64 if c.dtype == torch.float64 else torch.float32
     return reference.derivative(W.to(wide), c.to(wide), z.to(wide), activation).to(c.dtype)
+
+
+def outer(u: Tensor, z: Tensor) -> Tensor:
+    return torch.matmul(u.mT, z)

@@ -24,14 +24,17 @@ def run_flops(run: Run) -> Result:
     nets = _models(run)
     entries = run.settings.seeds * run.config.grid * run.settings.width
     values = run.parts(
-        [Part(name, f"train {name}", training(run, run.config.pieces, name, make), entries) for name, make in nets.items()]
+        [
+            Part(name, f"train {name}", training(run, run.config.pieces, name, make), entries)
+            for name, make in nets.items()
+        ]
     )
     rows = list(values.values())
     for r in rows:
         r.pop("shown", None)
     notes = [
-        "FLOPs: of products with weights, a sample's forward pass and a training step; a DEQ's by the evaluations that it "
-        "needed, its adjoint's taken to be as many. Memory: numbers kept a sample for the backward pass.",
+        "FLOPs: of products with weights, a sample's forward pass and a training step; a DEQ's by the evaluations that "
+        "it needed, its adjoint's taken to be as many. Memory: numbers kept a sample for the backward pass.",
         *(note for r in rows for note in r["notes"]),
     ]
     return Result(_claims(run, rows), [_table(run, rows)], values, draw(rows), notes)
@@ -44,12 +47,14 @@ def _models(run: Run) -> dict[str, Make]:
     for level in run.config.levels:
         for depth in run.config.depths:
             n = width_for_flops(depth, level * budget)
-            made[f"feed-forward {n}x{depth}"] = lambda S, g, n=n, depth=depth: FeedForward(S, 1, n, depth, g, F32, kinks)
+            made[f"feed-forward {n}x{depth}"] = lambda S, g, n=n, depth=depth: FeedForward(
+                S, 1, n, depth, g, F32, kinks
+            )
     return made
 
 
 def _claims(run: Run, rows: list[dict]) -> list[Claim]:
-    """Each DEQ against the feed-forward nets of the lowest level that is not below its own FLOPs, or of the highest."""
+    """Each DEQ against feed-forward nets of the lowest level not below its FLOPs, or of the highest."""
     nets = [r for r in rows if r["evidence"] is None]
     size = len(run.config.depths)
     levels = [nets[i : i + size] for i in range(0, len(nets), size)]
@@ -103,7 +108,9 @@ def draw(rows: list[dict]) -> Figure:
             for r in rows:
                 s = spread(r["mse"])
                 colour = _plot.kind_colour(r)
-                ax.errorbar(r[key], s.median, [[s.median - s.low], [s.high - s.median]], fmt="o", color=colour, ms=5, lw=1)
+                ax.errorbar(
+                    r[key], s.median, [[s.median - s.low], [s.high - s.median]], fmt="o", color=colour, ms=5, lw=1
+                )
                 name = r["model"].partition(" ")[0]
                 label_ = r["model"].split()[-1] if name == "feed-forward" else name
                 ax.annotate(label_, (r[key], s.median), (6, 3), textcoords="offset points", fontsize=7, color=colour)
@@ -122,7 +129,7 @@ def draw(rows: list[dict]) -> Figure:
 EXPERIMENT = Experiment(
     name="flops",
     title="Sawtooth at similar FLOPs",
-    claim="At similar FLOPs per iteration, a DEQ of width 10 fits the sawtooth of 2^5 pieces better than feed-forward nets.",
+    claim="At similar FLOPs per iteration, a DEQ of width 10 fits the sawtooth of 2^5 pieces better than other nets.",
     function=run_flops,
     width_means="neurons of the DEQs",
     width=(10, 6, 64),

@@ -32,7 +32,9 @@ def run_norms(run: Run) -> Result:
     """The function of the registry entry."""
     config = run.config
     nets = _models(run.settings.width)
-    jobs = [(d, config.cap, name) for d in config.capped for name in nets] + [(d, None, name) for d in config.free for name in nets]
+    jobs = [(d, config.cap, name) for d in config.capped for name in nets] + [
+        (d, None, name) for d in config.free for name in nets
+    ]
     parts = [
         Part(
             _key(d, cap, name),
@@ -45,8 +47,8 @@ def run_norms(run: Run) -> Result:
     values = run.parts(parts)
     rows = {(d, cap): [values[_key(d, cap, name)] for name in nets] for d, cap, _ in jobs}
     notes = [
-        "Input t = 1 - x_1 alone: with all d coordinates neither model fits beyond d = 10. The DEQ has the shape of construction "
-        "A of Theorem 2 (self loops, half of the neurons without bias); shapes without it failed at d = 20.",
+        "Input t = 1 - x_1 alone: with all d coordinates no model fits beyond d = 10. The DEQ has the shape of "
+        "construction A of Theorem 2 (self loops, half of the neurons without bias); others failed at d = 20.",
         "Norm: the largest infinity norm of a weight matrix. All matrices have a trainable scale.",
         *(note for of_d in rows.values() for r in of_d for note in r["notes"]),
     ]
@@ -123,12 +125,17 @@ def _claims(run: Run, rows: dict) -> list[Claim]:
         if sup is not None and product is not None
     ]
     capped = [
-        {"case": r["case"], "excess": min(v for v in r["sup"] if v is not None) - floor(r["cap"] ** r["depth"], 2.0 ** -r["d"])}
+        {
+            "case": r["case"],
+            "excess": min(v for v in r["sup"] if v is not None) - floor(r["cap"] ** r["depth"], 2.0 ** -r["d"]),
+        }
         for r in every
         if r["cap"]
     ]
     claims = [
-        proved_for_all("feed-forward: sup error - floor of its norms", "Thm. 2", floors, lambda r: r["excess"], ">=", 0),
+        proved_for_all(
+            "feed-forward: sup error - floor of its norms", "Thm. 2", floors, lambda r: r["excess"], ">=", 0
+        ),
         proved_for_all("capped: sup error - floor of the cap", "Thm. 2", capped, lambda r: r["excess"], ">=", 0),
     ]
     for (d, cap), of_d in rows.items():
@@ -167,7 +174,11 @@ def _tables(run: Run, rows: dict) -> list[Table]:
             if bool(cap) == wanted
             for r in of_d
         ]
-        tables.append(Table(f"{title}: median [quartiles] over seeds", ("d", "model", "params", "sup error", "norm", "floor"), cells))
+        tables.append(
+            Table(
+                f"{title}: median [quartiles] over seeds", ("d", "model", "params", "sup error", "norm", "floor"), cells
+            )
+        )
     return tables
 
 
@@ -209,7 +220,7 @@ EXPERIMENT = Experiment(
     name="norms",
     title="Weight norms against steepness",
     claim=(
-        "As the steep target's d grows from 5 to 20, feed-forward nets need ever larger weights for the same error; the norms "
+        "As the steep target's d grows from 5 to 20, feed-forward nets need ever larger weights for one error; norms "
         "of a DEQ stay lower."
     ),
     function=run_norms,

@@ -181,7 +181,9 @@ def _iterating(run: Run, count: int) -> Callable[[Tick], dict]:
     def compute(tick: Tick) -> dict:
         found = {}
         for i, (name, limit) in enumerate(LIMITS.items()):
-            tried = {m: iterated_exactly(m, _some_regions(run, m, count), getattr(torch, name)) for m in range(1, limit + 3)}
+            tried = {
+                m: iterated_exactly(m, _some_regions(run, m, count), getattr(torch, name)) for m in range(1, limit + 3)
+            }
             found[name] = next((m - 1 for m, exact in tried.items() if not exact), limit + 2)
             tick((i + 1) / len(LIMITS))
         return found
@@ -201,7 +203,9 @@ def _precision_claims(iterated: dict[str, int], rows: list[dict]) -> list[Claim]
     ]
     widths = ", ".join(r["case"] for r in rows)
     claims.append(
-        proved("rescaled form: wrong entries", "Thm. 1", sum(r["wrong"] for r in rows), "==", 0, f"near x = 0; {widths}")
+        proved(
+            "rescaled form: wrong entries", "Thm. 1", sum(r["wrong"] for r in rows), "==", 0, f"near x = 0; {widths}"
+        )
     )
     return claims
 

@@ -122,9 +122,7 @@ def _attempts(run: Run, width: int, n: int) -> dict[str, tuple[Make, list[int] |
     return made
 
 
-def training(
-    run: Run, n: int, name: str, make: Make, path: list[int] | None = None
-) -> Callable[[Tick], dict]:
+def training(run: Run, n: int, name: str, make: Make, path: list[int] | None = None) -> Callable[[Tick], dict]:
     """A part that trains one model on 2^n pieces; ``path``: coarser sawtooths to train on first."""
 
     def compute(tick: Tick) -> dict:

@@ -81,7 +81,15 @@ def run_steep(run: Run) -> Result:
     if quick:
         notes.append(f"Quick: {steps} steps are too few to judge training.")
     tables = [_built_table(ds, built), _trained_table(trained), _equilibrium_table(solved, trained)]
-    record = {"built": built, "wide": wide, "lemma2": values["lemma2"], "solved": solved, "trained": trained, "steps": steps, "batch": BATCH}
+    record = {
+        "built": built,
+        "wide": wide,
+        "lemma2": values["lemma2"],
+        "solved": solved,
+        "trained": trained,
+        "steps": steps,
+        "batch": BATCH,
+    }
     return Result(claims, tables, record, draw(built, trained), notes)
 
 
