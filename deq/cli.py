@@ -36,6 +36,8 @@ def _list_experiments(ctx: click.Context, _: click.Parameter, wanted: bool) -> N
         text = f"{experiment.claim} Width: {experiment.width_means} (default {experiment.width[0]})."
         if experiment.depth:
             text += f" Depth: {experiment.depth_means} (default {experiment.depth[0]})."
+        if experiment.input_means:
+            text += f" Input: {experiment.input_means}."
         click.echo(click.wrap_text(text, 78, "          ", "          "))
     ctx.exit()
 
@@ -50,6 +52,7 @@ def _list_experiments(ctx: click.Context, _: click.Parameter, wanted: bool) -> N
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of all random numbers.")
 @click.option("--seeds", type=click.IntRange(min=1), help="Networks trained per model.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
+@click.option("--input", type=click.Path(exists=True, dir_okay=False), help="A file to read, where --list has it.")
 @click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
@@ -68,6 +71,7 @@ def run(
     seed: int,
     seeds: int | None,
     device: str,
+    input: str | None,
     out: Path,
     quick: bool,
     full: bool,
@@ -86,6 +90,7 @@ def run(
     if quick and full:
         raise click.UsageError("--quick and --full exclude each other.")
     options = {"width": width, "depth": depth, "seed": seed, "seeds": seeds, "device": _device(device)}
+    options["input"] = input
     options["level"] = "quick" if quick else "full" if full else "default"
     recorded = None
     try:
@@ -127,8 +132,11 @@ def run(
 
 
 def _that_fit(experiment, names: list[str], options: dict) -> dict:
-    """Of several experiments, those without depth leave it out; one alone says that it has none."""
-    return options if experiment.depth or len(names) == 1 else options | {"depth": None}
+    """Of several experiments, those without depth or input leave it out; one alone says that it has none."""
+    if len(names) == 1:
+        return options
+    unused = [name for name, used in (("depth", experiment.depth), ("input", experiment.input_means)) if not used]
+    return options | dict.fromkeys(unused)
 
 
 def _recorded(ctx: click.Context, path: str) -> dict:

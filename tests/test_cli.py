@@ -33,7 +33,7 @@ def check_record(out: Path, name: str) -> dict:
     text = (out / f"{name}.json").read_text()
     record = json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
     assert record["schema"] == SCHEMA and record["experiment"] == name
-    assert set(record["settings"]) == {"width", "depth", "seed", "seeds", "device", "level"}
+    assert set(record["settings"]) == {"width", "depth", "seed", "seeds", "device", "level", "input"}
     assert record["provenance"]["versions"]["deq"] == deq.__version__
     for claim in record["claims"]:
         assert set(claim) == {field.name for field in fields(Claim)}
@@ -54,7 +54,8 @@ def test_steep_quick(tmp_path):
     result = deq_command("run", "steep", "--quick", "--seeds", 2, "--width", 6, "--out", tmp_path)
     assert result.exit_code == 0, result.output
     record = check_record(tmp_path, "steep")
-    assert record["settings"] == {"width": 6, "depth": None, "seed": 0, "seeds": 2, "device": "cpu", "level": "quick"}
+    expected = {"width": 6, "depth": None, "seed": 0, "seeds": 2, "device": "cpu", "level": "quick", "input": None}
+    assert record["settings"] == expected
     verdicts = [c["verdict"] for c in record["claims"]]
     assert verdicts.count("proved") == 14 and verdicts.count("not judged") == 4 and len(verdicts) == 18
     for row in record["values"]["trained"]:
