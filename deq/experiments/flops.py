@@ -71,8 +71,8 @@ def _claims(run: Run, rows: list[dict]) -> list[Claim]:
                 r,
                 rivals,
                 quick=run.settings.quick,
-                setting=f"2^{run.config.pieces} pieces; {number(r['flops'])} FLOPs against {number(rivals[0]['flops'])} "
-                f"and more; {run.config.steps} steps",
+                setting=f"2^{run.config.pieces} pieces, {run.config.steps} steps; {number(r['flops'])} FLOPs against "
+                f"{number(rivals[0]['flops'])} and more",
                 conditions="a net of finite depth, no equilibrium" if finite else "",
                 about_equilibria=not finite,
             )
