@@ -18,7 +18,7 @@ MUST = 8.0  # times as fast, with two threads
 
 @dataclass(frozen=True)
 class Case:
-    """seeds, width, batch, and Adam steps of one training run; warm: solves start from the last equilibrium, in both."""
+    """seeds, width, batch, and Adam steps of a training run; warm: solves start from the last equilibrium, in both."""
 
     seeds: int = 16
     width: int = 20
