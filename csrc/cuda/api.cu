@@ -3,6 +3,7 @@
 #include <stdio.h>
 
 #include <algorithm>
+#include <utility>
 
 #include "launch.h"
 
@@ -29,7 +30,7 @@ bool is_well_formed(const DeqProblem& p) {
          (p.out.stride[2] == 1 || p.width == 1) && !(p.mask.data && p.mask_is_value && !has_of_value(p.activation));
 }
 
-Call call_of(const DeqProblem& p, void* scratch, int64_t scratch_size) {
+Call call_of(const DeqProblem& p, void* scratch) {
   Call call{};
   call.batch = p.batch, call.width = p.width;
   call.W = static_cast<const float*>(p.W.data);
@@ -42,7 +43,6 @@ Call call_of(const DeqProblem& p, void* scratch, int64_t scratch_size) {
   call.report = p.report;
   call.notes = static_cast<Note*>(scratch);
   call.scratch = reinterpret_cast<float*>(static_cast<char*>(scratch) + note_bytes(p.weights * p.batch));
-  call.scratch_size = scratch_size;
   return call;
 }
 
@@ -80,7 +80,9 @@ int32_t deq_cuda_plan(int64_t weights, int64_t batch, int64_t width, int32_t dev
   if (major < 8) return failed(DEQ_NOT_SUPPORTED, "the device has compute capability %d, 8 is needed for bfloat16", major);
   const DeviceScope scope(device);
   if (int32_t error = check_cuda(scope.error(), "choosing the device")) return error;
-  if (int32_t error = plan_block(weights, batch, width, limits, plan)) return error;
+  int32_t error = regime == DEQ_GRID ? DEQ_NOT_SUPPORTED : plan_block(weights, batch, width, limits, plan);
+  if (error == DEQ_NOT_SUPPORTED && regime != DEQ_BLOCK) error = plan_grid(batch, width, limits, plan);
+  if (error) return error;
   plan->scratch += note_bytes(weights * batch);
   return DEQ_OK;
 }
@@ -88,21 +90,22 @@ int32_t deq_cuda_plan(int64_t weights, int64_t batch, int64_t width, int32_t dev
 int32_t deq_cuda_solve(const DeqProblem* p, int32_t regime, int32_t kernel, int32_t blocks, void* scratch, int64_t bytes,
                        int32_t device, void* stream) {
   using namespace deq;
-  if (!p || !is_well_formed(*p) || regime != DEQ_BLOCK) return failed(DEQ_BAD_ARGUMENT, "an argument is out of range");
+  if (!p || !is_well_formed(*p)) return failed(DEQ_BAD_ARGUMENT, "an argument is out of range");
   if (p->weights * p->batch == 0) return DEQ_OK;
   const DeviceScope scope(device);
   if (int32_t error = check_cuda(scope.error(), "choosing the device")) return error;
   DeqCudaPlan plan{};
   plan.kernel = kernel, plan.blocks = blocks;
-  if (int32_t error = complete_block(p->weights, p->width, &plan)) return error;
+  if (int32_t error = regime == DEQ_GRID ? complete_grid(p->width, &plan) : complete_block(p->weights, p->width, &plan))
+    return error;
   if (bytes < plan.scratch + note_bytes(p->weights * p->batch))
     return failed(DEQ_BAD_ARGUMENT, "scratch holds %lld bytes, %lld are needed", static_cast<long long>(bytes),
                   static_cast<long long>(plan.scratch + note_bytes(p->weights * p->batch)));
-  const Call call = call_of(*p, scratch, block_scratch(p->width));
+  const Call call = call_of(*p, scratch);
   const auto queue = static_cast<cudaStream_t>(stream);
   constexpr int64_t kSamples = kPrepareThreads / kWarp;
   const dim3 grid(static_cast<unsigned>((p->batch + kSamples - 1) / kSamples), static_cast<unsigned>(p->weights));
   prepare<<<grid, kPrepareThreads, 0, queue>>>(call);
   if (int32_t error = check_cuda(cudaGetLastError(), "the launch of prepare")) return error;
-  return launch_block(call, p->weights, plan, queue);
+  return regime == DEQ_GRID ? launch_grid(call, p->weights, plan, queue) : launch_block(call, p->weights, plan, queue);
 }

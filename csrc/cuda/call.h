@@ -7,6 +7,7 @@
 
 namespace deq {
 
+constexpr float kLargest = 3.4028234663852886e38f;
 constexpr int kSlots = kTileSamples;  // samples solved together by a team of warps, one a column of the product
 
 // Rounding W and increments to bfloat16 leaves about this share of the increments in y (csrc/cpu/delta.cpp measured it).
@@ -31,9 +32,8 @@ struct Call {
   float* residual;
   uint8_t* status;
   DeqReport* report;
-  Note* notes;           // (S, B)
-  float* scratch;        // per block, see Scratch
-  int64_t scratch_size;  // floats a block
+  Note* notes;     // (S, B)
+  float* scratch;  // block_scratch floats for every block, or grid_scratch for all
   int64_t first_weight;
 };
 
@@ -48,28 +48,33 @@ struct Action {
   int64_t load;  // with kLoad: the sample that moves in
   int32_t kind;
   int32_t saves_first;  // the best iterate is the value at zero
+  float limit;          // a larger |f| is out of range once its scale is taken back
 };
 
 // One slot's sample and how it is doing.
 struct SlotControl {
   Progress progress;
-  int64_t sample;  // -1: none
-  bool is_exact;   // the evaluation under way is an anchor
+  int64_t sample = -1;  // none
+  float limit = 0;
+  bool is_exact;  // the evaluation under way is an anchor
 
-  DEQ_HD Action begin(int64_t next) {
+  DEQ_HD Action begin(const Call& call, int64_t weight, int64_t next) {
     sample = next;
     is_exact = true;
     progress = new_progress();
-    return Action{-1, next, next < 0 ? Action::kIdle : Action::kLoad, 0};
+    const float scale = next < 0 ? 0 : call.notes[weight * call.batch + next].scale;
+    limit = kLargest * (scale < 1 ? scale : 1);
+    return Action{-1, next, next < 0 ? Action::kIdle : Action::kLoad, 0, limit};
   }
 
-  // Judges the evaluation just made. `next()` gives the sample that moves in when this one is done, or -1.
+  // Judges the evaluation just made. `next()` gives the sample that moves in when this one is done, or -1; `tells`: of the
+  // blocks that decide the same, this one says how the sample ended.
   template <class NextSample>
-  DEQ_HD Action decide(const Call& call, int64_t weight, double step2, double size2, const NextSample& next) {
-    if (sample < 0) return Action{-1, -1, Action::kIdle, 0};
+  DEQ_HD Action decide(const Call& call, int64_t weight, double step2, double size2, bool tells, const NextSample& next) {
+    if (sample < 0) return Action{-1, -1, Action::kIdle, 0, 0};
     if (!is_exact) {
       is_exact = after_step(call.reliable, progress, step2, size2) != Next::kStep;
-      return Action{-1, -1, is_exact ? Action::kAnchor : Action::kStep, 0};
+      return Action{-1, -1, is_exact ? Action::kAnchor : Action::kStep, 0, limit};
     }
     const int64_t index = weight * call.batch + sample;
     bool is_best;
@@ -77,19 +82,27 @@ struct SlotControl {
     const int64_t save = is_best ? sample : -1;
     if (verdict == Verdict::kContinue) {
       is_exact = anchors_again(call.reliable, progress);
-      return Action{save, -1, is_exact ? Action::kAnchor : Action::kStep, 0};
+      return Action{save, -1, is_exact ? Action::kAnchor : Action::kStep, 0, limit};
     }
     const bool nothing_saved = progress.record.best_at == 0;  // not even the first evaluation was finite
-    call.iterations[index] = static_cast<int32_t>(progress.record.iteration);
-    call.residual[index] = static_cast<float>(progress.record.residual());
-    call.status[index] = static_cast<uint8_t>(verdict);
+    if (tells) {
+      call.iterations[index] = static_cast<int32_t>(progress.record.iteration);
+      call.residual[index] = static_cast<float>(progress.record.residual());
+      call.status[index] = static_cast<uint8_t>(verdict);
+    }
     const int64_t finished = sample;
-    Action action = begin(next());
+    Action action = begin(call, weight, next());
     action.save = nothing_saved ? finished : save;
     action.saves_first = nothing_saved;
     return action;
   }
 };
+
+// The first sample that is solved of `sample`, `sample` + stride, ..., or -1.
+DEQ_HD int64_t first_solved(const Call& call, int64_t weight, int64_t sample, int64_t stride) {
+  while (sample < call.batch && call.notes[weight * call.batch + sample].scale == 0) sample += stride;
+  return sample < call.batch ? sample : -1;
+}
 
 // f at y: value(y), or with a mask d y.
 template <int E>
@@ -102,22 +115,11 @@ DEQ_GPU void evaluate(const Call& call, const float (&y)[E], const float (&d)[E]
       call.activation, [&](auto activation) { DEQ_UNROLL for (int e = 0; e < E; ++e) f[e] = decltype(activation)::value(y[e]); });
 }
 
-// A result as it is handed out: one that leaves the range of float32 is held at its largest number and has diverged.
-DEQ_GPU void hand_out(const Call& call, int64_t weight, int64_t sample, int64_t row, float scale, float value) {
-  constexpr float kLargest = 3.4028234663852886e38f;
-  float result = value / scale;
-  if (!(fabsf(result) <= kLargest)) {
-    result = result > 0 ? kLargest : -kLargest;
-    call.status[weight * call.batch + sample] = DEQ_DIVERGED;
-  }
-  row_of(call.out, weight, sample)[row] = result;
-}
-
 // y (slot, row) = W x for R rows of W and N slots, by one warp: float32 throughout. Every sum runs over the same lanes in the
-// same order whatever R and N are. `x` and `y` hold `width` floats a slot.
+// same order whatever R and N are. `x` and `y` hold `width` floats a slot, of which the N from `first_slot` on are looked at.
 template <class Gpu, int R, int N>
 DEQ_GPU void exact_rows(const float* W, int64_t row_stride, int64_t width, int64_t first_row, const float* x, float* y,
-                        const int (&slot)[N]) {
+                        int first_slot) {
   const int lane = Gpu::thread() % kWarp;
   float sum[R * N];
   DEQ_UNROLL for (int i = 0; i < R * N; ++i) sum[i] = 0;
@@ -128,7 +130,7 @@ DEQ_GPU void exact_rows(const float* W, int64_t row_stride, int64_t width, int64
 #endif
   for (int64_t k = lane; k < width; k += kWarp) {
     float value[N];
-    DEQ_UNROLL for (int n = 0; n < N; ++n) value[n] = x[slot[n] * width + k];
+    DEQ_UNROLL for (int n = 0; n < N; ++n) value[n] = x[(first_slot + n) * width + k];
     DEQ_UNROLL for (int r = 0; r < R; ++r) {
       const float weight = w[r][k];
       DEQ_UNROLL for (int n = 0; n < N; ++n) sum[r * N + n] = fmaf(weight, value[n], sum[r * N + n]);
@@ -152,9 +154,7 @@ DEQ_GPU void exact_rows(const float* W, int64_t row_stride, int64_t width, int64
   const int index = lane * (R * N) / kWarp;
   if (lane % (kWarp / (R * N)) == 0) {
     const int64_t row = first_row + index / N;
-    int target = slot[0];
-    DEQ_UNROLL for (int n = 1; n < N; ++n) target = index % N == n ? slot[n] : target;
-    if (row < width) y[target * width + row] = sum[0];
+    if (row < width) y[(first_slot + index % N) * width + row] = sum[0];
   }
 }
 

@@ -60,6 +60,12 @@ struct Device {
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                  : "r"(a.word[0]), "r"(a.word[1]), "r"(a.word[2]), "r"(a.word[3]), "r"(b.word[0]), "r"(b.word[1]));
   }
+  // What another block wrote: from L2, which all share.
+  static DEQ_GPU Pair load(const Pair* at) {
+    const uint2 value = __ldcg(reinterpret_cast<const uint2*>(at));
+    return Pair{{value.x, value.y}};
+  }
+  static DEQ_GPU double load(const double* at) { return __ldcg(at); }
   static DEQ_GPU void keep_least(int64_t* at, int64_t value) {
     atomicMin(reinterpret_cast<unsigned long long*>(at), static_cast<unsigned long long>(value));
   }

@@ -3,7 +3,7 @@
 #include <cuda_runtime.h>
 
 #include "../cuda_kernels.h"
-#include "block_solve.h"
+#include "call.h"
 
 namespace deq {
 
@@ -28,12 +28,18 @@ class DeviceScope {
 };
 
 struct Limits {
-  int processors, shared;  // dynamic shared memory a block may have
+  int processors, shared;  // and dynamic shared memory that a block may have
+  int cooperates;          // whether all blocks of a launch can be resident together
 };
 
-// Regime A: completes a plan for its kernel and blocks, chooses both, and launches it.
+// Regime A, one weight a row of blocks: completes a plan of its kernel and blocks, chooses both, and launches it.
 int32_t complete_block(int64_t weights, int64_t width, DeqCudaPlan* plan);
 int32_t plan_block(int64_t weights, int64_t batch, int64_t width, const Limits& limits, DeqCudaPlan* plan);
 int32_t launch_block(const Call& call, int64_t weights, const DeqCudaPlan& plan, cudaStream_t stream);
+
+// Regime C, one weight after the other.
+int32_t complete_grid(int64_t width, DeqCudaPlan* plan);
+int32_t plan_grid(int64_t batch, int64_t width, const Limits& limits, DeqCudaPlan* plan);
+int32_t launch_grid(Call call, int64_t weights, const DeqCudaPlan& plan, cudaStream_t stream);
 
 }  // namespace deq

@@ -4,6 +4,7 @@
 //
 // It finds wrong index maps, missing barriers (another seed gives another answer) and deadlocks, but no reordering of memory.
 #pragma once
+#include <setjmp.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -68,6 +69,10 @@ class Emulator {
       d[e] += static_cast<float>(sum);
     }
   }
+  template <class T>
+  static T load(const T* at) {
+    return *at;
+  }
   static void keep_least(int64_t* at, int64_t value) {
     if (static_cast<uint64_t>(value) < static_cast<uint64_t>(*at)) *at = value;
   }
@@ -100,7 +105,9 @@ class Emulator {
     char* aligned;
   };
   struct Fiber {
-    ucontext_t context;
+    ucontext_t context;  // to begin in; later switches need no signal mask, which costs a system call each
+    jmp_buf at;
+    bool begun = false;
     std::unique_ptr<char[]> stack;
     Block* block;
     int thread;
@@ -127,7 +134,7 @@ class Emulator {
       getcontext(&fiber.context);
       fiber.context.uc_stack.ss_sp = fiber.stack.get();
       fiber.context.uc_stack.ss_size = kStack;
-      fiber.context.uc_link = &scheduler_;
+      fiber.context.uc_link = nullptr;
       makecontext(&fiber.context, reinterpret_cast<void (*)()>(enter), 0);
     }
   }
@@ -135,6 +142,16 @@ class Emulator {
   static void enter() {
     now_->body_(now_->current_->block->aligned);
     now_->current_->done = true;
+    _longjmp(now_->at_, 1);
+  }
+  void resume(Fiber& fiber) {
+    if (_setjmp(at_)) return;
+    if (fiber.begun) _longjmp(fiber.at, 1);
+    fiber.begun = true;
+    setcontext(&fiber.context);
+  }
+  void leave() {
+    if (!_setjmp(current_->at)) _longjmp(at_, 1);
   }
 
   void run() {
@@ -150,7 +167,7 @@ class Emulator {
           fiber->waits_for = nullptr;
           current_ = fiber;
           yielded_ = false;
-          swapcontext(&scheduler_, &fiber->context);
+          resume(*fiber);
           moved |= !yielded_;
         }
         if (!fiber->done) waiting[left++] = fiber;
@@ -174,11 +191,11 @@ class Emulator {
     }
     current_->waits_for = &barrier;
     current_->until = barrier.passed + 1;
-    swapcontext(&current_->context, &scheduler_);
+    leave();
   }
   void yield() {
     yielded_ = true;
-    swapcontext(&current_->context, &scheduler_);
+    leave();
   }
   Warp& warp() { return current_->block->warps[current_->thread / kWarp]; }
   // Every lane's value, once all lanes have brought theirs. A lane is never two exchanges ahead of another.
@@ -204,7 +221,7 @@ class Emulator {
   const std::function<void(char*)>& body_;
   std::vector<Block> grid_;
   std::vector<Fiber> fibers_;
-  ucontext_t scheduler_;
+  jmp_buf at_;  // the scheduler
   Fiber* current_ = nullptr;
   bool yielded_ = false;
 };

@@ -6,6 +6,7 @@
 
 #include "check.h"
 #include "cuda/block_solve.h"
+#include "cuda/grid_solve.h"
 #include "emulator.h"
 
 using namespace deq;
@@ -40,13 +41,24 @@ struct Case {
 
   template <int RT, int HELD>
   void solve_in_blocks(int blocks, unsigned seed = 1) {
-    call.scratch_size = block_scratch(m);
-    scratch.assign(blocks * call.scratch_size, NAN);
+    scratch.assign(blocks * block_scratch(m), NAN);
     call.scratch = scratch.data();
     prepare();
     const BlockLayout at = block_layout(m, RT, HELD);
     Emulator::launch(blocks, 1, (at.warps + 1) * kWarp, at.bytes, seed,
                      [&](char* shared) { BlockSolve<Emulator, RT, HELD>(call, shared).run(); });
+  }
+
+  template <int RT, int BT, int HELD>
+  void solve_in_grid(unsigned seed = 1) {
+    const GridScratch memory = grid_scratch(m, RT, BT);
+    scratch.assign(memory.floats, NAN);
+    std::fill(scratch.begin() + memory.flags, scratch.end(), 0.0f);
+    call.scratch = scratch.data();
+    prepare();
+    const GridLayout at = grid_layout(m, RT, BT, HELD);
+    Emulator::launch(at.blocks, 1, kGridThreads, at.bytes, seed,
+                     [&](char* shared) { GridSolve<Emulator, RT, BT, HELD>(call, shared).run(); });
   }
 
   void prepare() {
@@ -100,9 +112,29 @@ void blocks() {
     }
 }
 
+void grids() {
+  for (int64_t m : {1, 17, 40})
+    for (int64_t B : {1, 5, 20}) {
+      Case one(B, m), again(B, m), many(B, m);
+      one.solve_in_grid<1, 1, 0>();
+      one.check_solved();
+      again.solve_in_grid<1, 1, 0>(2);
+      CHECK(one.z == again.z && one.residual == again.residual && one.iterations == again.iterations);
+      many.solve_in_grid<1, 4, 0>(3);
+      CHECK(one.z == many.z && one.residual == many.residual && one.iterations == many.iterations);
+    }
+  Case two(9, 250), held(9, 250);
+  two.solve_in_grid<2, 1, 0>();
+  two.check_solved();
+  held.solve_in_grid<2, 1, 1>(2);
+  held.check_solved();
+  CHECK(two.z == held.z && two.iterations == held.iterations);
+}
+
 }  // namespace
 
 int main() {
   blocks();
+  grids();
   return check_result();
 }
