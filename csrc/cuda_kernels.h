@@ -32,5 +32,11 @@ DEQ_API int32_t deq_cuda_plan(int64_t weights, int64_t batch, int64_t width, int
 DEQ_API int32_t deq_cuda_solve(const struct DeqProblem* problem, int32_t regime, int32_t kernel, int32_t blocks, void* scratch,
                                int64_t bytes, int32_t device, void* stream);
 
+// Measures a constant of the device, and waits for it. Seconds: "grid_barrier" (cooperative groups), "flag_barrier" (a flag a
+// block), "word_exchange" (data and flag in one word: 64 words a block, read by all), "cluster_barrier" (8 blocks),
+// "block_barrier" (512 threads), "graph_chain" (one of a chain of empty kernels). Bytes per second: "broadcast" (all blocks read
+// 64 KiB from L2), "shared_reads" (one multiprocessor). FLOP per second: "tensor_core" (mma.sync in bfloat16, all together).
+DEQ_API int32_t deq_cuda_measure(const char* name, int32_t device, double* result);
+
 // What went wrong in the last call of this thread that failed, in words.
 DEQ_API const char* deq_cuda_why(void);

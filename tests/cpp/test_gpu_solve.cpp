@@ -5,8 +5,8 @@
 #include <vector>
 
 #include "check.h"
-#include "cuda/block_solve.h"
-#include "cuda/grid_solve.h"
+#include "cuda/capacity.h"
+#include "emulator.h"
 #include "emulator.h"
 
 using namespace deq;
@@ -131,10 +131,144 @@ void grids() {
   CHECK(two.z == held.z && two.iterations == held.iterations);
 }
 
+// The smallest kernel of either regime.
+void solve_each(Case& in_blocks, Case& in_grid) {
+  in_blocks.solve_in_blocks<1, 0>(2);
+  in_grid.solve_in_grid<1, 1, 0>();
+}
+
+void activations() {
+  for (int32_t activation = 0; activation < kActivations; ++activation) {
+    Case blocks(9, 20, activation), grid(9, 20, activation);
+    solve_each(blocks, grid);
+    blocks.check_solved();
+    grid.check_solved();
+    if (!has_of_value(activation)) continue;
+    // u = d (A u + g) with d taken from the equilibrium's value must agree with the same d given.
+    Case value(9, 20, activation), given(9, 20, activation), exchanged(9, 20, activation);
+    value.mask.resize(9 * 20), given.mask.resize(9 * 20);
+    for (int64_t i = 0; i < 9 * 20; ++i) {
+      value.mask[i] = blocks.z[i / 20 * 23 + i % 20];
+      given.mask[i] = derivative_of_value<ScalarMath<float>>(activation, value.mask[i]);
+    }
+    exchanged.mask = given.mask;
+    for (Case* k : {&value, &given, &exchanged}) k->call.mask = {k->mask.data(), {0, 20, 1}};
+    value.call.mask_is_value = 1;
+    value.solve_in_blocks<1, 0>(2);
+    solve_each(given, exchanged);
+    CHECK(value.z == given.z);
+    given.check_solved();
+    exchanged.check_solved();
+  }
+}
+
+void starts() {
+  Case cold(5, 33), warm_blocks(5, 33), warm_grid(5, 33);
+  cold.solve_in_blocks<1, 0>(1);
+  for (Case* k : {&warm_blocks, &warm_grid}) {
+    k->start = cold.z;
+    k->call.start = {k->start.data(), {0, 36, 1}};
+  }
+  solve_each(warm_blocks, warm_grid);
+  for (Case* k : {&warm_blocks, &warm_grid}) {
+    k->check_solved();
+    for (int64_t b = 0; b < 5; ++b) CHECK(k->iterations[b] < cold.iterations[b] && k->iterations[b] <= 3);
+  }
+}
+
+// c times a power of two: the same bits, times that power. Far from it too.
+void scales() {
+  for (int exponent : {-140, -60, 60, 120}) {
+    Case one(3, 20), blocks(3, 20), grid(3, 20), reference(3, 20);
+    solve_each(one, reference);
+    for (Case* k : {&blocks, &grid})
+      for (float& x : k->c) x = std::ldexp(x, exponent);
+    solve_each(blocks, grid);
+    for (int64_t i = 0; i < 3 * 23; ++i) {
+      if (i % 23 >= 20) continue;
+      if (exponent > -100) CHECK(blocks.z[i] == std::ldexp(one.z[i], exponent) && grid.z[i] == std::ldexp(reference.z[i], exponent));
+      CHECK(std::fabs(blocks.z[i] - std::ldexp(one.z[i], exponent)) <= std::ldexp(1e-5f, exponent) + 1e-44f);
+    }
+    if (exponent > -100) CHECK(blocks.iterations == one.iterations && grid.iterations == reference.iterations);
+  }
+  for (float factor : {1e-30f, 1e25f}) {  // not homogeneous: sums in double
+    Case blocks(3, 20, kElu), grid(3, 20, kElu);
+    for (Case* k : {&blocks, &grid})
+      for (float& x : k->c) x *= factor;
+    solve_each(blocks, grid);
+    blocks.check_solved();
+    grid.check_solved();
+  }
+}
+
+// A sample that fails says so, returns something finite, and leaves its batch mates alone.
+void failures() {
+  Case good_blocks(9, 20), good_grid(9, 20), blocks(9, 20), grid(9, 20);
+  solve_each(good_blocks, good_grid);
+  for (Case* k : {&blocks, &grid}) k->c[2 * 23 + 5] = NAN, k->c[7 * 23] = INFINITY;
+  solve_each(blocks, grid);
+  for (auto [bad, good] : {std::pair{&blocks, &good_blocks}, std::pair{&grid, &good_grid}}) {
+    CHECK(bad->report.bad_injection == 1 + 2 && bad->report.bad_weight == -1);
+    for (int64_t b = 0; b < 9; ++b) {
+      CHECK(bad->status[b] == (b == 2 || b == 7 ? DEQ_NONFINITE : DEQ_CONVERGED));
+      if (b != 2 && b != 7) CHECK(std::equal(&bad->z[b * 23], &bad->z[b * 23 + 20], &good->z[b * 23]));
+    }
+  }
+  for (float scale : {2.2f, 40.0f}) {  // no contraction, and away it goes
+    Case blocks(5, 20, kRelu, scale), grid(5, 20, kRelu, scale);
+    for (Case* k : {&blocks, &grid}) k->call.reliable.rule.max_iter = 300;
+    solve_each(blocks, grid);
+    for (Case* k : {&blocks, &grid})
+      for (int64_t b = 0; b < 5; ++b) {
+        CHECK(k->status[b] == DEQ_DIVERGED || k->status[b] == DEQ_STALLED || k->status[b] == DEQ_MAX_ITER);
+        CHECK(k->residual[b] > 1e-5f);
+        for (int64_t i = 0; i < 20; ++i) CHECK(std::isfinite(k->z[b * 23 + i]));
+      }
+  }
+  for (int64_t most : {1, 2, 3}) {
+    Case late(5, 20), grid(5, 20);
+    late.call.reliable.rule.max_iter = grid.call.reliable.rule.max_iter = most;
+    solve_each(late, grid);
+    for (Case* k : {&late, &grid})
+      for (int64_t b = 0; b < 5; ++b) CHECK(k->status[b] == DEQ_MAX_ITER && k->iterations[b] == most);
+  }
+  Case weight(3, 20), weight_grid(3, 20);
+  weight.W[5 * 20 + 7] = weight_grid.W[5 * 20 + 7] = NAN;
+  solve_each(weight, weight_grid);
+  CHECK(weight.report.bad_weight == 1 + 5 * 20 + 7 && weight_grid.report.bad_weight == 1 + 5 * 20 + 7);
+  Case huge(2, 20);  // the result does not fit float32
+  for (float& x : huge.c) x = 3e38f;
+  for (float& w : huge.W) w = 0.9f / 20;
+  huge.solve_in_blocks<1, 0>(1);
+  for (int64_t b = 0; b < 2; ++b) CHECK(huge.status[b] == DEQ_DIVERGED && std::isfinite(huge.z[b * 23]));
+}
+
+void capacities() {
+  constexpr int64_t kHopper = 227 << 10, kAmpere = 163 << 10;
+  for (int64_t shared : {kHopper, kAmpere})
+    for (int64_t m = 1; m <= 8192; m += m < 600 ? 1 : 37) {
+      const int block = block_kernel(m, shared);
+      if (block >= 0) CHECK(block_layout(m, kBlockKernels[block].rows, kBlockKernels[block].held).bytes <= shared);
+      CHECK((block >= 0) == (m <= (shared == kHopper ? 336 : 288)));
+      for (int64_t batch : {1, 32}) {
+        const int grid = grid_kernel(m, batch, 132, shared);
+        if (shared == kHopper) CHECK((grid >= 0) == (m <= 4224));
+        if (grid < 0) continue;
+        const GridLayout at = grid_layout(m, kGridKernels[grid].rows, kGridKernels[grid].columns, kGridKernels[grid].held);
+        CHECK(at.bytes <= shared && at.blocks <= 132);
+      }
+    }
+}
+
 }  // namespace
 
 int main() {
   blocks();
   grids();
+  activations();
+  starts();
+  scales();
+  failures();
+  capacities();
   return check_result();
 }
