@@ -1,5 +1,5 @@
-// Runs a kernel body on the host: every thread of every block is a fiber, all blocks are resident together, and whoever can run
-// next is drawn at random. What the body needs of the GPU (csrc/cuda/device.h) has its documented meaning here: barriers wait
+// Runs a kernel body on the host: every thread of every block is a fiber, all blocks are resident together, whoever can run next
+// is drawn at random, and now and then a block or a warp is held up while the others go on. What the body needs of the GPU (csrc/cuda/device.h) has its documented meaning here: barriers wait
 // for all threads, warp operations for all lanes, the tensor core multiplies what the fragments hold. Fresh shared memory is NaN.
 //
 // It finds wrong index maps, missing barriers (another seed gives another answer) and deadlocks, but no reordering of memory.
@@ -94,12 +94,14 @@ class Emulator {
   };
   struct Warp {
     Barrier barrier;
+    int64_t held_until = 0;
     int parity[kWarp] = {};
     Lane lanes[2][kWarp];
   };
   struct Block {
     int index, row;
     Barrier barrier;
+    int64_t held_until = 0;
     std::vector<Warp> warps;
     std::vector<char> shared;
     char* aligned;
@@ -116,6 +118,7 @@ class Emulator {
     bool done = false;
   };
   static constexpr size_t kStack = 64 << 10;
+  static constexpr int kBlockHold = 40, kWarpHold = 8;  // scheduling rounds, at most
 
   Emulator(int blocks, int rows, int threads, size_t shared_bytes, unsigned seed, const std::function<void(char*)>& body)
       : blocks_(blocks), threads_(threads), random_(seed), body_(body), grid_(blocks * rows), fibers_(grid_.size() * threads) {
@@ -158,12 +161,17 @@ class Emulator {
     std::vector<Fiber*> waiting;
     for (Fiber& fiber : fibers_) waiting.push_back(&fiber);
     int64_t idle_rounds = 0;
-    while (!waiting.empty()) {
+    for (int64_t round = 0; !waiting.empty(); ++round) {
       std::shuffle(waiting.begin(), waiting.end(), random_);
+      for (Block& block : grid_) {
+        hold_up(block.held_until, round, kBlockHold);
+        for (Warp& warp : block.warps) hold_up(warp.held_until, round, kWarpHold);
+      }
       bool moved = false;
       size_t left = 0;
       for (Fiber* fiber : waiting) {
-        if (!fiber->waits_for || fiber->waits_for->passed >= fiber->until) {
+        const bool is_held = round < std::max(fiber->block->held_until, fiber->block->warps[fiber->thread / kWarp].held_until);
+        if (!is_held && (!fiber->waits_for || fiber->waits_for->passed >= fiber->until)) {
           fiber->waits_for = nullptr;
           current_ = fiber;
           yielded_ = false;
@@ -174,13 +182,17 @@ class Emulator {
       }
       waiting.resize(left);
       idle_rounds = moved ? 0 : idle_rounds + 1;
-      if (idle_rounds > 1000) {
+      if (idle_rounds > 100 * kBlockHold) {
         fprintf(stderr, "emulator: deadlock, %zu threads wait for each other\n", left);
         for (size_t i = 0; i < left && i < 8; ++i)
           fprintf(stderr, "  block %d thread %d\n", waiting[i]->block->index, waiting[i]->thread);
         abort();
       }
     }
+  }
+
+  void hold_up(int64_t& until, int64_t round, int most) {
+    if (round >= until && random_() % (2 * most) == 0) until = round + random_() % most;
   }
 
   void wait(Barrier& barrier, int count) {

@@ -131,6 +131,46 @@ void grids() {
   CHECK(two.z == held.z && two.iterations == held.iterations);
 }
 
+// A nilpotent W and an injection that bfloat16 holds exactly: every step is exact, so that no anchor has anything to correct and
+// the path is that of the plain iteration.
+void exact_steps() {
+  constexpr int64_t m = 70, B = 5;
+  auto make = [] {
+    Case k(B, m, kIdentity);
+    std::mt19937 random(3);
+    std::fill(k.W.begin(), k.W.end(), 0.0f);
+    for (int64_t i = 16; i < m; ++i)
+      for (int n = 0; n < 2; ++n) k.W[i * m + random() % (i - 15)] = random() % 2 ? 0.5f : -0.5f;
+    for (float& x : k.c) x = static_cast<float>(static_cast<int>(random() % 3) - 1);
+    return k;
+  };
+  Case reference = make();
+  std::vector<int32_t> evaluations(B);
+  for (int64_t b = 0; b < B; ++b) {
+    std::vector<float> z(m, 0.0f), f(m);
+    for (bool moves = true; moves; ++evaluations[b]) {
+      for (int64_t i = 0; i < m; ++i) {
+        f[i] = reference.c[b * (m + 3) + i];
+        for (int64_t j = 0; j < m; ++j) f[i] += reference.W[i * m + j] * z[j];
+      }
+      moves = f != z;
+      z = f;
+    }
+    std::copy(z.begin(), z.end(), &reference.z[b * (m + 3)]);
+  }
+  Case blocks = make(), tall = make(), held = make(), grid = make(), wide = make(), held_grid = make();
+  blocks.solve_in_blocks<1, 0>(2);
+  tall.solve_in_blocks<2, 0>(1);
+  held.solve_in_blocks<2, 3>(1);
+  grid.solve_in_grid<1, 1, 0>();
+  wide.solve_in_grid<1, 4, 0>();
+  held_grid.solve_in_grid<2, 1, 0>();
+  for (Case* k : {&blocks, &tall, &held, &grid, &wide, &held_grid}) {
+    CHECK(k->z == reference.z);
+    for (int64_t b = 0; b < B; ++b) CHECK(k->iterations[b] == evaluations[b] + 1);  // one more confirms it
+  }
+}
+
 // The smallest kernel of either regime.
 void solve_each(Case& in_blocks, Case& in_grid) {
   in_blocks.solve_in_blocks<1, 0>(2);
@@ -265,6 +305,7 @@ void capacities() {
 int main() {
   blocks();
   grids();
+  exact_steps();
   activations();
   starts();
   scales();
