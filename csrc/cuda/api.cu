@@ -37,8 +37,9 @@ Call call_of(const DeqProblem& p, void* scratch) {
   call.row_stride = p.W.stride[1], call.matrix_stride = p.W.stride[0];
   call.injection = p.injection, call.start = p.start, call.mask = p.mask, call.out = p.out;
   call.activation = p.activation, call.mask_is_value = p.mask_is_value;
-  call.reliable = {make_rule(p.tol, p.max_iter, p.criterion, p.width, false), kBfloat16Pollution, INFINITY,
-                   p.acceleration == DEQ_ON_DEMAND};
+  call.reliable = {make_rule(p.tol, p.max_iter, p.criterion, p.width, false), kBfloat16Pollution, INFINITY, false};
+  call.acceleration = p.acceleration;
+  call.depth = std::clamp<int32_t>(p.depth, 1, kWindow);
   call.iterations = p.iterations, call.residual = static_cast<float*>(p.residual), call.status = p.status;
   call.report = p.report;
   call.notes = static_cast<Note*>(scratch);

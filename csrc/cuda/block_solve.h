@@ -11,7 +11,7 @@ namespace deq {
 // Where things lie in the shared memory of a block, in bytes.
 struct BlockLayout {
   int tiles, warps;  // of outputs; that compute
-  int increments, norms, actions, bytes;
+  int increments, norms, mixtures, controls, actions, active, bytes;
 };
 
 // `rows` tiles a warp, the first `held` k-steps of whose weights are in registers.
@@ -21,13 +21,16 @@ DEQ_HD BlockLayout block_layout(int64_t width, int rows, int held) {
   at.warps = (at.tiles + rows - 1) / rows;
   at.increments = at.tiles * (at.tiles > held ? at.tiles - held : 0) * kTileBytes;
   at.norms = at.increments + at.tiles * kIncrementBytes;
-  at.actions = at.norms + at.warps * kSlots * 2 * static_cast<int>(sizeof(double));
-  at.bytes = at.actions + kSlots * static_cast<int>(sizeof(Action)) + 16;
+  at.mixtures = at.norms + at.warps * kSlots * kNorms * static_cast<int>(sizeof(double));
+  at.controls = at.mixtures + kSlots * static_cast<int>(sizeof(Mixture));
+  at.actions = at.controls + kSlots * static_cast<int>(sizeof(SlotControl));
+  at.active = at.actions + kSlots * static_cast<int>(sizeof(Action));
+  at.bytes = at.active + 16;
   return at;
 }
 
-// Floats of scratch a block: x of the anchors, their y, and f at the last anchor of every slot.
-DEQ_HD int64_t block_scratch(int64_t width) { return 3 * kSlots * width; }
+// Floats of scratch a block: x of the anchors, their y, f at the last anchor of every slot, and Anderson's window.
+DEQ_HD int64_t block_scratch(int64_t width) { return (3 + 3 * kWindow) * kSlots * width; }
 
 // Elements as the tensor core leaves them: RT tiles, two slots a thread.
 template <class Gpu, int RT>
@@ -52,8 +55,10 @@ class BlockSolve {
         weights_(reinterpret_cast<Quad*>(shared)),
         increments_(reinterpret_cast<Pair*>(shared + at_.increments)),
         norms_(reinterpret_cast<double*>(shared + at_.norms)),
+        mixtures_(reinterpret_cast<Mixture*>(shared + at_.mixtures)),
+        controls_(reinterpret_cast<SlotControl*>(shared + at_.controls)),
         actions_(reinterpret_cast<Action*>(shared + at_.actions)),
-        active_(reinterpret_cast<int32_t*>(shared + at_.actions + kSlots * sizeof(Action))),
+        active_(reinterpret_cast<int32_t*>(shared + at_.active)),
         warp_(Gpu::thread() / kWarp),
         lane_(Gpu::thread() % kWarp),
         weight_(call.first_weight + Gpu::row()) {
@@ -75,7 +80,7 @@ class BlockSolve {
   // The warp that judges: one lane a slot, whose samples are every 8 blocks-th one.
   DEQ_GPU void control() {
     const int64_t stride = static_cast<int64_t>(kSlots) * Gpu::blocks();
-    SlotControl slot;
+    SlotControl& slot = controls_[lane_ % kSlots];  // in shared memory: the registers are needed for Anderson's weights
     if (lane_ < kSlots) {
       const int64_t first = Gpu::block() + static_cast<int64_t>(lane_) * Gpu::blocks();
       actions_[lane_] = slot.begin(call_, weight_, first_solved(call_, weight_, first, stride));
@@ -86,34 +91,36 @@ class BlockSolve {
       if (anchored_slots(call_, actions_, kSlots)) Gpu::sync();
       Gpu::sync();
       if (lane_ < kSlots) {
-        double step2 = 0, size2 = 0;
-        for (int w = 0; w < at_.warps; ++w) {
-          step2 += norms_[(w * kSlots + lane_) * 2];
-          size2 += norms_[(w * kSlots + lane_) * 2 + 1];
-        }
+        const auto norms = [&](int i) {
+          double sum = 0;
+          for (int w = 0; w < at_.warps; ++w) sum += norms_[(w * kSlots + lane_) * kNorms + i];
+          return sum;
+        };
         const auto next = [&] { return first_solved(call_, weight_, slot.sample + stride, stride); };
-        actions_[lane_] = slot.decide(call_, weight_, step2, size2, true, next);
+        actions_[lane_] = slot.decide(call_, weight_, norms, mixtures_[lane_], true, next);
       }
       tell_all(slot);
       Gpu::sync();
     }
   }
 
-  // Whether any slot has a sample, and whether any of them is wide.
+  // Whether any slot has a sample, and whether any of them is wide or accelerated.
   DEQ_GPU void tell_all(const SlotControl& slot) {
-    const bool is_active = slot.sample >= 0;
+    const bool is_active = lane_ < kSlots && slot.sample >= 0;
     const bool is_wide = is_active && call_.notes[weight_ * call_.batch + slot.sample].is_wide;
     const bool any_active = Gpu::any(is_active), any_wide = Gpu::any(is_wide);
-    if (lane_ == 0) active_[0] = any_active, active_[1] = any_wide;
+    const bool any_accelerated = Gpu::any(is_active && slot.is_accelerated);
+    if (lane_ == 0) active_[0] = any_active, active_[1] = any_wide, active_[2] = any_accelerated;
   }
 
   DEQ_GPU void compute() {
     Quad held[RT][HELD > 0 ? HELD : 1];
-    State state(call_, {warp_ * RT * kTileRows, lane_}, weight_, actions_, best_);
+    State state(call_, {warp_ * RT * kTileRows, lane_}, weight_, actions_, mixtures_, kSlots, best_);
     load_weights(held);
     Gpu::sync();
     while (active_[0]) {
       state.save();
+      if (active_[2]) state.mix();
       state.load();
       if (const uint32_t slots = anchored_slots(call_, actions_, kSlots)) anchor(slots, state);
       measure(state);
@@ -138,8 +145,7 @@ class BlockSolve {
 
   // y = W x + c in float32 for the slots of the set.
   DEQ_GPU void anchor(uint32_t slots, State& state) {
-    DEQ_UNROLL for (int e = 0; e < E; ++e)
-      if (state.exists(e)) x_[state.place(e)] = state.x[e];
+    state.publish(slots, x_);
     Gpu::sync();
     constexpr int kRows = HELD > 0 ? 2 : 4;  // more sums would not fit into the registers beside held weights
     for (int first = warp_ * RT * kTileRows; first < (warp_ + 1) * RT * kTileRows && first < call_.width; first += kRows)
@@ -157,6 +163,7 @@ class BlockSolve {
       add_up<double>(f, state.x);
     else
       add_up<float>(f, state.x);
+    if (active_[2]) add_window(f, state);
     uint16_t* increments = reinterpret_cast<uint16_t*>(increments_);
     DEQ_UNROLL for (int e = 0; e < E; ++e) {
       const uint32_t increment = state.feed(e, f[e]);
@@ -179,7 +186,17 @@ class BlockSolve {
     DEQ_UNROLL for (int mask = 4; mask < kWarp; mask *= 2) DEQ_UNROLL for (int i = 0; i < 4; ++i) sums[i / 2][i % 2] +=
         Gpu::shuffle_xor(sums[i / 2][i % 2], mask);
     if (lane_ >= 4) return;
-    DEQ_UNROLL for (int i = 0; i < 4; ++i) norms_[(warp_ * kSlots + output_sample(lane_, i / 2)) * 2 + i % 2] = sums[i / 2][i % 2];
+    DEQ_UNROLL for (int i = 0; i < 4; ++i) norms_[(warp_ * kSlots + output_sample(lane_, i / 2)) * kNorms + i % 2] = sums[i / 2][i % 2];
+  }
+
+  // The new row of Anderson's Gram matrix.
+  DEQ_GPU void add_window(const float (&f)[E], const State& state) {
+    for (int ring = 0; ring < call_.depth; ++ring)
+      DEQ_UNROLL for (int q = 0; q < 2; ++q) {
+        double sum = state.residual_product(q, ring, f);
+        DEQ_UNROLL for (int mask = 4; mask < kWarp; mask *= 2) sum += Gpu::shuffle_xor(sum, mask);
+        if (lane_ < 4) norms_[(warp_ * kSlots + output_sample(lane_, q)) * kNorms + 2 + ring] = sum;
+      }
   }
 
   DEQ_GPU void multiply(const Quad (&held)[RT][HELD > 0 ? HELD : 1], float (&y)[E]) {
@@ -208,6 +225,8 @@ class BlockSolve {
   Quad* weights_;
   Pair* increments_;
   double* norms_;
+  Mixture* mixtures_;
+  SlotControl* controls_;
   Action* actions_;
   int32_t* active_;
   const int warp_, lane_;

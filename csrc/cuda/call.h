@@ -1,5 +1,6 @@
 // What the solving kernels of both regimes share: their arguments, the decisions for a slot, and its elements.
 #pragma once
+#include "../anderson.h"
 #include "../kernels.h"
 #include "../reliable.h"
 #include "../scalar_math.h"
@@ -12,6 +13,9 @@ constexpr int kSlots = kTileSamples;  // samples solved together by a team of wa
 
 // Rounding W and increments to bfloat16 leaves about this share of the increments in y (csrc/cpu/delta.cpp measured it).
 constexpr double kBfloat16Pollution = 2e-3;
+
+constexpr int kWindow = 5;           // pairs of Anderson's window, at most
+constexpr int kNorms = 2 + kWindow;  // of an evaluation: |f - x|^2, |f|^2, and the products of f - x with those of the window
 
 // What was found out about a sample before its solve.
 struct Note {
@@ -28,6 +32,7 @@ struct Call {
   DeqView injection, start, mask, out;  // data null where there is none
   int32_t activation, mask_is_value;
   Reliable reliable;
+  int32_t acceleration, depth;  // depth <= kWindow
   int32_t* iterations;
   float* residual;
   uint8_t* status;
@@ -49,6 +54,20 @@ struct Action {
   int32_t kind;
   int32_t saves_first;  // the best iterate is the value at zero
   float limit;          // a larger |f| is out of range once its scale is taken back
+  // Anderson's window, positions of its ring; -1: none.
+  int32_t complete;  // where x and y belong that the last evaluation led to
+  int32_t mix;       // that many of the newest pairs are mixed into the next x and y; 0: none
+  int32_t entry;     // where the residual of the next evaluation goes
+  int32_t filled;    // one bit for every other position that holds a residual
+};
+
+DEQ_HD Action idle() { return Action{-1, -1, Action::kIdle, 0, 0, -1, 0, -1, 0}; }
+
+// A slot's share of what its threads and the one that decides exchange.
+struct Mixture {
+  double norms[kNorms];           // of the evaluation just made, where one thread adds them up for another
+  double gram[kWindow][kWindow];  // by position in the ring
+  float weights[kWindow];         // newest first
 };
 
 // One slot's sample and how it is doing.
@@ -56,45 +75,91 @@ struct SlotControl {
   Progress progress;
   int64_t sample = -1;  // none
   float limit = 0;
-  bool is_exact;  // the evaluation under way is an anchor
+  bool is_exact = false;  // the evaluation under way is an anchor
+  bool is_accelerated = false;
+  // Anderson: where the residual of the evaluation under way goes, the pairs held, and those whose y rests on the last anchor.
+  int32_t entry = 0, window = 0, fresh = 0;
 
   DEQ_HD Action begin(const Call& call, int64_t weight, int64_t next) {
     sample = next;
+    if (sample < 0) return idle();
     is_exact = true;
     progress = new_progress();
-    const float scale = next < 0 ? 0 : call.notes[weight * call.batch + next].scale;
+    is_accelerated = call.acceleration == DEQ_ANDERSON;
+    entry = window = fresh = 0;
+    const float scale = call.notes[weight * call.batch + sample].scale;
     limit = kLargest * (scale < 1 ? scale : 1);
-    return Action{-1, next, next < 0 ? Action::kIdle : Action::kLoad, 0, limit};
+    return Action{-1, sample, Action::kLoad, 0, limit, -1, 0, is_accelerated ? 0 : -1, 0};
   }
 
-  // Judges the evaluation just made. `next()` gives the sample that moves in when this one is done, or -1; `tells`: of the
-  // blocks that decide the same, this one says how the sample ended.
-  template <class NextSample>
-  DEQ_HD Action decide(const Call& call, int64_t weight, double step2, double size2, bool tells, const NextSample& next) {
-    if (sample < 0) return Action{-1, -1, Action::kIdle, 0, 0};
-    if (!is_exact) {
-      is_exact = after_step(call.reliable, progress, step2, size2) != Next::kStep;
-      return Action{-1, -1, is_exact ? Action::kAnchor : Action::kStep, 0, limit};
-    }
+  // Judges the evaluation just made: norms(i) is its i-th of kNorms. `next()` gives the sample that moves in when this one is
+  // done, or -1; `tells`: of the blocks that decide the same, this one says how the sample ended.
+  template <class Norms, class NextSample>
+  DEQ_HD Action decide(const Call& call, int64_t weight, const Norms& norms, Mixture& mixture, bool tells,
+                       const NextSample& next) {
+    if (sample < 0) return idle();
     const int64_t index = weight * call.batch + sample;
-    bool is_best;
-    const Verdict verdict = judge_anchor(call.reliable, progress, step2, size2, call.notes[index].start2, &is_best);
-    const int64_t save = is_best ? sample : -1;
-    if (verdict == Verdict::kContinue) {
+    const double step2 = norms(0), size2 = norms(1);
+    const bool was_exact = is_exact;
+    Action action{-1, -1, Action::kStep, 0, limit, -1, 0, -1, 0};
+    if (is_exact) {
+      bool is_best;
+      const Verdict verdict = judge_anchor(call.reliable, progress, step2, size2, call.notes[index].start2, &is_best);
+      if (is_best) action.save = sample;
+      if (verdict != Verdict::kContinue) {
+        const bool nothing_saved = progress.record.best_at == 0;  // not even the first evaluation was finite
+        const int64_t save = nothing_saved ? sample : action.save;
+        if (tells) {
+          call.iterations[index] = static_cast<int32_t>(progress.record.iteration);
+          call.residual[index] = static_cast<float>(progress.record.residual());
+          call.status[index] = static_cast<uint8_t>(verdict);
+        }
+        action = begin(call, weight, next());
+        action.save = save;
+        action.saves_first = nothing_saved;
+        return action;
+      }
       is_exact = anchors_again(call.reliable, progress);
-      return Action{save, -1, is_exact ? Action::kAnchor : Action::kStep, 0, limit};
+    } else {
+      is_exact = after_step(call.reliable, progress, step2, size2) != Next::kStep;
     }
-    const bool nothing_saved = progress.record.best_at == 0;  // not even the first evaluation was finite
-    if (tells) {
-      call.iterations[index] = static_cast<int32_t>(progress.record.iteration);
-      call.residual[index] = static_cast<float>(progress.record.residual());
-      call.status[index] = static_cast<uint8_t>(verdict);
+    if (is_exact) action.kind = Action::kAnchor;
+    if (is_accelerated) {
+      accelerate(call, norms, mixture, was_exact, &action);
+    } else if (call.acceleration == DEQ_ON_DEMAND) {
+      const double least2 = lesser(progress.ratio2[0], progress.ratio2[1]);
+      const bool is_slow = progress.record.iteration >= kSlowAfter && least2 > kSlowContraction * kSlowContraction;
+      is_accelerated = is_slow || progress.native;
+      if (is_accelerated) action.entry = 0;
     }
-    const int64_t finished = sample;
-    Action action = begin(call, weight, next());
-    action.save = nothing_saved ? finished : save;
-    action.saves_first = nothing_saved;
     return action;
+  }
+
+  // The residual just measured joins the window. A step goes on from products that rest on the last anchor; an anchor forms its
+  // own, and may mix all.
+  template <class Norms>
+  DEQ_HD void accelerate(const Call& call, const Norms& norms, Mixture& mixture, bool was_exact, Action* action) {
+    const int32_t depth = call.depth;
+    window = window < depth ? window + 1 : depth;
+    fresh = was_exact ? 1 : fresh < depth ? fresh + 1 : depth;
+    DEQ_UNROLL for (int32_t i = 0; i < kWindow; ++i) {
+      if (i >= window) break;
+      const int32_t ring = (entry - i + depth) % depth;
+      mixture.gram[entry][ring] = mixture.gram[ring][entry] = i == 0 ? norms(0) : norms(2 + ring);
+    }
+    const auto gram = [&](int i, int j) { return mixture.gram[(entry - i + depth) % depth][(entry - j + depth) % depth]; };
+    double weights[kWindow];
+    int32_t count = is_exact ? window : fresh;
+    while (count > 1 && !anderson_weights<kWindow>(gram, count, 10 * call.reliable.rule.eps, weights)) --count;
+    if (count > 1) {
+      action->mix = count;
+      DEQ_UNROLL for (int32_t i = 0; i < kWindow; ++i)
+        if (i < count) mixture.weights[i] = static_cast<float>(weights[i]);
+    }
+    action->complete = entry;
+    entry = (entry + 1) % depth;
+    action->entry = entry;
+    action->filled = ((1 << window) - 1) & ~(1 << entry);
   }
 };
 
@@ -115,8 +180,14 @@ DEQ_GPU void evaluate(const Call& call, const float (&y)[E], const float (&d)[E]
       call.activation, [&](auto activation) { DEQ_UNROLL for (int e = 0; e < E; ++e) f[e] = decltype(activation)::value(y[e]); });
 }
 
+template <int N>
+struct alignas(N < 4 ? 4 * N : 16) Row {
+  float value[N];
+};
+
 // y (slot, row) = W x for R rows of W and N slots, by one warp: float32 throughout. Every sum runs over the same lanes in the
-// same order whatever R and N are. `x` and `y` hold `width` floats a slot, of which the N from `first_slot` on are looked at.
+// same order whatever R and N are. `x` is (width, N): one load for all slots; `y` holds `width` floats a slot, from `first_slot`
+// on.
 template <class Gpu, int R, int N>
 DEQ_GPU void exact_rows(const float* W, int64_t row_stride, int64_t width, int64_t first_row, const float* x, float* y,
                         int first_slot) {
@@ -129,11 +200,10 @@ DEQ_GPU void exact_rows(const float* W, int64_t row_stride, int64_t width, int64
 #pragma unroll 2
 #endif
   for (int64_t k = lane; k < width; k += kWarp) {
-    float value[N];
-    DEQ_UNROLL for (int n = 0; n < N; ++n) value[n] = x[(first_slot + n) * width + k];
+    const Row<N> at = reinterpret_cast<const Row<N>*>(x)[k];
     DEQ_UNROLL for (int r = 0; r < R; ++r) {
       const float weight = w[r][k];
-      DEQ_UNROLL for (int n = 0; n < N; ++n) sum[r * N + n] = fmaf(weight, value[n], sum[r * N + n]);
+      DEQ_UNROLL for (int n = 0; n < N; ++n) sum[r * N + n] = fmaf(weight, at.value[n], sum[r * N + n]);
     }
   }
   // Every step adds lanes that differ in one bit; while there are several sums, the lanes also share them out.

@@ -7,10 +7,8 @@
 
 #ifdef __CUDACC__
 #define DEQ_GPU __device__ __forceinline__
-#define DEQ_UNROLL _Pragma("unroll")
 #else
 #define DEQ_GPU inline
-#define DEQ_UNROLL
 #endif
 
 namespace deq {
@@ -66,6 +64,11 @@ struct Device {
     return Pair{{value.x, value.y}};
   }
   static DEQ_GPU double load(const double* at) { return __ldcg(at); }
+  template <class Two>  // doubles, 16 bytes
+  static DEQ_GPU Two load(const Two* at) {
+    const double2 value = __ldcg(reinterpret_cast<const double2*>(at));
+    return Two{value.x, value.y};
+  }
   static DEQ_GPU void keep_least(int64_t* at, int64_t value) {
     atomicMin(reinterpret_cast<unsigned long long*>(at), static_cast<unsigned long long>(value));
   }

@@ -6,6 +6,11 @@
 
 namespace deq {
 
+DEQ_HD bool is_single(uint32_t set) { return (set & (set - 1)) == 0; }
+
+// Where exact_rows_of reads x of eight slots, for a set of them that is not empty: of one alone, or of all side by side.
+DEQ_HD int64_t anchor_place(uint32_t set, int64_t row, int slot) { return is_single(set) ? row : row * kSlots + slot; }
+
 template <class Gpu, class Map>
 struct Elements {
   static constexpr int E = Map::E, G = Map::G;
@@ -17,10 +22,21 @@ struct Elements {
   const Map map;
   const int64_t weight;
   const Action* actions;
-  float* best;  // (slots, width): f at every slot's last anchor
+  const Mixture* mixtures;
+  const int64_t plane;  // elements of all slots
+  float* best;          // (slots, width): f at every slot's last anchor
+  float* window;        // (3 kWindow, slots, width): x, y and residual of every position of the ring
 
-  DEQ_GPU Elements(const Call& call, const Map& map, int64_t weight, const Action* actions, float* best)
-      : call(call), map(map), weight(weight), actions(actions), best(best) {
+  DEQ_GPU Elements(const Call& call, const Map& map, int64_t weight, const Action* actions, const Mixture* mixtures, int slots,
+                   float* best)
+      : call(call),
+        map(map),
+        weight(weight),
+        actions(actions),
+        mixtures(mixtures),
+        plane(slots * call.width),
+        best(best),
+        window(best + plane) {
     DEQ_UNROLL for (int e = 0; e < E; ++e) y[e] = x[e] = c[e] = d[e] = 0;
   }
 
@@ -68,6 +84,46 @@ struct Elements {
     }
   }
 
+  DEQ_GPU float& held(int kind, int ring, int e) const { return window[(kind * kWindow + ring) * plane + place(e)]; }
+
+  // Anderson: what the last evaluation led to joins the window, and the mixture takes its place.
+  DEQ_GPU void mix() {
+    DEQ_UNROLL for (int q = 0; q < G; ++q) {
+      if (!map.owns(q)) continue;
+      const Action& action = actions[map.slot(q)];
+      if (action.complete < 0) continue;
+      const float* weights = mixtures[map.slot(q)].weights;
+      DEQ_UNROLL for (int e = q; e < E; e += G) {
+        if (!exists(e)) continue;
+        held(0, action.complete, e) = x[e];
+        held(1, action.complete, e) = y[e];
+        if (action.mix == 0) continue;
+        x[e] *= weights[0];
+        y[e] *= weights[0];
+        for (int i = 1; i < action.mix; ++i) {
+          const int ring = (action.complete - i + call.depth) % call.depth;
+          x[e] = fmaf(weights[i], held(0, ring, e), x[e]);
+          y[e] = fmaf(weights[i], held(1, ring, e), y[e]);
+        }
+      }
+    }
+  }
+
+  // The product of the residual f - x of the elements of group q with that of position `ring`, and at its own its place there.
+  DEQ_GPU double residual_product(int q, int ring, const float (&f)[E]) const {
+    double sum = 0;
+    if (!map.owns(q)) return sum;
+    const Action& action = actions[map.slot(q)];
+    if (action.entry < 0) return sum;
+    DEQ_UNROLL for (int e = q; e < E; e += G) {
+      if (!exists(e)) continue;
+      const float residual = f[e] - x[e];
+      if (ring == action.entry) held(2, ring, e) = residual;
+      if (action.filled >> ring & 1) sum += static_cast<double>(residual) * static_cast<double>(held(2, ring, e));
+    }
+    return sum;
+  }
+
   // f at y; kept where it comes from an anchor, and infinite there if it is out of the range of the result.
   DEQ_GPU void respond(float (&f)[E]) const {
     evaluate(call, y, d, f);
@@ -82,6 +138,16 @@ struct Elements {
           if (!(fabsf(f[e]) <= action.limit)) f[e] = INFINITY;
         }
       }
+    }
+  }
+
+  // x to where the anchors of the set read it.
+  DEQ_GPU void publish(uint32_t slots, float* at) const {
+    DEQ_UNROLL for (int e = 0; e < E; ++e) {
+      const int slot = map.slot(e), first = slot / kSlots * kSlots;
+      const uint32_t set = slots >> first & ((1u << kSlots) - 1);
+      if (!exists(e) || set == 0 || (is_single(set) && !(slots >> slot & 1))) continue;
+      at[first * call.width + anchor_place(set, map.row(e), slot - first)] = x[e];
     }
   }
 
@@ -122,11 +188,11 @@ DEQ_GPU Quad weight_fragment(const Call& call, int64_t weight, int tile, int k) 
   return a;
 }
 
-// y = W x for a set of eight slots: one by itself, or all of them.
+// y = W x for the slots of the set.
 template <class Gpu, int R>
 DEQ_GPU void exact_rows_of(const Call& call, int64_t weight, uint32_t set, int64_t row, const float* x, float* y) {
   const float* W = call.W + weight * call.matrix_stride;
-  if ((set & (set - 1)) == 0) {
+  if (is_single(set)) {
     int single = 0;
     while (!(set >> single & 1)) ++single;
     exact_rows<Gpu, R, 1>(W, call.row_stride, call.width, row, x, y, single);

@@ -3,7 +3,7 @@
 //
 // Per evaluation every block writes the increments and norms of its rows, raises its flag, waits for the flags of the blocks it
 // reads from, and multiplies; warps share out the inner dimension, so that each reads a part of the increments and waits for a
-// part of the blocks. One more warp waits for all, adds the norms in a fixed order and judges: all blocks decide the same.
+// part of the blocks. Four more warps wait for all, add the norms in a fixed order and judge: all blocks decide the same.
 // Two buffers suffice: a block that writes evaluation k has seen every flag k - 1, whose owners had read evaluation k - 2.
 // All blocks must be resident (a cooperative launch).
 #pragma once
@@ -11,14 +11,15 @@
 
 namespace deq {
 
-constexpr int kGridWarps = 15;  // that multiply; the sixteenth judges
-constexpr int kGridThreads = (kGridWarps + 1) * kWarp;
+constexpr int kGridWarps = 12;  // that multiply
+constexpr int kJudges = 4;      // warps that judge: one would take longer for the norms of 132 blocks than the others multiply
+constexpr int kGridThreads = (kGridWarps + kJudges) * kWarp;
 
 // Where things lie in the shared memory of a block, in bytes.
 struct GridLayout {
   int steps;   // of the inner dimension, 16 each
   int blocks;  // that the rows need
-  int sums, actions, bytes;
+  int sums, mixtures, controls, actions, active, bytes;
 };
 
 // `rows` tiles of 16 outputs a block, 8 `columns` slots, the first `held` k-steps of every warp in registers.
@@ -27,24 +28,33 @@ DEQ_HD GridLayout grid_layout(int64_t width, int rows, int columns, int held) {
   at.steps = tiles_of(width);
   at.blocks = (at.steps + rows - 1) / rows;
   at.sums = (at.steps - held * kGridWarps) * rows * kTileBytes;
-  at.actions = at.sums + kGridWarps * rows * kTileRows * columns * kSlots * static_cast<int>(sizeof(float));
-  at.bytes = at.actions + columns * kSlots * static_cast<int>(sizeof(Action)) + 16;
+  at.mixtures = at.sums + kGridWarps * rows * kTileRows * columns * kSlots * static_cast<int>(sizeof(float));
+  at.controls = at.mixtures + columns * kSlots * static_cast<int>(sizeof(Mixture));
+  at.actions = at.controls + columns * kSlots * static_cast<int>(sizeof(SlotControl));
+  at.active = at.actions + columns * kSlots * static_cast<int>(sizeof(Action));
+  at.bytes = at.active + 16;
   return at;
 }
 
+// |f - x|^2 and |f|^2 of a slot in the rows of a block.
+struct alignas(16) Norms {
+  double step2, size2;
+};
+
 // The memory that the blocks of one weight share, in floats from its start.
 struct GridScratch {
-  int64_t increments, norms, x, y, best, flags, floats;
+  int64_t increments, norms, products, x, y, best, flags, floats;
 };
 
 DEQ_HD GridScratch grid_scratch(int64_t width, int rows, int columns) {
   const int64_t steps = tiles_of(width), blocks = (steps + rows - 1) / rows, slots = columns * kSlots;
   GridScratch at{};
   at.norms = 2 * steps * columns * (kIncrementBytes / 4);
-  at.x = at.norms + 2 * blocks * slots * 2 * 2;  // doubles
+  at.products = at.norms + 2 * blocks * slots * (sizeof(Norms) / 4);
+  at.x = at.products + 2 * blocks * slots * kWindow * (sizeof(double) / 4);
   at.y = at.x + slots * width;
   at.best = at.y + slots * width;
-  at.flags = at.best + slots * width;
+  at.flags = at.best + (1 + 3 * kWindow) * slots * width;  // and Anderson's window
   at.floats = (at.flags + 2 * blocks + 63) / 64 * 64;
   return at;
 }
@@ -74,8 +84,10 @@ class GridSolve {
         at_(grid_layout(call.width, RT, BT, HELD)),
         weights_(reinterpret_cast<Quad*>(shared)),
         sums_(reinterpret_cast<float*>(shared + at_.sums)),
+        mixtures_(reinterpret_cast<Mixture*>(shared + at_.mixtures)),
+        controls_(reinterpret_cast<SlotControl*>(shared + at_.controls)),
         actions_(reinterpret_cast<Action*>(shared + at_.actions)),
-        active_(reinterpret_cast<int32_t*>(shared + at_.actions + kAllSlots * sizeof(Action))),
+        active_(reinterpret_cast<int32_t*>(shared + at_.active)),
         warp_(Gpu::thread() / kWarp),
         lane_(Gpu::thread() % kWarp),
         weight_(call.first_weight),
@@ -83,7 +95,8 @@ class GridSolve {
         end_(at_.steps * (warp_ + 1) / kGridWarps) {
     const GridScratch in = grid_scratch(call.width, RT, BT);
     increments_ = reinterpret_cast<Pair*>(call.scratch + in.increments);
-    norms_ = reinterpret_cast<double*>(call.scratch + in.norms);
+    norms_ = reinterpret_cast<Norms*>(call.scratch + in.norms);
+    products_ = reinterpret_cast<double*>(call.scratch + in.products);
     x_ = call.scratch + in.x;
     y_ = call.scratch + in.y;
     best_ = call.scratch + in.best;
@@ -100,56 +113,81 @@ class GridSolve {
   }
 
  private:
-  // The warp that judges: one lane a slot, whose samples are every kAllSlots-th one.
+  static constexpr int kJudged = kAllSlots / kJudges;  // slots of a warp that judges, one a lane
+
+  // Every slot takes each kAllSlots-th sample.
   DEQ_GPU void control() {
-    SlotControl slot;
-    if (lane_ < kAllSlots)
-      actions_[lane_] = slot.begin(call_, weight_, first_solved(call_, weight_, lane_, kAllSlots));
-    tell_all(slot);
+    const int judge = warp_ - kGridWarps, own = judge * kJudged + lane_ % kJudged;
+    const bool decides = lane_ < kJudged;
+    SlotControl& slot = controls_[own];  // in shared memory: the registers are needed for Anderson's weights
+    if (decides) actions_[own] = slot.begin(call_, weight_, first_solved(call_, weight_, own, kAllSlots));
+    tell_all(judge, decides, slot);
     Gpu::sync();
-    while (active_[0]) {
+    while (is_active()) {
       if (const uint32_t slots = anchored_slots(call_, actions_, kAllSlots)) exact_rows_of_all(slots);
       Gpu::sync();
       ++epoch_;
       wait_for(flags_, 0, at_.blocks, epoch_);
-      double step2, size2;
-      add_up(&step2, &size2);
-      if (lane_ < kAllSlots) {
+      add_up(judge);
+      if (decides) {
+        const auto norms = [&](int i) { return mixtures_[own].norms[i]; };
         const auto next = [&] { return first_solved(call_, weight_, slot.sample + kAllSlots, kAllSlots); };
-        actions_[lane_] = slot.decide(call_, weight_, step2, size2, Gpu::block() == 0, next);
+        actions_[own] = slot.decide(call_, weight_, norms, mixtures_[own], Gpu::block() == 0, next);
       }
-      tell_all(slot);
+      tell_all(judge, decides, slot);
       Gpu::sync();
     }
   }
 
-  DEQ_GPU void tell_all(const SlotControl& slot) {
-    const bool any_active = Gpu::any(slot.sample >= 0);
-    if (lane_ == 0) active_[0] = any_active;
+  // Whether any slot of this judge has a sample, and whether one of them is accelerated.
+  DEQ_GPU void tell_all(int judge, bool decides, const SlotControl& slot) {
+    const bool any_active = Gpu::any(decides && slot.sample >= 0);
+    const bool any_accelerated = Gpu::any(decides && slot.sample >= 0 && slot.is_accelerated);
+    if (lane_ == 0) active_[judge] = any_active + 2 * any_accelerated;
   }
+  DEQ_GPU int told() const { return active_[0] | active_[1] | active_[2] | active_[3]; }
+  DEQ_GPU bool is_active() const { return told() != 0; }
+  DEQ_GPU bool is_accelerated() const { return told() & 2; }
 
-  // The norms of all blocks: lanes of one slot share out the blocks. Every lane of a slot gets the sums.
-  DEQ_GPU void add_up(double* step2, double* size2) {
-    const double* norms = norms_ + (epoch_ & 1) * at_.blocks * kAllSlots * 2;
-    const int slot = lane_ % kAllSlots;
-    *step2 = *size2 = 0;
-    for (int block = lane_ / kAllSlots; block < at_.blocks; block += kWarp / kAllSlots) {
-      *step2 += Gpu::load(norms + (block * kAllSlots + slot) * 2);
-      *size2 += Gpu::load(norms + (block * kAllSlots + slot) * 2 + 1);
+  // The norms of all blocks for this judge's slots. Lanes share out the blocks, always in the same way.
+  DEQ_GPU void add_up(int judge) {
+    for (int slot = judge * kJudged; slot < (judge + 1) * kJudged; ++slot) {
+      if (actions_[slot].kind == Action::kIdle) continue;
+      const Norms* norms = norms_ + ((epoch_ & 1) * kAllSlots + slot) * at_.blocks;
+      Norms sum{0, 0};
+#ifdef __CUDACC__
+#pragma unroll 5
+#endif
+      for (int block = lane_; block < at_.blocks; block += kWarp) {
+        const Norms part = Gpu::load(norms + block);
+        sum.step2 += part.step2;
+        sum.size2 += part.size2;
+      }
+      DEQ_UNROLL for (int mask = 1; mask < kWarp; mask *= 2) {
+        sum.step2 += Gpu::shuffle_xor(sum.step2, mask);
+        sum.size2 += Gpu::shuffle_xor(sum.size2, mask);
+      }
+      if (lane_ == 0) mixtures_[slot].norms[0] = sum.step2, mixtures_[slot].norms[1] = sum.size2;
+      if (actions_[slot].entry < 0) continue;
+      for (int ring = 0; ring < call_.depth; ++ring) {
+        const double* products = products_ + (((epoch_ & 1) * kWindow + ring) * kAllSlots + slot) * at_.blocks;
+        double product = 0;
+        for (int block = lane_; block < at_.blocks; block += kWarp) product += Gpu::load(products + block);
+        DEQ_UNROLL for (int mask = 1; mask < kWarp; mask *= 2) product += Gpu::shuffle_xor(product, mask);
+        if (lane_ == 0) mixtures_[slot].norms[2 + ring] = product;
+      }
     }
-    DEQ_UNROLL for (int mask = kAllSlots; mask < kWarp; mask *= 2) {
-      *step2 += Gpu::shuffle_xor(*step2, mask);
-      *size2 += Gpu::shuffle_xor(*size2, mask);
-    }
+    Gpu::sync_warp();
   }
 
   DEQ_GPU void compute() {
     Quad held[RT][HELD > 0 ? HELD : 1];
-    State state(call_, {Gpu::block() * kRows, Gpu::thread()}, weight_, actions_, best_);
+    State state(call_, {Gpu::block() * kRows, Gpu::thread()}, weight_, actions_, mixtures_, kAllSlots, best_);
     load_weights(held);
     Gpu::sync();
-    while (active_[0]) {
+    while (is_active()) {
       state.save();
+      if (is_accelerated()) state.mix();
       state.load();
       if (const uint32_t slots = anchored_slots(call_, actions_, kAllSlots)) anchor(slots, state);
       ++epoch_;
@@ -189,14 +227,13 @@ class GridSolve {
 
   // y = W x + c in float32 for the slots of the set, after an exchange of their x.
   DEQ_GPU void anchor(uint32_t slots, State& state) {
-    DEQ_UNROLL for (int e = 0; e < E; ++e)
-      if (state.exists(e)) x_[state.place(e)] = state.x[e];
+    state.publish(slots, x_);
     exact_rows_of_all(slots);
     DEQ_UNROLL for (int e = 0; e < E; ++e)
       if (state.exists(e) && (slots >> state.map.slot(e) & 1)) state.y[e] = y_[state.place(e)] + state.c[e];
   }
 
-  // By all sixteen warps, RT rows each.
+  // By all warps, RT rows each.
   DEQ_GPU void exact_rows_of_all(uint32_t slots) {
     ++anchor_epoch_;
     Gpu::sync();
@@ -216,7 +253,8 @@ class GridSolve {
     float f[E];
     state.respond(f);
     uint16_t* increments = reinterpret_cast<uint16_t*>(increments_ + (epoch_ & 1) * at_.steps * BT * kWarp);
-    double* norms = norms_ + ((epoch_ & 1) * at_.blocks + Gpu::block()) * kAllSlots * 2;
+    Norms* norms = norms_ + (epoch_ & 1) * kAllSlots * at_.blocks + Gpu::block();
+    if (is_accelerated()) add_window(f, state);
     DEQ_UNROLL for (int e = 0; e < E; ++e) {
       double sum[2] = {static_cast<double>(f[e]) - static_cast<double>(state.x[e]), static_cast<double>(f[e])};
       DEQ_UNROLL for (int i = 0; i < 2; ++i) {
@@ -225,12 +263,24 @@ class GridSolve {
       }
       if (!state.map.owns(e)) continue;
       const int slot = state.map.slot(e), row = state.map.index(e) % kRows, step = Gpu::block() * RT + row / kTileRows;
-      if (row == 0) norms[slot * 2] = sum[0], norms[slot * 2 + 1] = sum[1];
+      if (row == 0) norms[slot * at_.blocks] = Norms{sum[0], sum[1]};
       const uint32_t increment = state.feed(e, f[e]);
       if (step < at_.steps)
         increments[(step * BT + slot / kSlots) * (kIncrementBytes / 2) + increment_place(row % kTileRows, slot % kSlots)] =
             static_cast<uint16_t>(increment);
     }
+  }
+
+  // The new row of Anderson's Gram matrix.
+  DEQ_GPU void add_window(const float (&f)[E], const State& state) {
+    double* products = products_ + (epoch_ & 1) * kWindow * kAllSlots * at_.blocks + Gpu::block();
+    for (int ring = 0; ring < call_.depth; ++ring)
+      DEQ_UNROLL for (int e = 0; e < E; ++e) {
+        double sum = state.residual_product(e, ring, f);
+        DEQ_UNROLL for (int mask = 1; mask < kRows; mask *= 2) sum += Gpu::shuffle_xor(sum, mask);
+        if (state.map.owns(e) && state.map.index(e) % kRows == 0)
+          products[(ring * kAllSlots + state.map.slot(e)) * at_.blocks] = sum;
+      }
   }
 
   DEQ_GPU void multiply(const Quad (&held)[RT][HELD > 0 ? HELD : 1]) {
@@ -276,6 +326,8 @@ class GridSolve {
   const GridLayout at_;
   Quad* weights_;
   float* sums_;
+  Mixture* mixtures_;
+  SlotControl* controls_;
   Action* actions_;
   int32_t* active_;
   const int warp_, lane_;
@@ -283,7 +335,8 @@ class GridSolve {
   const int begin_, end_;  // k-steps of the warp
   uint32_t epoch_ = 0, anchor_epoch_ = 0;
   Pair* increments_;
-  double* norms_;
+  Norms* norms_;      // (2, slots, blocks)
+  double* products_;  // (2, kWindow, slots, blocks): of the residuals with those of the window
   float *x_, *y_, *best_;
   uint32_t *flags_, *anchor_flags_;
 };

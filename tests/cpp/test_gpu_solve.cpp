@@ -35,6 +35,7 @@ struct Case {
     call.out = {z.data(), {0, m + 3, 1}};
     call.activation = activation;
     call.reliable = {make_rule(1e-5, 500, DEQ_RESIDUAL, m, false), kBfloat16Pollution, INFINITY, false};
+    call.acceleration = DEQ_PLAIN, call.depth = kWindow;
     call.iterations = iterations.data(), call.residual = residual.data(), call.status = status.data();
     call.report = &report, call.notes = notes.data();
   }
@@ -202,6 +203,32 @@ void activations() {
   }
 }
 
+// Slow samples are accelerated in either way, and need fewer evaluations.
+void acceleration() {
+  for (int64_t m : {20, 65}) {
+    Case plain(9, m, kTanh, 1.3f);
+    plain.call.reliable.rule.max_iter = 2000;
+    plain.solve_in_blocks<2, 0>(2);
+    for (int32_t kind : {DEQ_ANDERSON, DEQ_ON_DEMAND}) {
+      Case blocks(9, m, kTanh, 1.3f), again(9, m, kTanh, 1.3f), grid(9, m, kTanh, 1.3f), wide(9, m, kTanh, 1.3f);
+      for (Case* k : {&blocks, &again, &grid, &wide}) k->call.acceleration = kind;
+      blocks.solve_in_blocks<2, 0>(2);
+      again.solve_in_blocks<2, 0>(1, 5);
+      grid.solve_in_grid<1, 1, 0>();
+      wide.solve_in_grid<1, 4, 0>(4);
+      CHECK(blocks.z == again.z && blocks.iterations == again.iterations);
+      CHECK(grid.z == wide.z && grid.iterations == wide.iterations);
+      for (Case* k : {&blocks, &grid}) {
+        k->check_solved();
+        int64_t sum = 0, plain_sum = 0;
+        for (int64_t b = 0; b < 9; ++b) sum += k->iterations[b], plain_sum += plain.iterations[b];
+        std::printf("m %d: %d evaluations in all, plain %d\n", (int)m, (int)sum, (int)plain_sum);
+        CHECK(sum < plain_sum);
+      }
+    }
+  }
+}
+
 void starts() {
   Case cold(5, 33), warm_blocks(5, 33), warm_grid(5, 33);
   cold.solve_in_blocks<1, 0>(1);
@@ -307,6 +334,7 @@ int main() {
   grids();
   exact_steps();
   activations();
+  acceleration();
   starts();
   scales();
   failures();
