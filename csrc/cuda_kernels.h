@@ -27,8 +27,9 @@ DEQ_API int32_t deq_cuda_plan(int64_t weights, int64_t batch, int64_t width, int
                               struct DeqCudaPlan* plan);
 
 // Solves a float32 problem whose W has contiguous rows; `threads` and `precision` are not looked at, `reflected` must be 0,
-// and no more than five pairs are mixed whatever `depth` says. `regime`, `kernel` and `blocks` are those of a plan for the same sizes and device; `scratch` holds so many bytes. The report
-// lies on the device and must hold -1 in its fields: those for bad input become the least 1 + index found.
+// and no more than five pairs are mixed whatever `depth` says. `regime`, `kernel` and `blocks` are those of a plan for the same
+// sizes and device; `scratch` holds so many bytes. The report lies on the device and must hold -1 in its fields: those for bad
+// input become the least 1 + index found.
 DEQ_API int32_t deq_cuda_solve(const struct DeqProblem* problem, int32_t regime, int32_t kernel, int32_t blocks, void* scratch,
                                int64_t bytes, int32_t device, void* stream);
 

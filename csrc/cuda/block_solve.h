@@ -132,15 +132,20 @@ class BlockSolve {
   }
 
   DEQ_GPU void load_weights(Quad (&held)[RT][HELD > 0 ? HELD : 1]) {
+    float poison = 0;
     DEQ_UNROLL for (int r = 0; r < RT; ++r) {
       const int tile = warp_ * RT + r;
       if (tile >= at_.tiles) continue;
       if constexpr (HELD > 0) {
-        DEQ_UNROLL for (int k = 0; k < HELD; ++k) held[r][k] = weight_fragment<Gpu>(call_, weight_, tile, k);
+        DEQ_UNROLL for (int k = 0; k < HELD; ++k) {
+          held[r][k] = weight_fragment<Gpu>(call_, weight_, tile, k, poison);
+          Gpu::sync_warp();  // one after the other: all at once would take more registers than there are
+        }
       }
       for (int k = HELD; k < at_.tiles; ++k)
-        weights_[(tile * (at_.tiles - HELD) + k - HELD) * kWarp + lane_] = weight_fragment<Gpu>(call_, weight_, tile, k);
+        weights_[(tile * (at_.tiles - HELD) + k - HELD) * kWarp + lane_] = weight_fragment<Gpu>(call_, weight_, tile, k, poison);
     }
+    report_weight<Gpu>(call_, weight_, warp_ * RT * kTileRows, (warp_ + 1) * RT * kTileRows, poison);
   }
 
   // y = W x + c in float32 for the slots of the set.
@@ -151,8 +156,8 @@ class BlockSolve {
     for (int first = warp_ * RT * kTileRows; first < (warp_ + 1) * RT * kTileRows && first < call_.width; first += kRows)
       exact_rows_of<Gpu, kRows>(call_, weight_, slots, first, x_, y_);
     Gpu::sync_warp();
-    DEQ_UNROLL for (int e = 0; e < E; ++e)
-      if ((slots >> state.map.slot(e) & 1) && state.exists(e)) state.y[e] = y_[state.place(e)] + state.c[e];
+    DEQ_UNROLL for (int e = 0; e < E; ++e) if ((slots >> state.map.slot(e) & 1) && state.exists(e)) state.y[e] =
+        y_[state.place(e)] + state.c[e];
   }
 
   // f at y, the next increments and the norms of this evaluation.
@@ -186,13 +191,13 @@ class BlockSolve {
     DEQ_UNROLL for (int mask = 4; mask < kWarp; mask *= 2) DEQ_UNROLL for (int i = 0; i < 4; ++i) sums[i / 2][i % 2] +=
         Gpu::shuffle_xor(sums[i / 2][i % 2], mask);
     if (lane_ >= 4) return;
-    DEQ_UNROLL for (int i = 0; i < 4; ++i) norms_[(warp_ * kSlots + output_sample(lane_, i / 2)) * kNorms + i % 2] = sums[i / 2][i % 2];
+    DEQ_UNROLL for (int i = 0; i < 4; ++i) norms_[(warp_ * kSlots + output_sample(lane_, i / 2)) * kNorms + i % 2] =
+        sums[i / 2][i % 2];
   }
 
   // The new row of Anderson's Gram matrix.
   DEQ_GPU void add_window(const float (&f)[E], const State& state) {
-    for (int ring = 0; ring < call_.depth; ++ring)
-      DEQ_UNROLL for (int q = 0; q < 2; ++q) {
+    for (int ring = 0; ring < call_.depth; ++ring) DEQ_UNROLL for (int q = 0; q < 2; ++q) {
         double sum = state.residual_product(q, ring, f);
         DEQ_UNROLL for (int mask = 4; mask < kWarp; mask *= 2) sum += Gpu::shuffle_xor(sum, mask);
         if (lane_ < 4) norms_[(warp_ * kSlots + output_sample(lane_, q)) * kNorms + 2 + ring] = sum;

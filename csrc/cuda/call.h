@@ -153,8 +153,7 @@ struct SlotControl {
     while (count > 1 && !anderson_weights<kWindow>(gram, count, 10 * call.reliable.rule.eps, weights)) --count;
     if (count > 1) {
       action->mix = count;
-      DEQ_UNROLL for (int32_t i = 0; i < kWindow; ++i)
-        if (i < count) mixture.weights[i] = static_cast<float>(weights[i]);
+      DEQ_UNROLL for (int32_t i = 0; i < kWindow; ++i) if (i < count) mixture.weights[i] = static_cast<float>(weights[i]);
     }
     action->complete = entry;
     entry = (entry + 1) % depth;
@@ -197,7 +196,7 @@ DEQ_GPU void exact_rows(const float* W, int64_t row_stride, int64_t width, int64
   const float* w[R];
   DEQ_UNROLL for (int r = 0; r < R; ++r) w[r] = W + (first_row + r < width ? first_row + r : width - 1) * row_stride;
 #ifdef __CUDACC__
-#pragma unroll 2
+#pragma unroll(R* N < 32 ? 2 : 1)
 #endif
   for (int64_t k = lane; k < width; k += kWarp) {
     const Row<N> at = reinterpret_cast<const Row<N>*>(x)[k];

@@ -28,7 +28,7 @@ inline int block_kernel(int64_t width, int64_t shared) {
 struct GridKernel {
   int rows, columns, held;
 };
-constexpr GridKernel kGridKernels[] = {{1, 1, 0}, {1, 4, 0}, {2, 1, 5}};
+constexpr GridKernel kGridKernels[] = {{1, 1, 0}, {1, 4, 0}, {2, 1, 7}};
 constexpr int kGridKernelCount = 3;
 
 inline bool holds(const GridKernel& kernel, int64_t width, int processors, int64_t shared) {

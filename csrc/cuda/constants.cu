@@ -15,9 +15,9 @@ namespace {
 namespace groups = cooperative_groups;
 
 constexpr int kThreads = 512;
-constexpr int kSteps = 2000;            // barriers, or passes, of the longer of two runs
-constexpr int kCluster = 8;             // blocks of a cluster; more are not portable
-constexpr int kWords = 64;              // data words that a block sends in an exchange: 16 outputs of 8 samples in bfloat16
+constexpr int kSteps = 2000;              // barriers, or passes, of the longer of two runs
+constexpr int kCluster = 8;               // blocks of a cluster; more are not portable
+constexpr int kWords = 64;                // data words that a block sends in an exchange: 16 outputs of 8 samples in bfloat16
 constexpr int kBroadcast = 2048 * 8 / 4;  // Quads that all blocks read: the increments of 8 samples at width 4096
 
 // Memory of a measurement; zero before every run.
@@ -107,8 +107,7 @@ __global__ void __launch_bounds__(kThreads, 1) shared_reads(Memory memory, int s
   for (int i = threadIdx.x; i < kThreads * 4; i += kThreads) data[i] = memory.state[i];
   Device::sync();
   uint32_t sum = 0;
-  for (int i = 0; i < steps; ++i)
-    DEQ_UNROLL for (int r = 0; r < kReads; ++r) {
+  for (int i = 0; i < steps; ++i) DEQ_UNROLL for (int r = 0; r < kReads; ++r) {
       const Quad value = data[(threadIdx.x + (i + r) % 4 * kThreads) % (kThreads * 4)];
       sum += value.word[0] ^ value.word[1] ^ value.word[2] ^ value.word[3];
     }

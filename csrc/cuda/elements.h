@@ -169,23 +169,33 @@ DEQ_GPU uint32_t anchored_slots(const Call& call, const Action* actions, int slo
   return set;
 }
 
-// The fragment a of tile (tile, k) of W, rounded to bfloat16, zero beyond its edge.
+// The fragment a of tile (tile, k) of W, rounded to bfloat16, zero beyond its edge. `poison` becomes NaN with an element that is
+// not finite.
 template <class Gpu>
-DEQ_GPU Quad weight_fragment(const Call& call, int64_t weight, int tile, int k) {
+DEQ_GPU Quad weight_fragment(const Call& call, int64_t weight, int tile, int k, float& poison) {
   const float* W = call.W + weight * call.matrix_stride;
   const int lane = Gpu::thread() % kWarp;
   Quad a;
   DEQ_UNROLL for (int q = 0; q < 4; ++q) {
     const int64_t i = tile * kTileRows + weight_row(lane, q), j = k * kTileDepth + weight_column(lane, q);
-    float pair[2];
-    DEQ_UNROLL for (int h = 0; h < 2; ++h) {
-      pair[h] = i < call.width && j + h < call.width ? W[i * call.row_stride + j + h] : 0.0f;
-      if (!(fabsf(pair[h]) < INFINITY))
-        Gpu::keep_least(&call.report->bad_weight, 1 + (weight * call.width + i) * call.width + j + h);
-    }
-    a.word[q] = Gpu::pack_bfloat16(pair[0], pair[1]);
+    const float* at = W + i * call.row_stride + j;
+    const float low = i < call.width && j < call.width ? at[0] : 0.0f;
+    const float high = i < call.width && j + 1 < call.width ? at[1] : 0.0f;
+    poison = fmaf(low, 0.0f, fmaf(high, 0.0f, poison));
+    a.word[q] = Gpu::pack_bfloat16(low, high);
   }
   return a;
+}
+
+// Names the first element of a warp's rows [first, last) of W that is not finite, if its `poison` says that there is one.
+template <class Gpu>
+DEQ_GPU void report_weight(const Call& call, int64_t weight, int64_t first, int64_t last, float poison) {
+  if (!Gpu::any(poison != poison)) return;
+  for (int64_t i = first; i < last && i < call.width; ++i) {
+    const float* row = call.W + weight * call.matrix_stride + i * call.row_stride;
+    for (int64_t j = Gpu::thread() % kWarp; j < call.width; j += kWarp)
+      if (!(fabsf(row[j]) < INFINITY)) Gpu::keep_least(&call.report->bad_weight, 1 + (weight * call.width + i) * call.width + j);
+  }
 }
 
 // y = W x for the slots of the set.

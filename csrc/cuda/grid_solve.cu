@@ -1,7 +1,6 @@
 // Regime C: launches of GridSolve.
-#include "grid_solve.h"
-
 #include "capacity.h"
+#include "grid_solve.h"
 #include "launch.h"
 
 namespace deq {
@@ -56,8 +55,8 @@ int32_t launch_grid(Call call, int64_t weights, const DeqCudaPlan& plan, cudaStr
   const GridScratch in = grid_scratch(call.width, kernel.rows, kernel.columns);
   for (int64_t s = 0; s < weights; ++s) {
     call.first_weight = s;
-    if (int32_t error =
-            check_cuda(cudaMemsetAsync(call.scratch + in.flags, 0, (in.floats - in.flags) * sizeof(float), stream), "lowering flags"))
+    if (int32_t error = check_cuda(cudaMemsetAsync(call.scratch + in.flags, 0, (in.floats - in.flags) * sizeof(float), stream),
+                                   "lowering flags"))
       return error;
     void* arguments[] = {&call};
     if (int32_t error = check_cuda(cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kKernels[plan.kernel]), plan.blocks,

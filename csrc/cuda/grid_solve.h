@@ -11,8 +11,8 @@
 
 namespace deq {
 
-constexpr int kGridWarps = 12;  // that multiply
-constexpr int kJudges = 4;      // warps that judge: one would take longer for the norms of 132 blocks than the others multiply
+constexpr int kGridWarps = 8;  // that multiply; with more, a thread could not have the registers
+constexpr int kJudges = 4;     // warps that judge: one would take longer for the norms of 132 blocks than the others multiply
 constexpr int kGridThreads = (kGridWarps + kJudges) * kWarp;
 
 // Where things lie in the shared memory of a block, in bytes.
@@ -216,34 +216,44 @@ class GridSolve {
   DEQ_GPU Quad& weight_at(int r, int k) { return weights_[((k - HELD * (warp_ + 1)) * RT + r) * kWarp + lane_]; }
 
   DEQ_GPU void load_weights(Quad (&held)[RT][HELD > 0 ? HELD : 1]) {
+    float poison = 0;
     DEQ_UNROLL for (int r = 0; r < RT; ++r) {
       const int tile = Gpu::block() * RT + r;  // one beyond the last is zero
       if constexpr (HELD > 0) {
-        DEQ_UNROLL for (int k = 0; k < HELD; ++k) held[r][k] = weight_fragment<Gpu>(call_, weight_, tile, begin_ + k);
+        DEQ_UNROLL for (int k = 0; k < HELD; ++k) {
+          held[r][k] = weight_fragment<Gpu>(call_, weight_, tile, begin_ + k, poison);
+          Gpu::sync_warp();  // one after the other: all at once would take more registers than there are
+        }
       }
-      for (int k = begin_ + HELD; k < end_; ++k) weight_at(r, k) = weight_fragment<Gpu>(call_, weight_, tile, k);
+      for (int k = begin_ + HELD; k < end_; ++k) weight_at(r, k) = weight_fragment<Gpu>(call_, weight_, tile, k, poison);
     }
+    report_weight<Gpu>(call_, weight_, static_cast<int64_t>(Gpu::block()) * kRows, static_cast<int64_t>(Gpu::block() + 1) * kRows,
+                       poison);
   }
 
   // y = W x + c in float32 for the slots of the set, after an exchange of their x.
   DEQ_GPU void anchor(uint32_t slots, State& state) {
     state.publish(slots, x_);
     exact_rows_of_all(slots);
-    DEQ_UNROLL for (int e = 0; e < E; ++e)
-      if (state.exists(e) && (slots >> state.map.slot(e) & 1)) state.y[e] = y_[state.place(e)] + state.c[e];
+    DEQ_UNROLL for (int e = 0; e < E; ++e) if (state.exists(e) && (slots >> state.map.slot(e) & 1)) state.y[e] =
+        y_[state.place(e)] + state.c[e];
   }
 
-  // By all warps, RT rows each.
+  // By the warps that multiply, 2 RT rows each; those that judge keep the barriers.
   DEQ_GPU void exact_rows_of_all(uint32_t slots) {
     ++anchor_epoch_;
     Gpu::sync();
     if (Gpu::thread() == 0) Gpu::release(anchor_flags_ + Gpu::block(), anchor_epoch_);
-    wait_for(anchor_flags_, 0, at_.blocks, anchor_epoch_);
-    const int64_t row = static_cast<int64_t>(Gpu::block()) * kRows + warp_ * RT;
-    for (int first = 0; first < kAllSlots && row < call_.width; first += kSlots) {
-      const uint32_t set = slots >> first & ((1u << kSlots) - 1);
-      const int64_t at = first * call_.width;
-      if (set) exact_rows_of<Gpu, RT>(call_, weight_, set, row, x_ + at, y_ + at);
+    if (warp_ < kGridWarps) {
+      wait_for(anchor_flags_, 0, at_.blocks, anchor_epoch_);
+      constexpr int kOwn = kRows / kGridWarps, kAtOnce = HELD > 0 ? 2 : kOwn;  // more sums do not fit beside held weights
+      const int64_t row = static_cast<int64_t>(Gpu::block()) * kRows + warp_ * kOwn;
+      for (int first = 0; first < kAllSlots && row < call_.width; first += kSlots) {
+        const uint32_t set = slots >> first & ((1u << kSlots) - 1);
+        const int64_t at = first * call_.width;
+        for (int r = 0; set && r < kOwn; r += kAtOnce)
+          exact_rows_of<Gpu, kAtOnce>(call_, weight_, set, row + r, x_ + at, y_ + at);
+      }
     }
     Gpu::sync();
   }
@@ -274,8 +284,7 @@ class GridSolve {
   // The new row of Anderson's Gram matrix.
   DEQ_GPU void add_window(const float (&f)[E], const State& state) {
     double* products = products_ + (epoch_ & 1) * kWindow * kAllSlots * at_.blocks + Gpu::block();
-    for (int ring = 0; ring < call_.depth; ++ring)
-      DEQ_UNROLL for (int e = 0; e < E; ++e) {
+    for (int ring = 0; ring < call_.depth; ++ring) DEQ_UNROLL for (int e = 0; e < E; ++e) {
         double sum = state.residual_product(e, ring, f);
         DEQ_UNROLL for (int mask = 1; mask < kRows; mask *= 2) sum += Gpu::shuffle_xor(sum, mask);
         if (state.map.owns(e) && state.map.index(e) % kRows == 0)
@@ -287,14 +296,13 @@ class GridSolve {
     float sum[RT][BT][4] = {};
     const Pair* increments = increments_ + (epoch_ & 1) * at_.steps * BT * kWarp + lane_;
     if constexpr (HELD > 0) {
-      DEQ_UNROLL for (int k = 0; k < HELD; ++k)
-        DEQ_UNROLL for (int t = 0; t < BT; ++t) {
-          const Pair b = Gpu::load(increments + ((begin_ + k) * BT + t) * kWarp);
-          DEQ_UNROLL for (int r = 0; r < RT; ++r) Gpu::multiply(sum[r][t], held[r][k], b);
-        }
+      DEQ_UNROLL for (int k = 0; k < HELD; ++k) DEQ_UNROLL for (int t = 0; t < BT; ++t) {
+        const Pair b = Gpu::load(increments + ((begin_ + k) * BT + t) * kWarp);
+        DEQ_UNROLL for (int r = 0; r < RT; ++r) Gpu::multiply(sum[r][t], held[r][k], b);
+      }
     }
 #ifdef __CUDACC__
-#pragma unroll 4
+#pragma unroll(RT == 1 ? 4 : 2)
 #endif
     for (int k = begin_ + HELD; k < end_; ++k) {
       Quad a[RT];
@@ -304,12 +312,10 @@ class GridSolve {
         DEQ_UNROLL for (int r = 0; r < RT; ++r) Gpu::multiply(sum[r][t], a[r], b);
       }
     }
-    DEQ_UNROLL for (int r = 0; r < RT; ++r)
-      DEQ_UNROLL for (int t = 0; t < BT; ++t)
-        DEQ_UNROLL for (int e = 0; e < 4; ++e) {
-          const int row = r * kTileRows + output_row(lane_, e), slot = t * kSlots + output_sample(lane_, e);
-          sums_[(warp_ * kAllSlots + slot) * kRows + row] = sum[r][t][e];
-        }
+    DEQ_UNROLL for (int r = 0; r < RT; ++r) DEQ_UNROLL for (int t = 0; t < BT; ++t) DEQ_UNROLL for (int e = 0; e < 4; ++e) {
+      const int row = r * kTileRows + output_row(lane_, e), slot = t * kSlots + output_sample(lane_, e);
+      sums_[(warp_ * kAllSlots + slot) * kRows + row] = sum[r][t][e];
+    }
   }
 
   // y += the sum over warps, in their order.

@@ -1,6 +1,7 @@
 // Runs a kernel body on the host: every thread of every block is a fiber, all blocks are resident together, whoever can run next
-// is drawn at random, and now and then a block or a warp is held up while the others go on. What the body needs of the GPU (csrc/cuda/device.h) has its documented meaning here: barriers wait
-// for all threads, warp operations for all lanes, the tensor core multiplies what the fragments hold. Fresh shared memory is NaN.
+// is drawn at random, and now and then a block or a warp is held up while the others go on. What the body needs of the GPU
+// (csrc/cuda/device.h) has its documented meaning here: barriers wait for all threads, warp operations for all lanes, the tensor
+// core multiplies what the fragments hold. Fresh shared memory is NaN.
 //
 // It finds wrong index maps, missing barriers (another seed gives another answer) and deadlocks, but no reordering of memory.
 #pragma once

@@ -7,7 +7,6 @@
 #include "check.h"
 #include "cuda/capacity.h"
 #include "emulator.h"
-#include "emulator.h"
 
 using namespace deq;
 
@@ -253,7 +252,8 @@ void scales() {
     solve_each(blocks, grid);
     for (int64_t i = 0; i < 3 * 23; ++i) {
       if (i % 23 >= 20) continue;
-      if (exponent > -100) CHECK(blocks.z[i] == std::ldexp(one.z[i], exponent) && grid.z[i] == std::ldexp(reference.z[i], exponent));
+      if (exponent > -100)
+        CHECK(blocks.z[i] == std::ldexp(one.z[i], exponent) && grid.z[i] == std::ldexp(reference.z[i], exponent));
       CHECK(std::fabs(blocks.z[i] - std::ldexp(one.z[i], exponent)) <= std::ldexp(1e-5f, exponent) + 1e-44f);
     }
     if (exponent > -100) CHECK(blocks.iterations == one.iterations && grid.iterations == reference.iterations);
