@@ -28,21 +28,39 @@ TORCHDEQ_SOLVERS = ("fixed_point_iter", "anderson", "broyden")
 class Answer:
     """z (B, m), dW (m, m) or None, evaluations of the slowest sample or of every one; of the adjoint where told.
 
-    ``converged`` (B,) bool where the solver says so itself; ``plan``: what it chose; ``products``: matrix products in
-    the problem's own precision, forward, of a mean sample, where that is known.
+    ``converged`` (B,) bool where the solver says so itself. deq's own answer has its ``solution`` instead, which is
+    read after the clock has stopped.
     """
 
     z: Tensor
     dW: Tensor | None
-    evaluations: Tensor | int
+    evaluations: Tensor | int | None
     adjoint_evaluations: int | None = None
     converged: Tensor | None = None
-    plan: object = None
-    products: float | None = None
+    solution: Solution | None = None
+
+    @property
+    def counts(self) -> Tensor:
+        """Evaluations, of every sample (B,) where known."""
+        return torch.as_tensor(self.evaluations if self.solution is None else self.solution.iterations)
 
     @property
     def iterations(self) -> int:
-        return int(torch.as_tensor(self.evaluations).max())
+        return int(self.counts.max())
+
+    @property
+    def said_to_converge(self) -> Tensor | None:
+        return self.converged if self.solution is None else self.solution.converged
+
+    @property
+    def products(self) -> float | None:
+        """Matrix products in the problem's own precision, forward: of the slowest sample, or for deq of a mean one, one
+        an evaluation but the first, which starts at zero. Unknown where most are made in a lower precision."""
+        if self.solution is None:
+            return self.iterations
+        if self.solution.plan.increments != "native" or not self.counts.numel():
+            return None
+        return float(self.counts.double().mean()) - 1
 
 
 def make_engine(
@@ -54,17 +72,9 @@ def make_engine(
     def engine() -> Answer:
         solution = solve(W, c, "relu", tol=tol, max_iter=MAX_ITER, solver=solver, on_failure=on_failure)
         dW = torch.autograd.grad(solution.z, (W, c), problem.g)[0] if backward else None
-        z, evaluations = solution.z.detach(), solution.iterations
-        return Answer(z, dW, evaluations, None, solution.converged, solution.plan, _products(solution))
+        return Answer(solution.z.detach(), dW, None, solution=solution)
 
     return engine
-
-
-def _products(solution: Solution) -> float | None:
-    """One an evaluation but the first, which starts at zero; unknown where most are made in a lower precision."""
-    if solution.plan.increments != "native" or not solution.iterations.numel():
-        return None
-    return float(solution.iterations.double().mean()) - 1
 
 
 def engine(problem: Problem, backward: bool = True, solver: str = "plain") -> Answer:

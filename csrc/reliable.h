@@ -31,7 +31,7 @@ struct Reliable {
 // One sample between its anchors.
 struct Progress {
   Record record;
-  double step2;      // |f(x) - x|^2 at the evaluation before
+  double norm;       // |f(x) - x| at the evaluation before
   double ratio2[2];  // of step2, over the last two evaluations
   double size;       // of the increments since the last anchor or correction, the sum of their norms
   double corrected;  // the same since the last anchor, up to the last correction
@@ -59,9 +59,8 @@ DEQ_HD Verdict judge_anchor(const Reliable& call, Progress& s, double step2, dou
   if (verdict == Verdict::kContinue && call.hands_over && (s.native || s.is_slow)) verdict = Verdict::kMaxIter;
   if (verdict != Verdict::kContinue) return verdict;
   if (!*is_best && s.run > 0) s.record.best_at = s.record.iteration;  // what steps did not gain is not the sample's failure
-  s.step2 = step2;
   s.run = 0;
-  s.size = sqrt(step2);
+  s.size = s.norm = sqrt(step2);
   s.corrected = 0;
   return verdict;
 }
@@ -100,14 +99,15 @@ DEQ_HD Next after_step(const Reliable& call, Progress& s, double step2, double s
   ++s.record.iteration;
   ++s.run;
   s.ratio2[1] = s.ratio2[0];
-  s.ratio2[0] = greater(step2 / s.step2, 1e-12);
-  s.step2 = step2;
-  s.size += sqrt(step2);
+  const double norm = sqrt(step2), ratio = greater(norm / s.norm, 1e-6);
+  s.ratio2[0] = ratio * ratio;
+  s.norm = norm;
+  s.size += norm;
   s.is_slow = call.hands_over && is_hopeless(call, s, step2, size2);
   const Next next = s.is_slow ? Next::kAnchor : next_of(call, s, step2, size2);
   if (next == Next::kCorrectedStep) {
     s.corrected += s.size;
-    s.size = sqrt(step2);
+    s.size = norm;
   }
   return next;
 }

@@ -79,6 +79,33 @@ void derivative(StableIValue* stack, uint64_t, uint64_t) {
   run(op, deq_cpu_derivative, p);
 }
 
+constexpr const char* kOuter = "outer_(Tensor left, Tensor right, Tensor(a!) out) -> ()";
+
+void outer(StableIValue* stack, uint64_t, uint64_t) {
+  constexpr const char* op = "outer_";
+  const Tensor left(op, "left", stack[0]), right(op, "right", stack[1]), out(op, "out", stack[2]);
+  const bool stacked = left.dim() == 3;
+  if (!stacked) left.expect_dim(2, "(B, m) or (S, B, m)");
+  const int64_t* size = left.sizes();
+  DeqOuter p{};
+  p.weights = stacked ? size[0] : 1, p.batch = size[stacked], p.width = size[1 + stacked];
+  p.type = type_of(left.place(), left.dtype());
+  right.expect_shape({p.weights, p.batch, p.width}, stacked);
+  out.expect_shape({p.weights, p.width, p.width}, stacked);
+  right.expect_dtype(left.dtype());
+  out.expect_dtype(left.dtype());
+  out.expect_contiguous();
+  if (out.empty()) return;
+  p.left = left.view(), p.right = right.view();
+  p.out = out.data<void>();
+  p.threads = torch_threads();
+  for (DeqView* rows : {&p.left, &p.right})
+    if (p.width == 1 || p.batch == 0) rows->stride[2] = 1;
+  if (p.left.stride[2] != 1) left.place().fail("must have contiguous rows");
+  if (p.right.stride[2] != 1) right.place().fail("must have contiguous rows");
+  if (deq_cpu_outer(&p)) left.place().fail("must be float32 or float64; got " + dtype_name(left.dtype()));
+}
+
 constexpr const char* kFingerprint = "fingerprint(Tensor W, Tensor(a!) out) -> ()";
 
 void fingerprint(StableIValue* stack, uint64_t, uint64_t) {
@@ -292,6 +319,7 @@ DEQ_API const char* deq_register(void) {
       {"solve_", kSolve, solve},
       {"masked_linear_", kMaskedLinear, masked_linear},
       {"derivative_", kDerivative, derivative},
+      {"outer_", kOuter, outer},
       {"fingerprint", kFingerprint, fingerprint},
       {"pack_triangle_", kPackTriangle, pack_triangle},
       {"substitute_", kSubstitute, substitute},

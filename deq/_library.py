@@ -17,6 +17,7 @@ OPERATORS = (
     "solve_",
     "masked_linear_",
     "derivative_",
+    "outer_",
     "fingerprint",
     "pack_triangle_",
     "substitute_",
@@ -50,6 +51,8 @@ _SIGNATURES = {
     "deq_cpu_clear_cache": (ctypes.c_int64,),
     "deq_cpu_cache_bytes": (ctypes.c_int64,),
     "deq_cpu_peak_gflops": (ctypes.c_double, ctypes.c_int32, ctypes.c_double),
+    "deq_cpu_last_work": (None, ctypes.c_void_p),
+    "deq_cpu_read_gbs": (ctypes.c_double, ctypes.c_int64, ctypes.c_double),
     "deq_cpu_kernel_gflops": (ctypes.c_double, ctypes.c_int32, ctypes.c_int64, ctypes.c_int64, ctypes.c_double),
 }
 

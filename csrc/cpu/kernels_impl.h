@@ -6,6 +6,7 @@
 #include "../activations.h"
 #include "../kernels.h"
 #include "kernels.h"
+#include "outer_impl.h"
 #include "pack_impl.h"
 #include "vec.h"
 
@@ -469,6 +470,7 @@ const deq::Kernels<T>* table() {
       .residual = residual<T>,
       .dots = dots<T>,
       .mix = mix<T>,
+      .outer = outer<T>,
       .absorb = absorb,
       .peak_flops = peak_flops<T>,
   };
