@@ -48,10 +48,8 @@ from .records import (
     halves,
     ints,
 )
-from .tiles import RAGGED_SAMPLES, TILES, Tiles
+from .tiles import DELTA_TILES, RAGGED_SAMPLES, Tiles
 
-# By samples, which the tiles of anchors share: of the cell's, narrower where the sums of a step would spill.
-DELTA_TILES = (Tiles(128, 64, 64, 8, 3), Tiles(64, 64, 64, 4, 4), *TILES["bfloat16"][3:])
 STEPS = 4  # in a turn; even, so that the next turn begins with EVEN
 
 # A sample is due where its step is below SAFE of the tolerance, below DRIFT (what bfloat16 resolves) of all that was

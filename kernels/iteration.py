@@ -80,25 +80,11 @@ from .records import (
     halves,
     ints,
 )
-from .tiles import ENOUGH_PROGRAMS, RAGGED_SAMPLES, TILES, Tiles, cell_tiles, programs
+from .tiles import MOST_SPLITS, RAGGED_SAMPLES, STEP_TILES, Tiles, step_tiles
 
-# Of the cell's, where the judgement of a step leaves fewer registers: more warps, and narrower in the largest.
-STEP_TILES = (Tiles(128, 32, 32, 8, 3), Tiles(64, 64, 32, 8, 3), *TILES["tf32"][2:])
+__all__ = ["compilations", "ending", "mix_kernel", "step_kernel", "step_tiles"]
+
 MOST_SLOTS = 64  # partial sums of a sample that are loaded at a time
-MOST_SPLITS = 8
-LEAST_STEPS = 4  # of the inner dimension, for each split
-
-
-def step_tiles(B: int, m: int) -> tuple[Tiles, int]:
-    """The tiles and splits of a step for B samples of width m: as :func:`.tiles.cell_tiles`, and where they make too
-    few programs, the inner dimension is split among up to :data:`MOST_SPLITS`."""
-    tiles = STEP_TILES[TILES["tf32"].index(cell_tiles(B, m, "float32", "tf32x3"))]
-    splits = 1
-    while splits < MOST_SPLITS and splits * programs(B, m, tiles) <= ENOUGH_PROGRAMS:
-        if triton.cdiv(m, tiles.depth) < 2 * splits * LEAST_STEPS:
-            break
-        splits *= 2
-    return tiles, splits
 
 
 @triton.jit
