@@ -216,6 +216,11 @@ def test_a_deferred_report_surfaces_when_the_status_is_read(monkeypatch):
     wrong = deq.solve(W, c, backend="triton")
     with pytest.raises(ValueError, match=r"c must be finite; c\[2\]"):
         wrong.converged  # noqa: B018
+    slow, one = torch.tensor([[0.99]]).requires_grad_(), torch.ones(1, 1)
+    short = deq.solve(slow, one, z0=100 * one, backend="triton", solver="plain", max_iter=5, on_failure="warn")
+    short.z.backward(one)
+    with pytest.warns(deq.ConvergenceWarning, match="the gradient of deq.solve: 1 of 1 samples did not converge"):
+        short.status  # noqa: B018
     raises = deq.solve(5 * torch.eye(4), c[:1].abs(), backend="triton", solver="plain", on_failure="raise").detach()
     with pytest.raises(deq.ConvergenceError):
         raises.status  # noqa: B018
