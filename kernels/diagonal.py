@@ -55,6 +55,8 @@ def root(d, x, ACTIVATION: tl.constexpr):
             h = p - a - x
             busy = busy & (tl.abs(h) > _TIGHT * (tl.abs(p) + tl.abs(a) + scale))
             k += 1
+        following = p - h / (1.0 - d * activations.derivative(p, ACTIVATION))  # to the last bit
+        p = tl.where((following >= low) & (following <= high), following, p)
     return p
 
 
