@@ -96,7 +96,8 @@ def _streamed(w_ptr, y_ptr, m, stride_wn, stride_wk, M: tl.constexpr, BLOCK_B: t
     return x
 
 
-@triton.jit(do_not_specialize=["B", "max_iter", "patience"])
+# The last three pointers are views of one buffer: how they are aligned depends on B, and nothing gains by it.
+@triton.jit(do_not_specialize=["B", "max_iter", "patience", "residual_ptr", "iterations_ptr", "status_ptr"])
 def solve_kernel(
     w_ptr,
     low_ptr,

@@ -51,7 +51,7 @@ def solved(W, c, activation="relu", **options):
     return solution
 
 
-@pytest.mark.parametrize(("m", "B"), [(1, 2), (17, 3), (18, 17)])
+@pytest.mark.parametrize(("m", "B"), [(1, 2), (18, 17)])
 @regimes
 def test_as_accurate_as_a_torch_loop(m, B, regime):
     W, c, _ = gaussian(m, B)
@@ -132,7 +132,7 @@ def test_smooth_activations_far_from_one(regime):
         assert solution.converged.all() and torch.isfinite(solution.z).all()
 
 
-@regimes
+@pytest.mark.parametrize("regime", ["resident", "cell"], indirect=True)
 def test_strides_dtypes_stacks_and_nothing(regime):
     W, c, _ = gaussian(9, 4)
     expected = solved(W, c).z
@@ -149,13 +149,12 @@ def test_strides_dtypes_stacks_and_nothing(regime):
 @pytest.mark.parametrize("regime", ["resident", "cell"], indirect=True)
 def test_batch_mates_change_nothing(regime):
     W, c, _ = gaussian(11, 18)
-    together = solved(W, c)
-    apart = solved(W, c[16:])
+    together, apart = solved(W, c), solved(W, c[16:])
     assert torch.equal(together.z[16:], apart.z)
     assert torch.equal(together.iterations[16:], apart.iterations)
 
 
-@pytest.mark.parametrize("regime", ["resident", "cell", "increments"], indirect=True)
+@pytest.mark.parametrize("regime", ["resident", "cell"], indirect=True)
 def test_wrong_samples_are_named(regime):
     W, c, _ = gaussian(5, 3)
     for bad, place in ((float("nan"), 1), (float("inf"), 2)):

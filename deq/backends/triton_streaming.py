@@ -14,6 +14,7 @@ from ..gpu_plan import GpuPlan
 from . import chunks
 from .triton_kind import PRECISION, Kind
 
+FUSES = {"enable_fp_fusion": True}  # Triton is about to change its default, and warns of it
 ROW = 1024  # elements of a row that start and finish look at at a time
 MIX = (4, 256)  # samples and units of a tile of the next accelerated iterates
 LEAST_CHUNK = 8  # turns between two looks at the samples at work
@@ -63,14 +64,14 @@ def solve_rows(
         iteration.step_kernel[(grid.programs * splits,)](loop.table, t, B, m, *W.stride(), **strides, **rule, **step)
         if kind.accelerates:
             iteration.mix_kernel[mix_grid](
-                loop.table, t, B, m, DEPTH=kind.depth, INCREMENTS=by_increments, BLOCK_B=MIX[0], BLOCK_N=MIX[1]
+                loop.table, t, B, m, DEPTH=kind.depth, INCREMENTS=by_increments, BLOCK_B=MIX[0], BLOCK_N=MIX[1], **FUSES
             )
 
     row = min(ROW, triton.next_power_of_2(m))
     period = 2 * kind.depth if kind.depth % 2 else kind.depth
     chunk = DELTA_CHUNK if by_increments else -(-LEAST_CHUNK // period) * period
     with loop.lock:
-        records.bind_kernel[(1,)](loop.table, *addresses)
+        records.bind_kernel[(1,)](loop.table, *addresses, **FUSES)
         if B > 0:
             ends.start_kernel[(B,)](
                 loop.table,
@@ -85,10 +86,20 @@ def solve_rows(
                 INCREMENTS=by_increments,
                 TILE_B=tiles.samples,
                 BLOCK=row,
+                **FUSES,
             )
             loop.repeat(turn, plan.max_iter - int(free_first), period, chunk, state["COUNTERS"][:1])
             ends.finish_kernel[(B,)](
-                loop.table, z, *fields, B, m, largest, HOMOGENEOUS=kind.homogeneous, MASKED=kind.masked, BLOCK=row
+                loop.table,
+                z,
+                *fields,
+                B,
+                m,
+                largest,
+                HOMOGENEOUS=kind.homogeneous,
+                MASKED=kind.masked,
+                BLOCK=row,
+                **FUSES,
             )
     return state["COUNTERS"]
 
@@ -123,7 +134,7 @@ class _Grid:
             "BLOCK_K": self.tiles.depth,
             "num_warps": self.tiles.warps,
             "num_stages": self.tiles.stages,
-            "enable_fp_fusion": True,
+            **FUSES,
         }
 
 
