@@ -48,7 +48,7 @@ struct alignas(64) Slot {
   T *c, *d, *sums;
   int64_t sample;                     // flat index s * B + b
   double scale;                       // the sample was multiplied by this power of two
-  int window, newest;                 // Anderson: pairs held, ring position of the newest
+  int depth, window, newest;          // Anderson: pairs to hold, those held, ring position of the newest
   double gram[kMaxDepth][kMaxDepth];  // by ring position
 };
 
@@ -185,6 +185,7 @@ class Tile {
       slot.saved = false;
       slot.accelerated = p_.acceleration == DEQ_ANDERSON;
       slot.window = 0;
+      slot.depth = depth_;
       if (p_.start.data) return true;
       // From zero the first evaluation is act(c): no product. Its step and its size are the same.
       double size2 = k_.first(p_.activation, slot.c, slot.d, y, m_);
@@ -264,7 +265,7 @@ class Tile {
       }
     }
     slot.newest = slot.window ? (slot.newest + 1) % depth_ : 0;
-    slot.window = std::min(slot.window + 1, depth_);
+    slot.window = std::min(slot.window + 1, slot.depth);
     k_.residual(f, y, window_row(slot, slot.newest, 0), window_row(slot, slot.newest, 1), padded_);
     int ring[kMaxDepth];
     const T *F[kMaxDepth], *G[kMaxDepth];
@@ -276,6 +277,8 @@ class Tile {
     double dots[kMaxDepth];
     k_.dots(G[0], G, slot.window, padded_, dots);
     for (int i = 0; i < slot.window; ++i) slot.gram[slot.newest][ring[i]] = slot.gram[ring[i]][slot.newest] = dots[i];
+    if (slot.window == 2 && p_.acceleration == DEQ_ON_DEMAND)
+      slot.depth = useful_depth(dots[1], dots[0], slot.gram[ring[1]][ring[1]], depth_);
     double gram[kMaxDepth][kMaxDepth], weights[kMaxDepth];
     for (int i = 0; i < slot.window; ++i)
       for (int j = 0; j < slot.window; ++j) gram[i][j] = slot.gram[ring[i]][ring[j]];
