@@ -6,6 +6,8 @@ At ``z = act(W z + c)`` with ``D = diag(act'(W z + c))`` and the loss gradient `
 1e-6 as for one of 1e6.
 """
 
+import warnings
+from collections import deque
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -17,11 +19,14 @@ from torch.autograd import forward_ad
 
 from . import stats as layout
 from .activations import ACTIVATIONS
-from .backends import Outcome, get_backend
+from .backends import Deferred, Outcome, get_backend
 from .plan import Plan
 from .profiling import ranges
-from .solution import Solution, report_failures
+from .solution import ConvergenceError, ConvergenceWarning, Solution, report_failures
 from .solvers import ladder
+
+# Reports of gradients that are still on a GPU: nobody holds them, so they wait for the next status that is read.
+_unread: deque[tuple[Deferred, "Problem"]] = deque(maxlen=64)
 
 PHANTOM_STEPS, PHANTOM_DAMPING = 5, 0.5  # Geng et al. 2021 use a handful of damped steps
 
@@ -199,11 +204,26 @@ def _solve_masked(A: Tensor, g: Tensor, d: Tensor, value_of: str | None, problem
     solve = partial(ladder.masked_linear, **memory)
     arguments = A, g, d, value_of, problem.activation, problem.plan
     u, stats, report = ranges.call("adjoint", solve, *arguments) if ranges.listening else solve(*arguments)
-    if isinstance(report, list) and report[0]:
+    if isinstance(report, Deferred):
+        if problem.on_failure != "ignore":
+            _unread.append((report, problem))
+    elif report is not None and report[0]:
         report_failures(
             Solution(u, stats, problem.plan), problem.on_failure, problem.plan.tol, "the gradient of deq.solve"
         )
     return u
+
+
+def report_gradients(solution: Solution) -> None:
+    """Warn or raise for the gradients computed on a GPU that did not converge; called where a status is read."""
+    while _unread:
+        report, problem = _unread.popleft()
+        if failed := report.read()[0]:
+            samples = sum(part[2] for part in report.parts)
+            message = f"the gradient of deq.solve: {failed} of {samples} samples did not converge"
+            if problem.on_failure == "raise":
+                raise ConvergenceError(message, solution)
+            warnings.warn(f"{message}; pass on_failure='ignore' to silence this.", ConvergenceWarning, stacklevel=5)
 
 
 def _outer(u: Tensor, z: Tensor, backend: str) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from . import _library, _triton, direct
 from .activations import get_activation
 from .backends import Deferred
-from .implicit import Problem, equilibrium
+from .implicit import Problem, equilibrium, report_gradients
 from .indicators import fitted
 from .plan import DEFAULT_TOL, make_plan
 from .profiling import ranges
@@ -111,6 +111,7 @@ def _report_deferred(deferred: Deferred, on_failure: str, solution: Solution) ->
     _, *bad = deferred.read()
     _refuse_non_finite(bad, deferred.weight(), solution.z.shape[:-1])
     report_failures(solution, on_failure, solution.plan.tol, "deq.solve")
+    report_gradients(solution)
 
 
 @lru_cache(maxsize=256)  # a training run asks the same thing at every step
