@@ -170,7 +170,7 @@ class GpuRun:
             if self.budget is not None and now - start + longest > self.budget:
                 self.skipped.append(case)
                 continue
-            measured = measure(case, passes, self.sizes.device, self.selection.seconds / len(passes), limits)
+            measured = measure(case, passes, self.sizes.device, self.selection.seconds, limits)
             for which in passes:
                 yield f"{case.name}, {which}"
                 self._keep(next(measured), limits)
