@@ -36,6 +36,8 @@ def _list_experiments(ctx: click.Context, _: click.Parameter, wanted: bool) -> N
         text = f"{experiment.claim} Width: {experiment.width_means} (default {experiment.width[0]})."
         if experiment.depth:
             text += f" Depth: {experiment.depth_means} (default {experiment.depth[0]})."
+        if experiment.input_means:
+            text += f" Input: {experiment.input_means}."
         click.echo(click.wrap_text(text, 78, "          ", "          "))
     ctx.exit()
 
@@ -50,6 +52,7 @@ def _list_experiments(ctx: click.Context, _: click.Parameter, wanted: bool) -> N
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of all random numbers.")
 @click.option("--seeds", type=click.IntRange(min=1), help="Networks trained per model.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
+@click.option("--input", type=click.Path(exists=True, dir_okay=False), help="A file to read, where --list has it.")
 @click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
@@ -68,6 +71,7 @@ def run(
     seed: int,
     seeds: int | None,
     device: str,
+    input: str | None,
     out: Path,
     quick: bool,
     full: bool,
@@ -86,6 +90,7 @@ def run(
     if quick and full:
         raise click.UsageError("--quick and --full exclude each other.")
     options = {"width": width, "depth": depth, "seed": seed, "seeds": seeds, "device": _device(device)}
+    options["input"] = input
     options["level"] = "quick" if quick else "full" if full else "default"
     recorded = None
     try:
@@ -124,6 +129,45 @@ def run(
     for sentence in violated:
         click.echo(sentence, err=True)
     ctx.exit(1 if violated else 0)
+
+
+def _that_fit(experiment, names: list[str], options: dict) -> dict:
+    """Of several experiments, those without depth or input leave it out; one alone says that it has none."""
+    if len(names) == 1:
+        return options
+    unused = [name for name, used in (("depth", experiment.depth), ("input", experiment.input_means)) if not used]
+    return options | dict.fromkeys(unused)
+
+
+def _recorded(ctx: click.Context, path: str) -> dict:
+    """The record of an earlier run, whose settings admit no others."""
+    from .experiments import REGISTRY
+
+    given = [p for p in ctx.params if p != "out" and ctx.get_parameter_source(p).name == "COMMANDLINE"]
+    if given != ["experiment"]:
+        extra = ", ".join(f"--{p}" for p in given if p != "experiment")
+        raise click.UsageError(f"{path} says how to run; leave out {extra}.")
+    try:
+        record = json.loads(Path(path).read_text())
+        known = record["experiment"] in REGISTRY and isinstance(record["settings"], dict)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise click.BadParameter(f"{path} is no result of deq run: {error}.", param_hint="EXPERIMENT") from error
+    if not known:
+        raise click.BadParameter(f"{path} is of no experiment that is known here.", param_hint="EXPERIMENT")
+    return record
+
+
+def _compare(recorded: dict, path: Path) -> str:
+    again = json.loads(path.read_text())
+    if again["values"] == recorded["values"]:
+        return "Every value is the recorded one."
+    differ = [
+        f"{new['statement']}: {old['measured']!r} was recorded, {new['measured']!r} measured"
+        for old, new in zip(recorded["claims"], again["claims"], strict=False)
+        if old["measured"] != new["measured"]
+    ]
+    versions = ", ".join(f"{k} {v}" for k, v in recorded["provenance"]["versions"].items())
+    return "\n  ".join((f"Values differ from the recorded ones (made with {versions}).", *differ))
 
 
 @main.command()
@@ -194,42 +238,6 @@ def profile(
     except OSError as error:
         raise click.BadParameter(f"cannot write to {out}: {error.strerror}.", param_hint="'--out'") from error
     console.print(f"Written to {path} and {path.with_suffix('.png')}", soft_wrap=True)
-
-
-def _that_fit(experiment, names: list[str], options: dict) -> dict:
-    """Of several experiments, those without depth leave it out; one alone says that it has none."""
-    return options if experiment.depth or len(names) == 1 else options | {"depth": None}
-
-
-def _recorded(ctx: click.Context, path: str) -> dict:
-    """The record of an earlier run, whose settings admit no others."""
-    from .experiments import REGISTRY
-
-    given = [p for p in ctx.params if p != "out" and ctx.get_parameter_source(p).name == "COMMANDLINE"]
-    if given != ["experiment"]:
-        extra = ", ".join(f"--{p}" for p in given if p != "experiment")
-        raise click.UsageError(f"{path} says how to run; leave out {extra}.")
-    try:
-        record = json.loads(Path(path).read_text())
-        known = record["experiment"] in REGISTRY and isinstance(record["settings"], dict)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise click.BadParameter(f"{path} is no result of deq run: {error}.", param_hint="EXPERIMENT") from error
-    if not known:
-        raise click.BadParameter(f"{path} is of no experiment that is known here.", param_hint="EXPERIMENT")
-    return record
-
-
-def _compare(recorded: dict, path: Path) -> str:
-    again = json.loads(path.read_text())
-    if again["values"] == recorded["values"]:
-        return "Every value is the recorded one."
-    differ = [
-        f"{new['statement']}: {old['measured']!r} was recorded, {new['measured']!r} measured"
-        for old, new in zip(recorded["claims"], again["claims"], strict=False)
-        if old["measured"] != new["measured"]
-    ]
-    versions = ", ".join(f"{k} {v}" for k, v in recorded["provenance"]["versions"].items())
-    return "\n  ".join((f"Values differ from the recorded ones (made with {versions}).", *differ))
 
 
 def _names(experiment: str | None, known: list[str]) -> list[str]:

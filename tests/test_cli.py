@@ -21,6 +21,7 @@ from deq.experiments._steep_target import SelfLoops
 def brief(monkeypatch):
     """A few steps: what is tested here does not depend on how well the nets learn."""
     monkeypatch.setattr(steep, "QUICK_STEPS", 12)
+    monkeypatch.setattr(steep, "QUICK_WIDE", (64,))
 
 
 def deq_command(*arguments: str) -> Result:
@@ -32,7 +33,7 @@ def check_record(out: Path, name: str) -> dict:
     text = (out / f"{name}.json").read_text()
     record = json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
     assert record["schema"] == SCHEMA and record["experiment"] == name
-    assert set(record["settings"]) == {"width", "depth", "seed", "seeds", "device", "level"}
+    assert set(record["settings"]) == {"width", "depth", "seed", "seeds", "device", "level", "input"}
     assert record["provenance"]["versions"]["deq"] == deq.__version__
     for claim in record["claims"]:
         assert set(claim) == {field.name for field in fields(Claim)}
@@ -53,9 +54,10 @@ def test_steep_quick(tmp_path):
     result = deq_command("run", "steep", "--quick", "--seeds", 2, "--width", 6, "--out", tmp_path)
     assert result.exit_code == 0, result.output
     record = check_record(tmp_path, "steep")
-    assert record["settings"] == {"width": 6, "depth": None, "seed": 0, "seeds": 2, "device": "cpu", "level": "quick"}
+    expected = {"width": 6, "depth": None, "seed": 0, "seeds": 2, "device": "cpu", "level": "quick", "input": None}
+    assert record["settings"] == expected
     verdicts = [c["verdict"] for c in record["claims"]]
-    assert verdicts.count("proved") == 12 and verdicts.count("not judged") == 4 and len(verdicts) == 16
+    assert verdicts.count("proved") == 14 and verdicts.count("not judged") == 4 and len(verdicts) == 18
     for row in record["values"]["trained"]:
         assert len(row["mse"]) == len(row["sup"]) == 2
         assert row["history"][0]["step"] == 0 and row["history"][-1]["step"] == 12
@@ -65,7 +67,7 @@ def test_steep_quick(tmp_path):
             assert evidence["residual"] <= 1e-10 and evidence["residual_again"] <= 1e-13
             assert evidence["metric_again"] == pytest.approx(evidence["metric_used"], rel=1e-6)
     assert all(len(line.rstrip()) <= 80 for line in result.output.splitlines() if not line.startswith("Wrote "))
-    assert "Verdict: 12 of 12 proved claims hold" in result.output
+    assert "Verdict: 14 of 14 proved claims hold" in result.output
 
 
 def test_regions_quick(tmp_path):
@@ -100,7 +102,7 @@ def test_a_broken_construction_is_exit_code_1(tmp_path, monkeypatch):
     assert result.exit_code == 1
     sentence = "steep: this proved claim does not hold: Thm. 2: A: K^2 x sup error: measured "
     (line,) = [line for line in result.stderr.splitlines() if line.startswith(sentence)]
-    assert line.endswith("required <= 1 (d = 30, K = 32).")
+    assert line.endswith("required <= 1 (d = 20, K = 64).")
     assert float(line.removeprefix(sentence).split(",")[0]) > 50
     record = check_record(tmp_path, "steep")
     assert "violated" in [c["verdict"] for c in record["claims"]]
@@ -144,10 +146,10 @@ def test_interruption_keeps_parts_and_the_next_run_resumes(tmp_path, monkeypatch
     calls[:] = [1] * 10
     result = deq_command(*arguments, "--out", out)
     assert result.exit_code == 0
-    assert "Resuming: 9 of 16 parts are kept from an earlier run." in result.output
+    assert "Resuming: 11 of 18 parts are kept from an earlier run." in result.output
     assert len(calls) == 10 + 7
     resumed = check_record(out, "steep")
-    assert len(resumed["provenance"]["resumed_parts"]) == 9
+    assert len(resumed["provenance"]["resumed_parts"]) == 11
     expected = json.loads((whole / "steep.json").read_text())
     assert resumed["values"] == expected["values"] and resumed["claims"] == expected["claims"]
 
@@ -170,8 +172,8 @@ def test_interruption_before_anything_is_finished(tmp_path, monkeypatch):
         (("steep", "--seed", "-1"), ("--seed", "x>=0")),
         (("steep", "--device", "tpu"), ("--device", "cpu, cuda or cuda:N", "tpu")),
         (("steep", "--device", "cpu:1"), ("--device", "cpu:1")),
-        (("regoins",), ("no experiment 'regoins'", "Did you mean 'regions'?", "steep, regions, bias")),
-        ((), ("name an experiment: steep, regions, bias",)),
+        (("regoins",), ("no experiment 'regoins'", "Did you mean 'regions'?", "regions, sawtooth, steep")),
+        ((), ("name an experiment: regions, sawtooth, steep",)),
         (("all", "--width", "5000"), ("regions: width must be at least 1 and at most 1000; got 5000",)),
         (("steep", "--wdith", "3"), ("--wdith", "--width")),
     ],

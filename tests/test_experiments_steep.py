@@ -141,7 +141,8 @@ def test_samples_are_dense_where_the_target_rises():
 def test_below_floor_needs_more_than_half_of_the_seeds():
     from deq.experiments.steep import _below_floor
 
-    deq = {"model": "diagonal DEQ 2", "equilibrium": {"metric": 1.0, "metric_again": 1.0}}
+    solved = {"metric": 1.0, "metric_again": 1.0, "residual": 1e-10, "residual_again": 1e-13}
+    deq = {"model": "diagonal DEQ 2", "d": 10, "parameters": 7, "mse": [0.1] * 8, "equilibrium": solved}
     few_below = _below_floor(10, [deq | {"norms": [10.0] * 8, "sup": [0.3] * 5 + [0.6] * 3}], quick=False)
     assert few_below.verdict == NOT_REPRODUCED and few_below.measured > 1
     all_below = _below_floor(10, [deq | {"norms": [10.0] * 8, "sup": [0.3] * 8}], quick=False)

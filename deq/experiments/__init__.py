@@ -3,7 +3,7 @@
 Reference: "Separation and Bias of Deep Equilibrium Models on Expressivity and Learning Dynamics", NeurIPS 2024.
 """
 
-from . import bias, density, features, flops, gotu, norms, regions, sawtooth, spectrum, steep
+from . import audio, bias, density, features, flops, gotu, norms, regions, saliency, sawtooth, spectrum, steep
 from ._ledger import write_ledger
 from ._run import Experiment, Settings, SettingsError, execute, forget_parts, parts_path
 
@@ -20,6 +20,8 @@ REGISTRY: dict[str, Experiment] = {
         features.EXPERIMENT,
         flops.EXPERIMENT,
         spectrum.EXPERIMENT,
+        audio.EXPERIMENT,
+        saliency.EXPERIMENT,
     )
 }
 

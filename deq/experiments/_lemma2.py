@@ -1,8 +1,8 @@
 """Lemma 2 as corrected in the discussion: how far the fixed points of two contractions can lie apart.
 
 If u and v map an interval into itself with Lipschitz constants L_u, L_v < 1, then |z_u - z_v| <= min(1 / (1 - L_u),
-1 / (1 - L_v)) max |u - v|: |z_u - z_v| <= |u(z_u) - u(z_v)| + |u(z_v) - v(z_v)|, and the same with u and v exchanged. The
-pointwise inequality |u(v(z)) - v(v(z))| <= |u(z) - v(z)| that the first version used does not hold.
+1 / (1 - L_v)) max |u - v|: |z_u - z_v| <= |u(z_u) - u(z_v)| + |u(z_v) - v(z_v)|, and the same with u and v exchanged.
+The pointwise inequality |u(v(z)) - v(v(z))| <= |u(z) - v(z)| that the first version used does not hold.
 """
 
 import torch

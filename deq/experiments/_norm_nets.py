@@ -17,7 +17,8 @@ def cut_rows_(weight: Tensor, largest: Tensor | float, dim: int) -> None:
 
 
 class ScaledFeedForward(FeedForward):
-    """:class:`FeedForward` with weights e^g W, g a scalar of each matrix: norms can grow as fast as Adam's steps in g."""
+    """:class:`FeedForward` with weights e^g W, g a scalar of each matrix: norms can grow as fast as Adam's steps in
+    g."""
 
     def __init__(self, seeds: int, inputs: int, width: int, depth: int, generator: torch.Generator):
         super().__init__(seeds, inputs, width, depth, generator)
@@ -41,8 +42,9 @@ class SelfLoopDEQ(EquilibriumNet):
     """W = e^g0 (strictly lower) + diag(sigmoid(theta)), the first half of the neurons without bias.
 
     Its shape is that of construction A of Theorem 2, which is its diagonal part. z_t = relu(c_t + sum_{i<t} w_ti z_i) /
-    (1 - w_tt), so that with G = 1 / (1 - w_tt) = 1 + e^theta the equilibrium is G times that of the nilpotent W' G: exact
-    after m evaluations, where the plain iteration would take about 1 / (1 - w_tt) of them, 2^d for a slope of 2^d.
+    (1 - w_tt), so that with G = 1 / (1 - w_tt) = 1 + e^theta the equilibrium is G times that of the nilpotent W' G:
+    exact after m evaluations, where the plain iteration would take about 1 / (1 - w_tt) of them, 2^d for a slope of
+    2^d.
     """
 
     def __init__(self, seeds: int, inputs: int, width: int, generator: torch.Generator):

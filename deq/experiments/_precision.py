@@ -1,4 +1,5 @@
-"""What floating point leaves of Theorem 1: where the iteration stops being exact, and a form that outlives the float range."""
+"""What floating point leaves of Theorem 1: where the iteration stops being exact, and a form that outlives the float
+range."""
 
 import math
 from collections.abc import Sequence
@@ -15,7 +16,8 @@ BEYOND = {"float16": 20, "float32": 200, "float64": 1100}  # widths whose larges
 
 
 def iterated_exactly(m: int, regions: Sequence[int], dtype: torch.dtype) -> bool:
-    """Whether m plain steps in ``dtype`` itself, plain PyTorch from z = 0, give every region's midpoint to the last bit."""
+    """Whether m plain steps in ``dtype`` itself, plain PyTorch from z = 0, give every region's midpoint to the last
+    bit."""
     k = grid(m, [2 * j + 1 for j in regions])
     W, c = weight(m, dtype), injection(m, k, dtype)
     z = torch.zeros_like(c)

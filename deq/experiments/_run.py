@@ -39,7 +39,7 @@ class Settings:
 
     width: neurons of the DEQ. depth: weight matrices of the feed-forward nets, None where an experiment has its own.
     seed: of every random number. seeds: networks trained per model. device: a torch device. level: one of LEVELS; a
-    quick run checks every theorem and trains too briefly to judge training.
+    quick run checks every theorem and trains too briefly to judge training. input: a file that the experiment reads.
     """
 
     width: int
@@ -48,6 +48,7 @@ class Settings:
     seeds: int
     device: str
     level: str
+    input: str | None = None
 
     @property
     def quick(self) -> bool:
@@ -73,7 +74,8 @@ class Experiment:
     """One entry of the registry.
 
     name: as typed in ``deq run NAME``. title: one line. claim: what the paper says, in a sentence or two.
-    function: ``Run -> Result``. width_means: what ``--width`` sets; depth_means likewise, empty if it has no depth.
+    function: ``Run -> Result``. width_means: what ``--width`` sets; depth_means likewise, empty if it has no depth;
+    input_means: what file ``--input`` names, empty if none.
     width, seeds, depth: the defaults of default, quick and full runs. config: every other setting, with its reason.
     needs: packages beyond the required ones.
     """
@@ -88,6 +90,7 @@ class Experiment:
     depth: tuple[int, int, int] | None = None
     depth_means: str = ""
     largest_width: int | None = None
+    input_means: str = ""
     config: Mapping[str, Choice] = field(default_factory=dict)
     needs: tuple[str, ...] = ()
 
@@ -100,6 +103,7 @@ class Experiment:
         seeds: int | None = None,
         device: str = "cpu",
         level: str = "default",
+        input: str | None = None,
     ) -> Settings:
         """Fill what was not given with this experiment's defaults. Raises SettingsError for what cannot be run."""
         at = {"default": 0, "quick": 1, "full": 2}[level]
@@ -115,12 +119,14 @@ class Experiment:
             if value < low or (high is not None and value > high):
                 allowed = f"at least {low}" + (f" and at most {high}" if high else "")
                 raise SettingsError(f"{self.name}: {name} must be {allowed}; got {value}")
+        if input is not None and not self.input_means:
+            raise SettingsError(f"{self.name}: reads no input; got {input}")
         missing = [package for package in self.needs if find_spec(_IMPORTS.get(package, package)) is None]
         if missing:
             raise SettingsError(
                 f"{self.name}: needs {', '.join(missing)}, not installed here; pip install 'deq-engine[experiments]'"
             )
-        return Settings(width, depth, seed, seeds, device, level)
+        return Settings(width, depth, seed, seeds, device, level, input)
 
 
 _IMPORTS = {"scikit-learn": "sklearn"}

@@ -33,8 +33,8 @@ def run_flops(run: Run) -> Result:
     for r in rows:
         r.pop("shown", None)
     notes = [
-        "FLOPs: of products with weights, a sample's forward pass and a training step; a DEQ's by the evaluations that it "
-        "needed, its adjoint's taken to be as many. Memory: numbers kept a sample for the backward pass.",
+        "FLOPs: of products with weights, a sample's forward pass and a training step; a DEQ's by the evaluations that "
+        "it needed, its adjoint's taken to be as many. Memory: numbers kept a sample for the backward pass.",
         *(note for r in rows for note in r["notes"]),
     ]
     return Result(_claims(run, rows), [_table(run, rows)], values, draw(rows), notes)
@@ -54,7 +54,7 @@ def _models(run: Run) -> dict[str, Make]:
 
 
 def _claims(run: Run, rows: list[dict]) -> list[Claim]:
-    """Each DEQ against the feed-forward nets of the lowest level that is not below its own FLOPs, or of the highest."""
+    """Each DEQ against feed-forward nets of the lowest level not below its FLOPs, or of the highest."""
     nets = [r for r in rows if r["evidence"] is None]
     size = len(run.config.depths)
     levels = [nets[i : i + size] for i in range(0, len(nets), size)]
@@ -71,8 +71,8 @@ def _claims(run: Run, rows: list[dict]) -> list[Claim]:
                 r,
                 rivals,
                 quick=run.settings.quick,
-                setting=f"2^{run.config.pieces} pieces; {number(r['flops'])} FLOPs against {number(rivals[0]['flops'])} "
-                f"and more; {run.config.steps} steps",
+                setting=f"2^{run.config.pieces} pieces, {run.config.steps} steps; {number(r['flops'])} FLOPs against "
+                f"{number(rivals[0]['flops'])} and more",
                 conditions="a net of finite depth, no equilibrium" if finite else "",
                 about_equilibria=not finite,
             )
@@ -129,7 +129,7 @@ def draw(rows: list[dict]) -> Figure:
 EXPERIMENT = Experiment(
     name="flops",
     title="Sawtooth at similar FLOPs",
-    claim="At similar FLOPs per iteration, a DEQ of width 10 fits the sawtooth of 2^5 pieces better than feed-forward nets.",
+    claim="At similar FLOPs per iteration, a DEQ of width 10 fits the sawtooth of 2^5 pieces better than other nets.",
     function=run_flops,
     width_means="neurons of the DEQs",
     width=(10, 6, 64),

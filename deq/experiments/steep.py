@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from ._equilibria import MOVED, moved
+from ._judge import SEEDS, kind_of
 from ._lemma2 import check as lemma2
 from ._result import (
     CONFOUNDED,
@@ -170,7 +171,7 @@ def _learned_better(d: int, rows: list[dict], quick: bool) -> Claim:
     won = ", ".join(f"{w} against {name}" for name, w in wins.items())
     note = f"seeds won of {seeds}: {won}; sign test p <= {number(p)}"
     statement = f"d = {d}: best feed-forward MSE / DEQ's"
-    return Claim(statement, "Fig. 1b", ratio, ">", 1, _if_measured(verdict, deq, quick), note)
+    return Claim(statement, "Fig. 1b", ratio, ">", 1, _if_measured(verdict, deq, quick), note, **_of(deq))
 
 
 def _below_floor(d: int, rows: list[dict], quick: bool) -> Claim:
@@ -187,7 +188,14 @@ def _below_floor(d: int, rows: list[dict], quick: bool) -> Claim:
     verdict = NOT_REPRODUCED if not ratio > 1 else REPRODUCED if p <= 0.05 else NOT_REPRODUCED
     note = f"{below} of {len(deq['sup'])} seeds are below the floor of their own norms; sup error over the test points"
     statement = f"d = {d}: floor at DEQ's norms / its sup error"
-    return Claim(statement, "Thm. 2", ratio, ">", 1, _if_measured(verdict, deq, quick), note)
+    return Claim(statement, "Thm. 2", ratio, ">", 1, _if_measured(verdict, deq, quick), note, **_of(deq))
+
+
+def _of(deq: dict) -> dict:
+    """Setting, seeds and evidence of a claim about this trained DEQ."""
+    e = {"model": deq["model"], "moved": moved(deq["equilibrium"])} | deq["equilibrium"]
+    setting = f"{deq['parameters']} parameters, batch {BATCH}, x in [0, 1]^{deq['d']}"
+    return {"setting": setting, "seeds": len(deq["mse"]), "kind": kind_of(e), "evidence": (e,)}
 
 
 def _diagonal(rows: list[dict]) -> dict:
@@ -197,7 +205,7 @@ def _diagonal(rows: list[dict]) -> dict:
 def _if_measured(verdict: str, deq: dict, quick: bool) -> str:
     if moved(deq["equilibrium"]) > MOVED:
         return CONFOUNDED
-    return NOT_JUDGED if quick else verdict
+    return NOT_JUDGED if quick or len(deq["mse"]) < SEEDS else verdict
 
 
 def _less(a: float | None, b: float | None) -> bool:

@@ -160,9 +160,9 @@ class TorchSteps:
         """The next point of the good Broyden method started from the plain iteration (Kelley 1995, chapter 7).
 
         The history holds the steps s_0..s_{n-1} since the last restart, oldest in slot 0. With ``p_0 = g`` and
-        ``p_{j+1} = p_j + s_{j+1} (s_j . p_j) / |s_j|^2`` the new step is
-        ``p_{n-1} / (1 - s_{n-1} . p_{n-1} / |s_{n-1}|^2)``: only dots of the steps with g and among themselves are
-        needed. A full history, or a denominator that cannot be trusted, starts it afresh.
+        ``p_{j+1} = p_j + s_{j+1} (s_j . p_j) / |s_j|^2`` the new step is ``p_{n-1} / (1 - s_{n-1} . p_{n-1} /
+        |s_{n-1}|^2)``: only dots of the steps with g and among themselves are needed. A full history, or a denominator
+        that cannot be trusted, starts it afresh.
         """
         depth = self.F.shape[1]
         n = self.count
