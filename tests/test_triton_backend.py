@@ -12,13 +12,18 @@ import deq
 from deq import _triton, reference, stats
 from deq.backends import get_backend, triton_kind
 from deq.gpu_plan import choose
-from deq.kernels import iteration
+from deq.kernels import delta, iteration
 from deq.kernels.tiles import Tiles
 from deq.solve import _make_problem
 
 SMALL = Tiles(16, 16, 16, 4, 2)  # several tiles in every direction at sizes that the interpreter can bear
 REGIMES = ["resident", "cell", "split", "increments"]
 regimes = pytest.mark.parametrize("regime", REGIMES, indirect=True)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def is_loaded():
+    assert _triton.why_not("cpu") == ""  # as any solve with backend="triton" makes sure
 
 
 @pytest.fixture
@@ -28,12 +33,13 @@ def regime(request, monkeypatch):
 
     def forced(m, B, *, increments, **given):
         if request.param != "increments":
-            increments = ("native",) if m <= 128 or request.param != "resident" else ("bfloat16",)
+            increments = ("native",)
         how = choose(m, B, increments=increments, **(given | {"allowed": allowed}))
         return replace(how, increments=increments[-1], tiles=SMALL)
 
     monkeypatch.setattr(triton_kind, "choose", forced)
     monkeypatch.setattr(iteration, "STEP_TILES", (SMALL,))
+    monkeypatch.setattr(delta, "DELTA_TILES", (SMALL,))
     monkeypatch.setattr(iteration, "step_tiles", lambda B, m: (SMALL, 2 if request.param == "split" else 1))
     return request.param
 
@@ -56,8 +62,8 @@ def test_as_accurate_as_a_torch_loop(m, B, regime):
 
 @pytest.mark.parametrize("regime", ["resident", "increments"], indirect=True)
 def test_increments_are_as_accurate(regime):
-    """Above a width of 128 the resident solve goes by increments too."""
-    W, c, _ = gaussian(130 if regime == "resident" else 40, 3, seed=1)
+    """Above a width of 64 the resident solve goes by increments too."""
+    W, c, _ = gaussian(70 if regime == "resident" else 40, 3, seed=1)
     assert_as_accurate(solved(W, c).z, torch_loop(W, c), exact(W, c))
 
 
@@ -174,15 +180,22 @@ def test_gradient_of_what_is_not_finite_is_nan_for_its_sample(regime):
     assert torch.isnan(c.grad[1]).all() and torch.isfinite(c.grad[[0, 2]]).all()
 
 
+def test_inside_torch_compile():
+    W, c, _ = gaussian(9, 3)
+    with torch.no_grad():
+        compiled = torch.compile(lambda W, c: solved(W, c, "gelu").z, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(W, c), solved(W, c, "gelu").z)
+
+
 def test_without_interpreter_and_gpu_the_error_says_so(monkeypatch):
     W, c, _ = gaussian(4, 2)
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
-    _triton.why_not.cache_clear()
+    _triton._why_not.cache_clear()
     _make_problem.cache_clear()
     with pytest.raises(ValueError, match=r"backend='triton' cannot solve cpu tensors here: .*interpreter"):
         deq.solve(W, c, backend="triton")
     monkeypatch.undo()
-    _triton.why_not.cache_clear()
+    _triton._why_not.cache_clear()
 
 
 def test_float64_goes_to_the_reference_and_says_why():
@@ -193,8 +206,7 @@ def test_float64_goes_to_the_reference_and_says_why():
 
 def test_a_deferred_report_surfaces_when_the_status_is_read(monkeypatch):
     """As on a GPU, where nothing is read before."""
-    backend = get_backend("triton")
-    monkeypatch.setattr(backend, "is_deferred", lambda c: True)
+    monkeypatch.setattr(get_backend("triton"), "is_deferred", lambda c: True)
     W, c, _ = gaussian(4, 3)
     grows = deq.solve(5 * torch.eye(4), c.abs(), backend="triton", solver="plain")
     with pytest.warns(deq.ConvergenceWarning, match="3 of 3 samples did not converge"):

@@ -16,10 +16,8 @@ from .triton_kind import PRECISION, Kind
 
 ROW = 1024  # elements of a row that start and finish look at at a time
 MIX = (4, 256)  # samples and units of a tile of the next accelerated iterates
-LEAST_CHUNK = (
-    8  # turns between two looks at the samples at work; of turns by increments, which are five kernels each, 2
-)
-DELTA_CHUNK = 2
+LEAST_CHUNK = 8  # turns between two looks at the samples at work
+DELTA_CHUNK = 2  # the same of turns by increments, which are five kernels each
 
 
 def solve_rows(
@@ -37,8 +35,10 @@ def solve_rows(
     (B, m), plan, device = c.shape, kind.plan, c.device
     by_increments = how.increments == "bfloat16"
     tiles, splits = iteration.step_tiles(B, m)
-    if by_increments:  # both count the samples of the same rows of tiles
-        tiles, splits = next((t for t in iteration.STEP_TILES if t.samples == how.tiles.samples), tiles), 1
+    if by_increments:  # rows of tiles of both are the same samples
+        rows = how.tiles.samples
+        tiles, splits = next(t for t in iteration.STEP_TILES if t.samples == rows), 1
+        steps = _Grid(B, m, next(t for t in delta.DELTA_TILES if t.samples == rows))
     grid = _Grid(B, m, tiles)
     free_first = start is None and plan.acceleration != "anderson"
     state, addresses = _memory(kind, by_increments, grid, splits, W, c, d)
@@ -52,9 +52,9 @@ def solve_rows(
         "SPLITS": splits,
         **grid.options,
     }
-    key = (B, m, W.stride(), *strides.values(), *rule.values(), *step.values(), str(how.tiles))
+    key = (B, m, W.stride(), *strides.values(), *rule.values(), *step.values())
     loop = chunks.loop_of(key, device)
-    advance = _delta_steps(kind, _Grid(B, m, how.tiles), loop, strides["stride_d"], rule) if by_increments else None
+    advance = _delta_steps(kind, steps, loop, strides["stride_d"], rule) if by_increments else None
     mix_grid = (triton.cdiv(B, MIX[0]) * triton.cdiv(m, MIX[1]),)
 
     def turn(t: int) -> None:
