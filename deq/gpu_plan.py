@@ -16,13 +16,14 @@ from functools import lru_cache
 from math import ceil
 
 from .gpu_device import KIB, Device
-from .kernels.tiles import Tiles, cell_tiles, padded_power, step_tiles
+from .kernels.tiles import DELTA_TILES, Tiles, cell_tiles, padded_power, step_tiles
 
 ITERATIONS = 20  # of the solve whose time decides: what loading W on chip costs is spread over as many
 ANCHOR_EVERY = 6  # iterations of which about one is an anchor, where increments are multiplied in a lower precision
 WORTH_IT = 0.95  # increments must take at most this share of the time without them
 
-TRITON_WIDEST, TRITON_SAMPLES = 256, 16  # of a resident program; more samples or a wider W spill
+# Of a resident program: the widest W in 16 bits, the widest in float32, and its samples; more of any of them spill.
+TRITON_WIDEST, TRITON_WHOLE, TRITON_SAMPLES = 256, 64, 16
 TRITON_WARPS = {16: 2, 32: 4, 64: 4, 128: 8, 256: 8}  # by the padded width; each thread takes all the registers it may
 WARP_REGISTERS = 32 * 256 * 4  # bytes
 L2_BYTES_PER_CLOCK = 64  # that one multiprocessor can read
@@ -100,7 +101,8 @@ def resident_tiles(m: int, B: int, device: Device, size: int) -> Tiles | None:
     """Regime "resident" in Triton: W padded to a power of two and two buffers of states in one block's shared memory.
     None where that does not fit."""
     p = max(16, padded_power(m))
-    if p > TRITON_WIDEST or resident_shared(p, size) > device.shared_per_block:
+    widest = TRITON_WIDEST if size <= 2 else TRITON_WHOLE
+    if p > widest or resident_shared(p, size) > device.shared_per_block:
         return None
     return Tiles(TRITON_SAMPLES, p, p, TRITON_WARPS[p], 1)
 
@@ -193,8 +195,10 @@ def tiles_of(regime: str, m: int, B: int, device: Device, precision: str) -> Til
         return ON_CHIP[regime][0](m, B, device, PRECISIONS[precision].size)
     if precision == "tf32x3":
         return step_tiles(B, m)[0]
-    single = "float64" if precision == "float64" else "bfloat16"
-    return cell_tiles(B, m, "float32", precision) if PRECISIONS[precision].size == 4 else cell_tiles(B, m, single)
+    if PRECISIONS[precision].size >= 4:
+        return cell_tiles(B, m, *(("float64",) if precision == "float64" else ("float32", precision)))
+    samples = cell_tiles(B, m, "bfloat16").samples
+    return next(tiles for tiles in DELTA_TILES if tiles.samples == samples)
 
 
 def time_of(regime: str, m: int, B: int, device: Device, precision: str) -> float | None:
