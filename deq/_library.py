@@ -59,6 +59,15 @@ _SIGNATURES = {
 _CUDA_SIGNATURES = {  # of a library that was built with CUDA
     "deq_register_cuda": (ctypes.c_char_p,),
     "deq_cuda_why": (ctypes.c_char_p,),
+    "deq_cuda_kernel": (
+        ctypes.c_int32,
+        ctypes.c_int32,
+        ctypes.c_int64,
+        ctypes.c_int64,
+        ctypes.c_int32,
+        ctypes.c_int64,
+    ),
+    "deq_cuda_measure": (ctypes.c_int32, ctypes.c_char_p, ctypes.c_int32, ctypes.POINTER(ctypes.c_double)),
     "deq_cuda_plan": (ctypes.c_int32, *(ctypes.c_int64,) * 3, *(ctypes.c_int32,) * 2, ctypes.POINTER(CudaPlan)),
 }
 

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
 
-from .gpu_device import KIB, Device
+from .cuda_capacity import GRID_KERNELS, block_kernel, grid_kernel
+from .gpu_device import Device
 from .kernels.tiles import DELTA_TILES, Tiles, cell_tiles, padded_power, step_tiles
 
 ITERATIONS = 20  # of the solve whose time decides: what loading W on chip costs is spread over as many
@@ -29,8 +30,6 @@ WARP_REGISTERS = 32 * 256 * 4  # bytes
 L2_BYTES_PER_CLOCK = 64  # that one multiprocessor can read
 CUDA_PAD, CUDA_SAMPLES = 16, 8  # of mma.sync: W is padded to multiples of 16, samples come by 8
 GRID_BATCH = 32  # samples whose states the blocks of regime "grid" can exchange
-GRID_STATES = 27 * KIB  # shared memory of a block that regime "grid" needs beside W
-GRID_REGISTERS = 96 * KIB  # bytes of one multiprocessor's registers that can hold W
 GRID_MULTICAST = 8  # blocks of a cluster that share one read of the states
 GRID_START = 0.3e-6  # the first block of states on its way
 
@@ -113,22 +112,22 @@ def resident_shared(p: int, size: int) -> int:
 
 
 def resident_cuda_tiles(m: int, B: int, device: Device, size: int) -> Tiles | None:
-    """The same in CUDA, where W is padded to a multiple of 16 only: m <= 336 with 2 bytes and 227 KiB."""
-    p = ceil(m / CUDA_PAD) * CUDA_PAD
-    if size * p * p + 4 * size * p > device.shared_per_block:
+    """The same in CUDA, in bfloat16, where W is padded to a multiple of 16 only: m <= 336 with 227 KiB."""
+    if size != 2 or block_kernel(m, device.shared_per_block) is None:
         return None
-    samples = CUDA_SAMPLES * max(1, ceil(B / (CUDA_SAMPLES * device.processors)))
-    return Tiles(min(samples, 64), p, p, 8, 1)
+    p = ceil(m / CUDA_PAD) * CUDA_PAD
+    return Tiles(CUDA_SAMPLES, p, p, 8, 1)
 
 
 def grid_tiles(m: int, B: int, device: Device, size: int) -> Tiles | None:
     """Regime "grid": every multiprocessor keeps an equal part of the rows, in shared memory and registers."""
-    per_processor = device.shared_per_block - GRID_STATES + GRID_REGISTERS
-    if B > GRID_BATCH or size * m * m > device.processors * per_processor:
+    if size != 2 or B > GRID_BATCH:
         return None
-    samples = max(1, ceil(B / CUDA_SAMPLES)) * CUDA_SAMPLES
-    rows = ceil(m / device.processors / CUDA_SAMPLES) * CUDA_SAMPLES
-    return Tiles(samples, rows, m, 8, 1)
+    kernel = grid_kernel(m, B, device.processors, device.shared_per_block)
+    if kernel is None:
+        return None
+    rows, columns, _ = GRID_KERNELS[kernel]
+    return Tiles(columns * CUDA_SAMPLES, rows * CUDA_PAD, m, 8, 1)
 
 
 # ---- expected seconds of one iteration of the whole batch ------------------------------------------------------------
