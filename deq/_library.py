@@ -33,6 +33,10 @@ _SIGNATURES = {
     "deq_cpu_set_isa": (ctypes.c_int32, ctypes.c_char_p),
     "deq_cpu_clear_cache": (ctypes.c_int64,),
     "deq_cpu_cache_bytes": (ctypes.c_int64,),
+    "deq_cpu_sample_bytes": (ctypes.c_int64, ctypes.c_int32),
+    "deq_cpu_step_sums": (ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int32),
+    "deq_cpu_advance": (ctypes.c_int64, ctypes.c_void_p),
+    "deq_cpu_collect": (None, ctypes.c_void_p),
     "deq_cpu_peak_gflops": (ctypes.c_double, ctypes.c_int32, ctypes.c_double),
     "deq_cpu_kernel_gflops": (ctypes.c_double, ctypes.c_int32, ctypes.c_int64, ctypes.c_int64, ctypes.c_double),
 }
