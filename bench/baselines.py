@@ -28,21 +28,39 @@ TORCHDEQ_SOLVERS = ("fixed_point_iter", "anderson", "broyden")
 class Answer:
     """z (B, m), dW (m, m) or None, evaluations of the slowest sample or of every one; of the adjoint where told.
 
-    ``converged`` (B,) bool where the solver says so itself; ``plan``: what it chose; ``products``: matrix products in
-    the problem's own precision, forward, of a mean sample, where that is known.
+    ``converged`` (B,) bool where the solver says so itself. deq's own answer has its ``solution`` instead, which is
+    read after the clock has stopped.
     """
 
     z: Tensor
     dW: Tensor | None
-    evaluations: Tensor | int
+    evaluations: Tensor | int | None
     adjoint_evaluations: int | None = None
     converged: Tensor | None = None
-    plan: object = None
-    products: float | None = None
+    solution: Solution | None = None
+
+    @property
+    def counts(self) -> Tensor:
+        """Evaluations, of every sample (B,) where known."""
+        return torch.as_tensor(self.evaluations if self.solution is None else self.solution.iterations)
 
     @property
     def iterations(self) -> int:
-        return int(torch.as_tensor(self.evaluations).max())
+        return int(self.counts.max())
+
+    @property
+    def said_to_converge(self) -> Tensor | None:
+        return self.converged if self.solution is None else self.solution.converged
+
+    @property
+    def products(self) -> float | None:
+        """Matrix products in the problem's own precision, forward: of the slowest sample, or for deq of a mean one, one
+        an evaluation but the first, which starts at zero. Unknown where most are made in a lower precision."""
+        if self.solution is None:
+            return self.iterations
+        if self.solution.plan.increments != "native" or not self.counts.numel():
+            return None
+        return float(self.counts.double().mean()) - 1
 
 
 def make_engine(
@@ -54,17 +72,9 @@ def make_engine(
     def engine() -> Answer:
         solution = solve(W, c, "relu", tol=tol, max_iter=MAX_ITER, solver=solver, on_failure=on_failure)
         dW = torch.autograd.grad(solution.z, (W, c), problem.g)[0] if backward else None
-        z, evaluations = solution.z.detach(), solution.iterations
-        return Answer(z, dW, evaluations, None, solution.converged, solution.plan, _products(solution))
+        return Answer(solution.z.detach(), dW, None, solution=solution)
 
     return engine
-
-
-def _products(solution: Solution) -> float | None:
-    """One an evaluation but the first, which starts at zero; unknown where most are made in a lower precision."""
-    if solution.plan.increments != "native" or not solution.iterations.numel():
-        return None
-    return float(solution.iterations.double().mean()) - 1
 
 
 def engine(problem: Problem, backward: bool = True, solver: str = "plain") -> Answer:
@@ -85,7 +95,7 @@ def torch_loop(problem: Problem, backward: bool = True, tol: float = TOL) -> Ans
     while not done and forward < MAX_ITER:
         forward += 1
         new = torch.relu_(torch.addmm(c, z, Wt))
-        done = _converged(z, new, tol).item()
+        done = converged(z, new, tol).item()
         z = new
     if not backward:
         return Answer(z, None, forward)
@@ -95,12 +105,12 @@ def torch_loop(problem: Problem, backward: bool = True, tol: float = TOL) -> Ans
     while not done and adjoint < MAX_ITER:
         adjoint += 1
         new = torch.addmm(g, u, W).mul_(d)
-        done = _converged(u, new, tol).item()
+        done = converged(u, new, tol).item()
         u = new
     return Answer(z, u.t() @ z, forward, adjoint)
 
 
-def _converged(y: Tensor, fy: Tensor, tol: float) -> Tensor:
+def converged(y: Tensor, fy: Tensor, tol: float) -> Tensor:
     """deq's rule, asked of the whole batch: ``||f(y) - y|| <= tol ||f(y)||`` for every sample. A bool tensor ()."""
     norm = torch.linalg.vector_norm
     return (norm(fy - y, dim=1) <= tol * norm(fy, dim=1)).all()
@@ -126,12 +136,12 @@ def make_compiled_loop(tol: float = TOL) -> Callable[[Problem, bool], Answer]:
     def forward_steps(z: Tensor, c: Tensor, Wt: Tensor) -> tuple[Tensor, Tensor]:
         for _ in range(COMPILED_STEPS):
             last, z = z, torch.relu(torch.addmm(c, z, Wt))
-        return z, _converged(last, z, tol)
+        return z, converged(last, z, tol)
 
     def adjoint_steps(u: Tensor, g: Tensor, W: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
         for _ in range(COMPILED_STEPS):
             last, u = u, torch.addmm(g, u, W) * d
-        return u, _converged(last, u, tol)
+        return u, converged(last, u, tol)
 
     forward, adjoint = (torch.compile(steps, dynamic=False) for steps in (forward_steps, adjoint_steps))
 

@@ -54,8 +54,31 @@ struct DeqProblem {
 
 DEQ_API int32_t deq_cpu_solve(const struct DeqProblem* problem);
 
+// What a solve multiplied, counted by the engine itself. A row is one sample's vector times its W.
+struct DeqWork {
+  int64_t native_rows;      // in float32 or float64
+  int64_t native_products;  // multiplications made for them: m x m a row, less where products with zeros are skipped
+  int64_t native_sweeps;    // passes over a packed W for them: once for all rows of a tile
+  int64_t increment_rows;   // in the precision of the increments
+  int64_t correction_rows;  // with what rounding W for the increments has left out, in the same precision
+  int64_t increment_sweeps, correction_sweeps;
+};
+// Of the calling thread's last deq_cpu_solve; all zero before the first.
+DEQ_API void deq_cpu_last_work(struct DeqWork* work);
+
 // out (S, B, m) = act'(W start + injection); uses weights, batch, width, type, activation, W, injection, start, out, threads.
 DEQ_API int32_t deq_cpu_derivative(const struct DeqProblem* problem);
+
+// Sums over a batch of outer products: out[s][i][j] = sum over b of left[s][b][i] right[s][b][j].
+struct DeqOuter {
+  int64_t weights, batch, width;  // S, B, m
+  int32_t type;                   // DEQ_FLOAT32 or DEQ_FLOAT64, of all three
+  struct DeqView left, right;     // (S, B, m), rows contiguous
+  void* out;                      // (S, m, m), contiguous
+  int32_t threads;
+};
+
+DEQ_API int32_t deq_cpu_outer(const struct DeqOuter* problem);
 
 // 128-bit fingerprint of the bits and the order of the elements of `view` (size (S, rows, columns)), whose rows or columns are
 // contiguous; the same matrix stored the other way round has another. Reads with `threads` threads.
@@ -73,4 +96,6 @@ DEQ_API int64_t deq_cpu_clear_cache(void);
 DEQ_API int64_t deq_cpu_cache_bytes(void);
 // Fused multiply-add peak of one core, and the micro-kernel alone on (batch, width); GFLOP/s, best of `seconds`.
 DEQ_API double deq_cpu_peak_gflops(int32_t type, double seconds);
+// What the core reads of `bytes` bytes again and again, GB/s: of the cache that holds them, or of memory. 0 when out of memory.
+DEQ_API double deq_cpu_read_gbs(int64_t bytes, double seconds);
 DEQ_API double deq_cpu_kernel_gflops(int32_t type, int64_t batch, int64_t width, double seconds);

@@ -11,6 +11,7 @@ if not any((Path(folder) / "kernels").is_dir() for folder in __path__):
 from . import nn, weights
 from .fixed_point import fixed_point
 from .info import info
+from .profiling import profile
 from .solution import ConvergenceError, ConvergenceWarning, Solution, Status
 from .solve import solve
 
@@ -22,6 +23,7 @@ __all__ = [
     "fixed_point",
     "info",
     "nn",
+    "profile",
     "solve",
     "weights",
 ]

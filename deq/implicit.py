@@ -7,6 +7,7 @@ At ``z = act(W z + c)`` with ``D = diag(act'(W z + c))`` and the loss gradient `
 """
 
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from .activations import ACTIVATIONS
 from .backends import Outcome, get_backend
 from .batch import Batch
 from .plan import Plan
+from .profiling import ranges
 from .solution import Solution, report_failures
 from .solvers import ladder
 
@@ -68,6 +70,8 @@ def _in_forward_mode() -> bool:
 
 
 def _run(W: Tensor, c: Tensor, z0: Tensor | None, problem: Problem) -> Outcome:
+    if ranges.listening:
+        return ranges.call("solve", ladder.solve, W, c, z0, problem.activation, problem.plan)
     return ladder.solve(W, c, z0, problem.activation, problem.plan)
 
 
@@ -96,7 +100,8 @@ class _Equilibrium(torch.autograd.Function):
             u = _apply(_MaskedLinear, W.mT, _derivative(W, z, c, ctx.problem), g, ctx.problem)
         else:
             u = _adjoint(W, z, c, g, ctx.problem)
-        return _outer(u, z) if ctx.needs_input_grad[0] else None, u, None, None
+        dW = _outer(u, z, ctx.problem.plan.backend) if ctx.needs_input_grad[0] else None
+        return dW, u, None, None
 
     @staticmethod
     def jvp(ctx, dW, dc, *_):
@@ -135,7 +140,7 @@ class _MaskedLinear(torch.autograd.Function):
     def backward(ctx, h):
         A, d, g, u = ctx.saved_tensors
         q = _apply(_MaskedLinear, A.mT, d, h, ctx.problem)
-        dA = _outer(q, u) if ctx.needs_input_grad[0] else None
+        dA = _outer(q, u, ctx.problem.plan.backend) if ctx.needs_input_grad[0] else None
         dd = (h + q @ A) * (u @ A.mT + g) if ctx.needs_input_grad[1] else None
         return dA, dd, q, None
 
@@ -225,14 +230,19 @@ def _adjoint(W: Tensor, z: Tensor, c: Tensor | None, g: Tensor, problem: Problem
 
 
 def _solve_masked(A: Tensor, g: Tensor, d: Tensor, value_of: str | None, problem: Problem, **memory) -> Tensor:
-    u, stats, report = ladder.masked_linear(A, g, d, value_of, problem.activation, problem.plan, **memory)
-    if report is not None and report[0]:
+    solve = partial(ladder.masked_linear, **memory)
+    arguments = A, g, d, value_of, problem.activation, problem.plan
+    u, stats, report = ranges.call("adjoint", solve, *arguments) if ranges.listening else solve(*arguments)
+    if isinstance(report, list) and report[0]:
         report_failures(
             Solution(u, stats, problem.plan), problem.on_failure, problem.plan.tol, "the gradient of deq.solve"
         )
     return u
 
 
-def _outer(u: Tensor, z: Tensor) -> Tensor:
+def _outer(u: Tensor, z: Tensor, backend: str) -> Tensor:
     """The sum over samples of ``u z^T``, in the shape of W."""
-    return torch.matmul(u.mT, z)  # not @, which finds its way in 4 us more where caches are cold
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return torch.matmul(u.mT, z)  # not @, which finds its way in 4 us more where caches are cold
+    outer = get_backend(backend).outer
+    return ranges.call("dW", outer, u, z) if ranges.listening else outer(u, z)

@@ -6,7 +6,9 @@ from torch import Tensor
 from .backends.cpu import increments_here
 from .plan import LARGE_WEIGHT, Plan, fit
 
-LOOK_AT_ROWS = 64
+# Rows looked at, evenly spread: enough to tell the size of W. They are copied first, because a norm of rows apart is
+# taken element by element (64 rows of 256: 18 us, 16 copied: 7).
+LOOK_AT_ELEMENTS, LEAST_ROWS = 4096, 8
 
 
 def fitted(plan: Plan, W: Tensor, c: Tensor) -> Plan:
@@ -18,7 +20,8 @@ def fitted(plan: Plan, W: Tensor, c: Tensor) -> Plan:
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return fit(plan, width, batch, False, frozen, "native")
     increments = increments_here() if plan.backend == "cpu" and plan.precision == "float32" else "native"
-    rows = W.detach()[..., :: max(1, width // LOOK_AT_ROWS), :]  # evenly spread: enough to tell the size of W
+    wanted = max(LEAST_ROWS, LOOK_AT_ELEMENTS // width)
+    rows = W.detach()[..., :: max(1, width // wanted), :].contiguous()
     size = float(torch.linalg.vector_norm(rows, dtype=torch.float32 if W.element_size() < 4 else None))
     large = size * size > LARGE_WEIGHT**2 * (rows.numel() // width)
     return fit(plan, width, batch, large, frozen, increments)

@@ -85,6 +85,24 @@ double deq_cpu_peak_gflops(int32_t type, double seconds) {
   });
 }
 
+double deq_cpu_read_gbs(int64_t bytes, double seconds) {
+  constexpr int64_t kPart = 1024;  // elements that are copied at a time, into the L1 cache: what counts is the reading
+  const deq::Kernels<float>& k = deq::kernels<float>();
+  const int64_t parts = std::max<int64_t>(bytes / (kPart * static_cast<int64_t>(sizeof(float))), 1), size = parts * kPart;
+  float* data = static_cast<float*>(deq::allocate((size + kPart) * static_cast<int64_t>(sizeof(float))));
+  if (!data) return 0;
+  std::fill(data, data + size + kPart, 1.0f);
+  const double read = static_cast<double>(sizeof(float)) * static_cast<double>(size);
+  const int repeats = static_cast<int>(1e6 / read) + 1;
+  const double best = deq::best_gflops(seconds, [&] {
+    for (int i = 0; i < repeats; ++i)
+      for (int64_t part = 0; part < parts; ++part) k.copy_in(data + part * kPart, kPart, kPart, data + size);
+    return repeats * read;
+  });
+  free(data);
+  return best;
+}
+
 double deq_cpu_kernel_gflops(int32_t type, int64_t batch, int64_t width, double seconds) {
   if (batch < 1 || width < 1) return 0;
   return type == DEQ_FLOAT64 ? deq::kernel_gflops<double>(batch, width, seconds)

@@ -7,6 +7,7 @@
 #include <atomic>
 #include <cmath>
 #include <limits>
+#include <mutex>
 
 #include "../activations.h"
 #include "../judge.h"
@@ -42,10 +43,26 @@ class Arena {
   int64_t size_ = 0;
 };
 
+// What the last solve of this thread multiplied, see deq_cpu_last_work.
+extern thread_local DeqWork last_work;
+
 // Shared by the threads of a call.
 struct Totals {
   std::atomic<int64_t> failed{0}, bad_injection{0}, bad_start{0};
   std::atomic<int32_t> error{DEQ_OK};
+  DeqWork work{};
+  std::mutex adding;
+
+  void add(const DeqWork& done) {
+    const std::lock_guard<std::mutex> lock(adding);
+    work.native_rows += done.native_rows;
+    work.native_products += done.native_products;
+    work.native_sweeps += done.native_sweeps;
+    work.increment_rows += done.increment_rows;
+    work.correction_rows += done.correction_rows;
+    work.increment_sweeps += done.increment_sweeps;
+    work.correction_sweeps += done.correction_sweeps;
+  }
   static void keep_first(std::atomic<int64_t>& at, int64_t index) {
     int64_t now = at.load();
     while ((now == 0 || index + 1 < now) && !at.compare_exchange_weak(now, index + 1)) {

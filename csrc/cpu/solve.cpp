@@ -13,11 +13,15 @@
 #include "../kernels.h"
 #include "cache.h"
 #include "delta.h"
+#include "lane_engine.h"
 #include "samples.h"
 #include "segments.h"
 #include "threads.h"
 
 namespace deq {
+
+thread_local DeqWork last_work{};
+
 namespace {
 
 constexpr int kMaxTile = 64;
@@ -111,6 +115,7 @@ class Tile {
         totals[2 * a + 1] = totals[2 * n + 1];
       }
     }
+    totals_.add(work_);
     rows_arena.trim();
     window_arena.trim();
   }
@@ -148,10 +153,18 @@ class Tile {
   // One application of the map to n rows, without the products with zeros where there are enough of them.
   void evaluate(const Step<T>& step, int n, Team& team) {
     bool skips = false;
+    int64_t products = n * m_ * m_;
     if (may_skip_ && (n >= kSkipRows || m_ <= kSkipWidest) && --looks_again_ <= 0) {
-      skips = static_cast<double>(k_.find_nonzeros(step, n)) < kSkipBelow * static_cast<double>(n * m_);
-      if (!skips) looks_again_ = kLookEvery;
+      const int64_t nonzeros = k_.find_nonzeros(step, n);
+      skips = static_cast<double>(nonzeros) < kSkipBelow * static_cast<double>(n * m_);
+      if (skips)
+        products = nonzeros * m_;
+      else
+        looks_again_ = kLookEvery;
     }
+    work_.native_rows += n;
+    work_.native_products += products;
+    ++work_.native_sweeps;
     const auto compute = skips ? k_.skip_step : k_.step;
     team.share([&](int segment, int member) {
       Step<T> part = step;
@@ -287,6 +300,7 @@ class Tile {
   const bool may_skip_;
   int64_t matrix_ = 0, stride_ = 0;
   int size_ = 0, current_ = 0;
+  DeqWork work_{};
   int looks_again_ = 0;  // steps until the zeros are counted again
   T *window_ = nullptr, *total_ = nullptr, *result_ = nullptr;
   uint64_t* nonzeros_ = nullptr;
@@ -308,6 +322,7 @@ int32_t solve(const DeqProblem& p) {
   run_divided(p, segments.count, division, [&](int64_t s, std::atomic<int64_t>& queue, int sharing, Team& team) {
     std::make_unique<Tile<T>>(p, *packed, totals)->run(s, queue, sharing, team);
   });
+  last_work = totals.work;
   p.report->failed = totals.failed;
   p.report->bad_injection = totals.bad_injection;
   p.report->bad_start = totals.bad_start;
@@ -366,10 +381,14 @@ bool well_formed(const DeqProblem* p) {
 int32_t deq_cpu_solve(const DeqProblem* p) {
   if (!deq::well_formed(p)) return DEQ_BAD_ARGUMENT;
   *p->report = DeqReport{0, 0, 0, 0};
+  deq::last_work = DeqWork{};
   if (p->weights * p->batch == 0) return DEQ_OK;
   if (deq::delta_serves(*p)) return deq::delta_solve(*p);
+  if (deq::lanes_serve(*p)) return deq::lane_solve(*p);
   return p->type == DEQ_FLOAT64 ? deq::solve<double>(*p) : deq::solve<float>(*p);
 }
+
+void deq_cpu_last_work(DeqWork* work) { *work = deq::last_work; }
 
 int32_t deq_cpu_derivative(const DeqProblem* p) {
   if (!p || p->width < 1 || p->activation < 0 || p->activation >= deq::kActivations) return DEQ_BAD_ARGUMENT;

@@ -1,0 +1,11 @@
+"""FLOPs, bytes, iterations, memory and ranges of what the engine does. ``deq.profile`` is the front door."""
+
+from .ceilings import Ceilings, ceilings
+from .flops import register as _register
+from .profile import profile
+from .ranges import phase, record
+from .report import Report
+
+_register()
+
+__all__ = ["Ceilings", "Report", "ceilings", "phase", "profile", "record"]

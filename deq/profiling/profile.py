@@ -1,0 +1,252 @@
+"""``deq.profile``: run something that solves equilibria, and account for it."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from time import perf_counter
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_iter
+
+from .. import _library, cache
+from ..solution import Solution
+from . import memory, ranges
+from .ceilings import Ceilings, ceilings
+from .counter import Counter, Counts, Live
+from .feed_forward import FeedForward, Sizing, sizings
+from .report import Beside, Memory, Pass, Report, Seconds
+
+MIN_TURNS, MAX_TURNS = 3, 200
+COLD_CALLS = 3
+
+
+def profile(
+    call: Callable,
+    *args,
+    feed_forward: int | None = None,
+    seconds: float = 1.0,
+    against: Ceilings | None = None,
+    **kwargs,
+) -> Report:
+    """Account for ``call(*args, **kwargs)`` and, where its result requires a gradient, for the backward pass.
+
+    call: a layer or any callable whose result holds tensors, or a Solution: ``deq.profile(layer, x)``,
+        ``deq.profile(deq.solve, W, c)``. It is called a dozen times and more, and must do the same every time.
+    feed_forward: depth of the feed-forward nets to put beside the first solve, of equal parameters, of equal FLOPs per
+        iteration and of equal memory; none if None.
+    seconds: for timing each pass; the rest takes about as long, the ceilings of the machine two seconds once a process.
+    against: ceilings instead of those measured here.
+
+    Gradients of the leaves are computed and dropped: no ``.grad`` changes. Weights do not change between the timed
+    calls; what packing them adds is in ``Report.first_call``. FLOPs are exact: those of every operator by its formula,
+    as ``torch.utils.flop_counter.FlopCounterMode`` counts them, and beside them what the engine says that it carried
+    out. Memory is that of tensors, and of the whole process where the system tells it (Linux), or of the GPU.
+
+    Returns a :class:`deq.profiling.Report`: ``print(report)``, ``report.as_dict()``, ``report.draw(path)``.
+    Raises TypeError if ``call`` is not callable, ValueError for a result without tensors and options out of range.
+    """
+    if not callable(call):
+        raise TypeError(f"call must be a layer or a callable; got {type(call).__name__}")
+    if feed_forward is not None and (not isinstance(feed_forward, int) or feed_forward < 1):
+        raise ValueError(f"feed_forward must be a depth of at least 1; got {feed_forward!r}")
+    if not seconds > 0:
+        raise ValueError(f"seconds must be positive; got {seconds!r}")
+    subject = _Subject(partial(call, *args, **kwargs))
+    passes, solved, plans = _count(subject)
+    for name, times in _time(subject, seconds).items():
+        passes[name].seconds = times
+    account = _memory(subject, passes, solved)
+    ceiling = ceilings(str(subject.device)) if against is None else against
+    beside = []
+    if feed_forward is not None:
+        if not solved["solve"]:
+            raise ValueError("feed_forward needs a solve to compare with; the call made none")
+        beside = _beside(solved["solve"][0], feed_forward, account, subject, seconds)
+    return Report(
+        what=getattr(call, "__qualname__", None) or type(call).__name__,
+        device=str(subject.device),
+        shapes=[s.shape for s in solved["solve"]],
+        plans=plans,
+        passes=list(passes.values()),
+        memory=account,
+        first_call=_first_call(subject),
+        ceilings=ceiling,
+        beside=beside,
+    )
+
+
+class _Subject:
+    """The call under study, its gradient, and where it runs."""
+
+    def __init__(self, run: Callable[[], object]):
+        self.run = run
+        tensors = list(_tensors(run()))
+        if not tensors:
+            raise ValueError("call must return tensors or a deq.Solution; its result holds none")
+        self.device = tensors[0].device
+        outputs = [t for t in tensors if t.requires_grad]
+        self.differentiates = bool(outputs) and torch.is_grad_enabled()
+        self.leaves = _leaves(outputs) if self.differentiates else []
+        generator = torch.Generator().manual_seed(0)
+        self._gradients = [
+            (torch.randn(t.shape, generator=generator, dtype=torch.float64) / max(1, t.shape[0] if t.dim() else 1)).to(
+                t
+            )
+            for t in outputs
+        ]
+
+    def differentiate(self, result: object) -> tuple:
+        outputs = [t for t in _tensors(result) if t.requires_grad]
+        return torch.autograd.grad(outputs, self.leaves, self._gradients, allow_unused=True)
+
+    def wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def both(self) -> object:
+        result = self.run()
+        return (result, self.differentiate(result)) if self.differentiates else result
+
+
+def _tensors(result: object) -> Iterator[Tensor]:
+    if isinstance(result, Solution):
+        yield result.z
+        return
+    for part in tree_iter(result):
+        if isinstance(part, Solution):
+            yield part.z
+        elif isinstance(part, Tensor):
+            yield part
+
+
+def _leaves(outputs: list[Tensor]) -> list[Tensor]:
+    """The tensors that a backward pass from ``outputs`` would give a ``.grad``."""
+    leaves = {id(t): t for t in outputs if t.is_leaf}
+    todo, seen = [t.grad_fn for t in outputs if t.grad_fn is not None], set()
+    while todo:
+        node = todo.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            leaves[id(node.variable)] = node.variable
+        todo += [following for following, _ in node.next_functions if following is not None]
+    return list(leaves.values())
+
+
+def _count(subject: _Subject) -> tuple[dict[str, Pass], dict[str, list[memory.Solved]], list[list[str]]]:
+    live = Live()
+    passes, solved, plans = {}, {"solve": [], "adjoint": []}, []
+    with ranges.record() as recorder:
+        with Counter(live) as forward:
+            result = subject.run()
+        passes["forward"] = Pass("forward", forward.counts)
+        if subject.differentiates:
+            with Counter(live) as backward:
+                gradients = subject.differentiate(result)
+            passes["backward"] = Pass("backward", backward.counts)
+            del gradients
+    trains = any(event.name == "dW" for event in recorder.events)
+    for event in recorder.events:
+        if event.name not in solved or event.iterations is None:
+            continue
+        one = passes["forward" if event.name == "solve" else "backward"]
+        one.iterations += event.iterations.reshape(-1).tolist()
+        trained = trains and event.name == "adjoint"
+        solved[event.name].append(memory.Solved(event.shape, event.element, trained))
+        explained = event.plan.explain().splitlines()
+        if event.name == "solve" and explained not in plans:
+            plans.append(explained)
+    return passes, solved, plans
+
+
+def _time(subject: _Subject, seconds: float) -> dict[str, Seconds]:
+    forward, backward = [], []
+    end = perf_counter() + seconds * (1 + subject.differentiates)
+    while len(forward) < MIN_TURNS or (perf_counter() < end and len(forward) < MAX_TURNS):
+        subject.wait()
+        start = perf_counter()
+        result = subject.run()
+        subject.wait()
+        middle = perf_counter()
+        forward.append(middle - start)
+        if subject.differentiates:
+            gradients = subject.differentiate(result)
+            subject.wait()
+            backward.append(perf_counter() - middle)
+            del gradients
+        del result
+    times = {"forward": forward, "backward": backward}
+    return {name: Seconds(*np.percentile(turns, (50, 20, 80)).tolist()) for name, turns in times.items() if turns}
+
+
+def _first_call(subject: _Subject) -> float:
+    """Seconds of both passes with nothing remembered of the weights: packing them, forming K, and the passes."""
+    best = float("inf")
+    for _ in range(COLD_CALLS):
+        if _library.compiled is not None:
+            _library.compiled.deq_cpu_clear_cache()
+        cache.clear()
+        subject.wait()
+        start = perf_counter()
+        result = subject.both()
+        subject.wait()
+        best = min(best, perf_counter() - start)
+        del result
+    return best
+
+
+def _memory(subject: _Subject, passes: dict[str, Pass], solved: dict[str, list[memory.Solved]]) -> Memory:
+    measured = [None, None]
+    if subject.device.type == "cuda":
+        measured = [memory.device_peak_of(run, subject.device) for run in (subject.run, subject.both)]
+    elif memory.can_measure():
+        measured = [memory.peak_of(run) for run in (subject.run, subject.both)]
+    solves, adjoints = solved["solve"], solved["adjoint"]
+    last: Counts = list(passes.values())[-1].counts
+    return Memory(
+        buffer=solves[0].buffer if solves else 0,
+        model_forward=memory.forward_bytes(solves),
+        model_both=memory.backward_bytes(solves, adjoints),
+        tensors_forward=passes["forward"].counts.peak,
+        tensors_both=last.peak,
+        retained=passes["forward"].counts.retained,
+        process_forward=measured[0],
+        process_both=measured[1] if subject.differentiates else measured[0],
+        packed=memory.packed_bytes(),
+    )
+
+
+def _beside(solved: memory.Solved, depth: int, account: Memory, subject: _Subject, seconds: float) -> list[Beside]:
+    """The feed-forward nets, profiled in the same way on as many samples."""
+    m = solved.shape[-1]
+    batch = solved.buffer // (m * solved.element)
+    dtype = {8: torch.float64, 4: torch.float32, 2: torch.bfloat16}[solved.element]
+
+    def make(sizing: Sizing) -> _Subject:
+        net = FeedForward(sizing, "relu", dtype, subject.device).requires_grad_(subject.differentiates)
+        x = torch.randn(batch, sizing.width, generator=torch.Generator().manual_seed(0)).to(subject.device, dtype)
+        return _Subject(partial(net, x.requires_grad_(subject.differentiates)))
+
+    def peak_of(sizing: Sizing) -> int:
+        return list(_count(make(sizing))[0].values())[-1].counts.peak
+
+    nets = []
+    for sizing in sizings(m, depth, account.tensors_both, peak_of):
+        net = make(sizing)
+        passes, times = _count(net)[0], _time(net, seconds / 2)
+        counts = [one.counts for one in passes.values()]
+        nets.append(
+            Beside(
+                equal=sizing.equal,
+                depth=sizing.depth,
+                width=sizing.width,
+                parameters=sizing.parameters,
+                flops={name: one.counts.flops for name, one in passes.items()},
+                seconds={name: times[name].median for name in passes},
+                retained=counts[0].retained,
+                peak=counts[-1].peak,
+            )
+        )
+    return nets

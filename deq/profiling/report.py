@@ -1,0 +1,162 @@
+"""What a profile found: numbers, a text table, JSON, and the roofline figure."""
+
+from collections import Counter as Tally
+from dataclasses import asdict, dataclass, field
+from io import StringIO
+from pathlib import Path
+from typing import NamedTuple
+
+from .ceilings import Ceilings
+from .counter import Counts
+
+WIDTH = 80
+
+
+class Seconds(NamedTuple):
+    """Of one pass: median, 20th and 80th percentile over the calls."""
+
+    median: float
+    p20: float
+    p80: float
+
+
+@dataclass
+class Pass:
+    """Forward or backward: what was counted, the iterations of every sample solved, and how long a call takes."""
+
+    name: str
+    counts: Counts
+    iterations: list[int] = field(default_factory=list)
+    seconds: Seconds | None = None
+
+    @property
+    def executed(self) -> int:
+        return sum(self.counts.executed.values())
+
+    @property
+    def intensity(self) -> float:
+        """Useful FLOPs a byte."""
+        return self.counts.flops / max(1, self.counts.bytes)
+
+    @property
+    def rate(self) -> float:
+        """Useful FLOP/s."""
+        return self.counts.flops / self.seconds.median
+
+    def arithmetic_share(self, ceilings: Ceilings) -> float:
+        """The time that the executed FLOPs take at the ceilings of their precisions, as a share of the time taken."""
+        least = sum(flops / ceilings.flops[name] for name, flops in self.counts.executed.items() if flops)
+        return least / self.seconds.median
+
+    def arithmetic_ceiling(self, ceilings: Ceilings) -> float:
+        """FLOP/s of this pass's mixture of precisions at their ceilings."""
+        least = sum(flops / ceilings.flops[name] for name, flops in self.counts.executed.items() if flops)
+        return self.executed / least if least else max(ceilings.flops.values())
+
+
+@dataclass
+class Memory:
+    """Bytes beyond the inputs. ``buffer``: of B x m elements of the first solve; the theory (deq/profiling/memory.py)
+    counts the solves alone; ``tensors``: all tensors made; ``process``: of the resident set or of the GPU, None where
+    the system does not tell; ``retained``: by the result and its graph after the forward pass; ``packed``: held for
+    weights seen lately, of every size."""
+
+    buffer: int
+    model_forward: int
+    model_both: int
+    tensors_forward: int
+    tensors_both: int
+    retained: int
+    process_forward: int | None
+    process_both: int | None
+    packed: int
+
+
+@dataclass
+class Beside:
+    """A feed-forward net with as much of ``equal`` as the equilibrium has."""
+
+    equal: str
+    depth: int
+    width: int
+    parameters: int
+    flops: dict[str, int]
+    seconds: dict[str, float]
+    retained: int
+    peak: int
+
+
+@dataclass
+class Report:
+    """Everything that :func:`deq.profile` found. ``shapes`` of the injections solved; ``plans``: for every different
+    solve what was chosen and why; ``first_call``: seconds of all passes with nothing remembered of the weights."""
+
+    what: str
+    device: str
+    shapes: list[tuple[int, ...]]
+    plans: list[list[str]]
+    passes: list[Pass]
+    memory: Memory
+    first_call: float
+    ceilings: Ceilings
+    beside: list[Beside]
+
+    def as_dict(self) -> dict:
+        """The same as plain Python values, ready for JSON."""
+        passes = []
+        for one in self.passes:
+            counts = one.counts
+            passes.append(
+                {
+                    "pass": one.name,
+                    "seconds": one.seconds._asdict(),
+                    "iterations": dict(sorted(Tally(one.iterations).items())),
+                    "flops": counts.flops,
+                    "flops_by_operator": dict(counts.by_operator),
+                    "executed": dict(counts.executed),
+                    "rows": dict(counts.rows),
+                    "bytes": counts.bytes,
+                    "intensity": one.intensity,
+                    "flops_per_second": one.rate,
+                    "bytes_per_second": counts.bytes / one.seconds.median,
+                    "share_of_arithmetic": one.arithmetic_share(self.ceilings),
+                    "share_of_bandwidth": self.bandwidth_share(one)[1],
+                    "operators": dict(counts.operators),
+                    "host_reads": counts.host_reads,
+                }
+            )
+        return {
+            "what": self.what,
+            "device": self.device,
+            "shapes": [list(shape) for shape in self.shapes],
+            "plans": self.plans,
+            "passes": passes,
+            "first_call_seconds": self.first_call,
+            "memory": asdict(self.memory),
+            "ceilings": self.ceilings.as_dict(),
+            "feed_forward": [asdict(net) for net in self.beside],
+        }
+
+    def bandwidth_share(self, one: Pass) -> tuple[str, float]:
+        """Where W comes from, and the share of what can be read from there."""
+        shape = self.shapes[0] if self.shapes else (1,)
+        name, ceiling = self.ceilings.bandwidth_for(4 * shape[-1] ** 2)
+        return name, one.counts.bytes / one.seconds.median / ceiling
+
+    def draw(self, path: Path | str) -> None:
+        """The roofline figure, a PNG or whatever the suffix says."""
+        from .roofline import draw
+
+        draw(self, Path(path))
+
+    def __rich_console__(self, console, options):
+        from .tables import tables
+
+        yield from tables(self)
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(file=StringIO(), width=WIDTH, force_terminal=False)
+        console.print(self)
+        return console.file.getvalue()

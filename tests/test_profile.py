@@ -1,0 +1,278 @@
+"""deq.profile: every count against another way of counting the same thing."""
+
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+from matplotlib.image import imread
+from problems import gaussian
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import deq
+from deq import _library, weights
+from deq.cli import main
+from deq.profiling import Ceilings, ceilings, counter, feed_forward, memory, tables
+
+needs_library = pytest.mark.skipif(_library.compiled is None, reason=f"no compiled library: {_library.reason}")
+CEILINGS = Ceilings(  # fixed ones: measuring them takes two seconds
+    "cpu",
+    1,
+    {"float32": 1e11, "float64": 5e10, "bfloat16": 2e11, "int8": 4e11},
+    {},
+    {"cache": 2e11, "memory": 3e10},
+    {"cache": 1 << 20, "memory": 1 << 28},
+)
+
+
+def leaves(m, B, dtype=torch.float32, **options):
+    W, c, _ = gaussian(m, B, dtype, **options)
+    return W.requires_grad_(), c.requires_grad_()
+
+
+def profile(*arguments, **options):
+    return deq.profile(*arguments, seconds=0.01, against=CEILINGS, **options)
+
+
+def flops_of(run):
+    with FlopCounterMode(display=False) as mode:
+        result = run()
+    return mode.get_total_flops(), result
+
+
+def by_flop_counter(*arguments, **options):
+    """FLOPs of forward and backward as torch counts them, and the solution."""
+    forward, solution = flops_of(lambda: deq.solve(*arguments, **options))
+    inputs = [t for t in arguments if isinstance(t, torch.Tensor) and t.requires_grad]
+    return forward, flops_of(lambda: torch.autograd.grad(solution.z.sum(), inputs))[0], solution
+
+
+@pytest.mark.parametrize("shape", [(17, 5), (64, 33), (1, 3), (8, 1)], ids=str)
+def test_flops_of_the_reference_path_are_those_of_flop_counter(shape):
+    """Exactly, in both passes. The gradient is that of a scalar, in any multiple: the adjoint's path is the same."""
+    (m, B), options = shape, {"backend": "reference", "solver": "plain"}
+    W, c = leaves(m, B)
+    report = profile(lambda: deq.solve(W, c, **options).z.sum())
+    forward, backward, solution = by_flop_counter(W, c, **options)
+    assert report.passes[0].counts.flops == forward == 2 * m * m * int(solution.iterations.sum())
+    dW = 2 * m * m * B
+    assert report.passes[1].counts.flops == backward == 2 * m * m * sum(report.passes[1].iterations) + dW
+    for one in report.passes:
+        assert one.executed == one.counts.flops and set(one.counts.executed) == {"float32"}
+
+
+@needs_library
+@pytest.mark.parametrize("activation", ["relu", "tanh", "gelu"])
+@pytest.mark.parametrize("shape", [(17, 5), (64, 33), (8, 1)], ids=str)
+def test_flops_of_the_engine_are_those_of_the_reference_without_its_product_with_zero(shape, activation):
+    m, B = shape
+    W, c = leaves(m, B, torch.float64)
+    ours, ours_back, solution = by_flop_counter(W, c, activation, solver="plain")
+    theirs, theirs_back, reference = by_flop_counter(W, c, activation, solver="plain", backend="reference")
+    assert torch.equal(solution.iterations, reference.iterations)
+    assert theirs - ours == 2 * m * m * B
+    assert theirs_back - ours_back == 2 * m * m * B
+    report = profile(deq.solve, W, c, activation, solver="plain")
+    assert report.passes[0].counts.flops == ours
+    assert report.passes[0].iterations == solution.iterations.tolist()
+
+
+@needs_library
+def test_what_the_engine_says_it_multiplied():
+    """tanh has no zeros to skip: all useful FLOPs are carried out, and no others; relu leaves some out."""
+    for activation in ("tanh", "relu"):
+        W, c = leaves(96, 40, torch.float64)
+        report = profile(deq.solve, W, c, activation, solver="plain")
+        for one in report.passes:
+            rows = sum(one.iterations) - len(one.iterations)
+            assert one.counts.rows == {"float64": rows}
+            products = one.executed - (2 * 96 * 96 * 40 if one.name == "backward" else 0)  # dW
+            skipped = one.counts.flops - one.executed
+            assert products <= 2 * 96 * 96 * rows and (skipped > 0) == (activation == "relu")
+
+
+@needs_library
+def test_precisions_are_told_apart():
+    if not deq.info().increments:
+        pytest.skip("this CPU or build multiplies increments in float32 only")
+    W, c = leaves(256, 64)
+    report = profile(deq.solve, W, c)
+    name = deq.info().increments[0]
+    for one in report.passes:
+        counts = one.counts
+        evaluations = sum(one.iterations) - len(one.iterations)
+        corrections = counts.rows[name] + counts.rows["float32"] - evaluations
+        assert 0 <= corrections <= counts.rows[name]
+        assert counts.executed[name] == 2 * 256 * 256 * counts.rows[name]
+        assert counts.rows["float32"] < evaluations / 2
+    assert any(name in line for line in report.plans[0])
+
+
+@needs_library
+def test_warm_starts_take_a_product_more():
+    W, c = (t.detach() for t in leaves(24, 7))
+    flops, cold = flops_of(lambda: deq.solve(W, c, solver="plain"))
+    assert flops == 2 * 24 * 24 * int((cold.iterations - 1).sum())
+    flops, warm = flops_of(lambda: deq.solve(W, c, solver="plain", z0=cold.z + 0.1))
+    assert flops == 2 * 24 * 24 * int(warm.iterations.sum())
+
+
+@needs_library
+def test_structured_weights():
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=generator) * 0.1  # noqa: E731
+    m, B, r = 256, 64, 3
+    c = draw(B, m)
+    assert flops_of(lambda: deq.solve(weights.LowerTriangular(draw(m, m)), c))[0] == B * m * (m - 1)
+    assert flops_of(lambda: deq.solve(weights.Diagonal(draw(m)), c))[0] == 0
+    low_rank = weights.DiagonalLowRank(draw(m), draw(m, r), draw(m, r))
+    flops, solution = flops_of(lambda: deq.solve(low_rank, c))
+    assert solution.plan.map == "reduced to R^r"
+    assert 0 < flops < 2 * m * m * B and flops % (2 * r * m) == 0
+
+
+@needs_library
+@pytest.mark.parametrize("batch", [0, 3])
+def test_formulas_of_tensors_without_data(batch):
+    with FakeTensorMode(), FlopCounterMode(display=False) as mode:
+        W, c = torch.empty(16, 16), torch.empty(batch, 16)
+        z, said, report = torch.empty_like(c), torch.empty(batch * 9, dtype=torch.uint8), torch.empty(4).long()
+        torch.ops.deq.solve_(W, c, c[:0], z, said, report, 1, 0, 5, 0, 1e-5, 100, 0, 0)
+    assert mode.get_total_flops() == 2 * 16 * 16 * batch
+
+
+@needs_library
+def test_torch_profiler_shows_the_operators_by_name():
+    W, c = leaves(16, 4)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        deq.solve(W, c).z.sum().backward()
+    assert {"deq::solve_", "deq::masked_linear_"} <= {event.key for event in profiler.key_averages()}
+
+
+def test_layers_and_other_callables():
+    torch.manual_seed(0)
+    layer = deq.nn.EquilibriumLinear(5, 24, "tanh")
+    x = torch.randn(3, 4, 5)
+    report = profile(layer, x)
+    assert report.what == "EquilibriumLinear" and report.shapes == [(12, 24)]
+    assert len(report.passes[0].iterations) == 12
+    injection = 2 * 12 * 5 * 24
+    flops, _ = flops_of(lambda: layer(x))
+    assert report.passes[0].counts.flops == flops and flops > injection
+    assert all(p.grad is None for p in layer.parameters())
+    with torch.no_grad():
+        assert [one.name for one in profile(layer, x).passes] == ["forward"]
+    plain = profile(torch.nn.Linear(4, 4), torch.randn(2, 4))
+    assert plain.shapes == [] and plain.passes[0].counts.flops == 2 * 2 * 4 * 4
+    assert "solved nothing" in str(plain)
+
+
+def test_a_callable_with_two_solves():
+    W, c = leaves(16, 6)
+
+    def two(W, c):
+        return deq.solve(W, deq.solve(W, c, solver="plain").z, solver="plain").z
+
+    report = profile(two, W, c)
+    assert report.shapes == [(6, 16)] * 2 and len(report.passes[0].iterations) == 12
+    assert len(report.plans) == 1
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_feed_forward_nets_have_equal_shares(layers):
+    m, B = 96, 32
+    W, c = leaves(m, B)
+    report = profile(deq.solve, W, c, feed_forward=layers)
+    by = {net.equal: net for net in report.beside}
+    assert set(by) == {"parameters", "FLOPs / iteration", "memory"}
+    parameters = by["parameters"]
+    assert abs(parameters.parameters - (m * m + m)) <= layers * (2 * parameters.width + 2)
+    assert by["FLOPs / iteration"].width == m
+    assert by["memory"].peak == pytest.approx(report.memory.tensors_both, rel=0.05)
+    for net in report.beside:
+        assert net.flops["forward"] == 2 * B * net.depth * net.width**2  # dx and dW of every layer:
+        assert net.flops["backward"] == 2 * net.flops["forward"]
+
+
+def test_live_bytes():
+    live = counter.Live()
+    given = torch.zeros(1000)
+    with counter.Counter(live) as mode:
+        a = torch.ones(100)
+        b = given.view(10, 100) + a
+        del b
+        d = a.view(10, 10)
+        d.add_(1)
+    assert mode.counts.peak == 400 + 4000 and mode.counts.retained == 400
+    assert mode.counts.operators["aten.add_"] == 1 and "aten.view" not in mode.counts.operators
+
+
+def test_the_theory_of_memory():
+    one = memory.Solved((3, 5, 7), 4)
+    assert one.buffer == 3 * 5 * 7 * 4 and one.statistics == 15 * 9 and one.weight == 3 * 49 * 4
+    trained = memory.Solved((5, 7), 8, True)
+    assert trained.statistics == 5 * 13
+    forward = 5 * 7 * 8 + 5 * 13
+    assert memory.forward_bytes([trained]) == forward
+    assert memory.backward_bytes([trained], [trained]) == forward + 5 * 7 * 8 + 49 * 8
+
+
+def test_report_json_text_and_figure(tmp_path):
+    W, c = leaves(64, 32)
+    report = profile(deq.solve, W, c, feed_forward=2)
+    record = json.loads(json.dumps(report.as_dict()))
+    assert [one["pass"] for one in record["passes"]] == ["forward", "backward"]
+    assert sum(record["passes"][0]["iterations"].values()) == 32
+    text = str(report)
+    assert max(map(len, text.splitlines())) <= 80
+    for words in ("useful FLOPs", "Iterations of 32 samples", "peak, forward + backward", "FLOPs / iteration"):
+        assert words in text
+    report.draw(tmp_path / "roofline.png")
+    picture = imread(tmp_path / "roofline.png")[..., :3]
+    assert 0.01 < (picture.min(-1) < 0.9).mean() < 0.5
+
+
+def test_command(tmp_path):
+    arguments = ["profile", "--width", "48", "--batch", "16", "--seconds", "0.01", "--out", str(tmp_path)]
+    result = CliRunner().invoke(main, arguments, env={"COLUMNS": "80", "TERM": "dumb"})
+    assert result.exit_code == 0, result.output
+    record = json.loads((tmp_path / "profile.json").read_text())
+    assert record["shapes"] == [[16, 48]] and record["versions"]["deq"] == deq.__version__
+    assert (tmp_path / "profile.png").stat().st_size > 10_000
+    lines = [line for line in result.output.splitlines() if not line.startswith("Written to")]
+    assert max(len(line.rstrip()) for line in lines) <= 80
+    bad = CliRunner().invoke(main, ["profile", "--family", "gausian", "--out", str(tmp_path)])
+    assert bad.exit_code == 2 and "family must be one of" in bad.output
+    bad = CliRunner().invoke(main, ["profile", "--activation", "gelu", "--solver", "cayley", "--out", str(tmp_path)])
+    assert bad.exit_code == 2 and "nondecreasing" in bad.output
+
+
+@needs_library
+def test_ceilings_are_measured_once():
+    found = ceilings()
+    assert found is ceilings()
+    assert found.flops["float32"] > found.flops["float64"] > 1e9
+    assert all(rate > 1e8 for rate in found.bandwidth.values())
+    assert found.bandwidth_for(1)[0] == "cache" and found.bandwidth_for(1 << 40)[0] == "memory"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "words"),
+    [
+        ((3,), {}, TypeError, "call must be a layer or a callable; got int"),
+        ((lambda: None,), {}, ValueError, "call must return tensors"),
+        ((torch.zeros, 2), {"feed_forward": 0}, ValueError, "depth of at least 1; got 0"),
+        ((torch.zeros, 2), {"feed_forward": 2}, ValueError, "the call made none"),
+        ((torch.zeros, 2), {"seconds": 0}, ValueError, "seconds must be positive"),
+    ],
+)
+def test_what_cannot_be_profiled_is_named(arguments, options, error, words):
+    with pytest.raises(error, match=words):
+        deq.profile(*arguments, against=CEILINGS, **options)
+
+
+def test_numbers_with_prefixes():
+    shown = [tables.si(x, "B") for x in (0, 1, 12, 999.9, 1500, 123456, 1.5e9, 0.0012)]
+    assert shown == ["0 B", "1 B", "12 B", "1.00 kB", "1.50 kB", "123 kB", "1.50 GB", "1.20 mB"]
+    assert tables.si(None) == "" and feed_forward.CLOSE < 0.05
