@@ -156,7 +156,8 @@ def draw(rows: list[dict], sound: torch.Tensor) -> Figure:
             waves.text(0, 1.05 - 2.4 * level, name, color=colour, fontsize=8)
         waves.set_yticks([])
         waves.spines["left"].set_visible(False)
-        waves.set_xlabel("samples / 8192")
+        waves.set_ylim(1.3 - 2.4 * len(shown), 1.9)
+        waves.set_xlabel(f"samples / {RATE}")
         waves.set_title("Seed 0")
         return fig
 

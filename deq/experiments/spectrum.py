@@ -131,6 +131,7 @@ def draw(rows: list[dict]) -> Figure:
             per_tone.plot(TONES, medians, mark + "-", color=_plot.kind_colour(r), ms=5, lw=1, alpha=0.8)
         per_tone.set_xscale("log", base=2)
         per_tone.set_yscale("log")
+        _plot.sparse_ticks(per_tone.yaxis)
         per_tone.set_xticks(TONES, [str(k) for k in TONES])
         per_tone.set_xlabel("tone")
         per_tone.set_ylabel("relative error, median over seeds")
