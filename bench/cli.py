@@ -159,6 +159,28 @@ def digits(epochs: int, threads: int | None, seed: int, out: Path) -> None:
     _finish(rows, out, "digits", console)
 
 
+@bench.command()
+@click.option("--threads", type=click.IntRange(min=1), multiple=True, help="Repeatable; 1 and 2 if not given.")
+@out_option
+def seeds(threads: tuple[int, ...], out: Path) -> None:
+    """Train 16 seeds of a small equilibrium net in one go, and one after the other in a plain torch loop."""
+    from rich.console import Console
+
+    from . import report
+    from . import seeds as run
+
+    _need_compiled()
+    console = Console()
+    with console.status("Training"):
+        rows = [
+            run.measure(run.Case(batch=B, must=must), n)
+            for B, must in run.BATCHES.items()
+            for n in threads or _default_threads()
+        ]
+    console.print(report.seeds(rows))
+    _finish(rows, out, "seeds", console)
+
+
 def _need_compiled() -> None:
     from deq import _library
 
