@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from ._filter_nets import FILTERS, FilterDEQ, FilterNet
 from ._fit import FIT_COLUMNS, Make, fit, fit_table_rows
 from ._judge import beats
-from ._lineup import F32, equilibria, feedforward, tied
+from ._lineup import F32, FINITE, equilibria, feedforward, tied
 from ._result import CONDITIONAL, REPRODUCED, Claim, Result, Table, spread
 from ._run import Choice, Experiment, Part, Run, Tick
 from ._sound import RATE, chord, read_wav
@@ -126,7 +126,7 @@ def _claims(run: Run, pairs: dict, values: dict, rows: list[dict]) -> list[Claim
             [net],
             quick=run.settings.quick,
             setting=setting,
-            conditions="a net of finite depth, no equilibrium" if finite else "",
+            conditions=FINITE if finite else "",
             about_equilibria=not finite,
         )
         if claim.verdict == REPRODUCED:  # one filter, one sound: never without its conditions

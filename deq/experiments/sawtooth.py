@@ -11,7 +11,7 @@ from .. import weights
 from ..solve import solve
 from ._fit import FIT_COLUMNS, Make, fit, fit_table_rows
 from ._judge import beats
-from ._lineup import F32, equilibria, feedforward, tied
+from ._lineup import F32, equilibria, feedforward, judge, tied
 from ._nets import SeededNet, TriangularDEQ
 from ._result import Claim, Result, Table, proved_for_all, spread
 from ._run import Choice, Experiment, Part, Run, Tick
@@ -189,26 +189,13 @@ def _claims(
     ]
     for n, rows in trained.items():
         setting = f"2^{n} pieces, width {run.settings.width}, {run.config.steps} steps, {run.config.grid} points"
-        rivals = {what: r for r in rows for what in ("params", "FLOPs") if f"({what})" in r["model"]}
-        for r in rows:
-            if r["evidence"] is None:
-                continue
-            finite = r["model"].startswith("tied")
-            for what, rival in rivals.items():
-                if what == "FLOPs" and not finite:
-                    continue
-                claims.append(
-                    beats(
-                        f"2^{n} pieces, equal {what}: MSE feed-forward / {r['model']}",
-                        SOURCE,
-                        r,
-                        [rival],
-                        quick=quick,
-                        setting=setting,
-                        conditions="a net of finite depth, no equilibrium" if finite else "",
-                        about_equilibria=not finite,
-                    )
-                )
+        claims += judge(
+            rows,
+            lambda what, model, n=n: f"2^{n} pieces, equal {what}: MSE feed-forward / {model}",
+            SOURCE,
+            quick=quick,
+            setting=setting,
+        )
     rival = next(r for r in trained[last] if "(params)" in r["model"])
     for r in attempts:
         built_in = r["model"].startswith("construction")

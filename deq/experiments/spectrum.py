@@ -8,8 +8,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ._fit import FIT_COLUMNS, fit, fit_table_rows
-from ._judge import beats
-from ._lineup import F32, equilibria, feedforward, tied
+from ._lineup import F32, equilibria, feedforward, judge, tied
 from ._result import Claim, Result, Table, number, spread
 from ._run import Choice, Experiment, Part, Run, Tick
 
@@ -83,29 +82,14 @@ def _training(run: Run, name: str, make: Callable) -> Callable[[Tick], dict]:
 
 
 def _claims(run: Run, rows: list[dict]) -> list[Claim]:
-    claims = []
-    rivals = {what: next(r for r in rows if f"({what})" in r["model"]) for what in ("params", "FLOPs")}
-    for r in rows:
-        if r["evidence"] is None:
-            continue
-        finite = r["model"].startswith("tied")
-        for what, rival in rivals.items():
-            if what == "FLOPs" and not finite:
-                continue
-            claims.append(
-                beats(
-                    f"tone {TONES[-1]}, equal {what}: error feed-forward / {r['model']}",
-                    "conclusion",
-                    r,
-                    [rival],
-                    "highest",
-                    quick=run.settings.quick,
-                    setting=f"tones {TONES}, width {run.settings.width}, {run.config.steps} steps",
-                    conditions="a net of finite depth, no equilibrium" if finite else "",
-                    about_equilibria=not finite,
-                )
-            )
-    return claims
+    return judge(
+        rows,
+        lambda what, model: f"tone {TONES[-1]}, equal {what}: error feed-forward / {model}",
+        "conclusion",
+        "highest",
+        quick=run.settings.quick,
+        setting=f"tones {TONES}, width {run.settings.width}, {run.config.steps} steps",
+    )
 
 
 def _tone_table(rows: list[dict]) -> Table:
