@@ -34,6 +34,12 @@ class Case:
     def name(self) -> str:
         return f"{self.family}-m{self.m}-B{self.B}-{self.dtype}" + ("-new" if self.new_weights else "")
 
+    @classmethod
+    def named(cls, name: str) -> "Case":
+        """The case that has this name; its requirements are not part of it."""
+        family, m, B, dtype, *new = name.split("-")
+        return cls(int(m[1:]), int(B[1:]), family, dtype, new_weights=bool(new))
+
     def make(self) -> "Problem":
         """The same tensors for the same case, everywhere."""
         generator = torch.Generator().manual_seed(self.seed)
@@ -50,6 +56,9 @@ class Problem:
     W: Tensor
     c: Tensor
     g: Tensor
+
+    def to(self, device: torch.device) -> "Problem":
+        return Problem(*(t.to(device) for t in (self.W, self.c, self.g)))
 
     def exact(self) -> tuple[Tensor, Tensor]:
         """z (B, m), where the plain iteration leads if it converges, and dL/dW (m, m); float64, solved to rounding."""
@@ -112,6 +121,16 @@ AUTO_CASES = (
     *(Case(128, 256, family) for family in ("trained10", "trained15", "trained20")),
     *(Case(256, 256, family) for family in ("monotone0.1", "monotone1.0")),
 )
+# By value: first the shapes that a goal names, then the rest of the grid.
+GPU_CASES = tuple(
+    Case(m, B)
+    for m, B in (
+        *((64, 256), (256, 256), (1024, 256), (4096, 4096), (1024, 4096), (2048, 1), (2048, 32), (4096, 1), (4096, 8)),
+        *((256, 1024), (300, 64), (64, 1), (256, 1), (1024, 1), (64, 4096), (256, 4096), (1024, 32)),
+        *((512, 1), (512, 32), (512, 256), (512, 4096), (2048, 256), (2048, 4096), (4096, 256)),
+        *((8192, 1), (8192, 32), (8192, 256), (8192, 4096)),
+    )
+)
 SCALING_CASES = (  # from one thread to two
     Case(256, 256),
     Case(2048, 64),
@@ -119,5 +138,25 @@ SCALING_CASES = (  # from one thread to two
 )
 KERNEL_CASES = tuple((m, B) for m in (64, 100, 128, 256, 512, 1024, 2048) for B in (8, 64))  # the micro-kernel alone
 KERNEL_MUST = 0.9  # of the core's measured FMA peak
+# Solves whose instructions are counted (bench/instructions.py): activation and acceleration by their numbers in C; and
+# steps whose evaluations, products, operators and bytes are (bench/guard.py): m, B, activation, solver.
+INSTRUCTION_ISAS = ("avx2", "portable")
+_RELU = {"m": 64, "B": 16, "activation": 1, "dtype": "float32", "masked": False, "acceleration": 0, "radius": 0.6}
+INSTRUCTION_CASES = {
+    "relu": _RELU,
+    "relu-wide": _RELU | {"m": 160, "B": 24},
+    "one-sample": _RELU | {"m": 100, "B": 1},
+    "tanh": _RELU | {"activation": 6},
+    "adjoint": _RELU | {"masked": True},
+    "double": _RELU | {"dtype": "float64"},
+    "anderson": _RELU | {"acceleration": 1},
+}
+COUNT_CASES = {
+    "plain": (64, 32, "relu", "plain"),
+    "auto": (192, 48, "relu", "auto"),
+    "gelu": (48, 16, "gelu", "plain"),
+    "anderson": (64, 32, "relu", "anderson"),
+    "cayley": (64, 32, "relu", "cayley"),
+}
 MEMORY_CASE = Case(256, 16384)
 MEMORY_MUST = {"forward": 1.2, "forward + backward": 2.5}  # buffers of B x m elements

@@ -25,17 +25,17 @@ import deq
 from deq.kernels.compilation import Compilation
 
 TOOLS = Path(nvidia.__file__).parent / "bin"  # cuobjdump and nvdisasm, which Triton ships
-BATCH = 24  # variants a process: its start, two seconds of imports, is spread over as many
+BATCH = 12  # variants a process: its start, two seconds of imports, is spread over as many
 
 
 def compile_all(jobs: Sequence[tuple[Compilation, str]]) -> Iterator[dict]:
-    """One record a (variant, architecture), in order: kernel, architecture, registers and stack bytes per thread,
-    shared bytes per block, instruction; or kernel, architecture and error where the compiler refused."""
+    """One record a (variant, architecture), not in their order: kernel, architecture, registers and stack bytes per
+    thread, shared bytes per block, instruction; or kernel, architecture and error where the compiler refused."""
     workers = max(1, min(os.cpu_count() or 1, len(jobs), 8))
-    size = max(1, min(BATCH, -(-len(jobs) // workers)))
-    parts = [jobs[start : start + size] for start in range(0, len(jobs), size)]
+    count = max(workers, -(-len(jobs) // BATCH))
     with ThreadPoolExecutor(workers) as pool:
-        for records in pool.map(_compile_apart, parts):
+        # Neighbours take about as long as each other: they go into different parts.
+        for records in pool.map(_compile_apart, (jobs[first::count] for first in range(count))):
             yield from records
 
 

@@ -1,16 +1,17 @@
 """What the compiler makes of every GPU kernel: registers, stack, shared memory and tensor-core instruction.
 
-``python -m bench.resources`` compiles all that can be launched, ahead of time and without a GPU, and compares with
-``tests/resources.json``; ``--write`` replaces it there. On machines without a GPU this is the guard of speed: a spill
-or a lost wgmma shows here. Triton kernels list their variants in their own files, CUDA kernels are read from libdeq.so.
+Kernels are compiled ahead of time and compared with ``tests/resources.json``: on machines without a GPU this is the
+guard of speed, where a spill or a lost wgmma shows. Triton kernels list their variants in their own files, in groups of
+nearly the same code, of which the file holds one for each architecture; CUDA kernels are read from libdeq.so.
+``python -m bench.resources --write`` replaces the file, ``--all`` compiles every variant.
 """
 
 import json
-import re
 import subprocess
 from collections.abc import Iterable, Sequence
 from importlib import import_module
 from pathlib import Path
+from zlib import crc32
 
 import click
 import triton
@@ -20,7 +21,7 @@ from deq.kernels.compilation import Compilation
 
 from .compile import compile_all, read_instructions, read_usage
 
-MODULES = ("cell",)  # files of deq.kernels that list their compilations
+MODULES = ("cell", "iteration", "delta", "solve_resident")  # files of deq.kernels that list their compilations
 GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "resources.json"
 # Registers and stack bytes per thread, shared bytes per block. A stack is a spill; for sm_100 Triton leaves a few bytes
 # of it in one kernel or the other.
@@ -48,17 +49,31 @@ def everything(modules: Iterable[str] = MODULES) -> list[tuple[Compilation, str]
     return [(variant, name) for name in architectures() for variant in compilations(modules)]
 
 
-def one_of_each_group(modules: Iterable[str] = MODULES) -> list[tuple[Compilation, str]]:
-    """For every architecture one variant of each group that a plan can choose, another kind from group to group: what a
-    test has time for."""
-    jobs = []
-    for name in architectures():
-        groups: dict[str, list[Compilation]] = {}
-        for variant in compilations(modules):
-            if variant.chosen:
-                groups.setdefault(variant.group, []).append(variant)
-        jobs += [(group[place % len(group)], name) for place, group in enumerate(groups.values())]
-    return jobs
+def guarded(modules: Iterable[str] = MODULES) -> list[tuple[Compilation, str]]:
+    """What the file holds: for every architecture one variant of each group, drawn by the names of both."""
+    groups: dict[str, list[Compilation]] = {}
+    for variant in compilations(modules):
+        groups.setdefault(variant.group, []).append(variant)
+    return [
+        (group[_draw(f"{name} {architecture}", len(group))], architecture)
+        for architecture in architectures()
+        for name, group in groups.items()
+    ]
+
+
+def sample(modules: Iterable[str] = MODULES) -> list[tuple[Compilation, str]]:
+    """What a test has time for: of what the file holds and a plan can choose, all for sm_90, and for the others one in
+    four."""
+    return [
+        (variant, architecture)
+        for variant, architecture in guarded(modules)
+        if variant.chosen and (architecture == "sm_90" or _draw(f"{variant.group} in {architecture}", 4) == 0)
+    ]
+
+
+def _draw(name: str, count: int) -> int:
+    """A number below ``count`` that stays the same when other names come and go."""
+    return crc32(name.encode()) % count
 
 
 def of_library(library: Path) -> list[dict]:
@@ -89,7 +104,7 @@ def write_golden(records: Sequence[dict], golden: dict | None = None) -> None:
     as one; those of other kernels stay as in ``golden``."""
     kernels = {_kernel(record) for record in records}
     kept = [record for record in golden["resources"] if _kernel(record) not in kernels] if golden else []
-    ordered = sorted([*kept, *records], key=lambda record: _kernel(record) == "cuda")
+    ordered = sorted([*kept, *records], key=lambda record: (record["kernel"], record["architecture"]))
     lines = ",\n".join(f"    {json.dumps(record)}" for record in ordered)
     versions = f'  "triton": {json.dumps(triton.__version__)},\n  "nvcc": {json.dumps(nvcc_version())},\n'
     GOLDEN.write_text(f'{{\n{versions}  "resources": [\n{lines}\n  ]\n}}\n')
@@ -119,15 +134,24 @@ def faults(records: Iterable[dict], golden: dict) -> list[str]:
             wrong.append(f"{name}: not in {GOLDEN.name}")
             continue
         same = golden["nvcc"] == nvcc_version() if _kernel(record) == "cuda" else golden["triton"] == triton.__version__
-        for key, limit in BUDGETS[re.sub(r"[a-z]$", "", record["architecture"])].items():
-            if record[key] > limit:
-                wrong.append(f"{name}: {key} {record[key]}, allowed {limit}")
-            elif same and record[key] > before[key]:
-                wrong.append(f"{name}: {key} {record[key]}, was {before[key]}")
+        over = over_budget(record)
+        wrong += over
+        if same:
+            wrong += [
+                f"{name}: {key} {record[key]}, was {before[key]}"
+                for key in KEYS[:3]
+                if record[key] > before[key] and not any(f": {key} " in sentence for sentence in over)
+            ]
         unit, expected = (entry["instruction"].split(".")[0] for entry in (record, before))
         if unit != expected and (same or expected in ("wgmma", "HGMMA")):
             wrong.append(f"{name}: multiplies by {unit}, was {expected}")
     return wrong
+
+
+def over_budget(record: dict) -> list[str]:
+    """What a record has more of than its architecture allows, one sentence each."""
+    name, limits = f"{record['kernel']}, {record['architecture']}", BUDGETS[record["architecture"].rstrip("af")]
+    return [f"{name}: {key} {record[key]}, allowed {most}" for key, most in limits.items() if record[key] > most]
 
 
 @click.command()
@@ -135,8 +159,9 @@ def faults(records: Iterable[dict], golden: dict) -> list[str]:
 @click.option(
     "--kernel", "modules", type=click.Choice([*MODULES, "cuda"]), multiple=True, help="Only these; repeatable."
 )
-def main(write: bool, modules: tuple[str, ...]) -> None:
-    """Compile every variant of every kernel; compare registers, stack, shared memory and instruction."""
+@click.option("--all", "whole", is_flag=True, help="Every variant, within the budgets; a quarter of an hour.")
+def main(write: bool, modules: tuple[str, ...], whole: bool) -> None:
+    """Compile the GPU kernels; compare registers, stack, shared memory and instruction with what is committed."""
     from rich.console import Console
     from rich.progress import track
 
@@ -144,15 +169,24 @@ def main(write: bool, modules: tuple[str, ...]) -> None:
         raise click.ClickException(f"{GOLDEN} is not there to compare with: this command needs a checkout.")
     console = Console()
     wanted = modules or (*MODULES, "cuda")
-    jobs = everything(module for module in wanted if module != "cuda")
+    jobs = (everything if whole else guarded)([module for module in wanted if module != "cuda"])
     records = list(track(compile_all(jobs), "compiling", total=len(jobs), console=console, transient=True))
     if "cuda" in wanted and _library.path is not None:
         records += of_library(_library.path)
     console.print(_table(records))
     if write:
         golden = read_golden() if GOLDEN.exists() else None
-        write_golden([record for record in records if "error" not in record], golden)
-    wrong = faults(records, read_golden())
+        held = {(variant.name, architecture) for variant, architecture in guarded()}
+        kept = [r for r in records if (r["kernel"], r["architecture"]) in held or _kernel(r) == "cuda"]
+        write_golden([record for record in kept if "error" not in record], golden)
+    committed = read_golden()
+    listed = {(entry["kernel"], entry["architecture"]) for entry in committed["resources"]}
+    wrong = []
+    for record in records:
+        if whole and (record["kernel"], record["architecture"]) not in listed and "error" not in record:
+            wrong += over_budget(record)
+        else:
+            wrong += faults([record], committed)
     for sentence in wrong:
         console.print(sentence, markup=False)
     if wrong:

@@ -22,6 +22,7 @@ ALWAYS_KEPT = 4  # the most recently used entries stay however large they are
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _lock = threading.Lock()
 _entries: OrderedDict[Hashable, tuple[object, int]] = OrderedDict()  # key: (value, bytes); most recently used last
+_held = 0  # bytes of all entries
 
 
 def remembered(W: Tensor, what: Hashable, make: Callable[[], T]) -> T:
@@ -46,27 +47,28 @@ def remembered(W: Tensor, what: Hashable, make: Callable[[], T]) -> T:
     # An inference tensor could never be saved for a backward pass later on.
     with torch.inference_mode(False), torch.no_grad():
         value = make()
+    global _held
     with _lock:
+        _held -= _entries.pop(key, (None, 0))[1]
         _entries[key] = value, _bytes(value)
-        _entries.move_to_end(key)
-        held = sum(bytes for _, bytes in _entries.values())
-        while held > BUDGET_BYTES and len(_entries) > ALWAYS_KEPT:
-            held -= _entries.popitem(last=False)[1][1]
+        _held += _entries[key][1]
+        while _held > BUDGET_BYTES and len(_entries) > ALWAYS_KEPT:
+            _held -= _entries.popitem(last=False)[1][1]
     return value
 
 
 def clear() -> int:
     """Forget everything; returns the bytes that were held."""
+    global _held
     with _lock:
-        held = sum(bytes for _, bytes in _entries.values())
+        forgotten, _held = _held, 0
         _entries.clear()
-    return held
+    return forgotten
 
 
 def held() -> int:
     """Bytes that are remembered."""
-    with _lock:
-        return sum(bytes for _, bytes in _entries.values())
+    return _held
 
 
 def _key(W: Tensor, what: Hashable) -> Hashable | None:

@@ -46,7 +46,6 @@ class Device:
     cluster_barrier: float | None
     block_reduction: float
     graph_kernel: float
-    kernel_ramp: float
     graph_launch: float
     eager_op: float
     item: float
@@ -64,8 +63,8 @@ def table() -> dict[str, dict]:
     return json.loads(PATH.read_text())
 
 
-def write_table(entries: dict[str, dict], path: Path = PATH) -> None:
-    """Write such a table, one number a line."""
+def write_table(entries: dict[str, dict], path: Path | None = None) -> None:
+    """Write such a table, one number a line; to the file that plans read if no path is given."""
     parts = []
     for name, entry in entries.items():
         rows = ",\n".join(f"      {json.dumps(key)}: {_row(number)}" for key, number in entry["numbers"].items())
@@ -73,7 +72,7 @@ def write_table(entries: dict[str, dict], path: Path = PATH) -> None:
         parts.append(
             f'  {json.dumps(name)}: {{\n    "capability": {capability},\n    "numbers": {{\n{rows}\n    }}\n  }}'
         )
-    path.write_text("{\n" + ",\n".join(parts) + "\n}\n")
+    (path or PATH).write_text("{\n" + ",\n".join(parts) + "\n}\n")
 
 
 def _row(number: dict) -> str:
@@ -81,6 +80,13 @@ def _row(number: dict) -> str:
     text = "null" if value is None else f"{value:.6g}"
     rest = json.dumps({key: number[key] for key in ("unit", "basis", "source")})
     return f'{{"value": {text}, {rest[1:]}'
+
+
+def key_of(name: str) -> str | None:
+    """The entry of the table that a GPU's name speaks of: the one of most words, all of which are in the name."""
+    words = set(name.lower().replace("-", " ").split())
+    keys = [key for key in table() if set(key.lower().split()) <= words]
+    return max(keys, key=lambda key: len(key.split()), default=None)
 
 
 @lru_cache(maxsize=16)
@@ -93,7 +99,7 @@ def find_device(name: str, capability: tuple[int, int] | None = None) -> Device:
     Raises ValueError for a capability before 8.0, or an unknown name without a capability.
     """
     entries = table()
-    known = next((key for key in entries if key.lower() in name.lower().replace("-", " ").split()), None)
+    known = key_of(name)
     if known is not None:
         own = tuple(entries[known]["capability"])
         if capability is None or capability == own:

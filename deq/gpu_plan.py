@@ -16,21 +16,22 @@ from functools import lru_cache
 from math import ceil
 
 from .gpu_device import KIB, Device
-from .kernels.tiles import Tiles, cell_tiles, padded_power, programs
+from .kernels.tiles import Tiles, cell_tiles, padded_power, step_tiles
 
 ITERATIONS = 20  # of the solve whose time decides: what loading W on chip costs is spread over as many
-ANCHOR_EVERY = 8  # iterations of which one is an anchor, where increments are multiplied in a lower precision
+ANCHOR_EVERY = 6  # iterations of which about one is an anchor, where increments are multiplied in a lower precision
 WORTH_IT = 0.95  # increments must take at most this share of the time without them
 
-TRITON_SAMPLES = (16, 32)  # of a resident program; 64 spill at a width of 256
+TRITON_WIDEST, TRITON_SAMPLES = 256, 16  # of a resident program; more samples or a wider W spill
+TRITON_WARPS = {16: 2, 32: 4, 64: 4, 128: 8, 256: 8}  # by the padded width; each thread takes all the registers it may
+WARP_REGISTERS = 32 * 256 * 4  # bytes
+L2_BYTES_PER_CLOCK = 64  # that one multiprocessor can read
 CUDA_PAD, CUDA_SAMPLES = 16, 8  # of mma.sync: W is padded to multiples of 16, samples come by 8
 GRID_BATCH = 32  # samples whose states the blocks of regime "grid" can exchange
 GRID_STATES = 27 * KIB  # shared memory of a block that regime "grid" needs beside W
 GRID_REGISTERS = 96 * KIB  # bytes of one multiprocessor's registers that can hold W
 GRID_MULTICAST = 8  # blocks of a cluster that share one read of the states
 GRID_START = 0.3e-6  # the first block of states on its way
-CELL_BATCH = 256  # below, the inner dimension may be split over programs
-MAX_SPLIT = 8  # pieces of it: every one writes a partial sum of the whole output
 
 
 @dataclass(frozen=True)
@@ -62,13 +63,8 @@ PRECISIONS = {
     "float64": Precision(8, 1, "matmul_float64"),
 }
 INCREMENTS = ("native", "bfloat16", "float16", "float8")  # what iterations between two anchors multiply in
-# Precisions as accurate as plain PyTorch in a dtype. 16-bit problems are solved in float32 and rounded once.
-ACCURATE = {
-    "float64": ("float64",),
-    "float32": ("tf32x3", "ieee"),
-    "bfloat16": ("tf32x3", "ieee"),
-    "float16": ("tf32x3", "ieee"),
-}
+# What multiplies as accurately as plain PyTorch in a dtype. 16-bit problems are solved in float32 and rounded once.
+ACCURATE = {"float64": "float64", "float32": "tf32x3", "bfloat16": "tf32x3", "float16": "tf32x3"}
 
 
 @dataclass(frozen=True)
@@ -102,18 +98,16 @@ class GpuPlan:
 
 def resident_tiles(m: int, B: int, device: Device, size: int) -> Tiles | None:
     """Regime "resident" in Triton: W padded to a power of two and two buffers of states in one block's shared memory.
-    The fewest samples a program that let the whole batch run at once; None where W does not fit."""
+    None where that does not fit."""
     p = max(16, padded_power(m))
-    fitting = [n for n in TRITON_SAMPLES if p <= 256 and resident_shared(p, n, size) <= device.shared_per_block]
-    if not fitting:
+    if p > TRITON_WIDEST or resident_shared(p, size) > device.shared_per_block:
         return None
-    samples = next((n for n in fitting if n * device.processors >= B), fitting[-1])
-    return Tiles(samples, p, p, 16 if p == 256 else 4, 1)
+    return Tiles(TRITON_SAMPLES, p, p, TRITON_WARPS[p], 1)
 
 
-def resident_shared(p: int, samples: int, size: int) -> int:
-    """Bytes of shared memory of a resident program: W (p, p) and two buffers (p, samples)."""
-    return p * p * size + 2 * samples * p * size
+def resident_shared(p: int, size: int) -> int:
+    """Bytes of shared memory that a resident program needs at most: W (p, p) and two buffers (p, samples)."""
+    return p * p * size + 2 * TRITON_SAMPLES * p * size
 
 
 def resident_cuda_tiles(m: int, B: int, device: Device, size: int) -> Tiles | None:
@@ -135,31 +129,25 @@ def grid_tiles(m: int, B: int, device: Device, size: int) -> Tiles | None:
     return Tiles(samples, rows, m, 8, 1)
 
 
-def streamed_tiles(m: int, B: int, precision: str) -> Tiles:
-    """Regime "cell": whatever the width, in the shapes of deq/kernels/tiles.py."""
-    if PRECISIONS[precision].size == 4:
-        return cell_tiles(B, m, "float32", precision)
-    return cell_tiles(B, m, "float64" if precision == "float64" else "bfloat16")
-
-
-def split_k(m: int, B: int, device: Device, tiles: Tiles) -> int:
-    """Programs that share the inner dimension of a tile: a power of two that the idle multiprocessors can take, with
-    two steps of depth left for each."""
-    idle = device.processors // max(1, programs(B, m, tiles))
-    most = min(MAX_SPLIT, idle, m // (2 * tiles.depth)) if B <= CELL_BATCH else 1
-    return 1 << max(0, most.bit_length() - 1)
-
-
 # ---- expected seconds of one iteration of the whole batch ------------------------------------------------------------
 
 
 def resident_time(m: int, B: int, device: Device, precision: Precision, tiles: Tiles) -> float:
-    """Every program reads W from shared memory and multiplies its samples; two sums over the block judge them."""
-    waves = max(1, ceil(ceil(B / tiles.samples) / device.processors))
+    """Every program reads W from shared memory and multiplies its samples; two sums over the block judge them. Programs
+    that share a multiprocessor share its rates and hide each other's waits."""
     weight = tiles.units * tiles.depth
     read = precision.size * weight / device.shared_bandwidth
     multiply = 2 * weight * tiles.samples / precision.of_processor(device)
-    return waves * (max(read, multiply) + 2 * device.block_reduction)
+    together, waves = _residents(B, device, precision, tiles)
+    return waves * (together * max(read, multiply) + 2 * device.block_reduction)
+
+
+def _residents(B: int, device: Device, precision: Precision, tiles: Tiles) -> tuple[int, int]:
+    """Programs that a multiprocessor runs together, by its shared memory and registers, and how often it does."""
+    by_shared = device.shared_per_block // (precision.size * tiles.units * (tiles.depth + 2 * tiles.samples))
+    by_registers = device.registers_per_processor // (tiles.warps * WARP_REGISTERS)
+    most, each = max(1, min(by_shared, by_registers)), max(1, ceil(ceil(B / tiles.samples) / device.processors))
+    return min(most, each), ceil(each / most)
 
 
 def grid_time(m: int, B: int, device: Device, precision: Precision, tiles: Tiles) -> float:
@@ -176,40 +164,55 @@ def cell_time(m: int, B: int, device: Device, precision: Precision) -> float:
     weight = precision.size * m * m
     bandwidth = device.l2 if weight < device.l2_bytes else device.copy
     body = max(weight / bandwidth, 2 * m * m * B / precision.of(device))
-    return body + device.graph_kernel + device.kernel_ramp + 3 * m * B * precision.size / device.l2
+    return body + device.graph_kernel + 3 * m * B * precision.size / device.l2
+
+
+def anchor_time(regime: str, m: int, B: int, device: Device, precision: Precision, tiles: Tiles) -> float:
+    """An iteration in full precision between increments, for which W is streamed, in "resident" by every block."""
+    if regime in ("grid", "cell"):
+        return cell_time(m, B, device, precision) - (device.graph_kernel if regime == "grid" else 0.0)
+    weight, blocks = precision.size * m * m, ceil(B / tiles.samples)
+    alone = weight / (L2_BYTES_PER_CLOCK * device.clock)
+    return (
+        max(alone * max(1, ceil(blocks / device.processors)), blocks * weight / device.l2) + 2 * device.block_reduction
+    )
 
 
 def loop_time(m: int, B: int, device: Device, graphed: bool, precision: str = "bfloat16") -> float:
     """What an iteration takes without fused kernels: a library product, then addition, activation, difference and two
     norms; captured in a graph, or launched from Python with one ``.item()``."""
     size = PRECISIONS[precision].size
-    pointwise = 4 * (device.graph_kernel + device.kernel_ramp + 3 * m * B * size / device.l2)
+    pointwise = 4 * (device.graph_kernel + 3 * m * B * size / device.l2)
     graph = cell_time(m, B, device, PRECISIONS[precision]) + pointwise
     return graph if graphed else max(graph, 7 * device.eager_op) + device.item
+
+
+def tiles_of(regime: str, m: int, B: int, device: Device, precision: str) -> Tiles | None:
+    """Those of one program, with W kept and multiplied in ``precision``; None where the regime cannot hold it."""
+    if regime != "cell":
+        return ON_CHIP[regime][0](m, B, device, PRECISIONS[precision].size)
+    if precision == "tf32x3":
+        return step_tiles(B, m)[0]
+    single = "float64" if precision == "float64" else "bfloat16"
+    return cell_tiles(B, m, "float32", precision) if PRECISIONS[precision].size == 4 else cell_tiles(B, m, single)
 
 
 def time_of(regime: str, m: int, B: int, device: Device, precision: str) -> float | None:
     """Seconds of one iteration with W kept and multiplied in ``precision``; None where the regime cannot hold it or the
     device cannot multiply so."""
-    kind = PRECISIONS[precision]
-    if kind.of(device) is None:
+    kind, tiles = PRECISIONS[precision], tiles_of(regime, m, B, device, precision)
+    if kind.of(device) is None or tiles is None:
         return None
-    if regime == "cell":
-        return cell_time(m, B, device, kind)
-    capacity, seconds = ON_CHIP[regime]
-    tiles = capacity(m, B, device, kind.size)
-    return None if tiles is None else seconds(m, B, device, kind, tiles)
+    return cell_time(m, B, device, kind) if regime == "cell" else ON_CHIP[regime][1](m, B, device, kind, tiles)
 
 
 def loading_time(regime: str, m: int, B: int, device: Device, precision: str) -> float:
     """Seconds until W is on chip: from memory once, and through L2 into every block that keeps all of it."""
     if regime == "cell":
         return 0.0
-    kind = PRECISIONS[precision]
-    weight = kind.size * m * m
-    tiles = ON_CHIP[regime][0](m, B, device, kind.size)
-    blocks = 0 if regime == "grid" else min(device.processors, ceil(B / tiles.samples))
-    return weight / device.copy + blocks * weight / device.l2
+    weight = PRECISIONS[precision].size * m * m
+    blocks = 0 if regime == "grid" else ceil(B / tiles_of(regime, m, B, device, precision).samples)
+    return weight / device.copy + min(device.processors, blocks) * weight / device.l2
 
 
 ON_CHIP: dict[str, tuple[Callable[..., Tiles | None], Callable[..., float]]] = {
@@ -240,14 +243,17 @@ class Expected:
 def expected(
     regime: str, m: int, B: int, device: Device, precision: str, increments: str = "native"
 ) -> Expected | None:
-    """With increments an iteration is the mean over them and the anchors in ``precision``, for which W is streamed.
-    None where that cannot run."""
+    """With increments an iteration is the mean over them and the anchors in ``precision``. None where that cannot run,
+    and where the chip holds W in ``precision`` itself, which leaves increments nothing to save."""
     kept = precision if increments == "native" else increments
     iteration = time_of(regime, m, B, device, kept)
     if iteration is None or PRECISIONS[precision].of(device) is None:
         return None
     if increments != "native":
-        anchor = cell_time(m, B, device, PRECISIONS[precision])
+        if regime == "resident" and time_of(regime, m, B, device, precision) is not None:
+            return None
+        tiles = tiles_of(regime, m, B, device, kept)
+        anchor = anchor_time(regime, m, B, device, PRECISIONS[precision], tiles)
         iteration += (anchor - iteration) / ANCHOR_EVERY
     solve = device.graph_launch + loading_time(regime, m, B, device, kept) + ITERATIONS * iteration
     return Expected(regime, precision, increments, iteration, solve)
@@ -267,57 +273,51 @@ def choose(
     increments: tuple[str, ...] = ("native",),
     precision: str | None = None,
 ) -> GpuPlan:
-    """The regime, precision and increments with the least expected time for a solve of :data:`ITERATIONS` iterations.
+    """The regime and increments with the least expected time for a solve of :data:`ITERATIONS` iterations.
 
     m >= 1, B >= 0: width and batch. dtype: "float32" | "float64" | "bfloat16" | "float16" of the problem. device:
     :func:`deq.gpu_device.find_device`. allowed, increments: of :data:`REGIMES` and :data:`INCREMENTS`, what the backend
-    can run here. precision: of :data:`PRECISIONS` to force one; else the faster of those as accurate as plain PyTorch.
-    Raises ValueError for a wrong size or an unknown name.
+    can run here; float64 has no increments. precision: of :data:`PRECISIONS`, of the evaluations that judge; None for
+    one that is as accurate as plain PyTorch.
+    Raises ValueError for a wrong size or an unknown name, or if nothing allowed can run.
     """
     _check(m, B, dtype, allowed, increments, precision)
-    options = [
+    judging = precision or ACCURATE[dtype]
+    found = [
         option
-        for judging in ((precision,) if precision else ACCURATE[dtype])
         for regime in allowed
         for kind in (increments if dtype != "float64" else ("native",))
         if (option := expected(regime, m, B, device, judging, kind)) is not None
     ]
-    if not options:
+    if not found:
         raise ValueError(f"allowed must hold a regime that can run m = {m}, B = {B} on {device.name}; got {allowed}")
-    native = min((o for o in options if o.increments == "native"), key=lambda o: o.solve, default=None)
-    best = min(options, key=lambda o: o.solve)
-    if native is not None and best.solve > WORTH_IT * native.solve:
+    best = min(found, key=lambda option: option.solve)
+    native = min((o for o in found if o.increments == "native"), key=lambda o: o.solve, default=best)
+    if best.solve > WORTH_IT * native.solve:
         best = native
-    kind = best.precision if best.increments == "native" else best.increments
-    if best.regime == "cell":
-        tiles = streamed_tiles(m, B, kind)
-        pieces = split_k(m, B, device, tiles)
-    else:
-        tiles, pieces = ON_CHIP[best.regime][0](m, B, device, PRECISIONS[kind].size), 1
+    kept = judging if best.increments == "native" else best.increments
     return GpuPlan(
         regime=best.regime,
-        tiles=tiles,
-        precision=best.precision,
+        tiles=tiles_of(best.regime, m, B, device, kept),
+        precision=judging,
         increments=best.increments,
-        split_k=pieces,
+        split_k=step_tiles(B, m)[1] if best.regime == "cell" and best.increments == "native" else 1,
         expected_us=1e6 * best.iteration,
-        why=tuple(_reasons(best, options, dtype, device)),
+        why=tuple(_reasons(best, found, dtype, device)),
     )
 
 
-def _reasons(best: Expected, options: list[Expected], dtype: str, device: Device) -> list[str]:
+def _reasons(best: Expected, found: list[Expected], dtype: str, device: Device) -> list[str]:
     why = [f"{best.regime}: {WHERE[best.regime]}; {1e6 * best.iteration:.3g} us an iteration expected"]
-    rivals = {}
-    for option in options:
+    rivals: dict[str, float] = {}
+    for option in found:
         if option.regime != best.regime:
             rivals[option.regime] = min(option.iteration, rivals.get(option.regime, option.iteration))
     why += [f"{regime} would take {1e6 * seconds:.3g} us" for regime, seconds in rivals.items()]
-    if best.precision in ACCURATE[dtype]:
-        others = " or ".join(p for p in ACCURATE[dtype] if p != best.precision)
-        faster = f", expected to be faster than {others}" if others else ""
-        why.append(f"{best.precision}: as accurate as plain PyTorch in {dtype}{faster}")
+    if best.precision == ACCURATE[dtype]:
+        why.append(f"{best.precision}: as accurate as plain PyTorch in {dtype}")
     if best.increments != "native":
-        why.append(f"{best.increments} increments: one iteration in {ANCHOR_EVERY} is an anchor in {best.precision}")
+        why.append(f"{best.increments} increments between anchors in {best.precision}, about one in {ANCHOR_EVERY}")
     if device.stands_for:
         why.append(f"constants of the {device.stands_for}: those of {device.name} are not known (deq bench constants)")
     return why

@@ -199,7 +199,7 @@ def _solve_masked(A: Tensor, g: Tensor, d: Tensor, value_of: str | None, problem
     solve = partial(ladder.masked_linear, **memory)
     arguments = A, g, d, value_of, problem.activation, problem.plan
     u, stats, report = ranges.call("adjoint", solve, *arguments) if ranges.listening else solve(*arguments)
-    if report is not None and report[0]:
+    if isinstance(report, list) and report[0]:
         report_failures(
             Solution(u, stats, problem.plan), problem.on_failure, problem.plan.tol, "the gradient of deq.solve"
         )

@@ -70,7 +70,7 @@ def _launch(
     epilogue: int, activation: int, operands: dict[str, Tensor], precision: str, tiles: Tiles | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check(operands, precision)
-    z, W, c, *rest = (_readable(name, operand) for name, operand in operands.items())
+    z, W, c, *rest = (readable(name, operand) for name, operand in operands.items())
     d = rest[0] if rest else None
     B, m = z.shape
     tiles = tiles or cell_tiles(B, m, _name(z.dtype), precision)
@@ -107,7 +107,7 @@ def _launch(
     return out, step2, size2
 
 
-def _readable(name: str, operand: Tensor) -> Tensor:
+def readable(name: str, operand: Tensor) -> Tensor:
     """The operand, copied if the kernel would be slow on its strides or wrong about them."""
     along, across = operand.stride(1), operand.stride(0)
     if name in ("W", "A") and along != 1:
@@ -170,16 +170,7 @@ def cell_kernel(
 ):
     """One (BLOCK_B, BLOCK_N) tile of the output. Rows of z, c and d are contiguous, their strides are between samples;
     w may have any strides. See the functions above for the operands."""
-    # Consecutive programs go down a band of BAND tiles of samples before they move on in W: what runs at the same time
-    # then shares its rows of z and of W in the L2 cache.
-    tiles_b = tl.cdiv(B, BLOCK_B)
-    tiles_n = tl.cdiv(m, BLOCK_N)
-    program = tl.program_id(0)
-    first = program // (BAND * tiles_n) * BAND
-    height = tl.minimum(tiles_b - first, BAND)
-    place = program - first * tiles_n
-    tile_b = first + place % height
-    tile_n = place // height
+    tile_b, tile_n = tile_of(tl.program_id(0), tl.cdiv(B, BLOCK_B), tl.cdiv(m, BLOCK_N))
 
     in_b = tl.arange(0, BLOCK_B) < B - tile_b * BLOCK_B
     in_n = (tl.arange(0, BLOCK_N) < m - tile_n * BLOCK_N)[None, :]
@@ -199,13 +190,13 @@ def cell_kernel(
     if INTERPRETED:
         done = 0
         while done < m:
-            x = _multiply_add(x, z_ptrs, w_ptrs, in_b, in_n, m - done, PRECISION, BLOCK_K)
+            x = multiply_add(x, z_ptrs, w_ptrs, in_b, in_n, m - done, PRECISION, BLOCK_K)
             z_ptrs += BLOCK_K
             w_ptrs += next_k * stride_wk
             done += BLOCK_K
     else:
         for done in range(0, m, BLOCK_K):
-            x = _multiply_add(x, z_ptrs, w_ptrs, in_b, in_n, m - done, PRECISION, BLOCK_K)
+            x = multiply_add(x, z_ptrs, w_ptrs, in_b, in_n, m - done, PRECISION, BLOCK_K)
             z_ptrs += BLOCK_K
             w_ptrs += next_k * stride_wk
 
@@ -227,7 +218,17 @@ def cell_kernel(
 
 
 @triton.jit
-def _multiply_add(x, z_ptrs, w_ptrs, in_b, in_n, left, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr):
+def tile_of(program, tiles_b, tiles_n):
+    """The tile that a program computes. Consecutive ones go down a band of BAND tiles of samples before they move on in
+    W: what runs at the same time then shares its rows of z and of W in the L2 cache."""
+    first = program // (BAND * tiles_n) * BAND
+    height = tl.minimum(tiles_b - first, BAND)
+    place = program - first * tiles_n
+    return first + place % height, place // height
+
+
+@triton.jit
+def multiply_add(x, z_ptrs, w_ptrs, in_b, in_n, left, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr):
     """``x + z W^T`` for the next BLOCK_K of the ``left`` terms of the inner dimension."""
     in_k = tl.arange(0, BLOCK_K) < left
     z = tl.load(z_ptrs, mask=in_b[:, None] & in_k[None, :], other=0.0)

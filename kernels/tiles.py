@@ -3,7 +3,7 @@
 No torch and no Triton here, so that a plan can be made and tested anywhere.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -91,3 +91,28 @@ def programs(B: int, m: int, tiles: Tiles) -> int:
 def padded_power(n: int) -> int:
     """The power of two from n on."""
     return 1 << max(0, n - 1).bit_length()
+
+
+# ---- whole solves (kernels/iteration.py, kernels/solve_resident.py) -------------------------------------------------
+
+# Those of the cell, with more warps where the judgement of a step would spill.
+STEP_TILES = tuple(replace(tiles, warps=8) if tiles.samples >= 64 else tiles for tiles in TILES["tf32"])
+MOST_SPLITS = 8
+LEAST_STEPS = 4  # of the inner dimension, for each split
+
+
+def step_tiles(B: int, m: int) -> tuple[Tiles, int]:
+    """The tiles and splits of a step for B samples of width m: as :func:`cell_tiles`, and where they make too few
+    programs, the inner dimension is split among up to :data:`MOST_SPLITS`; of the fewest samples only, since larger
+    tiles make enough."""
+    tiles = STEP_TILES[TILES["tf32"].index(cell_tiles(B, m, "float32", "tf32x3"))]
+    splits = 1
+    while (
+        tiles.samples == STEP_TILES[-1].samples
+        and splits < MOST_SPLITS
+        and splits * programs(B, m, tiles) <= ENOUGH_PROGRAMS
+    ):
+        if -(-m // tiles.depth) < 2 * splits * LEAST_STEPS:
+            break
+        splits *= 2
+    return tiles, splits

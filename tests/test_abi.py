@@ -19,6 +19,7 @@ HEADER = (ROOT / "csrc" / "torch_abi.h").read_text()
 COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 
 CHECK = """
+#define USE_CUDA  // shows the CUDA half, whose declarations need nothing of CUDA
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/c/shim.h>
 #include <type_traits>
@@ -26,6 +27,7 @@ CHECK = """
 #include "torch_abi.h"
 #define SAME(name, arguments) static_assert(std::is_same_v<decltype(&::name), int32_t(*) arguments>, #name);
 DEQ_TORCH_FUNCTIONS(SAME)
+DEQ_TORCH_CUDA_FUNCTIONS(SAME)
 #define GETTER(name) static_assert(std::is_same_v<decltype(&::aoti_torch_dtype_##name), int32_t (*)()>, #name);
 DEQ_TORCH_DTYPES(GETTER)
 static_assert(std::is_same_v<StableIValue, uint64_t>);
@@ -61,6 +63,7 @@ def test_declarations_match_torch(tmp_path):
         ("torch_get_num_threads, (uint32_t*)", "torch_get_num_threads, ()"),
         ("torch_get_num_threads, (uint32_t*)", "torch_list_size, (uint32_t*)"),
         ("F(uint8)", "F(float8)"),
+        ("current_cuda_stream, (int32_t, void**)", "current_cuda_stream, (int64_t, void**)"),
         ("F(torch_get_num_threads, (uint32_t*))", "F(torch_exception_get_what, ())"),  # younger than torch 2.10
     ],
 )

@@ -77,9 +77,11 @@ const DeltaKernels* avx512bf16_delta_kernels();
 // none.
 const DeltaKernels* delta_kernels(int32_t precision);
 
-// The planes of every matrix of the problem, made from W as the float32 kernels have packed it and kept with that. Null when out
-// of memory.
-std::shared_ptr<const Packed> delta_planes(const DeqProblem& problem, const DeltaKernels& low, const Packed& packed, int threads);
+// W as the float32 kernels take it, and the planes of every matrix.
+struct DeltaWeights {
+  std::shared_ptr<const Packed> packed, planes;  // null when out of memory; no planes of a W that is not finite
+};
+DeltaWeights delta_weights(const DeqProblem& problem, const DeltaKernels& low, int threads);
 
 // Whether delta_solve serves the problem: else the row engine does.
 bool delta_serves(const DeqProblem& problem);

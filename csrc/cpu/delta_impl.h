@@ -32,31 +32,47 @@ struct Layout {
 
 int64_t plane_bytes(int64_t m) { return Layout(m).bytes(); }
 
+// The largest magnitude of every output over k, `stride` elements apart.
+V largest_of(const float* src, int64_t stride, int64_t m) {
+  constexpr int kChains = 4;
+  V largest[kChains]{};
+  int64_t k = 0;
+  for (; k + kChains <= m; k += kChains)
+#pragma GCC unroll 4
+    for (int i = 0; i < kChains; ++i) largest[i] = Increment::maximum(largest[i], M::abs(M::load(src + (k + i) * stride)));
+  for (; k < m; ++k) largest[0] = Increment::maximum(largest[0], M::abs(M::load(src + k * stride)));
+  for (int i = 1; i < kChains; ++i) largest[0] = Increment::maximum(largest[0], largest[i]);
+  return largest[0];
+}
+
 // The float32 panels [k][output] become words [k / kTerms][output].
 void pack(const float* w, int64_t m, void* packed, int64_t first, int64_t last) {
+  constexpr int kTerms = Increment::kTerms;
   const Layout layout(m);
+  char* plane[2] = {static_cast<char*>(packed), static_cast<char*>(packed) + layout.bytes()};
   for (int64_t j = first * 2 * kL; j < last * 2 * kL && j < layout.columns; j += kL) {
     // Where vector j starts in its panel of one or two vectors.
     const int64_t panel = j / (2 * kL) * (2 * kL), left = layout.columns - panel, width = left < 2 * kL ? left : 2 * kL;
     const float* src = w + panel * m + (j - panel);
-    V largest{};
-    for (int64_t k = 0; k < m; ++k) largest = Increment::maximum(largest, M::abs(M::load(src + k * width)));
-    const Increment::Weights weights[2] = {Increment::Weights(largest), Increment::Weights(largest).rest()};
-    Increment::Sum offset[2] = {};
-    char* plane[2] = {static_cast<char*>(packed), static_cast<char*>(packed) + layout.bytes()};
-    for (int64_t word = 0; word < layout.words; ++word) {
-      V terms[Increment::kTerms];
-      for (int t = 0; t < Increment::kTerms; ++t) {
-        const int64_t k = word * Increment::kTerms + t;
-        terms[t] = k < m ? M::load(src + k * width) : V{};
-      }
-      for (int i = 0; i < 2; ++i)
-        weights[i].take(terms, reinterpret_cast<uint32_t*>(plane[i]) + panel * layout.words + (j - panel) + word * width,
-                        &offset[i]);
+    const Increment::Weights weights(largest_of(src, width, m));
+    uint32_t* at[2];
+    for (int i = 0; i < 2; ++i) at[i] = reinterpret_cast<uint32_t*>(plane[i]) + panel * layout.words + (j - panel);
+    Increment::Sum sums[2] = {};
+    V terms[kTerms];
+    const int64_t whole = m / kTerms;
+    for (int64_t word = 0; word < whole; ++word) {
+#pragma GCC unroll 4
+      for (int t = 0; t < kTerms; ++t) terms[t] = M::load(src + (word * kTerms + t) * width);
+      weights.split(terms, at[0] + word * width, at[1] + word * width, sums);
+    }
+    if (whole < layout.words) {
+      for (int t = 0; t < kTerms; ++t) terms[t] = whole * kTerms + t < m ? M::load(src + (whole * kTerms + t) * width) : V{};
+      weights.split(terms, at[0] + whole * width, at[1] + whole * width, sums);
     }
     for (int i = 0; i < 2; ++i) {
-      M::store(const_cast<float*>(layout.scales(plane[i])) + j, weights[i].scale);
-      memcpy(const_cast<int32_t*>(layout.offsets(plane[i])) + j, &offset[i], sizeof offset[i]);
+      M::store(const_cast<float*>(layout.scales(plane[i])) + j, weights.scale[i]);
+      const Increment::Sum offset = Increment::offset_of(sums[i]);
+      memcpy(const_cast<int32_t*>(layout.offsets(plane[i])) + j, &offset, sizeof offset);
     }
   }
 }

@@ -3,6 +3,8 @@
 #pragma once
 #include <stdint.h>
 
+#include "lanes.h"
+
 namespace deq {
 
 constexpr int kHashLanes = 32;
@@ -71,6 +73,7 @@ struct Kernels {
   // Hash lanes of the weight cache: absorbs blocks of kHashLanes words.
   void (*absorb)(uint64_t* lanes, const void* data, int64_t blocks);
   double (*peak_flops)(int64_t repeats);  // runs FMAs on registers only; returns their flops
+  const LaneKernels<T>* (*lane)();        // the lane engine's
 };
 
 // Elements of one packed matrix of width m.

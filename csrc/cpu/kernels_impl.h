@@ -274,6 +274,7 @@ void step(const Step<T>& s, int n) {
 }
 
 }  // namespace
+#include "lanes_impl.h"
 #include "skip_impl.h"
 namespace {
 
@@ -473,6 +474,7 @@ const deq::Kernels<T>* table() {
       .outer = outer<T>,
       .absorb = absorb,
       .peak_flops = peak_flops<T>,
+      .lane = lane_table<T>,
   };
   return &kTable;
 }

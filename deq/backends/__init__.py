@@ -15,16 +15,19 @@ strides, one dtype and device.
 A non-finite ``g`` gives NaN for its sample; any other non-finite input is named in ``Outcome.report``.
 """
 
+import importlib
 from types import ModuleType
 
 from . import cpu, reference
-from .outcome import Outcome
+from .outcome import Deferred, Outcome
 
-__all__ = ["Outcome", "get_backend"]
+__all__ = ["Deferred", "Outcome", "get_backend"]
 
 _MODULES = {"cpu": cpu, "reference": reference}
 
 
 def get_backend(name: str) -> ModuleType:
     """The module of a backend that :func:`deq.plan.make_plan` chose."""
+    if name not in _MODULES:  # Triton takes a second to import
+        _MODULES[name] = importlib.import_module(f".{name}", __name__)
     return _MODULES[name]

@@ -78,11 +78,16 @@ def peak_of(run: Callable[[], object]) -> int:
     """
     ctypes.CDLL(None).malloc_trim(0)
     CLEAR.write_text(RESET_PEAK)
-    before = _status("VmRSS")
+    before = resident()
     result = run()
     peak = _status("VmHWM") - before
     del result
     return peak
+
+
+def resident() -> int:
+    """Bytes of the process that are in memory now. Linux only."""
+    return _status("VmRSS")
 
 
 def device_peak_of(run: Callable[[], object], device: torch.device) -> int:
