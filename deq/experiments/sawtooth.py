@@ -148,6 +148,13 @@ def training(run: Run, n: int, name: str, make: Make, path: list[int] | None = N
                 )
 
         y = triangle(x[..., 0], n)
+
+        def best(net: SeededNet) -> dict:
+            """What the seed with the smallest error on the training points has learned."""
+            output = net(x)
+            seed = int((output - y).square().mean(1).nan_to_num(torch.inf).argmin())
+            return {"shown": [round(v, 4) for v in output[seed, :: max(1, config.grid // 512)].tolist()]}
+
         return fit(
             run,
             name,
@@ -159,7 +166,7 @@ def training(run: Run, n: int, name: str, make: Make, path: list[int] | None = N
             rate=config.rate,
             clip=config.clip,
             prepare=climb if path else None,
-            inspect=(lambda net: {"shown": net(x[:, :: max(1, config.grid // 512)]).tolist()}) if n <= 5 else None,
+            inspect=best if n <= 5 else None,
         )
 
     return compute
@@ -230,15 +237,14 @@ def draw(trained: dict[int, list[dict]], attempts: list[dict], last: int) -> Fig
         errors.axvline(TRIVIAL, color=_plot.GREY, ls="--", lw=1)
         errors.set_xlabel("test MSE of every seed, and median; dashed: best constant")
         errors.set_title(f"2^{last} pieces")
-        x = np.linspace(0, 1, len(rows[0]["shown"][0]))
+        x = np.linspace(0, 1, len(rows[0]["shown"]))
         chosen = [
             min((r for r in rows if r["kind"] == "equilibrium"), key=lambda r: spread(r["mse"]).median, default=None)
         ]
         chosen += [next(r for r in rows if r["model"].startswith("tied"))]
         chosen += [next(r for r in rows if "(params)" in r["model"])]
         for level, r in enumerate(v for v in chosen if v is not None):
-            seed = int(np.argmin([v if v is not None else np.inf for v in r["mse"]]))
-            shapes.plot(x, np.array(r["shown"][seed], dtype=float) - 1.6 * level, color=_plot.kind_colour(r), lw=1)
+            shapes.plot(x, np.array(r["shown"], dtype=float) - 1.6 * level, color=_plot.kind_colour(r), lw=1)
             shapes.text(0, 1.12 - 1.6 * level, f"{r['model']}, best seed", color=_plot.kind_colour(r), fontsize=9)
         shapes.set_yticks([])
         shapes.spines["left"].set_visible(False)
