@@ -204,6 +204,27 @@ def digits(epochs: int, threads: int | None, seed: int, out: Path) -> None:
 
 
 @bench.command()
+@click.option("--threads", type=click.IntRange(min=1), multiple=True, help="Repeatable; 1 and 2 if not given.")
+@out_option
+def seeds(threads: tuple[int, ...], out: Path) -> None:
+    """Train 16 seeds of a small equilibrium net in one go, and one after the other in a plain torch loop."""
+    from rich.console import Console
+
+    from . import report
+    from . import seeds as run
+
+    _need_compiled()
+    console = Console()
+    with console.status("Training"):
+        rows = [
+            run.measure(run.Case(batch=B, must=must), n)
+            for B, must in run.BATCHES.items()
+            for n in threads or _default_threads()
+        ]
+    console.print(report.seeds(rows))
+    _finish(rows, out, "seeds", console)
+
+
 @click.argument("base")
 @click.argument("head", default="HEAD")
 def compare(base: str, head: str) -> None:
