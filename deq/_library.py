@@ -35,6 +35,10 @@ _SIGNATURES = {
     "deq_cpu_cache_bytes": (ctypes.c_int64,),
     "deq_cpu_peak_gflops": (ctypes.c_double, ctypes.c_int32, ctypes.c_double),
     "deq_cpu_last_work": (None, ctypes.c_void_p),
+    "deq_trace_start": (None,),
+    "deq_trace_stop": (ctypes.c_int64,),
+    "deq_trace_read": (ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64),
+    "deq_trace_attach": (ctypes.c_int32,),
     "deq_cpu_read_gbs": (ctypes.c_double, ctypes.c_int64, ctypes.c_double),
     "deq_cpu_kernel_gflops": (ctypes.c_double, ctypes.c_int32, ctypes.c_int64, ctypes.c_int64, ctypes.c_double),
 }
@@ -61,6 +65,7 @@ def _load(path: Path) -> ctypes.CDLL:
         raise ImportError(f"{path} cannot be used with torch {torch.__version__}: {problem.decode()}")
     for name in OPERATORS:  # they write into tensors that the caller allocated: nothing to do for a fake tensor
         torch.library.register_fake(f"deq::{name}", lambda *arguments: None)
+    library.deq_trace_attach()
     return library
 
 

@@ -11,6 +11,7 @@
 
 #include "convert.h"
 #include "kernels.h"
+#include "trace.h"
 
 namespace deq {
 namespace {
@@ -200,6 +201,7 @@ std::shared_ptr<const Packed> packed_weights(const DeqProblem& p, int threads) {
   if (!packed) packed = make_packed(p.weights, matrix_bytes);
   if (!packed) return nullptr;
   for (Packed::Form& form : packed->forms) form.current = false;
+  const Range range(Span::kPack, p.width);
   if (!pack_all<T>(p, k, w, stride, static_cast<T*>(packed->data), threads)) {
     auto bad = std::make_shared<Packed>();
     bad->bad_element = first_bad_element(p);
@@ -223,6 +225,7 @@ std::shared_ptr<const Packed> packed_form(const Packed& packed, int form, int64_
   const bool fits = entry.packed && entry.packed->matrix_bytes == matrix_bytes && entry.packed->bytes == matrix_bytes * weights;
   if (!fits || entry.packed.use_count() > 1) entry.packed = make_packed(weights, matrix_bytes);
   if (!entry.packed) return nullptr;
+  const Range range(Span::kPack, matrix_bytes);
   fill(static_cast<char*>(entry.packed->data));
   entry.current = true;
   return entry.packed;
