@@ -229,7 +229,7 @@ def seeds(threads: tuple[int, ...], out: Path) -> None:
 @click.argument("head", default="HEAD")
 def compare(base: str, head: str) -> None:
     """Is HEAD slower than BASE? Builds both commits and runs them in turns; exit code 1 if any case takes longer by
-    more than 5 % and three times the spread. About two minutes, a third of it compiling; one thread, processor time."""
+    more than 5 % and three times the spread. Two minutes, half of it compiling; one thread, by processor time."""
     from rich.console import Console
 
     from . import compare as run
