@@ -22,7 +22,7 @@ from deq.gpu_plan import (
     tiles_of,
     time_of,
 )
-from deq.kernels.tiles import ENOUGH_PROGRAMS, MOST_SPLITS, STEP_TILES, TILES, programs, step_tiles
+from deq.kernels.tiles import DELTA_TILES, ENOUGH_PROGRAMS, MOST_SPLITS, STEP_TILES, TILES, programs, step_tiles
 
 H200 = find_device("NVIDIA H200", (9, 0))
 DEVICES = [find_device(name) for name in gpu_device.table()]
@@ -78,7 +78,7 @@ def test_capacity():
 
     assert [largest(r, "bfloat16") for r in ("resident", "resident cuda", "grid")] == [256, 336, 4472]
     assert largest("grid", "float8") == int(4472.9 * 2**0.5)
-    assert largest("resident", "ieee") == 128
+    assert largest("resident", "ieee") == 64
     assert time_of("grid", 64, 33, H200, "bfloat16") is None
     a100 = find_device("A100")
     assert time_of("cell", 64, 1, a100, "float8") is None  # no such units
@@ -114,7 +114,7 @@ def test_choices_are_inside_capacity_and_no_slower_than_any_other(shape, device,
     assert plan.regime in allowed and plan.increments in increments and plan.precision == ACCURATE[dtype]
     kept = plan.precision if plan.increments == "native" else plan.increments
     if plan.regime == "cell":
-        assert plan.tiles in {*STEP_TILES, *(tiles for ladder in TILES.values() for tiles in ladder)}
+        assert plan.tiles in {*STEP_TILES, *DELTA_TILES, *(tiles for ladder in TILES.values() for tiles in ladder)}
         assert plan.tiles.samples <= max(16, 2 * B)
     else:
         assert plan.tiles.units * plan.tiles.depth * PRECISIONS[kept].size <= device.shared_per_block + 96 * 1024
@@ -132,7 +132,7 @@ def test_choices_are_inside_capacity_and_no_slower_than_any_other(shape, device,
 def test_no_regime_comes_back(device, dtype):
     """From narrow to wide, and from few samples to many, a regime that was left is not chosen again. Widths are powers
     of two: regime "resident" pads to them, which can cost it the widths just above one. They are compared without
-    increments, which come to the resident kernel at 129 and give it back what it had lost to the cell."""
+    increments, which come to the resident kernel at 65 and give it back what it had lost to the cell."""
     widths, batches = [2**k for k in range(14)], [1, 8, 32, 33, 256, 4096]
     options = {"dtype": dtype, "device": device, "allowed": ("resident", "grid", "cell")}
 
@@ -164,7 +164,7 @@ def test_the_inner_dimension_is_split_where_few_tiles_leave_a_device_idle(shape)
 
 def test_increments_are_chosen_where_they_pay():
     options = {"dtype": "float32", "device": H200, "increments": ("native", "bfloat16")}
-    assert choose(128, 1, **options).increments == "native"  # W is on chip in float32
+    assert choose(64, 1, **options).increments == "native"  # W is on chip in float32
     narrow, wide = choose(256, 64, **options), choose(4096, 4096, **options)
     assert (narrow.regime, narrow.increments) == ("resident", "bfloat16")  # which only then holds W
     assert (wide.regime, wide.increments, wide.precision) == ("cell", "bfloat16", "tf32x3")
@@ -190,7 +190,7 @@ def test_a_plan_says_what_it_is_and_why():
     plan = choose(2048, 8, dtype="float32", device=H200)
     assert str(plan) == "cell, tf32x3, tiles 16x32x64, inner dimension in 2 pieces"
     plan = choose(2048, 8, dtype="float32", device=H200, increments=("bfloat16",))
-    assert str(plan) == "cell, tf32x3, tiles 16x32x128, bfloat16 increments"
+    assert str(plan) == "cell, tf32x3, tiles 16x64x128, bfloat16 increments"
     plan = choose(64, 8, dtype="float32", device=find_device("NVIDIA L40S", (8, 9)))
     assert "constants of the A100: those of NVIDIA L40S are not known (deq bench constants)" in plan.why
 

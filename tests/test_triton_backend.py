@@ -32,7 +32,7 @@ def regime(request, monkeypatch):
     allowed = ("resident",) if request.param == "resident" else ("cell",)
 
     def forced(m, B, *, increments, **given):
-        if request.param != "increments":
+        if request.param in ("cell", "split"):
             increments = ("native",)
         how = choose(m, B, increments=increments, **(given | {"allowed": allowed}))
         return replace(how, increments=increments[-1], tiles=SMALL)

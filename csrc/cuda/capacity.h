@@ -1,5 +1,7 @@
 // Which kernel serves which width, by what it needs of a multiprocessor. The C++ side of deq/gpu_plan.py's capacities.
 #pragma once
+#include <initializer_list>
+
 #include "block_solve.h"
 #include "grid_solve.h"
 
