@@ -204,11 +204,32 @@ def digits(epochs: int, threads: int | None, seed: int, out: Path) -> None:
 
 
 @bench.command()
+@click.option("--threads", type=click.IntRange(min=1), multiple=True, help="Repeatable; 1 and 2 if not given.")
+@out_option
+def seeds(threads: tuple[int, ...], out: Path) -> None:
+    """Train 16 seeds of a small equilibrium net in one go, and one after the other in a plain torch loop."""
+    from rich.console import Console
+
+    from . import report
+    from . import seeds as run
+
+    _need_compiled()
+    console = Console()
+    with console.status("Training"):
+        rows = [
+            run.measure(run.Case(batch=B, must=must), n)
+            for B, must in run.BATCHES.items()
+            for n in threads or _default_threads()
+        ]
+    console.print(report.seeds(rows))
+    _finish(rows, out, "seeds", console)
+
+
 @click.argument("base")
 @click.argument("head", default="HEAD")
 def compare(base: str, head: str) -> None:
     """Is HEAD slower than BASE? Builds both commits and runs them in turns; exit code 1 if any case takes longer by
-    more than 5 % and three times the spread. About two minutes, a third of it compiling; one thread, processor time."""
+    more than 5 % and three times the spread. Two minutes, half of it compiling; one thread, by processor time."""
     from rich.console import Console
 
     from . import compare as run

@@ -208,6 +208,19 @@ def digits(rows: list[dict]) -> Table:
     return table
 
 
+def seeds(rows: list[dict]) -> Table:
+    """One line a case: milliseconds of a training step of all seeds, deq's trainer and the loop seed after seed."""
+    table = _table("A training step of all seeds, ms")
+    table.add_column("")
+    for heading in ("at once", "loop", "ratio", "must", "losses differ by"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        ms = (f"{1000 * row[key]:.2f}" for key in ("seconds", "loop_seconds"))
+        mark = "" if row["reached"] else "[red]![/]"
+        table.add_row(row["case"], *ms, f"{row['ratio']:.1f}{mark}", f"{row['must']:g}", f"{row['difference']:.0e}")
+    return table
+
+
 def summary(rows: list[dict]) -> str:
     """How many of the required figures were reached, and which were not."""
     required = [row for row in rows if row["reached"] is not None]

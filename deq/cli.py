@@ -92,13 +92,16 @@ def run(
     options = {"width": width, "depth": depth, "seed": seed, "seeds": seeds, "device": _device(device)}
     options["input"] = input
     options["level"] = "quick" if quick else "full" if full else "default"
-    recorded = None
+    recorded, left_out = None, []
     try:
         if experiment is not None and experiment.endswith(".json"):
             recorded = _recorded(ctx, experiment)
             settings = {recorded["experiment"]: REGISTRY[recorded["experiment"]].settings(**recorded["settings"])}
         else:
             names = _names(experiment, list(REGISTRY))
+            if experiment == "all":
+                left_out = [REGISTRY[name].missing for name in names if REGISTRY[name].missing]
+                names = [name for name in names if not REGISTRY[name].missing]
             settings = {name: REGISTRY[name].settings(**_that_fit(REGISTRY[name], names, options)) for name in names}
     except SettingsError as error:
         raise click.UsageError(f"{error}.") from error
@@ -111,6 +114,8 @@ def run(
     for name, options in settings.items():
         try:
             result = execute(REGISTRY[name], options, out, console)
+        except SettingsError as error:  # a file that cannot be read as what it has to be
+            raise click.UsageError(f"{error}.") from error
         except KeyboardInterrupt:
             kept = parts_path(out, name)
             where = (
@@ -126,7 +131,7 @@ def run(
     forget_parts(out, settings)
     if experiment == "all":
         click.echo(f"Wrote the ledger of claims: {', '.join(map(str, write_ledger(out, REGISTRY)))}.")
-    for sentence in violated:
+    for sentence in (*(f"Left out: {missing}." for missing in left_out), *violated):
         click.echo(sentence, err=True)
     ctx.exit(1 if violated else 0)
 

@@ -20,6 +20,7 @@ from torch.autograd import forward_ad
 from . import stats as layout
 from .activations import ACTIVATIONS
 from .backends import Deferred, Outcome, get_backend
+from .batch import Batch
 from .plan import Plan
 from .profiling import ranges
 from .solution import ConvergenceError, ConvergenceWarning, Solution, report_failures
@@ -116,6 +117,17 @@ class _Equilibrium(torch.autograd.Function):
         dz = _apply(_MaskedLinear, W, _derivative(W, z, c, ctx.problem), g, ctx.problem)
         return dz, None, None
 
+    @staticmethod
+    def vmap(info, in_dims, W, c, z0, problem):
+        many = Batch(info.batch_size, in_dims[0], W)
+        W, c = many.weight(W), many.samples(c, in_dims[1])
+        z0 = None if z0 is None else many.samples(z0, in_dims[2])
+        z, stats, report = _apply(_Equilibrium, W, c, z0, problem)
+        if report is not None and any(report):
+            solution = Solution(z, stats, problem.plan)
+            report_failures(solution, problem.on_failure, problem.plan.tol, "deq.solve")
+        return (many.apart(z), many.stats(z, stats), None), (0, 0, None)
+
 
 class _MaskedLinear(torch.autograd.Function):
     """(A, d, g, problem) -> ``u = d * (A u + g)``. Its gradient is one more such solve: differentiable for ever."""
@@ -148,6 +160,12 @@ class _MaskedLinear(torch.autograd.Function):
         # du = d * (A du) + t: with v = du - t, v = d * (A v + A t).
         return t + _apply(_MaskedLinear, A, d, t @ A.mT, ctx.problem)
 
+    @staticmethod
+    def vmap(info, in_dims, A, d, g, problem):
+        many = Batch(info.batch_size, in_dims[0], A)
+        d, g = many.samples(d, in_dims[1]), many.samples(g, in_dims[2])
+        return many.apart(_apply(_MaskedLinear, many.weight(A), d, g, problem)), 0
+
 
 def _save(ctx, *tensors: Tensor | None) -> None:
     ctx.save_for_backward(*tensors)
@@ -173,8 +191,24 @@ def _eager_apply(function):
 _EAGER = {function: _eager_apply(function) for function in (_Equilibrium, _MaskedLinear)}
 
 
+class _CompiledEquilibrium(_Equilibrium):
+    """Without the forward mode, which torch.compile refuses to trace."""
+
+    jvp = staticmethod(torch.autograd.Function.jvp)
+
+
+class _CompiledMaskedLinear(_MaskedLinear):
+    """Without the forward mode."""
+
+    jvp = staticmethod(torch.autograd.Function.jvp)
+
+
 def _apply(function, first: Tensor, second: Tensor, third: Tensor | None, problem: Problem):
-    if torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        if function is _Equilibrium:
+            return _CompiledEquilibrium.apply(first, second, third, problem)
+        return _CompiledMaskedLinear.apply(first, second, third, problem)
+    if torch._C._are_functorch_transforms_active():
         return function.apply(first, second, third, problem)
     third = None if third is None else unwrap_if_dead(third)
     return _EAGER[function](unwrap_if_dead(first), unwrap_if_dead(second), third, problem)

@@ -1,7 +1,7 @@
 """The command line: experiments end to end in their quick form, exit codes, interruption, bad options."""
 
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -246,6 +246,28 @@ def test_all_writes_the_ledger_and_forgets_its_parts(tmp_path, monkeypatch):
             assert claim["statement"].replace("|", "\\|") in text and str(escape(claim["statement"])) in page
     assert page.count("data:image/png;base64,") == 2
     assert "src=" not in page.replace('src="data:', "") and "<link" not in page  # it needs no other file
+
+
+def test_what_needs_a_missing_package_says_so_and_is_left_out_of_all(tmp_path, monkeypatch):
+    lacking = replace(REGISTRY["saliency"], needs=("no-such-package",))
+    monkeypatch.setattr("deq.experiments.REGISTRY", {"regions": REGISTRY["regions"], "saliency": lacking})
+    sentence = "saliency: needs no-such-package, not installed here; pip install 'deq-engine[experiments]'"
+    result = deq_command("run", "saliency", "--quick", "--out", tmp_path)
+    assert result.exit_code == 2 and sentence in " ".join(result.stderr.split())
+    result = deq_command("run", "all", "--quick", "--width", 2, "--out", tmp_path)
+    assert result.exit_code == 0 and f"Left out: {sentence}." in result.stderr
+    assert not (tmp_path / "saliency.json").exists()
+
+
+def test_input_is_for_those_that_read_one(tmp_path):
+    path = tmp_path / "x.wav"
+    path.write_text("no sound")
+    result = deq_command("run", "regions", "--input", path, "--out", tmp_path)
+    assert result.exit_code == 2 and "regions: reads no input" in result.stderr
+    result = deq_command("run", "audio", "--quick", "--input", path, "--out", tmp_path)
+    assert result.exit_code == 2 and "no WAV file that can be read" in result.stderr
+    result = deq_command("run", "audio", "--input", tmp_path / "none.wav", "--out", tmp_path)
+    assert result.exit_code == 2 and "--input" in result.stderr
 
 
 def test_depth_is_for_those_that_have_it(tmp_path):

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deq import reference
+from deq.bench import seeds
 from deq.experiments import _nets as nets
 from deq.experiments._dense_nets import DenseDEQ, TiedNet
 from deq.experiments._equilibria import evidence
@@ -225,3 +226,12 @@ def test_all_seeds_at_once_are_each_seed_alone():
     train(whole, lambda: (x.expand(3, -1, -1), y.expand(3, -1)), steps=25)
     together = (whole(x.expand(3, -1, -1)) - y).square().mean(1).tolist()
     assert together == pytest.approx(alone, rel=1e-6)
+
+
+def test_the_seeds_benchmark_compares_equal_training():
+    case = seeds.Case(seeds=3, width=5, batch=16, steps=15)
+    together, alone = seeds.train_together(case), seeds.train_one_by_one(case)
+    torch.testing.assert_close(together, alone, rtol=1e-3, atol=1e-5)
+    row = seeds.measure(case, 1, rounds=1)
+    assert row["difference"] < 1e-3 and row["ratio"] == pytest.approx(row["loop_seconds"] / row["seconds"])
+    assert row["reached"] == (row["ratio"] >= row["must"])

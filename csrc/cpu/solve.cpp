@@ -17,6 +17,7 @@
 #include "samples.h"
 #include "segments.h"
 #include "threads.h"
+#include "trace.h"
 
 namespace deq {
 
@@ -166,6 +167,7 @@ class Tile {
     work_.native_products += products;
     ++work_.native_sweeps;
     const auto compute = skips ? k_.skip_step : k_.step;
+    const Range range(Span::kStep, n);
     team.share([&](int segment, int member) {
       Step<T> part = step;
       part.segment = segment;
@@ -257,6 +259,7 @@ class Tile {
 
   // Anderson: replaces f by the mixture of the window. One new row of the Gram matrix; the rest is remembered.
   void accelerate(Slot<T>& slot, T* f, const T* y) {
+    const Range range(Span::kAnderson, std::min(slot.window + 1, depth_));
     if (!window_) {
       window_ = static_cast<T*>(window_arena.get(size_ * depth_ * 2 * stride_ * static_cast<int64_t>(sizeof(T))));
       if (!window_) {

@@ -84,7 +84,8 @@ class Family:
         size = float(y.norm())
 
         def slope(u: Tensor) -> Tensor:
-            return -(X.mT @ (X @ self.beta(u) - y)) * (self.sign * self.L) * u ** (self.L - 1)
+            beta = self.beta(u)
+            return -(X.mT @ (X @ beta - y)) * self.L * beta / u
 
         def done(u: Tensor) -> bool:
             return float((X @ self.beta(u) - y).norm()) <= tol * size

@@ -61,4 +61,5 @@ def _counts(records: list[dict]) -> dict[str, int]:
 def _settings(record: dict) -> str:
     s = record["settings"]
     depth = f", depth {s['depth']}" if s["depth"] else ""
-    return f"{s['level']} run: width {s['width']}{depth}, {s['seeds']} seeds from seed {s['seed']}, {s['device']}"
+    several = f", {s['seeds']} seeds" if s["seeds"] > 1 else ""
+    return f"{s['level']} run: width {s['width']}{depth}{several}, seed {s['seed']}, {s['device']}"

@@ -1,12 +1,17 @@
 """The models that a function of one variable is fitted with: equilibria, the cut-off iteration, feed-forward nets."""
 
+from collections.abc import Callable
+
 import torch
 
 from ._dense_nets import PARAMETRISATIONS, DenseDEQ, TiedNet
 from ._fit import Make
+from ._judge import beats
 from ._nets import FeedForward, TriangularDEQ, feedforward_count, matching_width
+from ._result import Claim
 
 F32 = torch.float32
+FINITE = "a net of finite depth, no equilibrium"  # the condition of every claim about the cut-off iteration
 TIED_STEPS = 10  # what a solver that stops after ten evaluations computes
 
 
@@ -46,3 +51,37 @@ def width_for_flops(depth: int, flops: float) -> int:
     while 2 * (feedforward_count(1, width, depth) - width * (depth - 1) - 1) < flops:
         width += 1
     return width
+
+
+def judge(
+    rows: list[dict], statement: Callable[[str, str], str], source: str, key: str = "mse", *, quick: bool, setting: str
+) -> list[Claim]:
+    """Every DEQ of the lineup against the feed-forward net of equal parameters, and the cut-off iteration, which is no
+    equilibrium, against that of equal FLOPs too. statement(what is equal, model): the sentence of a claim."""
+    rivals = {
+        what: next(r for r in rows if f"({what})" in r["model"]) for what in ("params", "FLOPs") if _has(rows, what)
+    }
+    claims = []
+    for r in rows:
+        finite = r["model"].startswith("tied")
+        for what, rival in rivals.items():
+            if r["evidence"] is None or (what == "FLOPs" and not finite):
+                continue
+            claims.append(
+                beats(
+                    statement(what, r["model"]),
+                    source,
+                    r,
+                    [rival],
+                    key,
+                    quick=quick,
+                    setting=setting,
+                    conditions=FINITE if finite else "",
+                    about_equilibria=not finite,
+                )
+            )
+    return claims
+
+
+def _has(rows: list[dict], what: str) -> bool:
+    return any(f"({what})" in r["model"] for r in rows)

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from PIL import Image
 
 # Okabe and Ito's palette: told apart with every common colour vision.
@@ -50,7 +52,9 @@ def save(fig: Figure, path: Path) -> None:
     """Write a PNG that is the same for the same figure, in few colours: a report of all experiments stays small."""
     buffer = BytesIO()
     fig.savefig(buffer, dpi=120, metadata={"Software": None})
-    image = Image.open(buffer).convert("RGB").quantize(96, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    image = (
+        Image.open(buffer).convert("RGB").quantize(200, Image.Quantize.MEDIANCUT, kmeans=4, dither=Image.Dither.NONE)
+    )
     image.save(path, optimize=True)
 
 
@@ -69,6 +73,7 @@ def strip(ax: Axes, rows: Sequence[tuple[str, Sequence[float | None], str]]) -> 
             ax.plot(shown, [y] * len(shown), "o", color=colour, ms=4, mew=0, alpha=0.6)
             ax.plot([statistics.median(shown)] * 2, [y - 0.36, y + 0.36], color=colour, lw=2.2)
     ax.set_xscale("log")
+    sparse_ticks(ax.xaxis)
     ax.set_yticks(range(len(rows)), [label for label, *_ in rows], fontsize=8)
     for tick, (*_, colour) in zip(ax.get_yticklabels(), rows, strict=True):
         tick.set_color(colour)
@@ -77,3 +82,11 @@ def strip(ax: Axes, rows: Sequence[tuple[str, Sequence[float | None], str]]) -> 
     ax.spines["left"].set_visible(False)
     ax.grid(axis="x", color="#E5E5E5", lw=0.8)
     ax.set_axisbelow(True)
+
+
+def sparse_ticks(axis: Axis) -> None:
+    """Numbers at powers of ten alone on a logarithmic axis, of which it then shows at least one or two."""
+    axis.set_minor_formatter(NullFormatter())
+    low, high = axis.get_view_interval()
+    if low > 0 and math.floor(math.log10(high)) < math.ceil(math.log10(low)) + 1:
+        axis.set_view_interval(0.9 * 10 ** math.floor(math.log10(low)), high)

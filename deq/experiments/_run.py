@@ -94,6 +94,14 @@ class Experiment:
     config: Mapping[str, Choice] = field(default_factory=dict)
     needs: tuple[str, ...] = ()
 
+    @property
+    def missing(self) -> str:
+        """What it needs that is not installed, in a sentence; empty if nothing."""
+        missing = [package for package in self.needs if find_spec(_IMPORTS.get(package, package)) is None]
+        if not missing:
+            return ""
+        return f"{self.name}: needs {', '.join(missing)}, not installed here; pip install 'deq-engine[experiments]'"
+
     def settings(
         self,
         *,
@@ -121,11 +129,8 @@ class Experiment:
                 raise SettingsError(f"{self.name}: {name} must be {allowed}; got {value}")
         if input is not None and not self.input_means:
             raise SettingsError(f"{self.name}: reads no input; got {input}")
-        missing = [package for package in self.needs if find_spec(_IMPORTS.get(package, package)) is None]
-        if missing:
-            raise SettingsError(
-                f"{self.name}: needs {', '.join(missing)}, not installed here; pip install 'deq-engine[experiments]'"
-            )
+        if self.missing:
+            raise SettingsError(self.missing)
         return Settings(width, depth, seed, seeds, device, level, input)
 
 

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from ._filter_nets import FILTERS, FilterDEQ, FilterNet
 from ._fit import FIT_COLUMNS, Make, fit, fit_table_rows
 from ._judge import beats
-from ._lineup import F32, equilibria, feedforward, tied
+from ._lineup import F32, FINITE, equilibria, feedforward, tied
 from ._result import CONDITIONAL, REPRODUCED, Claim, Result, Table, spread
 from ._run import Choice, Experiment, Part, Run, Tick
 from ._sound import RATE, chord, read_wav
@@ -126,7 +126,7 @@ def _claims(run: Run, pairs: dict, values: dict, rows: list[dict]) -> list[Claim
             [net],
             quick=run.settings.quick,
             setting=setting,
-            conditions="a net of finite depth, no equilibrium" if finite else "",
+            conditions=FINITE if finite else "",
             about_equilibria=not finite,
         )
         if claim.verdict == REPRODUCED:  # one filter, one sound: never without its conditions
@@ -156,7 +156,8 @@ def draw(rows: list[dict], sound: torch.Tensor) -> Figure:
             waves.text(0, 1.05 - 2.4 * level, name, color=colour, fontsize=8)
         waves.set_yticks([])
         waves.spines["left"].set_visible(False)
-        waves.set_xlabel("samples / 8192")
+        waves.set_ylim(1.3 - 2.4 * len(shown), 1.9)
+        waves.set_xlabel(f"samples / {RATE}")
         waves.set_title("Seed 0")
         return fig
 

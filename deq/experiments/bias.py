@@ -287,6 +287,8 @@ def draw(flows: list[dict], values: dict) -> Figure:
         order.loglog(eta, gap, "o-", color=_plot.BLUE)
         order.loglog(eta, gap[-1] * eta / eta[-1], "--", color=_plot.GREY, lw=1)
         order.text(0.05, 0.93, "dashed: proportional to the rate", color=_plot.GREY, transform=order.transAxes)
+        _plot.sparse_ticks(order.xaxis)
+        _plot.sparse_ticks(order.yaxis)
         order.set_xlabel("rate of gradient descent")
         order.set_ylabel("sup distance to the flow's limit")
         order.set_title("Descent follows the flow")

@@ -4,7 +4,7 @@ from matplotlib.figure import Figure
 
 from ._fit import Make
 from ._judge import beats
-from ._lineup import F32, TIED_STEPS, equilibria, tied, width_for_flops
+from ._lineup import F32, FINITE, TIED_STEPS, equilibria, tied, width_for_flops
 from ._nets import FeedForward
 from ._result import Claim, Result, Table, number, spread
 from ._run import Choice, Experiment, Part, Run
@@ -73,7 +73,7 @@ def _claims(run: Run, rows: list[dict]) -> list[Claim]:
                 quick=run.settings.quick,
                 setting=f"2^{run.config.pieces} pieces, {run.config.steps} steps; {number(r['flops'])} FLOPs against "
                 f"{number(rivals[0]['flops'])} and more",
-                conditions="a net of finite depth, no equilibrium" if finite else "",
+                conditions=FINITE if finite else "",
                 about_equilibria=not finite,
             )
         )
@@ -118,6 +118,7 @@ def draw(rows: list[dict]) -> Figure:
             ax.set_xscale("log")
             ax.set_yscale("log")
             ax.set_xlabel(label)
+        _plot.sparse_ticks(axes[0].yaxis)
         axes[0].set_ylabel("test MSE, median and quartiles")
         axes[0].set_title("Blue: equilibrium; purple: finite depth")
         axes[1].set_title("Red: feed-forward, width x depth")

@@ -223,8 +223,9 @@ def draw(linear: list[dict], trained: dict[str, list[dict]]) -> Figure:
             ax.set_ylim(1e-3, 60)
             ax.set_xlabel("$c_k$ of the unseen coordinate")
             ax.set_title("linear f, " + ("customary start" if start == "customary" else "all from $\\beta_0 = 1$"))
+            _plot.sparse_ticks(ax.yaxis)
         axes[0].set_ylabel("error on the unseen half")
-        axes[0].legend(frameon=False)
+        axes[1].legend(frameon=False, loc="center", bbox_to_anchor=(0.5, 0.68), fontsize=8)
         ax, y, labels = axes[2], 0, []
         for task, rows in trained.items():
             for r, colour in zip(rows, (_plot.BLUE, _plot.SKY, _plot.VERMILION), strict=True):
@@ -241,7 +242,8 @@ def draw(linear: list[dict], trained: dict[str, list[dict]]) -> Figure:
         ax.invert_yaxis()
         ax.set_xscale("log")
         ax.set_xlabel("error on the unseen part")
-        ax.set_title("trained nets (dashed: lowest degree)")
+        _plot.sparse_ticks(ax.xaxis)
+        ax.set_title("trained (dashed: lowest degree)")
         return fig
 
     return paint()

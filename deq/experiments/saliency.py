@@ -21,10 +21,10 @@ MEASURES = {
     "background": "share off the digit",
 }
 CONFIG = {
-    "steps": Choice(200, "of Adam: both nets classify nine of ten test images", quick=3, full=3000),
+    "steps": Choice(150, "of Adam, about 20 passes over the digits", quick=3, full=3000),
     "rate": Choice(1e-2, "Adam; both nets learn more slowly at 3e-3 and unsteadily at 3e-2"),
-    "batch": Choice(48, "images a step, drawn afresh for every seed", quick=8, full=128),
-    "tests": Choice(192, "test images, of digits that are not trained on", quick=32, full=1024),
+    "batch": Choice(32, "images a step, drawn afresh for every seed", quick=8, full=128),
+    "tests": Choice(128, "test images, of digits that are not trained on", quick=32, full=1024),
     "cue": Choice(0.9, "chance that the photograph is the one of the class: a cue in the background"),
     "clip": Choice(5.0, "2-norm of a seed's gradient"),
 }

@@ -11,7 +11,7 @@ from .. import weights
 from ..solve import solve
 from ._fit import FIT_COLUMNS, Make, fit, fit_table_rows
 from ._judge import beats
-from ._lineup import F32, equilibria, feedforward, tied
+from ._lineup import F32, equilibria, feedforward, judge, tied
 from ._nets import SeededNet, TriangularDEQ
 from ._result import Claim, Result, Table, proved_for_all, spread
 from ._run import Choice, Experiment, Part, Run, Tick
@@ -148,6 +148,13 @@ def training(run: Run, n: int, name: str, make: Make, path: list[int] | None = N
                 )
 
         y = triangle(x[..., 0], n)
+
+        def best(net: SeededNet) -> dict:
+            """What the seed with the smallest error on the training points has learned."""
+            output = net(x)
+            seed = int((output - y).square().mean(1).nan_to_num(torch.inf).argmin())
+            return {"shown": [round(v, 4) for v in output[seed, :: max(1, config.grid // 512)].tolist()]}
+
         return fit(
             run,
             name,
@@ -159,7 +166,7 @@ def training(run: Run, n: int, name: str, make: Make, path: list[int] | None = N
             rate=config.rate,
             clip=config.clip,
             prepare=climb if path else None,
-            inspect=(lambda net: {"shown": net(x[:, :: max(1, config.grid // 512)]).tolist()}) if n <= 5 else None,
+            inspect=best if n <= 5 else None,
         )
 
     return compute
@@ -189,26 +196,13 @@ def _claims(
     ]
     for n, rows in trained.items():
         setting = f"2^{n} pieces, width {run.settings.width}, {run.config.steps} steps, {run.config.grid} points"
-        rivals = {what: r for r in rows for what in ("params", "FLOPs") if f"({what})" in r["model"]}
-        for r in rows:
-            if r["evidence"] is None:
-                continue
-            finite = r["model"].startswith("tied")
-            for what, rival in rivals.items():
-                if what == "FLOPs" and not finite:
-                    continue
-                claims.append(
-                    beats(
-                        f"2^{n} pieces, equal {what}: MSE feed-forward / {r['model']}",
-                        SOURCE,
-                        r,
-                        [rival],
-                        quick=quick,
-                        setting=setting,
-                        conditions="a net of finite depth, no equilibrium" if finite else "",
-                        about_equilibria=not finite,
-                    )
-                )
+        claims += judge(
+            rows,
+            lambda what, model, n=n: f"2^{n} pieces, equal {what}: MSE feed-forward / {model}",
+            SOURCE,
+            quick=quick,
+            setting=setting,
+        )
     rival = next(r for r in trained[last] if "(params)" in r["model"])
     for r in attempts:
         built_in = r["model"].startswith("construction")
@@ -243,15 +237,14 @@ def draw(trained: dict[int, list[dict]], attempts: list[dict], last: int) -> Fig
         errors.axvline(TRIVIAL, color=_plot.GREY, ls="--", lw=1)
         errors.set_xlabel("test MSE of every seed, and median; dashed: best constant")
         errors.set_title(f"2^{last} pieces")
-        x = np.linspace(0, 1, len(rows[0]["shown"][0]))
+        x = np.linspace(0, 1, len(rows[0]["shown"]))
         chosen = [
             min((r for r in rows if r["kind"] == "equilibrium"), key=lambda r: spread(r["mse"]).median, default=None)
         ]
         chosen += [next(r for r in rows if r["model"].startswith("tied"))]
         chosen += [next(r for r in rows if "(params)" in r["model"])]
         for level, r in enumerate(v for v in chosen if v is not None):
-            seed = int(np.argmin([v if v is not None else np.inf for v in r["mse"]]))
-            shapes.plot(x, np.array(r["shown"][seed], dtype=float) - 1.6 * level, color=_plot.kind_colour(r), lw=1)
+            shapes.plot(x, np.array(r["shown"], dtype=float) - 1.6 * level, color=_plot.kind_colour(r), lw=1)
             shapes.text(0, 1.12 - 1.6 * level, f"{r['model']}, best seed", color=_plot.kind_colour(r), fontsize=9)
         shapes.set_yticks([])
         shapes.spines["left"].set_visible(False)

@@ -8,14 +8,13 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ._fit import FIT_COLUMNS, fit, fit_table_rows
-from ._judge import beats
-from ._lineup import F32, equilibria, feedforward, tied
+from ._lineup import F32, equilibria, feedforward, judge, tied
 from ._result import Claim, Result, Table, number, spread
 from ._run import Choice, Experiment, Part, Run, Tick
 
 TONES = (1, 2, 4, 8, 16)
 CONFIG = {
-    "steps": Choice(2000, "of Adam; the order of the models is that of 10 000", quick=15, full=20000),
+    "steps": Choice(1500, "of Adam; the order of the models is that of 10 000", quick=15, full=20000),
     "rate": Choice(1e-2, "Adam, as for the sawtooth"),
     "clip": Choice(10.0, "2-norm of a seed's gradient"),
     "grid": Choice(256, "midpoints in a full batch, 16 to a period of the highest tone", full=2048),
@@ -33,8 +32,7 @@ def signal(x: Tensor, generator: torch.Generator) -> Tensor:
 def run_spectrum(run: Run) -> Result:
     """The function of the registry entry."""
     width, depth, kinks = run.settings.width, run.settings.depth, run.config.kinks
-    wide = {k: v for k, v in equilibria(3 * width, kinks).items() if k.startswith("monotone")}
-    nets = equilibria(width, kinks) | wide | tied(width, kinks) | feedforward(width, depth, kinks)
+    nets = equilibria(width, kinks) | tied(width, kinks) | feedforward(width, depth, kinks)
     entries = run.settings.seeds * run.config.grid * width
     values = run.parts(
         [Part(name, f"train {name}", _training(run, name, make), entries) for name, make in nets.items()]
@@ -84,29 +82,14 @@ def _training(run: Run, name: str, make: Callable) -> Callable[[Tick], dict]:
 
 
 def _claims(run: Run, rows: list[dict]) -> list[Claim]:
-    claims = []
-    rivals = {what: next(r for r in rows if f"({what})" in r["model"]) for what in ("params", "FLOPs")}
-    for r in rows:
-        if r["evidence"] is None:
-            continue
-        finite = r["model"].startswith("tied")
-        for what, rival in rivals.items():
-            if what == "FLOPs" and not finite:
-                continue
-            claims.append(
-                beats(
-                    f"tone {TONES[-1]}, equal {what}: error feed-forward / {r['model']}",
-                    "conclusion",
-                    r,
-                    [rival],
-                    "highest",
-                    quick=run.settings.quick,
-                    setting=f"tones {TONES}, width {run.settings.width}, {run.config.steps} steps",
-                    conditions="a net of finite depth, no equilibrium" if finite else "",
-                    about_equilibria=not finite,
-                )
-            )
-    return claims
+    return judge(
+        rows,
+        lambda what, model: f"tone {TONES[-1]}, equal {what}: error feed-forward / {model}",
+        "conclusion",
+        "highest",
+        quick=run.settings.quick,
+        setting=f"tones {TONES}, width {run.settings.width}, {run.config.steps} steps",
+    )
 
 
 def _tone_table(rows: list[dict]) -> Table:
@@ -131,6 +114,7 @@ def draw(rows: list[dict]) -> Figure:
             per_tone.plot(TONES, medians, mark + "-", color=_plot.kind_colour(r), ms=5, lw=1, alpha=0.8)
         per_tone.set_xscale("log", base=2)
         per_tone.set_yscale("log")
+        _plot.sparse_ticks(per_tone.yaxis)
         per_tone.set_xticks(TONES, [str(k) for k in TONES])
         per_tone.set_xlabel("tone")
         per_tone.set_ylabel("relative error, median over seeds")
