@@ -225,6 +225,7 @@ def seeds(threads: tuple[int, ...], out: Path) -> None:
     _finish(rows, out, "seeds", console)
 
 
+@bench.command()
 @click.argument("base")
 @click.argument("head", default="HEAD")
 def compare(base: str, head: str) -> None:

@@ -25,7 +25,7 @@ WORTH_IT = 0.95  # increments must take at most this share of the time without t
 
 # Of a resident program: the widest W in 16 bits, the widest in float32, and its samples; more of any of them spill.
 TRITON_WIDEST, TRITON_WHOLE, TRITON_SAMPLES = 256, 64, 16
-TRITON_WARPS = {16: 2, 32: 4, 64: 4, 128: 8, 256: 8}  # by the padded width; each thread takes all the registers it may
+TRITON_WARPS = {16: 4, 32: 4, 64: 4, 128: 8, 256: 8}  # by the padded width; each thread takes all the registers it may
 WARP_REGISTERS = 32 * 256 * 4  # bytes
 L2_BYTES_PER_CLOCK = 64  # that one multiprocessor can read
 CUDA_PAD, CUDA_SAMPLES = 16, 8  # of mma.sync: W is padded to multiples of 16, samples come by 8
@@ -152,12 +152,14 @@ def _residents(B: int, device: Device, precision: Precision, tiles: Tiles) -> tu
 
 
 def grid_time(m: int, B: int, device: Device, precision: Precision, tiles: Tiles) -> float:
-    """Every multiprocessor reads and multiplies its rows of W, and all states of the others come through L2."""
-    weight = tiles.units * m
+    """Every multiprocessor reads and multiplies its rows of W, and all states of the others come through L2; samples
+    that find no slot wait for those that do."""
+    weight, turns = tiles.units * m, max(1, ceil(B / tiles.samples))
     read = precision.size * weight / device.shared_bandwidth
     multiply = 2 * weight * tiles.samples / precision.of_processor(device)
-    states = device.processors * m * B * precision.size / GRID_MULTICAST / device.l2
-    return max(read, multiply) + states + GRID_START + device.grid_barrier + device.block_reduction
+    states = device.processors * m * min(B, tiles.samples) * precision.size / GRID_MULTICAST / device.l2
+    each = max(read, multiply) + states + GRID_START + device.grid_barrier + device.block_reduction
+    return turns * each
 
 
 def cell_time(m: int, B: int, device: Device, precision: Precision) -> float:
