@@ -95,7 +95,7 @@ def torch_loop(problem: Problem, backward: bool = True, tol: float = TOL) -> Ans
     while not done and forward < MAX_ITER:
         forward += 1
         new = torch.relu_(torch.addmm(c, z, Wt))
-        done = _converged(z, new, tol).item()
+        done = converged(z, new, tol).item()
         z = new
     if not backward:
         return Answer(z, None, forward)
@@ -105,12 +105,12 @@ def torch_loop(problem: Problem, backward: bool = True, tol: float = TOL) -> Ans
     while not done and adjoint < MAX_ITER:
         adjoint += 1
         new = torch.addmm(g, u, W).mul_(d)
-        done = _converged(u, new, tol).item()
+        done = converged(u, new, tol).item()
         u = new
     return Answer(z, u.t() @ z, forward, adjoint)
 
 
-def _converged(y: Tensor, fy: Tensor, tol: float) -> Tensor:
+def converged(y: Tensor, fy: Tensor, tol: float) -> Tensor:
     """deq's rule, asked of the whole batch: ``||f(y) - y|| <= tol ||f(y)||`` for every sample. A bool tensor ()."""
     norm = torch.linalg.vector_norm
     return (norm(fy - y, dim=1) <= tol * norm(fy, dim=1)).all()
@@ -136,12 +136,12 @@ def make_compiled_loop(tol: float = TOL) -> Callable[[Problem, bool], Answer]:
     def forward_steps(z: Tensor, c: Tensor, Wt: Tensor) -> tuple[Tensor, Tensor]:
         for _ in range(COMPILED_STEPS):
             last, z = z, torch.relu(torch.addmm(c, z, Wt))
-        return z, _converged(last, z, tol)
+        return z, converged(last, z, tol)
 
     def adjoint_steps(u: Tensor, g: Tensor, W: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
         for _ in range(COMPILED_STEPS):
             last, u = u, torch.addmm(g, u, W) * d
-        return u, _converged(last, u, tol)
+        return u, converged(last, u, tol)
 
     forward, adjoint = (torch.compile(steps, dynamic=False) for steps in (forward_steps, adjoint_steps))
 

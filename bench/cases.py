@@ -34,6 +34,12 @@ class Case:
     def name(self) -> str:
         return f"{self.family}-m{self.m}-B{self.B}-{self.dtype}" + ("-new" if self.new_weights else "")
 
+    @classmethod
+    def named(cls, name: str) -> "Case":
+        """The case that has this name; its requirements are not part of it."""
+        family, m, B, dtype, *new = name.split("-")
+        return cls(int(m[1:]), int(B[1:]), family, dtype, new_weights=bool(new))
+
     def make(self) -> "Problem":
         """The same tensors for the same case, everywhere."""
         generator = torch.Generator().manual_seed(self.seed)
@@ -50,6 +56,9 @@ class Problem:
     W: Tensor
     c: Tensor
     g: Tensor
+
+    def to(self, device: torch.device) -> "Problem":
+        return Problem(*(t.to(device) for t in (self.W, self.c, self.g)))
 
     def exact(self) -> tuple[Tensor, Tensor]:
         """z (B, m), where the plain iteration leads if it converges, and dL/dW (m, m); float64, solved to rounding."""
@@ -111,6 +120,16 @@ AUTO_CASES = (
     *(Case(256, 256, family) for family in ("orthogonal0.99", "symmetric0.99", "outlier0.95")),
     *(Case(128, 256, family) for family in ("trained10", "trained15", "trained20")),
     *(Case(256, 256, family) for family in ("monotone0.1", "monotone1.0")),
+)
+# By value: first the shapes that a goal names, then the rest of the grid.
+GPU_CASES = tuple(
+    Case(m, B)
+    for m, B in (
+        *((64, 256), (256, 256), (1024, 256), (4096, 4096), (1024, 4096), (2048, 1), (2048, 32), (4096, 1), (4096, 8)),
+        *((256, 1024), (300, 64), (64, 1), (256, 1), (1024, 1), (64, 4096), (256, 4096), (1024, 32)),
+        *((512, 1), (512, 32), (512, 256), (512, 4096), (2048, 256), (2048, 4096), (4096, 256)),
+        *((8192, 1), (8192, 32), (8192, 256), (8192, 4096)),
+    )
 )
 SCALING_CASES = (  # from one thread to two
     Case(256, 256),

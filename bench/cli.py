@@ -1,5 +1,6 @@
 """The command ``deq bench``."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -71,10 +72,7 @@ def cpu(
     Ratios are medians over turns. 1 thread is timed by processor time, 2 by the clock: the machine should be idle. The
     file is written as cases finish; Ctrl-C keeps it.
     """
-    from rich.console import Console
-    from rich.progress import Progress
-
-    from . import figure, report
+    from . import report
     from .goals import PASSES
     from .run import Run, Selection
 
@@ -86,27 +84,73 @@ def cpu(
         raise click.UsageError(f"{error}.") from error
     if not len(run):
         raise click.UsageError("no case has this shape and family; --case with a new shape makes one")
-    console = Console()
-    interrupted = False
+    _follow(run, out, report.tables)
+
+
+@bench.command()
+@click.option("--case", "shapes", type=ShapeType(), multiple=True, help="Only cases of this shape; repeatable.")
+@click.option("--family", "families", multiple=True, callback=_family, help="Only these problems; repeatable.")
+@click.option("--pass", "which", type=click.Choice(["forward", "training"]), help="One pass instead of both.")
+@click.option(
+    "--seconds", type=click.FloatRange(min=0, min_open=True), default=1.0, show_default=True, help="Per case and pass."
+)
+@click.option("--budget", type=click.FloatRange(min=0), help="Seconds in which to end, the most valuable cases first.")
+@click.option("--resume", is_flag=True, help="Go on with a file of the same commit.")
+@out_option
+def gpu(
+    shapes: tuple[tuple[int, int], ...],
+    families: tuple[str, ...],
+    which: str | None,
+    seconds: float,
+    budget: float | None,
+    resume: bool,
+    out: Path,
+) -> None:
+    """Whole solves on the GPU as ratios over baselines that run in turns with deq: a loop in a captured CUDA graph, the
+    eager and the compiled loop, torchdeq, bare products; errors against float64; shares of the measured ceilings.
+
+    The file is written as cases finish; Ctrl-C keeps it, and --resume goes on.
+    """
+    from . import report
+    from .goals import PASSES
+    from .gpu import GpuRun
+    from .run import Selection
+
+    _need_gpu()
+    passes = (which,) if which else PASSES
     try:
-        with Progress(console=console, transient=True) as progress:
-            task = progress.add_task("", total=len(run))
-            for done, step in enumerate(run.steps()):
-                progress.update(task, completed=done, description=step)
-    except KeyboardInterrupt:
-        interrupted = True
+        run = GpuRun(Selection(shapes, families, passes, (1,), seconds), out, "cuda", budget, resume)
+    except ValueError as error:
+        raise click.UsageError(f"{error}.") from error
     except OSError as error:
         raise _cannot_write(out, error) from error
-    for table in report.tables(run.results):
-        console.print(table)
-    console.print(report.summary(run.results.required()))
-    if run.results.auto:
-        figure.draw(run.results.auto, run.path.with_suffix(".png"))
-    if run.path:
-        console.print(f"Written to {run.path}", soft_wrap=True)
-    if interrupted:
-        click.echo("Interrupted: what was finished is kept.", err=True)
-        click.get_current_context().exit(130)
+    _follow(run, out, report.gpu_tables)
+
+
+@bench.command()
+@click.option("--update", is_flag=True, help="Also put the numbers into deq/gpu_constants.json, which plans read.")
+@out_option
+def constants(update: bool, out: Path) -> None:
+    """Measure the constants that plans are made from: bandwidths, products, launches. About a minute; needs a GPU."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from . import report
+    from .constants import Measuring
+
+    _need_gpu()
+    measuring = Measuring()
+    console = Console()
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("", total=len(measuring))
+        for done, step in enumerate(measuring.steps()):
+            progress.update(task, completed=done, description=step)
+    console.print(report.constants(measuring.name, measuring.numbers, measuring.failed))
+    try:
+        path = measuring.write(out, update)
+    except OSError as error:
+        raise _cannot_write(out, error) from error
+    console.print(f"Written to {path}", soft_wrap=True)
 
 
 @bench.command()
@@ -210,6 +254,44 @@ def guard(update: bool) -> None:
     failed, fewer = sum(f.fails for f in findings), sum(f.now < f.golden for f in findings)
     console.print(f"{failed} numbers rose beyond their tolerance; {fewer} fell. `deq bench guard --update` keeps them.")
     click.get_current_context().exit(1 if failed else 0)
+
+
+def _follow(run, out: Path, tables: Callable) -> None:
+    """Go through the steps of a run with a progress bar; then, also when stopped, print, draw and say where it is."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from . import figure, report
+
+    console = Console()
+    interrupted = False
+    try:
+        with Progress(console=console, transient=True) as progress:
+            task = progress.add_task("", total=len(run))
+            for done, step in enumerate(run.steps()):
+                progress.update(task, completed=done, description=step)
+    except KeyboardInterrupt:
+        interrupted = True
+    except OSError as error:
+        raise _cannot_write(out, error) from error
+    for table in tables(run.results):
+        console.print(table)
+    console.print(report.summary(run.results.required()))
+    if run.results.auto:
+        figure.draw(run.results.auto, run.path.with_suffix(".png"))
+    if run.path:
+        console.print(f"Written to {run.path}", soft_wrap=True)
+    if interrupted:
+        click.echo("Interrupted: what was finished is kept.", err=True)
+        click.get_current_context().exit(130)
+
+
+def _need_gpu() -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        why = "this torch is a CPU build" if torch.version.cuda is None else "torch sees no device"
+        raise click.ClickException(f"there is nothing to measure without a CUDA GPU: {why}")
 
 
 def _need_compiled() -> None:

@@ -1,10 +1,22 @@
-"""The figure of ``deq bench cpu``: how many times faster than each baseline, by case."""
+"""The figure of ``deq bench cpu`` and ``deq bench gpu``: how many times faster than each baseline, by case."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
-COLOURS = {"torchdeq": "#d55e00", "loop": "#0072b2", "gemm": "#009e73"}
-LABELS = {"torchdeq": "best torchdeq solver", "loop": "torch loop", "gemm": "GEMM-only bound"}
+COLOURS = {
+    "torchdeq": "#d55e00",
+    "loop": "#0072b2",
+    "gemm": "#009e73",
+    "graphed": "#cc79a7",
+    "compiled": "#e69f00",
+}
+LABELS = {
+    "torchdeq": "best torchdeq solver",
+    "loop": "torch loop",
+    "gemm": "GEMM-only bound",
+    "graphed": "loop in a CUDA graph",
+    "compiled": "compiled loop",
+}
 
 
 def draw(rows: Sequence[dict], path: Path) -> None:
@@ -42,10 +54,15 @@ def draw(rows: Sequence[dict], path: Path) -> None:
         axis.set_xlabel("time of the baseline / time of deq")
     axes[0].set_yticks(range(len(cases)), [_label(case) for case in cases], fontsize=9)
     axes[0].set_ylim(len(cases) - 0.4, -0.6)
-    handles = [Line2D([], [], marker="o", linestyle="", color=COLOURS[name], label=LABELS[name]) for name in COLOURS]
-    handles.append(
-        Line2D([], [], marker="o", linestyle="", color="0.4", fillstyle="none", markersize=8, label="at the same error")
-    )
+    drawn = {row["baseline"] for row in rows if row["ratio"] is not None}
+    names = [name for name in COLOURS if name in drawn]
+    handles = [Line2D([], [], marker="o", linestyle="", color=COLOURS[name], label=LABELS[name]) for name in names]
+    if any(row["matched_ratio"] is not None for row in rows):
+        handles.append(
+            Line2D(
+                [], [], marker="o", linestyle="", color="0.4", fillstyle="none", markersize=8, label="at the same error"
+            )
+        )
     handles.append(
         Line2D([], [], marker="|", linestyle="", color="0.4", markersize=10, markeredgewidth=1.6, label="must")
     )

@@ -1,7 +1,6 @@
 """How well an answer solves its problem, and which of several solvers is the fastest that solves it."""
 
 import math
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from .baselines import Answer, Maker
 from .cases import TOL, Problem
+from .device import clock
 
 # A returned z is usually f(y) for the y that was judged: its own residual is larger by up to the norm of W.
 SOLVED = 10 * TOL
@@ -87,16 +87,17 @@ def fastest(makers: Mapping[str, Maker], truth: Truth) -> "Fastest":
     tried = []
     for label, maker in makers.items():
         run = maker(TOL)
-        seconds, answer = _timed(run)
+        seconds, answer = _timed(run, truth.z.device)
         quality = truth.judge(answer)
         if quality.failed == 0.0 and seconds < 2 * min((entry[1] for entry in tried if not entry[0]), default=math.inf):
-            seconds = _timed(run)[0]
+            seconds = _timed(run, truth.z.device)[0]
         tried.append((quality.failed, seconds, label, run, answer, quality))
     attempts = {label: {"iterations": answer.iterations, "failed": failed} for failed, _, label, _, answer, _ in tried}
     return Fastest(*min(tried, key=lambda entry: entry[:2])[2:], attempts)
 
 
-def _timed(run: Callable[[], Answer]) -> tuple[float, Answer]:
-    start = time.perf_counter()
+def _timed(run: Callable[[], Answer], device: torch.device) -> tuple[float, Answer]:
+    read = clock(device)
+    start = read()
     answer = run()
-    return time.perf_counter() - start, answer
+    return read() - start, answer

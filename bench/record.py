@@ -12,19 +12,23 @@ import torch
 import deq
 
 
-def environment() -> dict[str, object]:
-    """Fields that every row of a result file carries: device, commit, versions."""
+def environment(device: str = "cpu") -> dict[str, object]:
+    """Fields that every row of a result file carries: device, commit, versions. device: torch's type of it."""
     versions = {"deq": deq.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    if device == "cuda":
+        versions |= {"triton": version("triton"), "cuda": torch.version.cuda}
     for package in ("torchdeq", "jaxopt", "optimistix"):
         try:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = None
-    return {"device": device_name(), "commit": commit(), "versions": versions}
+    return {"device": device_name(device), "commit": commit(), "versions": versions}
 
 
-def device_name() -> str:
-    """The CPU's model name, as the system tells it."""
+def device_name(device: str = "cpu") -> str:
+    """The model name of the CPU or of the current GPU, as the system tells it."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")
     found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
     return found.group(1).strip() if found else platform.processor() or platform.machine()
@@ -47,10 +51,15 @@ def commit() -> str | None:
         return None
 
 
-def write(rows: list[dict], out: Path, name: str) -> Path:
+def folder(out: Path, device: str = "cpu") -> Path:
+    """Where the results of this device go: ``out/<device>``, made if it is not there."""
+    path = out / re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def write(rows: list[dict], out: Path, name: str, device: str = "cpu") -> Path:
     """Write the rows to ``out/<device>/<name>.json``, one a line, and return the path."""
-    folder = out / re.sub(r"[^a-z0-9]+", "-", device_name().lower()).strip("-")
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.json"
+    path = folder(out, device) / f"{name}.json"
     path.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
     return path

@@ -79,7 +79,55 @@ def choices(rows: list[dict]) -> Table:
     return table
 
 
-def goals(rows: list[dict]) -> Table:
+def gpu_tables(results: "Results") -> Iterator[Table]:
+    """All that a run on a GPU has measured so far."""
+    for which in dict.fromkeys(row["pass"] for row in results.auto):
+        yield gpu([row for row in results.auto if row["pass"] == which])
+    if results.goals:
+        yield goals(results.goals, "samples not solved: at most. torchdeq: its fastest solver.")
+
+
+def gpu(rows: list[dict]) -> Table:
+    """One line a case, of one pass."""
+    table = _table(f"Whole solves, {rows[0]['pass']}: time of the baseline / time of deq")
+    table.add_column("", no_wrap=True)
+    for heading in ("deq us", "dev", "graph", "dev", "loop", "comp", "tdeq", "its", "error", "graph's", "%"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    by_case: dict[str, dict[str, dict]] = {}
+    for row in rows:
+        by_case.setdefault(row["case"], {})[row["baseline"]] = row
+    for case, found in by_case.items():
+        family, m, B, *_ = case.split("-")
+        deq, graphed = found["deq"], found["graphed"]
+        table.add_row(
+            f"{m[1:]}x{B[1:]}" + (f" {family}" if family != "gaussian" else ""),
+            f"{1e6 * deq['median']:.0f}",
+            _number(deq["device_median"] and 1e6 * deq["device_median"], ".0f"),
+            _ratio(graphed, "ratio"),
+            _number(graphed["device_ratio"], ".1f"),
+            *(_ratio(found.get(name), "ratio") for name in ("loop", "compiled", "torchdeq")),
+            f"{deq['mean_iterations']:.0f}" + ("[red]![/]" if deq["failed"] else ""),
+            _number(deq["error"], ".0e"),
+            _number(graphed["error"], ".0e"),
+            _number(deq["roofline_share"] and 100 * deq["roofline_share"], ".0f"),
+        )
+    table.caption = "dev: the device alone. tdeq: fastest solver. %: of the roofline."
+    return table
+
+
+def constants(name: str, numbers: dict[str, dict], failed: dict[str, str]) -> Table:
+    """One line a number."""
+    table = _table(f"Constants of the {name}")
+    for heading in ("", "value", "unit", ""):
+        table.add_column(heading, justify="right" if heading == "value" else "left", no_wrap=True)
+    for key, number in numbers.items():
+        value = "none" if number["value"] is None else f"{number['value']:.4g}"
+        state = f"failed: {failed[key]}" if key in failed else number["basis"]
+        table.add_row(key, value, number["unit"], state[:30])
+    return table
+
+
+def goals(rows: list[dict], caption: str = "Last two: at most. Trained: at the same error.") -> Table:
     """One line a goal; a column a pass and thread count, with the worst case's figure."""
     columns = list(dict.fromkeys((row["pass"], row["threads"]) for row in rows))
     table = _table("Worst case of each group (must)")
@@ -94,7 +142,7 @@ def goals(rows: list[dict]) -> Table:
         table.add_row(
             name, *("-" if row is None else _cell(row, "ratio" if "ratio" in row else "value") for row in cells)
         )
-    table.caption = "Last two: at most. Trained: at the same error."
+    table.caption = caption
     return table
 
 

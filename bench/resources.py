@@ -1,204 +1,128 @@
-"""What the compiler makes of every kernel: registers, stack, shared memory and tensor-core instruction, without a GPU.
+"""What the compiler makes of every GPU kernel: registers, stack, shared memory and tensor-core instruction.
 
-``python -m bench.resources`` compiles all variants that can be chosen at run time, ahead of time, and compares with
-``tests/resources.json``; ``--write`` replaces that file. On machines without a GPU this is the guard of speed: a spill
-or a lost wgmma shows here. Kernels are compiled in processes of their own, because an interpreted kernel cannot be
-compiled and because the compiler may abort.
+Kernels are compiled ahead of time and compared with ``tests/resources.json``: on machines without a GPU this is the
+guard of speed, where a spill or a lost wgmma shows. Triton kernels list their variants in their own files, in groups of
+nearly the same code, of which the file holds one for each architecture; CUDA kernels are read from libdeq.so.
+``python -m bench.resources --write`` replaces the file, ``--all`` compiles every variant.
 """
 
 import json
-import os
-import re
 import subprocess
-import sys
-import tempfile
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from importlib import import_module
 from pathlib import Path
+from zlib import crc32
 
 import click
 import triton
-from triton.backends import nvidia
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
-import deq
-from deq.activations import ACTIVATIONS
-from deq.kernels import cell
+from deq import _library
+from deq.kernels.compilation import Compilation
 
+from .compile import compile_all, read_instructions, read_usage
+
+MODULES = ("cell", "iteration", "delta", "solve_resident")  # files of deq.kernels that list their compilations
 GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "resources.json"
-# Registers and stack bytes per thread, shared bytes per block. A stack is a spill; for sm_100 Triton 3.6 leaves a few
-# bytes of it in one kernel or the other.
+# Registers and stack bytes per thread, shared bytes per block. A stack is a spill; for sm_100 Triton leaves a few bytes
+# of it in one kernel or the other.
 BUDGETS = {
     "sm_80": {"registers": 255, "stack": 0, "shared": 163 * 1024},
     "sm_90": {"registers": 255, "stack": 0, "shared": 227 * 1024},
     "sm_100": {"registers": 255, "stack": 16, "shared": 227 * 1024},
 }
-TYPES = {"float32": "fp32", "float64": "fp64", "bfloat16": "bf16", "float16": "fp16"}
-# Ending, activation (one for each kind of arithmetic: comparison, exponential with a series, error function), the
-# direction in which W is contiguous (the adjoint's A is a transposed W), and whether the width is a multiple of 16.
-KINDS = (
-    ("value", "relu", "rows", "aligned"),
-    ("value", "tanh", "rows", "aligned"),
-    ("value", "tanh", "rows", "ragged"),
-    ("value", "tanh", "columns", "aligned"),
-    ("value", "gelu", "rows", "aligned"),
-    ("derivative", "gelu", "rows", "aligned"),
-    ("adjoint", "identity", "columns", "aligned"),
-    ("adjoint", "identity", "columns", "ragged"),
-    ("adjoint", "identity", "rows", "aligned"),
-)
+KEYS = ("registers", "stack", "shared", "instruction")
 
 
-@dataclass(frozen=True)
-class Variant:
-    """One compilation of the cell; the fields after ``tiles`` as in KINDS."""
-
-    dtype: str
-    precision: str
-    tiles: cell.Tiles
-    ending: str
-    activation: str
-    weight: str
-    width: str
-    architecture: str
-
-    @property
-    def kernel(self) -> str:
-        """The name under which the resources are listed."""
-        t = self.tiles
-        ending = self.ending if self.ending == "adjoint" else f"{self.ending} of {self.activation}"
-        dtype = self.dtype if self.precision == "ieee" else f"{self.dtype} as {self.precision}"
-        return f"cell {ending}, W by {self.weight}, {self.width}, {dtype}, {t.samples}x{t.units}x{t.depth}"
+def architectures() -> tuple[str, ...]:
+    """Those that this Triton compiles for: 3.6 aborts on most kernels for sm_100."""
+    major, minor = (int(part) for part in triton.__version__.split(".")[:2])
+    return tuple(name for name in BUDGETS if name != "sm_100" or (major, minor) >= (3, 7))
 
 
-def variants(architectures: Iterable[str] = BUDGETS) -> list[Variant]:
-    """Everything that :func:`deq.kernels.cell.cell_tiles` can choose, in every kind."""
+def compilations(modules: Iterable[str] = MODULES) -> list[Compilation]:
+    """All variants of the Triton kernels in these files."""
+    return [variant for module in modules for variant in import_module(f"deq.kernels.{module}").compilations()]
+
+
+def everything(modules: Iterable[str] = MODULES) -> list[tuple[Compilation, str]]:
+    """Every variant for every architecture."""
+    return [(variant, name) for name in architectures() for variant in compilations(modules)]
+
+
+def guarded(modules: Iterable[str] = MODULES) -> list[tuple[Compilation, str]]:
+    """What the file holds: for every architecture one variant of each group, drawn by the names of both."""
+    groups: dict[str, list[Compilation]] = {}
+    for variant in compilations(modules):
+        groups.setdefault(variant.group, []).append(variant)
     return [
-        Variant(dtype, precision, tiles, *kind, architecture)
-        for architecture in architectures
-        for dtype in cell.DTYPES
-        for precision in (cell.PRECISIONS if dtype == "float32" else cell.PRECISIONS[:1])
-        for tiles in cell.TILES[dtype if precision == "ieee" else "tf32"]
-        for kind in KINDS
-        if kind[-1] == "aligned" or tiles.samples <= cell.RAGGED_SAMPLES
+        (group[_draw(f"{name} {architecture}", len(group))], architecture)
+        for architecture in architectures()
+        for name, group in groups.items()
     ]
 
 
-def measure(chosen: list[Variant]) -> Iterator[dict]:
-    """Compile the variants and yield one record each, in order: kernel, architecture, registers and stack bytes per
-    thread, shared bytes per block, instruction; or kernel, architecture and error where the compiler refused."""
-    workers = min(os.cpu_count() or 1, len(chosen), 8)
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        size = max(1, min(32, -(-len(chosen) // max(1, workers))))
-        parts = [chosen[start : start + size] for start in range(0, len(chosen), size)]
-        for records in pool.map(_measure_apart, parts):
-            yield from records
+def sample(modules: Iterable[str] = MODULES) -> list[tuple[Compilation, str]]:
+    """What a test has time for: of what the file holds and a plan can choose, all for sm_90, and for the others one in
+    four."""
+    return [
+        (variant, architecture)
+        for variant, architecture in guarded(modules)
+        if variant.chosen and (architecture == "sm_90" or _draw(f"{variant.group} in {architecture}", 4) == 0)
+    ]
 
 
-def _measure_apart(chosen: list[Variant]) -> list[dict]:
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    records: list[dict] = []
-    while len(records) < len(chosen):
-        left = chosen[len(records) :]
-        done = subprocess.run(
-            [sys.executable, "-c", "from deq.bench.resources import _work; _work()"],
-            input=json.dumps([asdict(variant) for variant in left]),
-            capture_output=True,
-            text=True,
-            env=environment,
-            cwd=Path(deq.__file__).parents[1],
-        )
-        records += [json.loads(line) for line in done.stdout.splitlines()]
-        if done.returncode != 0:  # one that the compiler aborts on is recorded, and the rest gets a new process
-            failed = chosen[len(records)]
-            reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
-            records.append({"kernel": failed.kernel, "architecture": failed.architecture, "error": reason})
-    return records
+def _draw(name: str, count: int) -> int:
+    """A number below ``count`` that stays the same when other names come and go."""
+    return crc32(name.encode()) % count
 
 
-def _work() -> None:
-    for entry in json.load(sys.stdin):
-        variant = Variant(**{**entry, "tiles": cell.Tiles(**entry["tiles"])})
-        record = {"kernel": variant.kernel, "architecture": variant.architecture, **_compile(variant)}
-        print(json.dumps(record), flush=True)
+def of_library(library: Path) -> list[dict]:
+    """Records of the CUDA kernels in a compiled library, none if it has none. Shared bytes are the static ones."""
+    usage, instructions = read_usage(library), read_instructions(library)
+    names = _demangled([name for name, _ in usage])
+    return [
+        {"kernel": f"cuda, {names[name]}", "architecture": architecture, **values}
+        | {"instruction": instructions.get((name, architecture), "fma")}
+        for (name, architecture), values in usage.items()
+    ]
 
 
-def _compile(variant: Variant) -> dict:
-    tiles = variant.tiles
-    epilogue = {"value": cell.VALUE, "derivative": cell.DERIVATIVE, "adjoint": cell.ADJOINT}[variant.ending].value
-    constants = {
-        "EPILOGUE": epilogue,
-        "ACTIVATION": ACTIVATIONS[variant.activation].number,
-        "PRECISION": variant.precision,
-        "BLOCK_B": tiles.samples,
-        "BLOCK_N": tiles.units,
-        "BLOCK_K": tiles.depth,
-    }
-    if variant.ending != "adjoint":
-        constants["d_ptr"] = None
-    constants["stride_wk" if variant.weight == "rows" else "stride_wn"] = 1  # compiled in, as at run time
-    names = cell.cell_kernel.arg_names
-    sums = "*fp64" if variant.dtype == "float64" else "*fp32"
-    signature, attributes = {}, {}
-    for place, name in enumerate(names):
-        if name in constants:
-            signature[name] = "constexpr"
-            continue
-        if name.endswith("2_ptr"):
-            signature[name] = sums
-        else:
-            signature[name] = f"*{TYPES[variant.dtype]}" if name.endswith("_ptr") else "i32"
-        if name.endswith("_ptr") or (variant.width == "aligned" and name != "B"):
-            attributes[(place,)] = [["tt.divisibility", 16]]
-    kernel = triton.compile(
-        ASTSource(cell.cell_kernel, signature=signature, constexprs=constants, attrs=attributes),
-        target=GPUTarget("cuda", int(variant.architecture.removeprefix("sm_")), 32),
-        options={"num_warps": tiles.warps, "num_stages": tiles.stages, "enable_fp_fusion": True},
-    )
-    usage = _usage(kernel.asm["cubin"])
-    return {
-        "registers": usage["REG"],
-        "stack": usage["STACK"],
-        "shared": kernel.metadata.shared,
-        "instruction": _instruction(kernel.asm["ptx"]),
-    }
-
-
-def _usage(cubin: bytes) -> dict[str, int]:
-    tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        text = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    return {key: int(value) for key, value in re.findall(r"\b(REG|STACK):(\d+)", text)}
-
-
-def _instruction(ptx: str) -> str:
-    """The instruction that multiplies: that of the tensor cores if there is one."""
-    found = re.findall(r"\b(wgmma\.mma_async\.[\w.]+|mma\.sync\.[\w.]+|tcgen05\.mma\.[\w.:]+)", ptx)
-    return " + ".join(sorted(set(found))) or "fma"
+def _demangled(names: Sequence[str]) -> dict[str, str]:
+    """``tile<256>`` for ``_Z4tileILi256EEvPf``; c++filt comes with the compiler that built the library."""
+    names = list(dict.fromkeys(names))
+    done = subprocess.run(["c++filt", "-p"], input="\n".join(names), capture_output=True, text=True, check=True)
+    return {name: line.removeprefix("void ") for name, line in zip(names, done.stdout.splitlines(), strict=True)}
 
 
 def read_golden() -> dict:
-    """The committed resources: ``{"triton": version, "resources": [record, ...]}``."""
+    """The committed resources: ``{"triton": version, "nvcc": version, "resources": [record, ...]}``."""
     return json.loads(GOLDEN.read_text())
 
 
-def write_golden(records: list[dict]) -> None:
-    """Replace the committed resources, one record a line so that a change reads as one."""
-    lines = ",\n".join(f"    {json.dumps(record)}" for record in records)
-    GOLDEN.write_text(f'{{\n  "triton": "{triton.__version__}",\n  "resources": [\n{lines}\n  ]\n}}\n')
+def write_golden(records: Sequence[dict], golden: dict | None = None) -> None:
+    """Replace the committed resources of the kernels that the records are of, one record a line so that a change reads
+    as one; those of other kernels stay as in ``golden``."""
+    kernels = {_kernel(record) for record in records}
+    kept = [record for record in golden["resources"] if _kernel(record) not in kernels] if golden else []
+    ordered = sorted([*kept, *records], key=lambda record: (record["kernel"], record["architecture"]))
+    lines = ",\n".join(f"    {json.dumps(record)}" for record in ordered)
+    versions = f'  "triton": {json.dumps(triton.__version__)},\n  "nvcc": {json.dumps(nvcc_version())},\n'
+    GOLDEN.write_text(f'{{\n{versions}  "resources": [\n{lines}\n  ]\n}}\n')
 
 
-def faults(records: list[dict], golden: dict) -> list[str]:
-    """What is wrong with the records, one sentence each. Every Triton: does not compile, over a budget, wgmma lost. The
-    Triton that ``golden`` was made with: more of anything than there, or another instruction."""
+def _kernel(record: dict) -> str:
+    return record["kernel"].split(",")[0]
+
+
+def nvcc_version() -> str | None:
+    """Of the compiler that built the CUDA kernels of the loaded library; None without such."""
+    return _library.build.get("nvcc") or None
+
+
+def faults(records: Iterable[dict], golden: dict) -> list[str]:
+    """What is wrong with the records, one sentence each. Any compiler: does not compile, over a budget, wgmma lost. The
+    compiler that ``golden`` was made with: more of anything than there, or another instruction."""
     known = {(entry["kernel"], entry["architecture"]): entry for entry in golden["resources"]}
-    same = golden["triton"] == triton.__version__
     wrong = []
     for record in records:
         name = f"{record['kernel']}, {record['architecture']}"
@@ -209,49 +133,82 @@ def faults(records: list[dict], golden: dict) -> list[str]:
         if before is None:
             wrong.append(f"{name}: not in {GOLDEN.name}")
             continue
-        for key, limit in BUDGETS[record["architecture"]].items():
-            if record[key] > limit:
-                wrong.append(f"{name}: {key} {record[key]}, allowed {limit}")
-            elif same and record[key] > before[key]:
-                wrong.append(f"{name}: {key} {record[key]}, was {before[key]}")
+        same = golden["nvcc"] == nvcc_version() if _kernel(record) == "cuda" else golden["triton"] == triton.__version__
+        over = over_budget(record)
+        wrong += over
+        if same:
+            wrong += [
+                f"{name}: {key} {record[key]}, was {before[key]}"
+                for key in KEYS[:3]
+                if record[key] > before[key] and not any(f": {key} " in sentence for sentence in over)
+            ]
         unit, expected = (entry["instruction"].split(".")[0] for entry in (record, before))
-        if unit != expected and (same or expected == "wgmma"):
+        if unit != expected and (same or expected in ("wgmma", "HGMMA")):
             wrong.append(f"{name}: multiplies by {unit}, was {expected}")
     return wrong
 
 
+def over_budget(record: dict) -> list[str]:
+    """What a record has more of than its architecture allows, one sentence each."""
+    name, limits = f"{record['kernel']}, {record['architecture']}", BUDGETS[record["architecture"].rstrip("af")]
+    return [f"{name}: {key} {record[key]}, allowed {most}" for key, most in limits.items() if record[key] > most]
+
+
 @click.command()
-@click.option("--write", is_flag=True, help=f"Replace tests/{GOLDEN.name}.")
-def main(write: bool) -> None:
-    """Compile every variant of every kernel; compare registers, stack, shared memory and instruction."""
+@click.option("--write", is_flag=True, help=f"Replace these kernels in tests/{GOLDEN.name}.")
+@click.option(
+    "--kernel", "modules", type=click.Choice([*MODULES, "cuda"]), multiple=True, help="Only these; repeatable."
+)
+@click.option("--all", "whole", is_flag=True, help="Every variant, within the budgets; a quarter of an hour.")
+def main(write: bool, modules: tuple[str, ...], whole: bool) -> None:
+    """Compile the GPU kernels; compare registers, stack, shared memory and instruction with what is committed."""
     from rich.console import Console
     from rich.progress import track
-    from rich.table import Table
 
     if not write and not GOLDEN.exists():
         raise click.ClickException(f"{GOLDEN} is not there to compare with: this command needs a checkout.")
     console = Console()
-    chosen = variants()
-    records = list(track(measure(chosen), "compiling", total=len(chosen), console=console, transient=True))
-    table = Table(title=f"Largest over endings, Triton {triton.__version__}")
-    for column in ("tiles", "architecture", "registers", "stack", "shared", "instruction"):
-        table.add_column(column, justify="right" if column in BUDGETS["sm_80"] else "left", no_wrap=True)
-    groups: dict[tuple[str, str], list[dict]] = {}
-    for record in records:
-        if "error" not in record:
-            groups.setdefault((record["kernel"].split("ed, ")[1], record["architecture"]), []).append(record)
-    for (tiles, architecture), group in groups.items():
-        largest = [str(max(record[key] for record in group)) for key in BUDGETS[architecture]]
-        instructions = sorted({record["instruction"].split(".")[0] for record in group})
-        table.add_row(tiles, architecture, *largest, ", ".join(instructions))
-    console.print(table)
+    wanted = modules or (*MODULES, "cuda")
+    jobs = (everything if whole else guarded)([module for module in wanted if module != "cuda"])
+    records = list(track(compile_all(jobs), "compiling", total=len(jobs), console=console, transient=True))
+    if "cuda" in wanted and _library.path is not None:
+        records += of_library(_library.path)
+    console.print(_table(records))
     if write:
-        write_golden([record for record in records if "error" not in record])
-    wrong = faults(records, read_golden())
+        golden = read_golden() if GOLDEN.exists() else None
+        held = {(variant.name, architecture) for variant, architecture in guarded()}
+        kept = [r for r in records if (r["kernel"], r["architecture"]) in held or _kernel(r) == "cuda"]
+        write_golden([record for record in kept if "error" not in record], golden)
+    committed = read_golden()
+    listed = {(entry["kernel"], entry["architecture"]) for entry in committed["resources"]}
+    wrong = []
+    for record in records:
+        if whole and (record["kernel"], record["architecture"]) not in listed and "error" not in record:
+            wrong += over_budget(record)
+        else:
+            wrong += faults([record], committed)
     for sentence in wrong:
         console.print(sentence, markup=False)
     if wrong:
         raise SystemExit(1)
+
+
+def _table(records: Iterable[dict]):
+    """The largest of each kernel and architecture."""
+    from rich.table import Table
+
+    table = Table(title=f"Largest of all variants, Triton {triton.__version__}", box=None, pad_edge=False)
+    for column in ("kernel", "architecture", "variants", *KEYS):
+        table.add_column(column, justify="left" if column in ("kernel", "architecture", "instruction") else "right")
+    groups: dict[tuple[str, str], list[dict]] = {}
+    for record in records:
+        if "error" not in record:
+            groups.setdefault((_kernel(record), record["architecture"]), []).append(record)
+    for (kernel, architecture), group in groups.items():
+        largest = [str(max(record[key] for record in group)) for key in KEYS[:3]]
+        instructions = sorted({record["instruction"].split(".")[0] for record in group})
+        table.add_row(kernel, architecture, str(len(group)), *largest, ", ".join(instructions))
+    return table
 
 
 if __name__ == "__main__":

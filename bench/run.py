@@ -34,9 +34,9 @@ class Selection:
 
         return [case for case in cases if wanted(case)]
 
-    def added(self) -> list[Case]:
+    def added(self, cases: Sequence[Case] = CPU_CASES + AUTO_CASES) -> list[Case]:
         """A case for every shape that was asked for and has none, of every family asked for or the Gaussian one."""
-        known = {(case.m, case.B) for case in self.pick(CPU_CASES + AUTO_CASES)}
+        known = {(case.m, case.B) for case in self.pick(cases)}
         return [
             Case(m, B, name) for m, B in self.shapes if (m, B) not in known for name in self.families or ("gaussian",)
         ]

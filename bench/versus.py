@@ -25,7 +25,7 @@ from .baselines import (
     torchdeq_makers,
 )
 from .cases import TOL, Case, Problem
-from .goals import must
+from .goals import GOALS, Goal, must
 from .quality import Quality, Truth, fastest
 from .timing import Timing, interleave, thread_clock
 from .timing import threads as use_threads
@@ -57,7 +57,7 @@ def measure(case: Case, passes: Sequence[str], thread_counts: Sequence[int], sec
     for which in passes:
         with use_threads(min(thread_counts)):
             backward = which == "training"
-            ours = _solver("deq", partial(_deq, problem, backward), truth)
+            ours = solver("deq", partial(deq_at, problem, backward), truth)
             rivals = find_rivals(case, truth, backward)
             matches = {
                 name: match(ours, rival, truth) for name, rival in rivals.items() if rival.maker and rival.why is None
@@ -75,14 +75,16 @@ def measure(case: Case, passes: Sequence[str], thread_counts: Sequence[int], sec
                     turns |= {} if tol == TOL else {f"{name} {tol:g}": rivals[name].maker(tol)}
                 prepare = problem.changer() if backward else lambda: None
                 timings = interleave(turns, seconds, prepare=prepare, clock=thread_clock(count), min_turns=MIN_TURNS)
-            yield _rows(case, which, count, {"deq": ours} | rivals, timings, matches)
+            yield rows_of(case, which, count, {"deq": ours} | rivals, timings, matches)
 
 
-def _deq(problem: Problem, backward: bool, tol: float) -> Callable[[], Answer]:
+def deq_at(problem: Problem, backward: bool, tol: float) -> Callable[[], Answer]:
+    """What deq chooses by itself."""
     return make_engine(problem, backward, "auto", tol, on_failure="ignore")
 
 
-def _solver(label: str, maker: Maker, truth: Truth) -> Rival:
+def solver(label: str, maker: Maker, truth: Truth) -> Rival:
+    """A rival that is made for a tolerance, at ``TOL``."""
     run = maker(TOL)
     return _judged(label, run, maker, answer := run(), truth.judge(answer))
 
@@ -96,9 +98,9 @@ def _judged(label: str, run: Callable[[], Answer], maker: Maker | None, answer: 
 def find_rivals(case: Case, truth: Truth, backward: bool) -> dict[str, Rival]:
     """The baselines that serve any number of threads: loop, the fastest solver of torchdeq, and GEMM-only."""
     problem = truth.problem
-    rivals = {"loop": _solver("torch loop", lambda tol: partial(torch_loop, problem, backward, tol), truth)}
+    rivals = {"loop": solver("torch loop", lambda tol: partial(torch_loop, problem, backward, tol), truth)}
     if has_torchdeq():
-        rivals["torchdeq"] = _fastest(torchdeq_makers(problem, backward), truth)
+        rivals["torchdeq"] = fastest_solver(torchdeq_makers(problem, backward), truth)
     else:
         rivals["torchdeq"] = Rival("torchdeq", why="not installed")
     loop = rivals["loop"]
@@ -110,7 +112,8 @@ def find_rivals(case: Case, truth: Truth, backward: bool) -> dict[str, Rival]:
     return rivals
 
 
-def _fastest(makers: dict[str, Maker], truth: Truth) -> Rival:
+def fastest_solver(makers: dict[str, Maker], truth: Truth) -> Rival:
+    """The one of several by :func:`~deq.bench.quality.fastest`."""
     best = fastest(makers, truth)
     rival = _judged(best.label, best.run, makers[best.label], best.answer, best.quality)
     return replace(rival, attempts=best.attempts)
@@ -119,7 +122,7 @@ def _fastest(makers: dict[str, Maker], truth: Truth) -> Rival:
 def find_rivals_for_threads(case: Case, truth: Truth, backward: bool, threads: int) -> dict[str, Rival]:
     """The baselines that are made for a number of threads: the compiled loop, jaxopt and optimistix."""
     rivals = {}
-    if compiled := _compiled_loop(case, truth, backward):
+    if compiled := compiled_loop(case, truth, backward):
         rivals["compiled"] = compiled
     for package in jax_baselines.PACKAGES:
         if why := jax_baselines.why_not(package, threads):
@@ -127,18 +130,20 @@ def find_rivals_for_threads(case: Case, truth: Truth, backward: bool, threads: i
             continue
         size = float(torch.linalg.vector_norm(truth.z))
         try:
-            rivals[package] = _fastest(jax_baselines.makers(package, truth.problem, backward, size), truth)
+            rivals[package] = fastest_solver(jax_baselines.makers(package, truth.problem, backward, size), truth)
         except RuntimeError as error:  # what XLA raises when a solver gives up
             rivals[package] = Rival(package, why=f"fails: {str(error).splitlines()[0]}")
     return rivals
 
 
-def _compiled_loop(case: Case, truth: Truth, backward: bool) -> Rival | None:
+def compiled_loop(
+    case: Case, truth: Truth, backward: bool, shapes: Sequence[tuple[int, int]] = COMPILED
+) -> Rival | None:
     """Anew for every thread count, which is compiled in. Only for some cases: 2 to 7 seconds a graph."""
-    if case.family != "gaussian" or (case.m, case.B) not in COMPILED:
+    if case.family != "gaussian" or (case.m, case.B) not in shapes:
         return None
     label = "compiled ten-step loop"
-    if not has_compiler():
+    if truth.z.device.type == "cpu" and not has_compiler():
         return Rival(label, why="torch.compile finds no C++ compiler")
     try:
         run = partial(make_compiled_loop(), truth.problem, backward)
@@ -177,19 +182,21 @@ def first(holds: Callable[[int], bool], end: int) -> int | None:
     return high
 
 
-def _rows(
+def rows_of(
     case: Case,
     which: str,
     threads: int,
     competitors: dict[str, Rival],
     timings: dict[str, Timing],
     matches: dict[str, tuple[float, float]],
+    goals: Sequence[Goal] = GOALS,
 ) -> list[dict]:
+    """One row a competitor, deq's first; ``goals`` say what ratios must be."""
     rows = []
     for name, rival in competitors.items():
         timing, quality, answer = timings.get(name), rival.quality, rival.answer
         ratio = timing and _ratio(timing, timings["deq"], threads)
-        required = None if timing is None else must(case, name, which)
+        required = None if timing is None else must(case, name, which, goals)
         our_tol, tol = matches.get(name, (None, None))
         matched = None
         if our_tol is not None:

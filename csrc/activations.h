@@ -7,7 +7,9 @@
 
 #ifdef __CUDACC__
 #define DEQ_HD __host__ __device__ __forceinline__
+#define DEQ_UNROLL _Pragma("unroll")
 #else
+#define DEQ_UNROLL
 #define DEQ_HD inline __attribute__((always_inline))
 #endif
 

@@ -57,7 +57,7 @@ DEQ_API int32_t deq_cpu_solve(const struct DeqProblem* problem);
 // What a solve multiplied, counted by the engine itself. A row is one sample's vector times its W.
 struct DeqWork {
   int64_t native_rows;      // in float32 or float64
-  int64_t native_products;  // multiplications made for them: m x m a row, less where products with zeros are skipped
+  int64_t native_products;  // multiplications made for them: m x m a row; less where zeros are skipped, more where lanes are idle
   int64_t native_sweeps;    // passes over a packed W for them: once for all rows of a tile
   int64_t increment_rows;   // in the precision of the increments
   int64_t correction_rows;  // with what rounding W for the increments has left out, in the same precision
@@ -69,13 +69,25 @@ DEQ_API void deq_cpu_last_work(struct DeqWork* work);
 // out (S, B, m) = act'(W start + injection); uses weights, batch, width, type, activation, W, injection, start, out, threads.
 DEQ_API int32_t deq_cpu_derivative(const struct DeqProblem* problem);
 
+// Sums over a batch of outer products: out[s][i][j] = sum over b of left[s][b][i] right[s][b][j].
+struct DeqOuter {
+  int64_t weights, batch, width;  // S, B, m
+  int32_t type;                   // DEQ_FLOAT32 or DEQ_FLOAT64, of all three
+  struct DeqView left, right;     // (S, B, m), rows contiguous
+  void* out;                      // (S, m, m), contiguous
+  int32_t threads;
+};
+
+DEQ_API int32_t deq_cpu_outer(const struct DeqOuter* problem);
+
 // 128-bit fingerprint of the bits and the order of the elements of `view` (size (S, rows, columns)), whose rows or columns are
 // contiguous; the same matrix stored the other way round has another. Reads with `threads` threads.
 DEQ_API int32_t deq_cpu_fingerprint(const struct DeqView* view, const int64_t size[3], int32_t type, int32_t threads,
                                     uint64_t fingerprint[2]);
 
 // A range of what the engine did inside a solve: pack (0, payload m, or bytes of the planes of increments), step (1, rows),
-// anchor (2, rows), Anderson (3, pairs); the system's number of the thread, and nanoseconds of CLOCK_MONOTONIC.
+// anchor (2, rows), Anderson (3, pairs, or samples where several are taken together); the system's number of the thread, and
+// nanoseconds of CLOCK_MONOTONIC.
 struct DeqSpan {
   int32_t kind, thread;
   int64_t payload, start, end;

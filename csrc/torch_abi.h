@@ -26,8 +26,12 @@ using BoxedKernel = void (*)(StableIValue* stack, uint64_t arguments, uint64_t r
   F(aoti_torch_get_sizes, (AtenTensorHandle, int64_t**))                                                  \
   F(aoti_torch_get_strides, (AtenTensorHandle, int64_t**))                                                \
   F(aoti_torch_get_dtype, (AtenTensorHandle, int32_t*))                                                   \
+  F(aoti_torch_get_device_index, (AtenTensorHandle, int32_t*))                                            \
   F(aoti_torch_delete_tensor_object, (AtenTensorHandle))                                                  \
   F(torch_get_num_threads, (uint32_t*))
+
+// The same of torch's CUDA half; looked up when the first CUDA operator runs.
+#define DEQ_TORCH_CUDA_FUNCTIONS(F) F(aoti_torch_get_current_cuda_stream, (int32_t, void**))
 
 // dtypes; torch gives the number of each by calling int32_t aoti_torch_dtype_<name>().
 #define DEQ_TORCH_DTYPES(F) F(float32) F(float64) F(bfloat16) F(float16) F(int32) F(int64) F(uint8)

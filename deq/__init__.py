@@ -9,9 +9,21 @@ if not any((Path(folder) / "kernels").is_dir() for folder in __path__):
     __path__.append(str(Path(__file__).resolve().parents[1]))
 
 from . import nn, weights
+from .fixed_point import fixed_point
 from .info import info
 from .profiling import profile
 from .solution import ConvergenceError, ConvergenceWarning, Solution, Status
 from .solve import solve
 
-__all__ = ["ConvergenceError", "ConvergenceWarning", "Solution", "Status", "info", "nn", "profile", "solve", "weights"]
+__all__ = [
+    "ConvergenceError",
+    "ConvergenceWarning",
+    "Solution",
+    "Status",
+    "fixed_point",
+    "info",
+    "nn",
+    "profile",
+    "solve",
+    "weights",
+]

@@ -17,12 +17,29 @@ OPERATORS = (
     "solve_",
     "masked_linear_",
     "derivative_",
+    "outer_",
     "fingerprint",
     "pack_triangle_",
     "substitute_",
     "reduced_",
     "reduced_iterate_",
 )
+
+CUDA_OPERATORS = ("cuda_solve_", "cuda_masked_linear_")
+
+
+class CudaPlan(ctypes.Structure):
+    """DeqCudaPlan of csrc/cuda_kernels.h: how a problem runs on a device."""
+
+    _fields_ = (
+        ("regime", ctypes.c_int32),
+        ("kernel", ctypes.c_int32),
+        ("blocks", ctypes.c_int32),
+        ("threads", ctypes.c_int32),
+        ("shared", ctypes.c_int64),
+        ("scratch", ctypes.c_int64),
+    )
+
 
 # Exported function: result type, argument types.
 _SIGNATURES = {
@@ -43,6 +60,12 @@ _SIGNATURES = {
     "deq_cpu_kernel_gflops": (ctypes.c_double, ctypes.c_int32, ctypes.c_int64, ctypes.c_int64, ctypes.c_double),
 }
 
+_CUDA_SIGNATURES = {  # of a library that was built with CUDA
+    "deq_register_cuda": (ctypes.c_char_p,),
+    "deq_cuda_why": (ctypes.c_char_p,),
+    "deq_cuda_plan": (ctypes.c_int32, *(ctypes.c_int64,) * 3, *(ctypes.c_int32,) * 2, ctypes.POINTER(CudaPlan)),
+}
+
 
 def _find(name: str) -> Path | None:
     # Along the package's path and not beside this file: an editable install keeps built files in site-packages.
@@ -53,7 +76,8 @@ def _load(path: Path) -> ctypes.CDLL:
     """The library at ``path``, its operators registered. Raises ImportError saying why it cannot be used."""
     try:
         library = ctypes.CDLL(str(path))
-        for name, (result, *arguments) in _SIGNATURES.items():
+        signatures = _SIGNATURES | (_CUDA_SIGNATURES if hasattr(library, "deq_register_cuda") else {})
+        for name, (result, *arguments) in signatures.items():
             function = getattr(library, name)
             function.restype, function.argtypes = result, arguments
     except (OSError, AttributeError) as error:
@@ -61,9 +85,12 @@ def _load(path: Path) -> ctypes.CDLL:
     version = library.deq_version().decode()
     if version != deq.__version__:
         raise ImportError(f"{path} belongs to deq {version}, this is deq {deq.__version__}: install it again")
-    if problem := library.deq_register():
+    has_cuda = "deq_register_cuda" in signatures
+    if problem := library.deq_register() or (has_cuda and library.deq_register_cuda()):
         raise ImportError(f"{path} cannot be used with torch {torch.__version__}: {problem.decode()}")
-    for name in OPERATORS:  # they write into tensors that the caller allocated: nothing to do for a fake tensor
+    for name in OPERATORS + (
+        CUDA_OPERATORS if has_cuda else ()
+    ):  # they write into tensors that the caller allocated: nothing to do for a fake tensor
         torch.library.register_fake(f"deq::{name}", lambda *arguments: None)
     library.deq_trace_attach()
     return library
@@ -77,11 +104,13 @@ def _read_build() -> dict:
 build = _read_build()
 path = _find("libdeq.so")
 compiled, reason = None, ""
+has_cuda = False  # whether ``compiled`` has the CUDA kernels; ``build`` says why not
 if path is None:
     reason = build.get("why_not", "") or "this is a bare checkout: nothing has been built (pip install -e . builds it)"
 else:
     try:
         compiled = _load(path)
+        has_cuda = hasattr(compiled, "deq_register_cuda")
     except ImportError as error:
         reason = str(error)
         warnings.warn(f"deq runs without its compiled library. {reason}", RuntimeWarning, stacklevel=2)

@@ -34,49 +34,72 @@ def _list_experiments(ctx: click.Context, _: click.Parameter, wanted: bool) -> N
     for experiment in REGISTRY.values():
         click.secho(f"{experiment.name:<10}{experiment.title}", bold=True)
         text = f"{experiment.claim} Width: {experiment.width_means} (default {experiment.width[0]})."
+        if experiment.depth:
+            text += f" Depth: {experiment.depth_means} (default {experiment.depth[0]})."
+        if experiment.input_means:
+            text += f" Input: {experiment.input_means}."
         click.echo(click.wrap_text(text, 78, "          ", "          "))
     ctx.exit()
 
 
 @main.command()
-@click.argument("experiment", required=False, metavar="EXPERIMENT|all")
+@click.argument("experiment", required=False, metavar="EXPERIMENT|all|RESULT.json")
 @click.option("--list", is_flag=True, is_eager=True, expose_value=False, callback=_list_experiments, help="List them.")
 @click.option("--width", type=click.IntRange(min=1), help="Neurons of the DEQ; --list says what it means for each.")
+@click.option(
+    "--depth", type=click.IntRange(min=2), help="Weight matrices of the feed-forward nets, where --list has it."
+)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of all random numbers.")
 @click.option("--seeds", type=click.IntRange(min=1), help="Networks trained per model.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
+@click.option("--input", type=click.Path(exists=True, dir_okay=False), help="A file to read, where --list has it.")
 @click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
     default=Path("results"),
     show_default=True,
-    help="Folder for the JSON result, figure and table.",
+    help="Folder for the JSON results, figures, tables and, for all, the ledger of claims.",
 )
 @click.option("--quick", is_flag=True, help="Seconds instead of minutes: checks every theorem, trains briefly.")
+@click.option("--full", is_flag=True, help="Large widths and many seeds, meant for a GPU.")
 @click.pass_context
 def run(
     ctx: click.Context,
     experiment: str | None,
     width: int | None,
+    depth: int | None,
     seed: int,
     seeds: int | None,
     device: str,
+    input: str | None,
     out: Path,
     quick: bool,
+    full: bool,
 ) -> None:
-    """Run an experiment of the paper, or all of them.
+    """Run an experiment of the paper, or all of them, or one again exactly as its JSON result says.
 
-    Writes EXPERIMENT.json, .png and .md into --out. Exit code 0: every proved claim held; 1: one did not; 2: bad
-    options; 130: interrupted, and the same command goes on where it stopped.
+    Writes EXPERIMENT.json, .png and .md into --out; "all" also the ledger of claims, index.html and README.md.
+
+    Exit code 0: every proved claim held; 1: one did not; 2: bad options; 130: interrupted, and the same command goes on
+    where it stopped.
     """
     from rich.console import Console
 
-    from .experiments import REGISTRY, SettingsError, execute, parts_path
+    from .experiments import REGISTRY, SettingsError, execute, forget_parts, parts_path, write_ledger
 
-    names = _names(experiment, list(REGISTRY))
-    options = {"width": width, "seed": seed, "seeds": seeds, "device": _device(device), "quick": quick}
+    if quick and full:
+        raise click.UsageError("--quick and --full exclude each other.")
+    options = {"width": width, "depth": depth, "seed": seed, "seeds": seeds, "device": _device(device)}
+    options["input"] = input
+    options["level"] = "quick" if quick else "full" if full else "default"
+    recorded = None
     try:
-        settings = {name: REGISTRY[name].settings(**options) for name in names}
+        if experiment is not None and experiment.endswith(".json"):
+            recorded = _recorded(ctx, experiment)
+            settings = {recorded["experiment"]: REGISTRY[recorded["experiment"]].settings(**recorded["settings"])}
+        else:
+            names = _names(experiment, list(REGISTRY))
+            settings = {name: REGISTRY[name].settings(**_that_fit(REGISTRY[name], names, options)) for name in names}
     except SettingsError as error:
         raise click.UsageError(f"{error}.") from error
     try:
@@ -98,9 +121,53 @@ def run(
             click.echo(f"Interrupted {name}: {where}.", err=True)
             ctx.exit(130)
         violated += [f"{name}: this proved claim does not hold: {claim.sentence()}." for claim in result.violated]
+        if recorded is not None:
+            click.echo(_compare(recorded, out / f"{name}.json"))
+    forget_parts(out, settings)
+    if experiment == "all":
+        click.echo(f"Wrote the ledger of claims: {', '.join(map(str, write_ledger(out, REGISTRY)))}.")
     for sentence in violated:
         click.echo(sentence, err=True)
     ctx.exit(1 if violated else 0)
+
+
+def _that_fit(experiment, names: list[str], options: dict) -> dict:
+    """Of several experiments, those without depth or input leave it out; one alone says that it has none."""
+    if len(names) == 1:
+        return options
+    unused = [name for name, used in (("depth", experiment.depth), ("input", experiment.input_means)) if not used]
+    return options | dict.fromkeys(unused)
+
+
+def _recorded(ctx: click.Context, path: str) -> dict:
+    """The record of an earlier run, whose settings admit no others."""
+    from .experiments import REGISTRY
+
+    given = [p for p in ctx.params if p != "out" and ctx.get_parameter_source(p).name == "COMMANDLINE"]
+    if given != ["experiment"]:
+        extra = ", ".join(f"--{p}" for p in given if p != "experiment")
+        raise click.UsageError(f"{path} says how to run; leave out {extra}.")
+    try:
+        record = json.loads(Path(path).read_text())
+        known = record["experiment"] in REGISTRY and isinstance(record["settings"], dict)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise click.BadParameter(f"{path} is no result of deq run: {error}.", param_hint="EXPERIMENT") from error
+    if not known:
+        raise click.BadParameter(f"{path} is of no experiment that is known here.", param_hint="EXPERIMENT")
+    return record
+
+
+def _compare(recorded: dict, path: Path) -> str:
+    again = json.loads(path.read_text())
+    if again["values"] == recorded["values"]:
+        return "Every value is the recorded one."
+    differ = [
+        f"{new['statement']}: {old['measured']!r} was recorded, {new['measured']!r} measured"
+        for old, new in zip(recorded["claims"], again["claims"], strict=False)
+        if old["measured"] != new["measured"]
+    ]
+    versions = ", ".join(f"{k} {v}" for k, v in recorded["provenance"]["versions"].items())
+    return "\n  ".join((f"Values differ from the recorded ones (made with {versions}).", *differ))
 
 
 @main.command()

@@ -99,7 +99,8 @@ class _Equilibrium(torch.autograd.Function):
             u = _apply(_MaskedLinear, W.mT, _derivative(W, z, c, ctx.problem), g, ctx.problem)
         else:
             u = _adjoint(W, z, c, g, ctx.problem)
-        return _outer(u, z) if ctx.needs_input_grad[0] else None, u, None, None
+        dW = _outer(u, z, ctx.problem.plan.backend) if ctx.needs_input_grad[0] else None
+        return dW, u, None, None
 
     @staticmethod
     def jvp(ctx, dW, dc, *_):
@@ -127,7 +128,7 @@ class _MaskedLinear(torch.autograd.Function):
     def backward(ctx, h):
         A, d, g, u = ctx.saved_tensors
         q = _apply(_MaskedLinear, A.mT, d, h, ctx.problem)
-        dA = _outer(q, u) if ctx.needs_input_grad[0] else None
+        dA = _outer(q, u, ctx.problem.plan.backend) if ctx.needs_input_grad[0] else None
         dd = (h + q @ A) * (u @ A.mT + g) if ctx.needs_input_grad[1] else None
         return dA, dd, q, None
 
@@ -198,15 +199,16 @@ def _solve_masked(A: Tensor, g: Tensor, d: Tensor, value_of: str | None, problem
     solve = partial(ladder.masked_linear, **memory)
     arguments = A, g, d, value_of, problem.activation, problem.plan
     u, stats, report = ranges.call("adjoint", solve, *arguments) if ranges.listening else solve(*arguments)
-    if report is not None and report[0]:
+    if isinstance(report, list) and report[0]:
         report_failures(
             Solution(u, stats, problem.plan), problem.on_failure, problem.plan.tol, "the gradient of deq.solve"
         )
     return u
 
 
-def _outer(u: Tensor, z: Tensor) -> Tensor:
+def _outer(u: Tensor, z: Tensor, backend: str) -> Tensor:
     """The sum over samples of ``u z^T``, in the shape of W."""
-    if ranges.listening:
-        return ranges.call("dW", torch.matmul, u.mT, z)
-    return torch.matmul(u.mT, z)  # not @, which finds its way in 4 us more where caches are cold
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return torch.matmul(u.mT, z)  # not @, which finds its way in 4 us more where caches are cold
+    outer = get_backend(backend).outer
+    return ranges.call("dW", outer, u, z) if ranges.listening else outer(u, z)

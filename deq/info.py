@@ -7,7 +7,7 @@ from importlib import metadata
 
 import torch
 
-from . import __version__, _library
+from . import __version__, _library, _triton
 from .plan import BACKENDS, INCREMENTS
 
 WIDTH = 80
@@ -132,7 +132,9 @@ def _backends() -> dict[str, str]:
     backends = {}
     for name in ("cpu", "triton", "cuda", "reference"):
         if name not in BACKENDS:
-            backends[name] = "this version solves GPU tensors by the reference backend"
+            backends[name] = "this version solves GPU tensors by Triton's kernels"
+        elif name == "triton":
+            backends[name] = _triton.why_not("cuda" if torch.cuda.is_available() else "cpu")
         elif name == "cpu" and _library.compiled is None:
             backends[name] = "it is the compiled library"
         else:

@@ -2,6 +2,7 @@
 
 import enum
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -43,11 +44,14 @@ class Solution:
     status: (...) uint8, values of :class:`Status`.
     plan: what was run and why.
     stats: the buffer (:mod:`deq.stats`) that iterations, residual and status are views of, made when they are read.
+    when_read: called once with the solution when the status is first read; a solve on a GPU, which waits for nothing,
+        warns or raises there.
     """
 
     z: Tensor
     stats: Tensor
     plan: object = None
+    when_read: Callable[["Solution"], None] | None = None
 
     @property
     def iterations(self) -> Tensor:
@@ -59,6 +63,9 @@ class Solution:
 
     @property
     def status(self) -> Tensor:
+        if self.when_read is not None:
+            when_read, self.when_read = self.when_read, None
+            when_read(self)
         return layout.status(self.z, self.stats)
 
     @property
@@ -68,7 +75,7 @@ class Solution:
 
     def detach(self) -> "Solution":
         """The same solution without its autograd graph."""
-        return Solution(self.z.detach(), self.stats, self.plan)
+        return Solution(self.z.detach(), self.stats, self.plan, self.when_read)
 
     def __repr__(self) -> str:
         done = int(self.converged.sum())

@@ -3,13 +3,14 @@
 import difflib
 import math
 import numbers
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
 
-from . import _library, direct
+from . import _library, _triton, direct
 from .activations import get_activation
+from .backends import Deferred
 from .implicit import Problem, equilibrium
 from .indicators import fitted
 from .plan import DEFAULT_TOL, make_plan
@@ -57,7 +58,8 @@ def solve(
         backward: "implicit" is exact; "one_step" (JFB) differentiates one evaluation at the equilibrium, "phantom" five
             damped ones, "unrolled" the whole plain iteration.
         on_failure: "warn", "raise" (:class:`deq.ConvergenceError`) or "ignore" when samples do not converge.
-        backend: "auto", "cpu" or "reference".
+        backend: "auto"; "cpu", the compiled engine; "triton", kernels for NVIDIA GPUs, or for CPU tensors in Triton's
+            interpreter; "reference", plain PyTorch.
 
     Returns:
         Solution with ``z`` (..., m) and the iterations, residual and status (...) of every sample.
@@ -96,10 +98,19 @@ def solve(
         problem = problem._replace(plan=fitted(problem.plan, W, c))
     z, stats, report = equilibrium(W, c, z0, problem, backward)
     solution = Solution(z if canonical else z.reshape(shape), stats, problem.plan)
-    if report is not None and any(report):
+    if isinstance(report, Deferred):
+        solution.when_read = partial(_report_deferred, report, on_failure)
+    elif report is not None and any(report):
         _refuse_non_finite(report[1:], W, shape[:-1])
         report_failures(solution, on_failure, problem.plan.tol, "deq.solve")
     return solution
+
+
+def _report_deferred(deferred: Deferred, on_failure: str, solution: Solution) -> None:
+    """What the front door says of a solve that was still on the GPU when it returned."""
+    _, *bad = deferred.read()
+    _refuse_non_finite(bad, deferred.weight(), solution.z.shape[:-1])
+    report_failures(solution, on_failure, solution.plan.tol, "deq.solve")
 
 
 @lru_cache(maxsize=256)  # a training run asks the same thing at every step
@@ -133,6 +144,7 @@ def _make_problem(
         tol=tol,
         max_iter=max_iter,
         compiled=compiled,
+        why_no_triton=_triton.why_not(device) if backend == "triton" or device != "cpu" else "",
     )
     return Problem(activation, plan, on_failure)
 

@@ -10,97 +10,22 @@ The first two also write what a solver judges a sample by, ``||out - z||^2`` and
 in a slot of its own, which the caller adds in a fixed order. No atomics, so the same input gives the same bits.
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from deq.activations import get_activation
+from deq.activations import ACTIVATIONS, get_activation
 
 from .activations import derivative as activation_derivative
 from .activations import value as activation_value
+from .compilation import Compilation
+from .tiles import ALIGNMENT, DTYPES, PRECISIONS, RAGGED_SAMPLES, TILES, Tiles, cell_tiles
 
-DTYPES = ("float32", "float64", "bfloat16", "float16")
-PRECISIONS = ("ieee", "tf32x3", "tf32")  # of float32
 VALUE, ADJOINT, DERIVATIVE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 BAND = tl.constexpr(8)
 # Whether a kernel is compiled or interpreted is settled when it is defined.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """A program computes ``samples`` x ``units`` of the output, ``depth`` of the inner dimension at a time, with so
-    many warps and so many steps of ``depth`` in flight."""
-
-    samples: int
-    units: int
-    depth: int
-    warps: int
-    stages: int
-
-
-# Largest first; chosen by what they compile to, not yet timed. The variants that bench/resources.py lists spill nothing
-# and fit into the 99 kB of shared memory that every GPU since Ampere has. Hopper's wgmma takes 64 rows or more. The
-# smallest tiles read long pieces of W, so that few programs have enough bytes in flight.
-_HALF = (
-    Tiles(128, 128, 64, 8, 3),
-    Tiles(64, 128, 64, 4, 3),
-    Tiles(64, 64, 64, 4, 4),
-    Tiles(32, 64, 64, 4, 4),
-    Tiles(16, 64, 128, 4, 3),
-    Tiles(16, 32, 128, 4, 4),
-)
-TILES = {
-    "bfloat16": _HALF,
-    "float16": _HALF,
-    "float32": (
-        Tiles(64, 64, 16, 8, 3),
-        Tiles(32, 64, 16, 8, 4),
-        Tiles(16, 64, 64, 4, 3),
-        Tiles(16, 32, 64, 4, 4),
-    ),
-    "tf32": (  # float32 multiplied on tensor cores
-        Tiles(128, 64, 32, 8, 3),
-        Tiles(64, 64, 32, 4, 3),
-        Tiles(32, 64, 16, 8, 4),
-        Tiles(16, 64, 64, 4, 3),
-        Tiles(16, 32, 64, 4, 4),
-    ),
-    "float64": (
-        Tiles(64, 32, 32, 8, 2),
-        Tiles(32, 32, 16, 4, 3),
-        Tiles(16, 32, 16, 4, 4),
-    ),
-}
-# About half of the processors of an A100 or H200 draw all that its L2 cache can give; more programs on smaller tiles
-# would read W more often and wait for it.
-ENOUGH_PROGRAMS = 64
-# Rows that start at multiples of this many elements are read in pieces of 16 bytes. Others are read element by element:
-# each needs an address in a register, and tiles of more rows would spill.
-ALIGNMENT = 16
-RAGGED_SAMPLES = 32
-
-
-def cell_tiles(B: int, m: int, dtype: str, precision: str = "ieee") -> Tiles:
-    """The tiles for B samples of width m: the largest that waste no row on samples that are not there and still make
-    :data:`ENOUGH_PROGRAMS` programs, else the smallest.
-
-    dtype: "float32" | "float64" | "bfloat16" | "float16"; precision as in :func:`cell`. The tiles decide the order of
-    the sums, so that the last bits of a sample may differ between batch sizes; they do not depend on its place in the
-    batch.
-    """
-    most = max(16, triton.next_power_of_2(B))
-    if m % ALIGNMENT:
-        most = min(most, RAGGED_SAMPLES)
-    ladder = TILES[dtype if precision == "ieee" else "tf32"]
-    for tiles in ladder:
-        programs = triton.cdiv(B, tiles.samples) * triton.cdiv(m, tiles.units)
-        if tiles.samples <= most and programs >= ENOUGH_PROGRAMS:
-            return tiles
-    return ladder[-1]
 
 
 def cell(
@@ -112,7 +37,7 @@ def cell(
     kernel cannot read well is copied first: rows of z or c that are not contiguous, W when neither its rows nor its
     columns are, addresses that are no multiples of 16 elements when m is. Sums are float32, for float64 float64.
     precision: how float32 is multiplied: "ieee", or on tensor cores as "tf32x3" (three products) or "tf32" (one).
-    tiles: default :func:`cell_tiles`.
+    tiles: default :func:`~deq.kernels.tiles.cell_tiles`.
     Returns out (B, m), contiguous, in the dtype of z, and step2, size2 (n, B), float32 or float64: their sums over the
     n tiles of units are ``||out - z||^2`` and ``||out||^2`` of every sample, taken before ``out`` is rounded to its
     dtype. Squares leave the range of float32 at norms of 1e19 and 1e-22: scale the problem where those may come.
@@ -145,7 +70,7 @@ def _launch(
     epilogue: int, activation: int, operands: dict[str, Tensor], precision: str, tiles: Tiles | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check(operands, precision)
-    z, W, c, *rest = (_readable(name, operand) for name, operand in operands.items())
+    z, W, c, *rest = (readable(name, operand) for name, operand in operands.items())
     d = rest[0] if rest else None
     B, m = z.shape
     tiles = tiles or cell_tiles(B, m, _name(z.dtype), precision)
@@ -182,7 +107,7 @@ def _launch(
     return out, step2, size2
 
 
-def _readable(name: str, operand: Tensor) -> Tensor:
+def readable(name: str, operand: Tensor) -> Tensor:
     """The operand, copied if the kernel would be slow on its strides or wrong about them."""
     along, across = operand.stride(1), operand.stride(0)
     if name in ("W", "A") and along != 1:
@@ -245,16 +170,7 @@ def cell_kernel(
 ):
     """One (BLOCK_B, BLOCK_N) tile of the output. Rows of z, c and d are contiguous, their strides are between samples;
     w may have any strides. See the functions above for the operands."""
-    # Consecutive programs go down a band of BAND tiles of samples before they move on in W: what runs at the same time
-    # then shares its rows of z and of W in the L2 cache.
-    tiles_b = tl.cdiv(B, BLOCK_B)
-    tiles_n = tl.cdiv(m, BLOCK_N)
-    program = tl.program_id(0)
-    first = program // (BAND * tiles_n) * BAND
-    height = tl.minimum(tiles_b - first, BAND)
-    place = program - first * tiles_n
-    tile_b = first + place % height
-    tile_n = place // height
+    tile_b, tile_n = tile_of(tl.program_id(0), tl.cdiv(B, BLOCK_B), tl.cdiv(m, BLOCK_N))
 
     in_b = tl.arange(0, BLOCK_B) < B - tile_b * BLOCK_B
     in_n = (tl.arange(0, BLOCK_N) < m - tile_n * BLOCK_N)[None, :]
@@ -274,13 +190,13 @@ def cell_kernel(
     if INTERPRETED:
         done = 0
         while done < m:
-            x = _multiply_add(x, z_ptrs, w_ptrs, in_b, in_n, m - done, PRECISION, BLOCK_K)
+            x = multiply_add(x, z_ptrs, w_ptrs, in_b, in_n, m - done, PRECISION, BLOCK_K)
             z_ptrs += BLOCK_K
             w_ptrs += next_k * stride_wk
             done += BLOCK_K
     else:
         for done in range(0, m, BLOCK_K):
-            x = _multiply_add(x, z_ptrs, w_ptrs, in_b, in_n, m - done, PRECISION, BLOCK_K)
+            x = multiply_add(x, z_ptrs, w_ptrs, in_b, in_n, m - done, PRECISION, BLOCK_K)
             z_ptrs += BLOCK_K
             w_ptrs += next_k * stride_wk
 
@@ -302,7 +218,17 @@ def cell_kernel(
 
 
 @triton.jit
-def _multiply_add(x, z_ptrs, w_ptrs, in_b, in_n, left, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr):
+def tile_of(program, tiles_b, tiles_n):
+    """The tile that a program computes. Consecutive ones go down a band of BAND tiles of samples before they move on in
+    W: what runs at the same time then shares its rows of z and of W in the L2 cache."""
+    first = program // (BAND * tiles_n) * BAND
+    height = tl.minimum(tiles_b - first, BAND)
+    place = program - first * tiles_n
+    return first + place % height, place // height
+
+
+@triton.jit
+def multiply_add(x, z_ptrs, w_ptrs, in_b, in_n, left, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr):
     """``x + z W^T`` for the next BLOCK_K of the ``left`` terms of the inner dimension."""
     in_k = tl.arange(0, BLOCK_K) < left
     z = tl.load(z_ptrs, mask=in_b[:, None] & in_k[None, :], other=0.0)
@@ -311,3 +237,69 @@ def _multiply_add(x, z_ptrs, w_ptrs, in_b, in_n, left, PRECISION: tl.constexpr, 
         z = z.to(x.dtype)
         w = w.to(x.dtype)
     return tl.dot(z, w, x, input_precision=PRECISION, out_dtype=x.dtype)
+
+
+# Ending, activation (one for each kind of arithmetic: comparison, exponential with a series, error function), the
+# direction in which W is contiguous (the adjoint's A is a transposed W), and whether the width is a multiple of 16.
+_KINDS = (
+    ("value", "relu", "rows", "aligned"),
+    ("value", "tanh", "rows", "aligned"),
+    ("value", "tanh", "rows", "ragged"),
+    ("value", "tanh", "columns", "aligned"),
+    ("value", "gelu", "rows", "aligned"),
+    ("derivative", "gelu", "rows", "aligned"),
+    ("adjoint", "identity", "columns", "aligned"),
+    ("adjoint", "identity", "columns", "ragged"),
+    ("adjoint", "identity", "rows", "aligned"),
+)
+_TYPES = {"float32": "fp32", "float64": "fp64", "bfloat16": "bf16", "float16": "fp16"}
+_ENDINGS = {"value": VALUE, "derivative": DERIVATIVE, "adjoint": ADJOINT}
+
+
+def compilations() -> list[Compilation]:
+    """Everything that can be launched, in every kind. A plan does not choose single tf32, which is too coarse, and
+    float16 compiles like bfloat16."""
+    return [
+        _compilation(dtype, precision, tiles, *kind)
+        for dtype in DTYPES
+        for precision in (PRECISIONS if dtype == "float32" else PRECISIONS[:1])
+        for tiles in TILES[dtype if precision == "ieee" else "tf32"]
+        for kind in _KINDS
+        if kind[-1] == "aligned" or tiles.samples <= RAGGED_SAMPLES
+    ]
+
+
+def _compilation(
+    dtype: str, precision: str, tiles: Tiles, ending: str, activation: str, weight: str, width: str
+) -> Compilation:
+    constants = {
+        "EPILOGUE": _ENDINGS[ending].value,
+        "ACTIVATION": ACTIVATIONS[activation].number,
+        "PRECISION": precision,
+        "BLOCK_B": tiles.samples,
+        "BLOCK_N": tiles.units,
+        "BLOCK_K": tiles.depth,
+    }
+    if ending != "adjoint":
+        constants["d_ptr"] = None
+    constants["stride_wk" if weight == "rows" else "stride_wn"] = 1  # compiled in, as at run time
+    sums = "*fp64" if dtype == "float64" else "*fp32"
+    types = {}
+    for name in cell_kernel.arg_names:
+        if name not in constants:
+            pointer = sums if name.endswith("2_ptr") else f"*{_TYPES[dtype]}"
+            types[name] = pointer if name.endswith("_ptr") else "i32"
+    aligned = (name for name in types if name.endswith("_ptr") or (width == "aligned" and name != "B"))
+    multiplied = dtype if precision == "ieee" else f"{dtype} as {precision}"
+    what = ending if ending == "adjoint" else f"{ending} of {activation}"
+    return Compilation(
+        name=f"cell, {what}, W by {weight}, {width}, {multiplied}, {tiles}",
+        group=f"cell, {multiplied}, {tiles}",
+        function="cell:cell_kernel",
+        types=types,
+        constants=constants,
+        aligned=tuple(aligned),
+        warps=tiles.warps,
+        stages=tiles.stages,
+        chosen=precision != "tf32" and dtype != "float16",
+    )

@@ -1,8 +1,9 @@
-"""Shared fixtures. Kernels in Triton run through its interpreter, so that the suite needs no GPU."""
+"""Shared fixtures. Kernels in Triton run through its interpreter, so that the suite needs no GPU; TRITON_INTERPRET=0
+compiles them, for the tests that run on one (bench/on_gpu.py)."""
 
 import os
 
-os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined: before anything imports deq
+os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined: before anything imports deq
 
 import subprocess
 import sys

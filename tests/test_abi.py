@@ -19,6 +19,7 @@ HEADER = (ROOT / "csrc" / "torch_abi.h").read_text()
 COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 
 CHECK = """
+#define USE_CUDA  // shows the CUDA half, whose declarations need nothing of CUDA
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/c/shim.h>
 #include <type_traits>
@@ -26,6 +27,7 @@ CHECK = """
 #include "torch_abi.h"
 #define SAME(name, arguments) static_assert(std::is_same_v<decltype(&::name), int32_t(*) arguments>, #name);
 DEQ_TORCH_FUNCTIONS(SAME)
+DEQ_TORCH_CUDA_FUNCTIONS(SAME)
 #define GETTER(name) static_assert(std::is_same_v<decltype(&::aoti_torch_dtype_##name), int32_t (*)()>, #name);
 DEQ_TORCH_DTYPES(GETTER)
 static_assert(std::is_same_v<StableIValue, uint64_t>);
@@ -61,6 +63,7 @@ def test_declarations_match_torch(tmp_path):
         ("torch_get_num_threads, (uint32_t*)", "torch_get_num_threads, ()"),
         ("torch_get_num_threads, (uint32_t*)", "torch_list_size, (uint32_t*)"),
         ("F(uint8)", "F(float8)"),
+        ("current_cuda_stream, (int32_t, void**)", "current_cuda_stream, (int64_t, void**)"),
         ("F(torch_get_num_threads, (uint32_t*))", "F(torch_exception_get_what, ())"),  # younger than torch 2.10
     ],
 )
@@ -102,6 +105,7 @@ def arguments(op: str, dtype=torch.float32, stacked: bool = True) -> list:
         "solve_": [W, c, c[..., :0], out, stats(S, B, dtype), report(), relu, *RUN],
         "masked_linear_": [W, c, d, c[..., :0], out, stats(S, B, dtype), report(), -1, *RUN],
         "derivative_": [W, c, d, out, relu],
+        "outer_": [c, d, W.clone()],
         "fingerprint": [W, torch.zeros(2, dtype=torch.int64)],
         "pack_triangle_": [W[0], *triangle, 0, 0],
         "reduced_": [*factors, triangle[1], c[0], none, q, q.clone(), residual, out[0], relu],
@@ -143,7 +147,7 @@ def test_opcheck(op, dtype):
 
 @needs_library
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("op", ["pack_triangle_", "substitute_", "reduced_", "reduced_iterate_"])
+@pytest.mark.parametrize("op", ["outer_", "pack_triangle_", "substitute_", "reduced_", "reduced_iterate_"])
 def test_opcheck_of_one_weight(op, dtype):
     torch.library.opcheck(operator(op), tuple(arguments(op, dtype)))
 
@@ -165,6 +169,7 @@ def test_every_operator_has_a_schema_that_names_what_it_writes():
         "solve_": ["z", "stats", "report"],
         "masked_linear_": ["u", "stats", "report"],
         "derivative_": ["d"],
+        "outer_": ["out"],
         "fingerprint": ["out"],
         "pack_triangle_": ["packed", "diagonal"],
         "substitute_": ["z", "derivative", "residual"],
@@ -244,6 +249,12 @@ WRONG_TENSORS = {
     "size too precise": ("reduced_", 7, torch.zeros(B).double(), "size must be float32; got float64"),
     "W has four dimensions": ("fingerprint", 0, torch.zeros(1, 1, 2, 2), r"W must be \(rows, columns\) or"),
     "fingerprint too long": ("fingerprint", 1, torch.zeros(3).long(), r"out must have shape \(2\); got \(3\)"),
+    "left has one dimension": ("outer_", 0, torch.zeros(m), r"left must be \(B, m\) or \(S, B, m\); got shape"),
+    "left with scattered rows": ("outer_", 0, torch.zeros(S, m, B).mT, "left must have contiguous rows"),
+    "right with scattered rows": ("outer_", 1, torch.zeros(S, m, B).mT, "right must have contiguous rows"),
+    "right for another batch": ("outer_", 1, torch.zeros(S, B + 1, m), r"right must have shape \(2, 3, 5\); got"),
+    "out with gaps": ("outer_", 2, torch.zeros(S, m, 2 * m)[..., ::2], "out must be contiguous; got strides"),
+    "out of another dtype": ("outer_", 2, torch.zeros(S, m, m).double(), "out must be float32; got float64"),
     "z of another dtype": ("derivative_", 2, torch.zeros(S, B, m).double(), "derivative_: z must be float32"),
 }
 WRONG_NUMBERS = {

@@ -294,7 +294,7 @@ class TestRecord:
         assert where["commit"] is None or re.fullmatch(r"[0-9a-f]{7,40}(-dirty)?", where["commit"])
 
     def test_write(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(record, "device_name", lambda: "ACME(R) CPU  @ 3.0 GHz")
+        monkeypatch.setattr(record, "device_name", lambda device: "ACME(R) CPU  @ 3.0 GHz")
         path = record.write([{"a": 1}, {"b": None}], tmp_path, "cpu")
         assert path == tmp_path / "acme-r-cpu-3-0-ghz" / "cpu.json"
         assert json.loads(path.read_text()) == [{"a": 1}, {"b": None}]

@@ -175,7 +175,7 @@ class TestMatching:
         """A solver whose error is ``gain`` times its tolerance."""
         direction = truth.z / torch.linalg.vector_norm(truth.z, dim=1, keepdim=True) ** 0
         maker = lambda tol: lambda: Answer(truth.z + gain * tol * direction, None, 3)  # noqa: E731
-        return versus._solver("rival", maker, truth)
+        return versus.solver("rival", maker, truth)
 
     def test_equal_errors_need_nothing(self, truth):
         assert versus.match(self.rival(truth, 0.5), self.rival(truth, 0.5), truth) == (TOL, TOL)

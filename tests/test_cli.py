@@ -1,15 +1,18 @@
 """The command line: experiments end to end in their quick form, exit codes, interruption, bad options."""
 
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from markupsafe import escape
 from matplotlib.image import imread
 
 import deq
 from deq.cli import main
 from deq.experiments import REGISTRY, regions, steep
+from deq.experiments._result import Claim
 from deq.experiments._run import SCHEMA
 from deq.experiments._steep_target import SelfLoops
 
@@ -18,6 +21,7 @@ from deq.experiments._steep_target import SelfLoops
 def brief(monkeypatch):
     """A few steps: what is tested here does not depend on how well the nets learn."""
     monkeypatch.setattr(steep, "QUICK_STEPS", 12)
+    monkeypatch.setattr(steep, "QUICK_WIDE", (64,))
 
 
 def deq_command(*arguments: str) -> Result:
@@ -29,15 +33,15 @@ def check_record(out: Path, name: str) -> dict:
     text = (out / f"{name}.json").read_text()
     record = json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
     assert record["schema"] == SCHEMA and record["experiment"] == name
-    assert set(record["settings"]) == {"width", "seed", "seeds", "device", "quick"}
+    assert set(record["settings"]) == {"width", "depth", "seed", "seeds", "device", "level", "input"}
     assert record["provenance"]["versions"]["deq"] == deq.__version__
     for claim in record["claims"]:
-        assert set(claim) == {"statement", "source", "measured", "relation", "required", "verdict", "note"}
+        assert set(claim) == {field.name for field in fields(Claim)}
     for table in record["tables"]:
         assert table["rows"] and all(len(row) == len(table["columns"]) for row in table["rows"])
     picture = imread(out / f"{name}.png")
-    assert picture.shape[:2] == (600, 1500)  # 10 x 4 inches
-    thirds = (picture[:, i * 500 : (i + 1) * 500, :3] for i in range(3))
+    assert picture.shape[1] == 1200  # 10 inches
+    thirds = (picture[:, i * 400 : (i + 1) * 400, :3] for i in range(3))
     assert all((third.min(-1) < 0.9).mean() > 0.01 for third in thirds)  # no panel is blank
     report = (out / f"{name}.md").read_text()
     assert f"({name}.png)" in report and record["verdict"] in report
@@ -50,9 +54,10 @@ def test_steep_quick(tmp_path):
     result = deq_command("run", "steep", "--quick", "--seeds", 2, "--width", 6, "--out", tmp_path)
     assert result.exit_code == 0, result.output
     record = check_record(tmp_path, "steep")
-    assert record["settings"] == {"width": 6, "seed": 0, "seeds": 2, "device": "cpu", "quick": True}
+    expected = {"width": 6, "depth": None, "seed": 0, "seeds": 2, "device": "cpu", "level": "quick", "input": None}
+    assert record["settings"] == expected
     verdicts = [c["verdict"] for c in record["claims"]]
-    assert verdicts.count("proved") == 12 and verdicts.count("not judged") == 4 and len(verdicts) == 16
+    assert verdicts.count("proved") == 14 and verdicts.count("not judged") == 4 and len(verdicts) == 18
     for row in record["values"]["trained"]:
         assert len(row["mse"]) == len(row["sup"]) == 2
         assert row["history"][0]["step"] == 0 and row["history"][-1]["step"] == 12
@@ -62,7 +67,7 @@ def test_steep_quick(tmp_path):
             assert evidence["residual"] <= 1e-10 and evidence["residual_again"] <= 1e-13
             assert evidence["metric_again"] == pytest.approx(evidence["metric_used"], rel=1e-6)
     assert all(len(line.rstrip()) <= 80 for line in result.output.splitlines() if not line.startswith("Wrote "))
-    assert "Verdict: 12 of 12 proved claims hold" in result.output
+    assert "Verdict: 14 of 14 proved claims hold" in result.output
 
 
 def test_regions_quick(tmp_path):
@@ -97,7 +102,7 @@ def test_a_broken_construction_is_exit_code_1(tmp_path, monkeypatch):
     assert result.exit_code == 1
     sentence = "steep: this proved claim does not hold: Thm. 2: A: K^2 x sup error: measured "
     (line,) = [line for line in result.stderr.splitlines() if line.startswith(sentence)]
-    assert line.endswith("required <= 1 (d = 30, K = 32).")
+    assert line.endswith("required <= 1 (d = 20, K = 64).")
     assert float(line.removeprefix(sentence).split(",")[0]) > 50
     record = check_record(tmp_path, "steep")
     assert "violated" in [c["verdict"] for c in record["claims"]]
@@ -106,6 +111,7 @@ def test_a_broken_construction_is_exit_code_1(tmp_path, monkeypatch):
 def test_a_broken_weight_is_exit_code_1(tmp_path, monkeypatch):
     right = regions.weight
     monkeypatch.setattr(regions, "weight", lambda m, dtype: 0.5 * right(m, dtype))
+    monkeypatch.setattr("deq.experiments.REGISTRY", {name: REGISTRY[name] for name in ("steep", "regions")})
     result = deq_command("run", "all", "--quick", "--seeds", 1, "--width", 3, "--out", tmp_path)
     assert result.exit_code == 1
     assert "regions: this proved claim does not hold: Thm. 1: float32, m <= 23: inexact solves" in result.stderr
@@ -140,10 +146,10 @@ def test_interruption_keeps_parts_and_the_next_run_resumes(tmp_path, monkeypatch
     calls[:] = [1] * 10
     result = deq_command(*arguments, "--out", out)
     assert result.exit_code == 0
-    assert "Resuming: 9 of 16 parts are kept from an earlier run." in result.output
+    assert "Resuming: 11 of 18 parts are kept from an earlier run." in result.output
     assert len(calls) == 10 + 7
     resumed = check_record(out, "steep")
-    assert len(resumed["provenance"]["resumed_parts"]) == 9
+    assert len(resumed["provenance"]["resumed_parts"]) == 11
     expected = json.loads((whole / "steep.json").read_text())
     assert resumed["values"] == expected["values"] and resumed["claims"] == expected["claims"]
 
@@ -166,8 +172,8 @@ def test_interruption_before_anything_is_finished(tmp_path, monkeypatch):
         (("steep", "--seed", "-1"), ("--seed", "x>=0")),
         (("steep", "--device", "tpu"), ("--device", "cpu, cuda or cuda:N", "tpu")),
         (("steep", "--device", "cpu:1"), ("--device", "cpu:1")),
-        (("regoins",), ("no experiment 'regoins'", "Did you mean 'regions'?", "steep, regions, all")),
-        ((), ("name an experiment: steep, regions or all",)),
+        (("regoins",), ("no experiment 'regoins'", "Did you mean 'regions'?", "regions, sawtooth, steep")),
+        ((), ("name an experiment: regions, sawtooth, steep",)),
         (("all", "--width", "5000"), ("regions: width must be at least 1 and at most 1000; got 5000",)),
         (("steep", "--wdith", "3"), ("--wdith", "--width")),
     ],
@@ -202,6 +208,51 @@ def test_list_info_version_and_help():
     assert info.exit_code == 0 and info.output == f"{deq.info()}\n"
     assert deq_command("--version").output == f"deq, version {deq.__version__}\n"
     assert "run" in deq_command("--help").output and "--quick" in deq_command("run", "--help").output
+
+
+def test_a_result_is_run_again_as_it_says(tmp_path):
+    first, again = tmp_path / "first", tmp_path / "again"
+    assert deq_command("run", "regions", "--quick", "--width", 3, "--seed", 5, "--out", first).exit_code == 0
+    path = first / "regions.json"
+    result = deq_command("run", path, "--out", again)
+    assert result.exit_code == 0 and "Every value is the recorded one." in result.output
+    record = json.loads(path.read_text())
+    assert json.loads((again / "regions.json").read_text())["settings"] == record["settings"]
+    record["values"]["counted"][0]["regions"] = 7
+    record["claims"][0]["measured"] = 7.0
+    path.write_text(json.dumps(record))
+    result = deq_command("run", path, "--out", again)
+    assert result.exit_code == 0 and "linear regions / 2^m: 7.0 was recorded, 1.0 measured" in result.output
+    for arguments, words in ((("--width", 2), "leave out --width"), (("--quick",), "leave out --quick")):
+        result = deq_command("run", path, *arguments)
+        assert result.exit_code == 2 and words in result.stderr
+    for text in ("{", "[]", '{"experiment": "nothing", "settings": {}}'):
+        path.write_text(text)
+        result = deq_command("run", path)
+        assert result.exit_code == 2 and "regions.json" in result.stderr
+
+
+def test_all_writes_the_ledger_and_forgets_its_parts(tmp_path, monkeypatch):
+    monkeypatch.setattr("deq.experiments.REGISTRY", {name: REGISTRY[name] for name in ("regions", "density")})
+    result = deq_command("run", "all", "--quick", "--seeds", 2, "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    names = [f"{name}.{ending}" for name in ("density", "regions") for ending in ("json", "md", "png")]
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted((*names, "README.md", "index.html"))
+    page, text = ((tmp_path / name).read_text() for name in ("index.html", "README.md"))
+    for name in ("regions", "density"):
+        record = json.loads((tmp_path / f"{name}.json").read_text())
+        assert f'id="{name}"' in page and f"## {name}: " in text and f"]({name}.png)" in text
+        for claim in record["claims"]:
+            assert claim["statement"].replace("|", "\\|") in text and str(escape(claim["statement"])) in page
+    assert page.count("data:image/png;base64,") == 2
+    assert "src=" not in page.replace('src="data:', "") and "<link" not in page  # it needs no other file
+
+
+def test_depth_is_for_those_that_have_it(tmp_path):
+    result = deq_command("run", "regions", "--depth", 3, "--out", tmp_path)
+    assert result.exit_code == 2 and "regions: has no depth to set; got 3" in result.stderr
+    result = deq_command("run", "regions", "--quick", "--full", "--out", tmp_path)
+    assert result.exit_code == 2 and "--quick and --full exclude each other" in result.stderr
 
 
 def test_the_same_command_gives_the_same_values(tmp_path):

@@ -13,9 +13,10 @@ from problems import gaussian
 from deq import reference
 from deq.activations import ACTIVATIONS
 from deq.kernels import activations, cell
+from deq.kernels import tiles as shapes
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-SMALL = cell.Tiles(16, 16, 16, 4, 2)  # several tiles in every direction at sizes that the interpreter can bear
+SMALL = shapes.Tiles(16, 16, 16, 4, 2)  # several tiles in every direction at sizes that the interpreter can bear
 names = pytest.mark.parametrize("activation", ACTIVATIONS)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
@@ -142,9 +143,9 @@ def test_any_problem(m, B, activation, dtype, seed):
     ("dtype", "precision", "tiles"),
     [
         (dtype, precision, tiles)
-        for dtype in cell.DTYPES
-        for precision in (cell.PRECISIONS if dtype == "float32" else cell.PRECISIONS[:1])
-        for tiles in cell.TILES[dtype if precision == "ieee" else "tf32"]
+        for dtype in shapes.DTYPES
+        for precision in (shapes.PRECISIONS if dtype == "float32" else shapes.PRECISIONS[:1])
+        for tiles in shapes.TILES[dtype if precision == "ieee" else "tf32"]
     ],
 )
 def test_every_tile(dtype, precision, tiles):
@@ -244,19 +245,19 @@ def test_solves_and_differentiates():
 @hypothesis.given(m=st.integers(1, 9000), B=st.integers(0, 5000), more=st.integers(0, 5000))
 @hypothesis.settings(deadline=None)
 def test_tiles_grow_with_the_batch_and_waste_no_rows(m, B, more):
-    for dtype in cell.DTYPES:
-        for precision in cell.PRECISIONS if dtype == "float32" else cell.PRECISIONS[:1]:
-            ladder = cell.TILES[dtype if precision == "ieee" else "tf32"]
-            tiles = cell.cell_tiles(B, m, dtype, precision)
-            assert ladder.index(tiles) >= ladder.index(cell.cell_tiles(B + more, m, dtype, precision))
+    for dtype in shapes.DTYPES:
+        for precision in shapes.PRECISIONS if dtype == "float32" else shapes.PRECISIONS[:1]:
+            ladder = shapes.TILES[dtype if precision == "ieee" else "tf32"]
+            tiles = shapes.cell_tiles(B, m, dtype, precision)
+            assert ladder.index(tiles) >= ladder.index(shapes.cell_tiles(B + more, m, dtype, precision))
             assert tiles.samples < 2 * max(B, 9)
             assert m % 16 == 0 or tiles.samples <= 32
 
 
 def test_large_products_get_large_tiles():
-    assert cell.cell_tiles(4096, 4096, "bfloat16").samples == 128
-    assert cell.cell_tiles(1, 4096, "bfloat16").samples == 16
-    assert cell.cell_tiles(256, 2048, "bfloat16").samples >= 64  # what wgmma needs
+    assert shapes.cell_tiles(4096, 4096, "bfloat16").samples == 128
+    assert shapes.cell_tiles(1, 4096, "bfloat16").samples == 16
+    assert shapes.cell_tiles(256, 2048, "bfloat16").samples >= 64  # what wgmma needs
 
 
 GOOD = dict(zip(("W", "c", "z"), problem(6, 4), strict=True))

@@ -63,8 +63,8 @@ def test_operators_of_a_solve_and_its_gradient(problem):
         "aten::empty_like",
         "aten::new_empty",
         "deq::masked_linear_",
-        "aten::transpose.int",
-        "aten::mm",
+        "aten::new_empty",
+        "deq::outer_",
     ]
     assert len(recorder.names) <= len(names) + 3
 
@@ -91,7 +91,7 @@ def test_python_calls_of_a_step(problem):
         step(*problem)
     finally:
         sys.setprofile(None)
-    assert len(entered) <= 32, entered
+    assert len(entered) <= 33, entered
 
 
 def test_no_reference_cycles(problem):

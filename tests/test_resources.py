@@ -1,63 +1,132 @@
-"""Ahead-of-time compilation of the Triton kernels: no spill, no tensor-core instruction lost, no budget exceeded."""
+"""Ahead-of-time compilation of the GPU kernels: no spill, no tensor-core instruction lost, no budget exceeded."""
 
 import dataclasses
+import re
+import shutil
+import subprocess
 
 import pytest
 
+from deq import _library
+from deq.bench import compile as ahead_of_time
 from deq.bench import resources
-from deq.kernels import cell
+from deq.gpu_device import find_device, table
+from deq.gpu_plan import ACCURATE, PRECISIONS, choose, resident_shared
+from deq.kernels.tiles import MOST_SPLITS, STEP_TILES
 
 GOLDEN = resources.read_golden()
 RECORDS = {(record["kernel"], record["architecture"]): record for record in GOLDEN["resources"]}
+TRITON = [record for record in GOLDEN["resources"] if not record["kernel"].startswith("cuda")]
+VARIANTS = {variant.name: variant for variant in resources.compilations()}
 
 
-def test_the_file_lists_every_variant_once():
+def test_the_file_lists_one_of_each_group_and_architecture(monkeypatch):
+    monkeypatch.setattr(resources, "architectures", lambda: tuple(resources.BUDGETS))  # whatever this Triton can
     assert len(RECORDS) == len(GOLDEN["resources"])
-    assert set(RECORDS) == {(variant.kernel, variant.architecture) for variant in resources.variants()}
+    listed = {(record["kernel"], record["architecture"]) for record in TRITON}
+    assert listed == {(variant.name, architecture) for variant, architecture in resources.guarded()}
+    groups = {variant.group for variant in VARIANTS.values()}
+    assert len(listed) == len(groups) * len(resources.BUDGETS)
     for record in GOLDEN["resources"]:
-        assert set(record) == {"kernel", "architecture", "registers", "stack", "shared", "instruction"}
+        assert set(record) == {"kernel", "architecture", *resources.KEYS}
+
+
+def test_names_tell_variants_apart():
+    variants = resources.compilations()
+    assert len(VARIANTS) == len(variants)
+    for variant in variants:
+        assert variant.group.split(",")[0] == variant.name.split(",")[0]
+        assert not set(variant.types) & set(variant.constants)
+        assert set(variant.aligned) <= set(variant.types)
 
 
 def test_the_file_keeps_the_budgets():
     assert resources.faults(GOLDEN["resources"], GOLDEN) == []
-    for record in GOLDEN["resources"]:
-        assert record["shared"] <= 99 * 1024, "kernels/cell.py says that every GPU since Ampere can run it"
+    for record in TRITON:
+        if record["kernel"].startswith("cell,"):
+            assert record["shared"] <= 99 * 1024, "kernels/tiles.py says that every GPU since Ampere can run it"
 
 
 def test_wide_tiles_use_wgmma():
-    seen = 0
-    for variant in resources.variants(["sm_90"]):
-        if variant.tiles.samples >= 64 and (variant.dtype in ("bfloat16", "float16") or variant.precision != "ieee"):
-            assert RECORDS[variant.kernel, "sm_90"]["instruction"].startswith("wgmma"), variant.kernel
-            seen += 1
-    assert seen > 0
+    wide = [
+        record
+        for record in TRITON
+        if record["architecture"] == "sm_90"
+        and VARIANTS[record["kernel"]].constants["BLOCK_B"] >= 64
+        and VARIANTS[record["kernel"]].constants.get("PRECISION") != "ieee"
+    ]
+    assert len({record["kernel"].split(",")[0] for record in wide}) >= 2
+    for record in wide:
+        assert record["instruction"].startswith("wgmma"), record["kernel"]
 
 
-def every_tile_once():
-    """For sm_80 and sm_90 each, all tiles, with another kind of variant from tile to tile."""
-    groups: dict[tuple, list[resources.Variant]] = {}
-    for variant in resources.variants(["sm_80", "sm_90"]):
-        if variant.dtype != "float16":  # compiles like bfloat16
-            groups.setdefault((variant.architecture, variant.dtype, variant.precision, variant.tiles), []).append(
-                variant
-            )
-    return [group[place % len(group)] for place, group in enumerate(groups.values())]
+def group_of(plan):
+    """Names of the groups of kernels/ that a plan runs, without and with acceleration."""
+    if plan.precision == "float64":
+        return {f"cell, float64, {plan.tiles}"}
+    if plan.regime == "resident":
+        return {f"resident solve, {kind}{plan.increments}, {plan.tiles.units}x{plan.tiles.samples}" for kind in KINDS}
+    if plan.increments == "native":
+        splits = f"{plan.split_k} split{'s' if plan.split_k > 1 else ''}"
+        return {f"step, {kind}{splits}, {plan.tiles}" for kind in KINDS}
+    anchor = next(tiles for tiles in STEP_TILES if tiles.samples == plan.tiles.samples)
+    return {f"delta step, {plan.tiles}", f"anchor, accelerated, 1 split, {anchor}"}
+
+
+KINDS = ("", "accelerated, ")
+
+
+@pytest.mark.parametrize("increments", [("native",), ("native", "bfloat16")], ids=str)
+def test_what_a_plan_chooses_was_compiled_and_fits(increments):
+    """Over widths, batches, dtypes and devices: groups of the file, within the device's shared memory."""
+    shared: dict[tuple[str, str], int] = {}
+    for record in TRITON:
+        group = VARIANTS[record["kernel"]].group.replace(f"{MOST_SPLITS} splits", "splits")
+        place = group, record["architecture"]
+        shared[place] = max(record["shared"], shared.get(place, 0))
+    seen = set()
+    for device in map(find_device, table()):
+        architecture = f"sm_{device.capability[0]}{device.capability[1]}"
+        for m in (1, 17, 64, 100, 200, 256, 333, 1024, 4096, 8192):
+            for B in (0, 1, 5, 32, 64, 256, 4096):
+                for dtype in ACCURATE:
+                    plan = choose(m, B, dtype=dtype, device=device, increments=increments)
+                    for group in group_of(plan):
+                        # Splits are compiled in as 2, 4 or 8: of these the file has the most.
+                        group = re.sub(r"[248] splits", "splits", group)
+                        seen.add(group)
+                        assert shared[group, architecture] <= device.shared_per_block, (plan, group)
+                    if plan.regime == "resident":
+                        size = PRECISIONS[plan.precision if plan.increments == "native" else plan.increments].size
+                        assert shared[group, architecture] <= resident_shared(plan.tiles.units, size)
+    assert {group.split(",")[0] for group in seen} >= {"resident solve", "step"}
 
 
 def test_compiles_to_what_the_file_says():
-    chosen = every_tile_once()
-    records = list(resources.measure(chosen))
-    assert [record["kernel"] for record in records] == [variant.kernel for variant in chosen]
+    jobs = resources.sample()
+    records = list(ahead_of_time.compile_all(jobs))
+    assert len(records) == len(jobs)
+    assert {(r["kernel"], r["architecture"]) for r in records} == {(variant.name, name) for variant, name in jobs}
+    assert {record["architecture"] for record in records} == set(resources.architectures())
     assert resources.faults(records, GOLDEN) == []
 
 
-def test_a_variant_that_does_not_compile_is_named_and_the_rest_goes_on():
-    good = resources.Variant("float32", "ieee", cell.Tiles(16, 32, 64, 4, 4), *resources.KINDS[0], "sm_80")
-    bad = dataclasses.replace(good, tiles=cell.Tiles(16, 24, 64, 4, 4))
-    failed, *rest = resources.measure([bad, good])
-    assert failed["kernel"] == bad.kernel and "power of 2" in failed["error"]
+def test_what_a_test_has_no_time_for_differs_from_group_to_group():
+    jobs = resources.sample()
+    assert len({variant.group for variant, name in jobs if name == "sm_90"}) == len(
+        {variant.group for variant in VARIANTS.values() if variant.chosen}
+    )
+    assert any(name == "sm_80" for _, name in jobs) and len(jobs) < 80
+
+
+def test_a_variant_that_does_not_compile_is_named_and_the_rest_goes_on(monkeypatch):
+    good = next(variant for variant, name in resources.guarded(["cell"]) if name == "sm_80")
+    bad = dataclasses.replace(good, constants=good.constants | {"BLOCK_N": 24})
+    monkeypatch.setattr(ahead_of_time.os, "cpu_count", lambda: 1)  # one process for both
+    failed, *rest = ahead_of_time.compile_all([(bad, "sm_80"), (good, "sm_80")])
+    assert failed["kernel"] == bad.name and "power of 2" in failed["error"]
     (sentence,) = resources.faults([failed], GOLDEN)
-    assert sentence.startswith(f"{bad.kernel}, sm_80: does not compile")
+    assert sentence.startswith(f"{bad.name}, sm_80: does not compile")
     assert resources.faults(rest, GOLDEN) == [] and len(rest) == 1
 
 
@@ -77,10 +146,83 @@ def test_faults_are_named(change, sentence):
 
 
 def test_more_registers_are_a_fault_for_the_same_compiler_only(monkeypatch):
-    record = next(r for r in GOLDEN["resources"] if r["registers"] < 255)
+    record = next(r for r in TRITON if r["registers"] < 255)
     more = record | {"registers": record["registers"] + 1}
     monkeypatch.setattr(resources.triton, "__version__", GOLDEN["triton"])
     (fault,) = resources.faults([more], GOLDEN)
     assert fault.endswith(f"registers {more['registers']}, was {record['registers']}")
-    monkeypatch.setattr(resources.triton, "__version__", "0.0")
+    monkeypatch.setattr(resources.triton, "__version__", "0.0.0")
     assert resources.faults([more], GOLDEN) == []
+
+
+def test_blackwell_from_the_triton_that_can(monkeypatch):
+    for version, expected in (("3.6.0", ("sm_80", "sm_90")), ("3.7.1", ("sm_80", "sm_90", "sm_100"))):
+        monkeypatch.setattr(resources.triton, "__version__", version)
+        assert resources.architectures() == expected
+
+
+def test_the_file_is_as_it_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(resources.triton, "__version__", GOLDEN["triton"])
+    monkeypatch.setattr(resources, "nvcc_version", lambda: GOLDEN["nvcc"])
+    committed = resources.GOLDEN.read_text()
+    monkeypatch.setattr(resources, "GOLDEN", tmp_path / "resources.json")
+    resources.write_golden(GOLDEN["resources"])
+    assert resources.GOLDEN.read_text() == committed
+    mine = {
+        "kernel": "cuda, f",
+        "architecture": "sm_90a",
+        "registers": 1,
+        "stack": 0,
+        "shared": 0,
+        "instruction": "fma",
+    }
+    resources.write_golden([mine], GOLDEN)  # those of other kernels stay
+    assert resources.read_golden()["resources"] == [*TRITON, mine]
+
+
+CUDA = """
+#include <mma.h>
+using namespace nvcuda;
+template <int n> __global__ void product(const half* a, const half* b, float* c) {
+  __shared__ float out[n];
+  wmma::fragment<wmma::matrix_a, 16, 16, 16, half, wmma::row_major> x;
+  wmma::fragment<wmma::matrix_b, 16, 16, 16, half, wmma::col_major> y;
+  wmma::fragment<wmma::accumulator, 16, 16, 16, float> z;
+  wmma::fill_fragment(z, 0.0f);
+  wmma::load_matrix_sync(x, a, 16);
+  wmma::load_matrix_sync(y, b, 16);
+  wmma::mma_sync(z, x, y, z);
+  wmma::store_matrix_sync(out, z, 16, wmma::mem_row_major);
+  c[threadIdx.x] = out[threadIdx.x];
+}
+__global__ void scale(float* x) { x[threadIdx.x] *= 2; }
+template __global__ void product<256>(const half*, const half*, float*);
+"""
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc to build a library with CUDA kernels")
+def test_cuda_kernels_are_read_from_the_library(tmp_path):
+    (tmp_path / "kernels.cu").write_text(CUDA)
+    library = tmp_path / "libkernels.so"
+    targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ("80", "90a")]
+    command = ["nvcc", "-shared", "-Xcompiler", "-fPIC", *targets, tmp_path / "kernels.cu", "-o", library]
+    subprocess.run(command, check=True, capture_output=True)
+    records = {(record["kernel"], record["architecture"]): record for record in resources.of_library(library)}
+    assert set(records) == {(f"cuda, {k}", a) for k in ("product<256>", "scale") for a in ("sm_80", "sm_90a")}
+    for architecture in ("sm_80", "sm_90a"):
+        product, scale = (records[f"cuda, {name}", architecture] for name in ("product<256>", "scale"))
+        assert product["instruction"].startswith("HMMA.16816") and scale["instruction"] == "fma"
+        assert product["shared"] >= 4 * 256 and scale["shared"] == product["stack"] == 0
+        assert 0 < scale["registers"] < product["registers"] < 64
+    faults = resources.faults(records.values(), {"triton": "", "nvcc": None, "resources": list(records.values())})
+    assert faults == []
+
+
+@pytest.mark.skipif(
+    _library.path is None or not _library.build.get("cuda"),
+    reason=f"the library has no CUDA kernels: {_library.build.get('why_not_cuda', _library.reason)}",
+)
+def test_the_library_is_what_the_file_says():
+    records = resources.of_library(_library.path)
+    assert records and resources.faults(records, GOLDEN) == []
+    assert all(re.fullmatch(r"sm_\d+[a-z]?", record["architecture"]) for record in records)

@@ -109,20 +109,22 @@ int64_t first_bad_element(const DeqProblem& p) {
   return 0;
 }
 
-// Packs every matrix; returns false if an element is not finite.
-template <class T>
-bool pack_all(const DeqProblem& p, const Kernels<T>& k, const T* w, const int64_t (&stride)[3], T* packed, int threads) {
-  const int64_t m = p.width, panels = (m + k.panel - 1) / k.panel, elements = packed_elements<T>(k, m);
+// Panels are handed on in pieces of so many bytes: half of a 1 MB L2.
+constexpr int64_t kHotBytes = 512 << 10;
+
+// Calls piece(s, first, last) for the panels of every matrix in pieces that stay in the L2 cache; whether all returned true.
+template <class Piece>
+bool for_panels(int64_t weights, int64_t m, int64_t panels, int64_t panel_bytes, int threads, const Piece& piece) {
   const int64_t groups = threads > 1 && m >= 256 ? std::min<int64_t>(panels, threads) : 1;
-  bool finite = true;
-#pragma omp parallel for num_threads(threads) reduction(&& : finite) if (threads > 1 && groups * p.weights > 1)
-  for (int64_t i = 0; i < p.weights * groups; ++i) {
-    const int64_t s = i / groups, group = i % groups;
-    finite = k.pack(w + s * stride[0], stride[1], stride[2], m, packed + s * elements, panels * group / groups,
-                    panels * (group + 1) / groups) &&
-             finite;
+  const int64_t together = std::max<int64_t>(1, kHotBytes / panel_bytes);
+  bool all = true;
+#pragma omp parallel for num_threads(threads) reduction(&& : all) if (threads > 1 && groups * weights > 1)
+  for (int64_t i = 0; i < weights * groups; ++i) {
+    const int64_t s = i / groups, last = panels * (i % groups + 1) / groups;
+    for (int64_t first = panels * (i % groups) / groups; first < last; first += together)
+      all = piece(s, first, std::min(first + together, last)) && all;
   }
-  return finite;
+  return all;
 }
 
 // Of an entry with all its forms.
@@ -141,6 +143,16 @@ std::shared_ptr<Packed> make_packed(int64_t weights, int64_t matrix_bytes) {
   return packed->data ? packed : nullptr;
 }
 
+// Memory for form `derived` of `packed`, whose weights are new if it is not current. False when out of memory.
+bool reserve_form(Packed& packed, int64_t weights, const Derived& derived) {
+  Packed::Form& form = packed.forms[derived.form];
+  if (form.current) return true;
+  const bool fits =
+      form.packed && form.packed->matrix_bytes == derived.matrix_bytes && form.packed->bytes == derived.matrix_bytes * weights;
+  if (!fits || form.packed.use_count() > 1) form.packed = make_packed(weights, derived.matrix_bytes);
+  return form.packed != nullptr;
+}
+
 }  // namespace
 
 void* allocate(int64_t bytes) {
@@ -156,7 +168,7 @@ void* allocate(int64_t bytes) {
 Packed::~Packed() { free(data); }
 
 template <class T>
-std::shared_ptr<const Packed> packed_weights(const DeqProblem& p, int threads) {
+std::shared_ptr<const Packed> packed_weights(const DeqProblem& p, int threads, Derived* derived) {
   const Kernels<T>& k = kernels<T>();
   const int64_t m = p.width, size = element_bytes(p.type);
   const bool native = size == static_cast<int64_t>(sizeof(T));
@@ -181,15 +193,35 @@ std::shared_ptr<const Packed> packed_weights(const DeqProblem& p, int threads) {
   const Digest d = content(runs, p.weights, threads, k.absorb);
   const Key key{{d.word[0], d.word[1]}, p.weights, m, p.type, !rows && columns, &k};
 
+  const int64_t matrix_bytes = packed_elements<T>(k, m) * static_cast<int64_t>(sizeof(T));
+  const int64_t panels = (m + k.panel - 1) / k.panel, panel_bytes = k.panel * m * static_cast<int64_t>(sizeof(T));
+  auto matrix = [&](const Packed& packed, int64_t s) {
+    return reinterpret_cast<T*>(static_cast<char*>(packed.data) + s * matrix_bytes);
+  };
+  auto derive = [&](const Packed& packed, int64_t s, int64_t first, int64_t last) {
+    const Packed& form = *packed.forms[derived->form].packed;
+    derived->fill(matrix(packed, s), static_cast<char*>(form.data) + s * form.matrix_bytes, first, last);
+  };
+
   std::lock_guard<std::mutex> lock(mutex);
   for (auto it = entries.begin(); it != entries.end(); ++it)
     if (it->key == key) {
       entries.splice(entries.begin(), entries, it);
+      Packed& packed = *entries.front().packed;
+      if (derived && reserve_form(packed, p.weights, *derived)) {
+        Packed::Form& form = packed.forms[derived->form];
+        if (!form.current)
+          for_panels(p.weights, m, panels, panel_bytes, threads, [&](int64_t s, int64_t first, int64_t last) {
+            derive(packed, s, first, last);
+            return true;
+          });
+        form.current = true;
+        derived->made = form.packed;
+      }
       return entries.front().packed;
     }
 
   if (!native && copy.empty()) gather();
-  const int64_t matrix_bytes = packed_elements<T>(k, m) * static_cast<int64_t>(sizeof(T));
   std::shared_ptr<Packed> packed;
   for (auto it = entries.begin(); it != entries.end(); ++it)
     if (it->source == p.W.data && it->key.transposed == key.transposed) {
@@ -201,11 +233,22 @@ std::shared_ptr<const Packed> packed_weights(const DeqProblem& p, int threads) {
   if (!packed) packed = make_packed(p.weights, matrix_bytes);
   if (!packed) return nullptr;
   for (Packed::Form& form : packed->forms) form.current = false;
-  const Range range(Span::kPack, p.width);
-  if (!pack_all<T>(p, k, w, stride, static_cast<T*>(packed->data), threads)) {
+  const bool derives = derived && reserve_form(*packed, p.weights, *derived);
+  const Range range(Span::kPack, m);
+  const bool finite = for_panels(p.weights, m, panels, panel_bytes, threads, [&](int64_t s, int64_t first, int64_t last) {
+    const bool finite = k.pack(w + s * stride[0], stride[1], stride[2], m, matrix(*packed, s), first, last);
+    if (derives && finite) derive(*packed, s, first, last);
+    return finite;
+  });
+  if (!finite) {
     auto bad = std::make_shared<Packed>();
     bad->bad_element = first_bad_element(p);
     return bad;
+  }
+  if (derives) {
+    Packed::Form& form = packed->forms[derived->form];
+    form.current = true;
+    derived->made = form.packed;
   }
   entries.push_front(Entry{key, p.W.data, packed});
   int64_t bytes = 0;
@@ -217,22 +260,8 @@ std::shared_ptr<const Packed> packed_weights(const DeqProblem& p, int threads) {
   return packed;
 }
 
-std::shared_ptr<const Packed> packed_form(const Packed& packed, int form, int64_t weights, int64_t matrix_bytes,
-                                          const std::function<void(char*)>& fill) {
-  std::lock_guard<std::mutex> lock(mutex);
-  Packed::Form& entry = packed.forms[form];
-  if (entry.current) return entry.packed;
-  const bool fits = entry.packed && entry.packed->matrix_bytes == matrix_bytes && entry.packed->bytes == matrix_bytes * weights;
-  if (!fits || entry.packed.use_count() > 1) entry.packed = make_packed(weights, matrix_bytes);
-  if (!entry.packed) return nullptr;
-  const Range range(Span::kPack, matrix_bytes);
-  fill(static_cast<char*>(entry.packed->data));
-  entry.current = true;
-  return entry.packed;
-}
-
-template std::shared_ptr<const Packed> packed_weights<float>(const DeqProblem&, int);
-template std::shared_ptr<const Packed> packed_weights<double>(const DeqProblem&, int);
+template std::shared_ptr<const Packed> packed_weights<float>(const DeqProblem&, int, Derived*);
+template std::shared_ptr<const Packed> packed_weights<double>(const DeqProblem&, int, Derived*);
 
 bool fingerprint(const DeqView& view, const int64_t (&size)[3], int64_t element_bytes, int threads, uint64_t (&result)[2]) {
   result[0] = result[1] = 0;

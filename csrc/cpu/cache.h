@@ -23,18 +23,23 @@ struct Packed {
   mutable Form forms[3];
 };
 
-// The packed form of the (S, m, m) view W for the kernels in use, from the cache or made now with `threads` threads.
+// Another form of the packed weights, made of their panels while those are in the cache of the core.
+struct Derived {
+  int form;              // its number
+  int64_t matrix_bytes;  // of one matrix
+  // Writes what belongs to the panels [first, last) of one packed matrix.
+  std::function<void(const void* packed, char* to, int64_t first, int64_t last)> fill;
+  std::shared_ptr<const Packed> made;  // set by packed_weights; null when out of memory
+};
+
+// The packed form of the (S, m, m) view W for the kernels in use, from the cache or made now with `threads` threads; with
+// `derived` that too, kept with it.
 //
 // The key is the content itself (a 128-bit fingerprint, one read of W: about a third of the price of packing), not an address
 // or a version counter: writing through .data, views, freed and reused memory can never bring back old weights.
 // Null when out of memory.
 template <class T>
-std::shared_ptr<const Packed> packed_weights(const DeqProblem& problem, int threads);
-
-// The form number `form` of `packed`, kept with it; where there is none yet, `fill` writes it into S matrices of `matrix_bytes`.
-// Null when out of memory.
-std::shared_ptr<const Packed> packed_form(const Packed& packed, int form, int64_t weights, int64_t matrix_bytes,
-                                          const std::function<void(char*)>& fill);
+std::shared_ptr<const Packed> packed_weights(const DeqProblem& problem, int threads, Derived* derived = nullptr);
 
 // 128 bits of the content of `view`, see deq_cpu_fingerprint; false if neither its rows nor its columns are contiguous.
 bool fingerprint(const DeqView& view, const int64_t (&size)[3], int64_t element_bytes, int threads, uint64_t (&result)[2]);

@@ -12,7 +12,7 @@
 #include <atomic>
 #include <memory>
 
-#include "../judge.h"
+#include "../reliable.h"
 #include "samples.h"
 #include "segments.h"
 #include "threads.h"
@@ -28,40 +28,26 @@ constexpr int64_t kTileBytes = 768 << 10;
 constexpr int64_t kRowSkew = 64;
 // Rounding of W leaves about this share of the increments in y, and a correction this share of that: smaller increments than
 // what is left gain nothing.
-constexpr double kPollution[] = {0, 1e-2, 2e-3}, kRest[] = {0, 1.0 / 254, 1.0 / 512};
-// An anchor is expected to pass if the residual to come is this share of the one to leave at.
-constexpr double kSafety = 0.85;
+constexpr double kPollution[] = {0, 1e-2, 2e-3}, kRest[] = {0, 1.0 / 256, 1.0 / 512};
 // Anchors skip the products with zeros where less than this share of the rows' elements is not zero: 1.25 x the dense kernel for
 // 64 rows at m = 256, 512 and 1024, but 0.89 x for (1024, 4) and 0.73 x for (2048, 16) on Zen 4.
 constexpr double kSkipBelow = 0.65;
 constexpr int kSkipRows = 16;
-constexpr int64_t kSkipUpTo = 1024;
-// Steps to come for which a sample is handed over: what accelerated float32 evaluations on the Cayley map cost instead.
-constexpr double kMostSteps = 100;
-constexpr int kMaxRun = 64;  // steps before an anchor is due in any case
+constexpr int64_t kSkipUpTo = 1024, kSkipAnyRows = 256;  // W of 256 KB is in the L2 cache, whoever reads it
 // Increments are expected to shrink like the last one, with this allowance; a wrong guess costs digits or is cut off, never lost.
 constexpr double kHeadroom = 1.3, kLeastRatio = 0.1, kMostRatio = 4;
 
 thread_local Arena rows_arena;
 
-enum class Next : uint8_t { kStep, kCorrectedStep, kAnchor };
-
 struct alignas(64) Slot {
   DeltaRow row;
   DeltaRow rest;  // of the corrections: its x is the part of row.x that they have covered
-  Record record;
+  Progress progress;
   float* c;
   int64_t sample;
-  double scale;      // the sample was multiplied by this power of two
-  double step2;      // |f(x) - x|^2 at the evaluation before
-  double ratio2[2];  // of step2, over the last two evaluations
-  double size;       // of the increments since the last anchor or correction, the sum of their norms
-  double corrected;  // the same since the last anchor, up to the last correction
-  int run;           // steps since the last anchor
+  double scale;  // the sample was multiplied by this power of two
   Next next;
-  bool native;         // float32 evaluations only
   bool best_is_first;  // the best iterate is the value at zero, and not yet written
-  bool is_slow;        // contracts slowly or grows: hand it over, where the caller has better means
 };
 
 class Tile {
@@ -76,10 +62,10 @@ class Tile {
         totals_(totals),
         m_(p.width),
         padded_(samples_.padded()),
-        rule_(make_rule(p.tol, p.max_iter, p.criterion, p.width, false)),
+        call_{make_rule(p.tol, p.max_iter, p.criterion, p.width, false), kPollution[p.precision], kRest[p.precision],
+              p.acceleration == DEQ_ON_DEMAND},
         segments_(m_, padded_),
-        map_(map_of(p)),
-        hands_over_(p.acceleration == DEQ_ON_DEMAND) {}
+        map_(map_of(p)) {}
 
   // Solves samples of matrix s taken from `queue`, as `sharing` threads do, until it is empty; the team shares the steps.
   void run(int64_t s, std::atomic<int64_t>& queue, int sharing, Team& team) {
@@ -177,7 +163,8 @@ class Tile {
     // The float32 step with the mask 1 is y = W x + c; its sums are not used.
     const Step<float> anchor{x, y, c, ones, sums, nullptr, w, m_, kIdentity, 0, 0, padded_, nonzeros_, total_};
     const int64_t dense = anchors * m_;
-    const int64_t nonzeros = anchors >= kSkipRows && m_ <= kSkipUpTo ? k_.find_nonzeros(anchor, anchors) : dense;
+    const bool may_skip = anchors > 0 && (anchors >= kSkipRows || m_ <= kSkipAnyRows) && m_ <= kSkipUpTo;
+    const int64_t nonzeros = may_skip ? k_.find_nonzeros(anchor, anchors) : dense;
     const bool skips = static_cast<double>(nonzeros) < kSkipBelow * static_cast<double>(dense);
     work_.native_rows += anchors;
     work_.native_products += (skips ? nonzeros : dense) * m_;
@@ -206,15 +193,11 @@ class Tile {
     for (int i = 0; i < step_count; ++i) low_.add_up(*steps[i], segments_.count);
   }
 
-  // f at the slot's y: returns the state, leaves act(y) or d y in value_, and sets the row's sums.
-  float* respond(Slot& slot) {
+  // f at the slot's y: leaves act(y) or d y in value_, returns the state.
+  const float* respond(const Slot& slot) {
     k_.first(p_.activation, slot.row.y, slot.row.d, value_, m_);
-    if (!p_.reflected) {
-      low_.measure(slot.row, value_, nullptr, padded_);
-      return value_;
-    }
-    std::copy(value_, value_ + padded_, state_);
-    low_.measure(slot.row, state_, slot.row.y, padded_);
+    if (!p_.reflected) return value_;
+    for (int64_t j = 0; j < padded_; ++j) state_[j] = value_[j] + (value_[j] - slot.row.y[j]);
     return state_;
   }
 
@@ -222,11 +205,8 @@ class Tile {
   bool fill(Slot& slot, std::atomic<int64_t>& queue) {
     float* d = d_[&slot - slots_];
     while ((slot.sample = samples_.take(matrix_, queue, slot.c, d, slot.row.x, &slot.scale)) >= 0) {
-      slot.record = new_record();
-      slot.native = slot.is_slow = slot.best_is_first = false;
-      slot.run = 0;
-      slot.ratio2[0] = slot.ratio2[1] = 1;
-      slot.step2 = INFINITY;
+      slot.progress = new_progress();
+      slot.best_is_first = false;
       if (p_.start.data) {
         slot.next = Next::kAnchor;
         return true;
@@ -242,48 +222,37 @@ class Tile {
   // After a float32 evaluation of y: judges it and prepares what comes next; false when the sample is done.
   bool anchored(Slot& slot) {
     DeltaRow& row = slot.row;
-    float* state = respond(slot);
+    const float* state = map_ == DeltaMap::kByRow ? respond(slot) : nullptr;
+    low_.measure(row, map_, state, padded_);
     double step2 = row.step2, size2 = row.size2;
     if (!in_range<float>(size2)) {
+      state = respond(slot);
       step2 = distance(state, row.x, m_);
       size2 = size_of(state, m_);
-      slot.native = true;  // the sums of a step have no such second chance
+      slot.progress.native = true;  // the sums of a step have no such second chance
     }
-    const double start2 = slot.record.iteration == 0 ? size_of(row.x, m_) : 0.0;
-    if (slot.run > 0) {
-      // The contraction is what the steps showed; against them the residual of an anchor holds what they had left in y.
-      // Slow is what was slow twice, and an estimated error is that of the slower.
-      slot.record.step2[0] = step2 / std::min(slot.ratio2[0], slot.ratio2[1]);
-      slot.record.step2[1] = slot.record.step2[0] / std::max(slot.ratio2[0], slot.ratio2[1]);
-    }
-    Verdict verdict = judge(rule_, slot.record, step2, size2, start2);
-    const bool is_best = slot.record.best_at == slot.record.iteration;
-    slot.native = slot.native || (!is_best && slot.run > 0);
-    if (verdict == Verdict::kContinue && hands_over_ && (slot.native || slot.is_slow)) verdict = Verdict::kMaxIter;
+    Record& record = slot.progress.record;
+    const double start2 = record.iteration == 0 && p_.start.data ? size_of(row.x, m_) : 0.0;
+    bool is_best;
+    const Verdict verdict = judge_anchor(call_, slot.progress, step2, size2, start2, &is_best);
     if (verdict != Verdict::kContinue) {
       finish(slot, verdict, is_best);
       return false;
     }
     if (is_best) {
       // The value at zero is made again if nothing better comes: no row is written for what is soon written over.
-      slot.best_is_first = slot.record.iteration == 1 && !p_.start.data;
-      if (!slot.best_is_first) samples_.write(slot.sample, slot.scale, value_);
-    } else if (slot.run > 0) {
-      slot.record.best_at = slot.record.iteration;  // what the steps did not gain is not the sample's failure
+      slot.best_is_first = record.iteration == 1 && !p_.start.data;
+      if (!slot.best_is_first) write(slot);
     }
-    slot.step2 = step2;
-    slot.run = 0;
-    slot.size = std::sqrt(step2);
-    slot.corrected = 0;
-    if (slot.native || slot.record.iteration + 1 >= rule_.max_iter) {
+    if (anchors_again(call_, slot.progress)) {
+      state = respond(slot);
       std::copy(state, state + padded_, row.x);
       slot.next = Next::kAnchor;
       return true;
     }
-    std::copy(row.x, row.x + padded_, slot.rest.x);
     row.set_next_scale(row.largest / 127.0);
-    low_.feed(row, state, padded_);
-    expect(slot, slot.ratio2[0]);
+    low_.feed(row, map_, state, slot.rest.x, padded_);
+    expect(slot, std::sqrt(slot.progress.ratio2[0]));
     slot.next = Next::kStep;
     return true;
   }
@@ -292,73 +261,47 @@ class Tile {
   bool stepped(Slot& slot) {
     DeltaRow& row = slot.row;
     if (map_ == DeltaMap::kByRow) {
-      float* state = respond(slot);
+      const float* state = respond(slot);
+      low_.measure(row, map_, state, padded_);
       row.set_next_scale(row.largest / 127.0);
-      low_.feed(row, state, padded_);
+      low_.feed(row, map_, state, nullptr, padded_);
     }
-    ++slot.record.iteration;
-    ++slot.run;
-    slot.ratio2[1] = slot.ratio2[0];
-    slot.ratio2[0] = std::max(row.step2 / slot.step2, 1e-12);
-    slot.step2 = row.step2;
-    slot.size += std::sqrt(row.step2);
-    expect(slot, slot.ratio2[0]);
-    slot.is_slow = hands_over_ && is_hopeless(slot);
-    slot.next = slot.is_slow ? Next::kAnchor : next_of(slot);
+    slot.next = after_step(call_, slot.progress, row.step2, row.size2);
+    expect(slot, std::sqrt(slot.progress.ratio2[0]));
     if (slot.next == Next::kCorrectedStep) {
-      low_.measure(slot.rest, row.x, nullptr, padded_);
+      low_.measure(slot.rest, DeltaMap::kByRow, row.x, padded_);
       slot.rest.set_next_scale(slot.rest.largest / 127.0);
       slot.rest.scale = slot.rest.next_scale;
-      low_.feed(slot.rest, row.x, padded_);
-      slot.corrected += slot.size;
-      slot.size = std::sqrt(row.step2);
+      low_.feed(slot.rest, DeltaMap::kByRow, row.x, nullptr, padded_);
     }
     return true;
   }
 
-  Next next_of(const Slot& slot) const {
-    const double step2 = slot.row.step2, size2 = slot.row.size2;
-    if (!(step2 < INFINITY) || !(size2 <= slot.record.limit2)) return Next::kAnchor;
-    if (slot.run >= kMaxRun || slot.record.iteration + 1 >= rule_.max_iter) return Next::kAnchor;
-    const double expected2 = step2 * std::min(slot.ratio2[0], 1.0);
-    const double q2 = std::min(slot.ratio2[0], slot.ratio2[1]);
-    double leave2 = q2 > kSlowContraction * kSlowContraction ? rule_.tol2 : rule_.leave2;
-    if (rule_.criterion == DEQ_ERROR_ESTIMATE) {
-      const double q = std::sqrt(std::max(slot.ratio2[0], slot.ratio2[1])), r = q < 1 ? rule_.tol * (1 - q) / q : 0;
-      leave2 = r * r;
-    }
-    if (expected2 <= kSafety * kSafety * leave2 * size2) return Next::kAnchor;
-    const double pollution = kPollution[p_.precision];
-    if (step2 > pollution * pollution * slot.size * slot.size) return Next::kStep;
-    const double rest = pollution * kRest[p_.precision] * (slot.corrected + slot.size);
-    return rest * rest <= leave2 * size2 ? Next::kCorrectedStep : Next::kAnchor;
-  }
-
-  // Growing, or so slow that another means is cheaper than the steps to come.
-  bool is_hopeless(const Slot& slot) const {
-    const double least2 = std::min(slot.ratio2[0], slot.ratio2[1]);
-    if (least2 >= 1) return slot.run > 2;
-    if (slot.record.iteration < kSlowAfter || least2 <= kSlowContraction * kSlowContraction) return false;
-    return std::log(rule_.tol2 * slot.row.size2 / slot.row.step2) < kMostSteps * std::log(least2);
-  }
-
   // The increment just written becomes the one to read, and the scale of the one after it is set.
-  void expect(Slot& slot, double ratio2) {
+  void expect(Slot& slot, double ratio) {
     DeltaRow& row = slot.row;
     std::swap(row.increment, row.next);
-    const double cut = row.largest - 127.0 * row.next_scale, ratio = std::clamp(std::sqrt(ratio2), kLeastRatio, kMostRatio);
+    const double cut = row.largest - 127.0 * row.next_scale, expected = std::clamp(ratio, kLeastRatio, kMostRatio);
     row.scale = row.next_scale;
-    row.set_next_scale(kHeadroom / 127 * std::max(row.largest * ratio, cut));
+    row.set_next_scale(kHeadroom / 127 * std::max(row.largest * expected, cut));
   }
 
   void finish(Slot& slot, Verdict verdict, bool is_best) {
-    if (!is_best && slot.best_is_first) {
-      k_.first(p_.activation, slot.c, slot.row.d, value_, m_);
-      is_best = true;
-    }
     // Otherwise the output row already holds the best iterate. One that left the range of the caller's dtype has diverged.
-    if (is_best && !samples_.write(slot.sample, slot.scale, value_)) verdict = Verdict::kDiverged;
-    samples_.report(slot.sample, slot.record, verdict);
+    bool fits = true;
+    if (is_best) {
+      fits = write(slot);
+    } else if (slot.best_is_first) {
+      k_.first(p_.activation, slot.c, slot.row.d, value_, m_);
+      fits = samples_.write(slot.sample, slot.scale, value_);
+    }
+    samples_.report(slot.sample, slot.progress.record, fits ? verdict : Verdict::kDiverged);
+  }
+
+  // The value at the slot's y becomes its result.
+  bool write(const Slot& slot) {
+    if (map_ != DeltaMap::kByRow) k_.first(p_.activation, slot.row.y, slot.row.d, value_, m_);  // else respond() has
+    return samples_.write(slot.sample, slot.scale, value_);
   }
 
   const DeqProblem& p_;
@@ -368,10 +311,9 @@ class Tile {
   const Packed &packed_, &increments_;
   Totals& totals_;
   const int64_t m_, padded_;
-  const Rule rule_;
+  const Reliable call_;
   const Segments segments_;
   const DeltaMap map_;
-  const bool hands_over_;
   int64_t matrix_ = 0;
   int size_ = 0;
   DeqWork work_{};
@@ -395,15 +337,14 @@ int32_t delta_solve(const DeqProblem& p) {
   const DeltaKernels& low = *delta_kernels(p.precision);
   const Segments segments(p.width, (p.width + low.lanes - 1) / low.lanes * low.lanes);
   const Division division = divide(p, segments.count, kLeastFlops);
-  std::shared_ptr<const Packed> packed = packed_weights<float>(p, division.threads);
-  if (!packed) return DEQ_NO_MEMORY;
-  *p.report = DeqReport{0, packed->bad_element, 0, 0};
-  if (packed->bad_element) return DEQ_OK;
-  std::shared_ptr<const Packed> increments = delta_planes(p, low, *packed, division.threads);
-  if (!increments) return DEQ_NO_MEMORY;
+  const DeltaWeights weights = delta_weights(p, low, division.threads);
+  if (!weights.packed) return DEQ_NO_MEMORY;
+  *p.report = DeqReport{0, weights.packed->bad_element, 0, 0};
+  if (weights.packed->bad_element) return DEQ_OK;
+  if (!weights.planes) return DEQ_NO_MEMORY;
   Totals totals;
   run_divided(p, segments.count, division, [&](int64_t s, std::atomic<int64_t>& queue, int sharing, Team& team) {
-    std::make_unique<Tile>(p, low, *packed, *increments, totals)->run(s, queue, sharing, team);
+    std::make_unique<Tile>(p, low, *weights.packed, *weights.planes, totals)->run(s, queue, sharing, team);
   });
   last_work = totals.work;
   p.report->failed = totals.failed;

@@ -60,10 +60,11 @@ struct DeltaKernels {
   void (*step)(const DeltaStep&, int n);
   // After every segment's step, unless the map is applied by row: sets step2, size2 and largest.
   void (*add_up)(DeltaRow&, int segments);
-  // state = f(y) as given, or with y its reflection 2 f(y) - y; sets step2, size2 and largest.
-  void (*measure)(DeltaRow&, float* state, const float* y, int64_t padded);
-  // next = Q(state - x), x += next.
-  void (*feed)(DeltaRow&, const float* state, int64_t padded);
+  // The state is f(y), formed in passing, or where the map is applied by row as given.
+  // Sets step2, size2 and largest.
+  void (*measure)(DeltaRow&, DeltaMap, const float* state, int64_t padded);
+  // next = Q(state - x), x += next; what x was goes to `before` if that is not null.
+  void (*feed)(DeltaRow&, DeltaMap, const float* state, float* before, int64_t padded);
 };
 
 // Compiled-in tables.
@@ -76,9 +77,11 @@ const DeltaKernels* avx512bf16_delta_kernels();
 // none.
 const DeltaKernels* delta_kernels(int32_t precision);
 
-// The planes of every matrix of the problem, made from W as the float32 kernels have packed it and kept with that. Null when out
-// of memory.
-std::shared_ptr<const Packed> delta_planes(const DeqProblem& problem, const DeltaKernels& low, const Packed& packed, int threads);
+// W as the float32 kernels take it, and the planes of every matrix.
+struct DeltaWeights {
+  std::shared_ptr<const Packed> packed, planes;  // null when out of memory; no planes of a W that is not finite
+};
+DeltaWeights delta_weights(const DeqProblem& problem, const DeltaKernels& low, int threads);
 
 // Whether delta_solve serves the problem: else the row engine does.
 bool delta_serves(const DeqProblem& problem);

@@ -15,6 +15,7 @@ struct Increment {
   using Sum = __m512;
 
   DEQ_INLINE Sum start(const int32_t*) { return _mm512_setzero_ps(); }
+  DEQ_INLINE Sum offset_of(Sum) { return _mm512_setzero_ps(); }
   DEQ_INLINE Sum dot(Sum sum, uint32_t word, Sum weights) {
     // Not the intrinsic: around it GCC 12 copies every sum at every step.
     asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(_mm512_set1_epi32(static_cast<int>(word))), "v"(weights));
@@ -39,15 +40,17 @@ struct Increment {
     }
   };
   struct Weights {
-    V scale;
-    explicit Weights(V) : scale(VecMath<float>::set(1.0)) {}
-    Weights rest() const { return *this; }
-    // Stores the words of these elements and leaves in them what rounding left out.
-    void take(V (&terms)[2], uint32_t* at, Sum*) const {
-      const __m256i low = rounded(terms[0]), high = rounded(terms[1]);
-      terms[0] -= reinterpret_cast<V>(widened(low));
-      terms[1] -= reinterpret_cast<V>(widened(high));
-      _mm512_storeu_si512(at, _mm512_or_si512(_mm512_cvtepu16_epi32(low), widened(high)));
+    V scale[2];
+    explicit Weights(V) : scale{VecMath<float>::set(1.0), VecMath<float>::set(1.0)} {}
+    // Stores the words of these elements, and of what rounding left out of them.
+    inline __attribute__((always_inline)) void split(const V (&terms)[2], uint32_t* high, uint32_t* low, Sum (&)[2]) const {
+      const __m256i first = rounded(terms[0]), second = rounded(terms[1]);
+      store(first, second, high);
+      store(rounded(terms[0] - reinterpret_cast<V>(widened(first))), rounded(terms[1] - reinterpret_cast<V>(widened(second))),
+            low);
+    }
+    DEQ_INLINE void store(__m256i first, __m256i second, uint32_t* at) {
+      _mm512_storeu_si512(at, _mm512_or_si512(_mm512_cvtepu16_epi32(first), widened(second)));
     }
   };
 };

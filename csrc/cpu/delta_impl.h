@@ -4,6 +4,8 @@
 // Register tile: up to DEQ_TILE_ROWS samples x two vectors of outputs, like the float32 kernels; a 32-bit word of an increment
 // (kTerms elements of k) is multiplied with the same word of a vector of outputs.
 #pragma once
+#include <type_traits>
+
 #include "delta.h"
 #include "vec.h"
 
@@ -30,31 +32,47 @@ struct Layout {
 
 int64_t plane_bytes(int64_t m) { return Layout(m).bytes(); }
 
+// The largest magnitude of every output over k, `stride` elements apart.
+V largest_of(const float* src, int64_t stride, int64_t m) {
+  constexpr int kChains = 4;
+  V largest[kChains]{};
+  int64_t k = 0;
+  for (; k + kChains <= m; k += kChains)
+#pragma GCC unroll 4
+    for (int i = 0; i < kChains; ++i) largest[i] = Increment::maximum(largest[i], M::abs(M::load(src + (k + i) * stride)));
+  for (; k < m; ++k) largest[0] = Increment::maximum(largest[0], M::abs(M::load(src + k * stride)));
+  for (int i = 1; i < kChains; ++i) largest[0] = Increment::maximum(largest[0], largest[i]);
+  return largest[0];
+}
+
 // The float32 panels [k][output] become words [k / kTerms][output].
 void pack(const float* w, int64_t m, void* packed, int64_t first, int64_t last) {
+  constexpr int kTerms = Increment::kTerms;
   const Layout layout(m);
+  char* plane[2] = {static_cast<char*>(packed), static_cast<char*>(packed) + layout.bytes()};
   for (int64_t j = first * 2 * kL; j < last * 2 * kL && j < layout.columns; j += kL) {
     // Where vector j starts in its panel of one or two vectors.
     const int64_t panel = j / (2 * kL) * (2 * kL), left = layout.columns - panel, width = left < 2 * kL ? left : 2 * kL;
     const float* src = w + panel * m + (j - panel);
-    V largest{};
-    for (int64_t k = 0; k < m; ++k) largest = Increment::maximum(largest, M::abs(M::load(src + k * width)));
-    const Increment::Weights weights[2] = {Increment::Weights(largest), Increment::Weights(largest).rest()};
-    Increment::Sum offset[2] = {};
-    char* plane[2] = {static_cast<char*>(packed), static_cast<char*>(packed) + layout.bytes()};
-    for (int64_t word = 0; word < layout.words; ++word) {
-      V terms[Increment::kTerms];
-      for (int t = 0; t < Increment::kTerms; ++t) {
-        const int64_t k = word * Increment::kTerms + t;
-        terms[t] = k < m ? M::load(src + k * width) : V{};
-      }
-      for (int i = 0; i < 2; ++i)
-        weights[i].take(terms, reinterpret_cast<uint32_t*>(plane[i]) + panel * layout.words + (j - panel) + word * width,
-                        &offset[i]);
+    const Increment::Weights weights(largest_of(src, width, m));
+    uint32_t* at[2];
+    for (int i = 0; i < 2; ++i) at[i] = reinterpret_cast<uint32_t*>(plane[i]) + panel * layout.words + (j - panel);
+    Increment::Sum sums[2] = {};
+    V terms[kTerms];
+    const int64_t whole = m / kTerms;
+    for (int64_t word = 0; word < whole; ++word) {
+#pragma GCC unroll 4
+      for (int t = 0; t < kTerms; ++t) terms[t] = M::load(src + (word * kTerms + t) * width);
+      weights.split(terms, at[0] + word * width, at[1] + word * width, sums);
+    }
+    if (whole < layout.words) {
+      for (int t = 0; t < kTerms; ++t) terms[t] = whole * kTerms + t < m ? M::load(src + (whole * kTerms + t) * width) : V{};
+      weights.split(terms, at[0] + whole * width, at[1] + whole * width, sums);
     }
     for (int i = 0; i < 2; ++i) {
-      M::store(const_cast<float*>(layout.scales(plane[i])) + j, weights[i].scale);
-      memcpy(const_cast<int32_t*>(layout.offsets(plane[i])) + j, &offset[i], sizeof offset[i]);
+      M::store(const_cast<float*>(layout.scales(plane[i])) + j, weights.scale[i]);
+      const Increment::Sum offset = Increment::offset_of(sums[i]);
+      memcpy(const_cast<int32_t*>(layout.offsets(plane[i])) + j, &offset, sizeof offset);
     }
   }
 }
@@ -171,19 +189,27 @@ void settle(DeltaRow& row, int segment, int64_t from, int64_t to) {
   sums.store(row.sums + segment * 3 * kL);
 }
 
-void settle(const DeltaStep& s, DeltaRow& row) {
-  switch (s.map) {
+// Calls f with the map as a constant.
+template <class F>
+DEQ_INLINE void with_map(DeltaMap map, F&& f) {
+  switch (map) {
     case DeltaMap::kRelu:
-      return settle<DeltaMap::kRelu>(row, s.segment, s.from, s.to);
+      return f(std::integral_constant<DeltaMap, DeltaMap::kRelu>{});
     case DeltaMap::kReflectedRelu:
-      return settle<DeltaMap::kReflectedRelu>(row, s.segment, s.from, s.to);
+      return f(std::integral_constant<DeltaMap, DeltaMap::kReflectedRelu>{});
     case DeltaMap::kMask:
-      return settle<DeltaMap::kMask>(row, s.segment, s.from, s.to);
+      return f(std::integral_constant<DeltaMap, DeltaMap::kMask>{});
     case DeltaMap::kReflectedMask:
-      return settle<DeltaMap::kReflectedMask>(row, s.segment, s.from, s.to);
+      return f(std::integral_constant<DeltaMap, DeltaMap::kReflectedMask>{});
     default:
-      return;
+      return f(std::integral_constant<DeltaMap, DeltaMap::kByRow>{});
   }
+}
+
+void settle(const DeltaStep& s, DeltaRow& row) {
+  with_map(s.map, [&](auto map) {
+    if constexpr (map() != DeltaMap::kByRow) settle<map()>(row, s.segment, s.from, s.to);
+  });
 }
 
 // Weights up to this size stream from the L2 cache once for every few rows, whose data then stay in L1; larger ones once for all.
@@ -215,27 +241,40 @@ void step(const DeltaStep& s, int n) {
   }
 }
 
-void measure(DeltaRow& row, float* state, const float* y, int64_t n) {
-  Sums sums;
-  for (int64_t j = 0; j < n; j += kL) {
-    V value = M::load(state + j);
-    if (y) {
-      value = value + (value - M::load(y + j));
-      M::store(state + j, value);
+template <DeltaMap kMap>
+DEQ_INLINE V state_at(const DeltaRow& row, const float* state, int64_t j) {
+  if constexpr (kMap == DeltaMap::kByRow) return M::load(state + j);
+  return apply<kMap>(M::load(row.y + j), row.d + j);
+}
+
+void measure(DeltaRow& row, DeltaMap map, const float* given, int64_t n) {
+  with_map(map, [&](auto m) {
+    Sums sums;
+    int64_t j = 0;
+    auto vector = [&](int64_t at, int i) __attribute__((always_inline)) {
+      const V state = state_at<m()>(row, given, at);
+      sums.add(i, state, state - M::load(row.x + at));
+    };
+    for (; j + 2 * kL <= n; j += 2 * kL) {
+      vector(j, 0);
+      vector(j + kL, 1);
     }
-    sums.add(j / kL & 1, value, value - M::load(row.x + j));
-  }
-  sums.store(row.sums);
+    if (j < n) vector(j, 0);
+    sums.store(row.sums);
+  });
   add_up(row, 1);
 }
 
-void feed(DeltaRow& row, const float* state, int64_t n) {
+void feed(DeltaRow& row, DeltaMap map, const float* given, float* before, int64_t n) {
   const Increment::Quantiser quantiser(row);
   char* next = static_cast<char*>(row.next);
-  for (int64_t j = 0; j < n; j += kL) {
-    const V before = M::load(row.x + j);
-    M::store(row.x + j, before + quantiser.store(M::load(state + j) - before, next + j * Increment::kBytes));
-  }
+  with_map(map, [&](auto m) {
+    for (int64_t j = 0; j < n; j += kL) {
+      const V x = M::load(row.x + j);
+      if (before) M::store(before + j, x);
+      M::store(row.x + j, x + quantiser.store(state_at<m()>(row, given, j) - x, next + j * Increment::kBytes));
+    }
+  });
 }
 
 const deq::DeltaKernels* table() {

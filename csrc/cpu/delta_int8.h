@@ -14,6 +14,7 @@ struct Increment {
   using M = VecMath<float>;
   using V = M::V;
   using Sum = M::I;
+  typedef uint16_t Halves __attribute__((vector_size(DEQ_VECTOR_BYTES)));
   // Adding it to a number of at most 127 in size rounds that to an integer, and puts 128 more into the low byte of the sum.
   static constexpr float kRound = 12582912.0f + 128.0f;
 
@@ -24,6 +25,7 @@ struct Increment {
     memcpy(&sum, offsets, sizeof sum);
     return sum;
   }
+  DEQ_INLINE Sum offset_of(Sum sum) { return -sum; }
   DEQ_INLINE Sum dot(Sum sum, uint32_t word, Sum weights) {
     // Not the intrinsic: around it GCC 12 copies every sum at every step.
     asm(DEQ_VPDPBUSD " %2, %1, %0" : "+v"(sum) : "v"(static_cast<int32_t>(word) - Sum{}), "v"(weights));
@@ -37,6 +39,7 @@ struct Increment {
   DEQ_INLINE V maximum(V a, V b) { return static_cast<V>(_mm512_max_ps(a, b)); }
   DEQ_INLINE V minimum(V a, V b) { return static_cast<V>(_mm512_min_ps(a, b)); }
   DEQ_INLINE float lane_max(V v) { return _mm512_reduce_max_ps(v); }
+  DEQ_INLINE Sum to_integer(V v) { return reinterpret_cast<Sum>(_mm512_cvtps_epi32(v)); }
   // Stores the low bytes of the lanes.
   DEQ_INLINE void store_bytes(V lanes, char* at) {
     const __m128i bytes = _mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(lanes));
@@ -50,6 +53,7 @@ struct Increment {
     const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_max_ss(two, _mm_shuffle_ps(two, two, 1)));
   }
+  DEQ_INLINE Sum to_integer(V v) { return reinterpret_cast<Sum>(_mm256_cvtps_epi32(v)); }
   DEQ_INLINE void store_bytes(V lanes, char* at) {
     const __m256i low = _mm256_and_si256(reinterpret_cast<__m256i>(lanes), _mm256_set1_epi32(255));
     const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1));
@@ -68,33 +72,30 @@ struct Increment {
     }
   };
 
-  // One scale for every output: its largest weight becomes 127, and 127 of the rest are half a unit of that.
+  // Integers of 16 bits, with one scale for every output: its largest weight becomes 127 * 256. The first plane is the high byte,
+  // rounded, the second the low one.
   struct Weights {
-    V scale, inverse;
+    V scale[2], inverse;
     explicit Weights(V largest) {
       // Where 1 / scale would overflow the row is taken as zero: anchors add what it is.
       const auto normal = largest > M::set(1e-30);
-      scale = M::select(normal, largest * M::set(1.0 / 127), V{});
-      inverse = M::select(normal, M::set(127.0) / largest, V{});
+      scale[0] = M::select(normal, largest * M::set(1.0 / 127), V{});
+      scale[1] = M::select(normal, largest * M::set(1.0 / (127 * 256)), V{});
+      inverse = M::select(normal, M::set(127.0 * 256) / largest, V{});
     }
-    Weights rest() const {
-      Weights finer = *this;
-      finer.scale *= M::set(1.0 / 254);
-      finer.inverse *= M::set(254.0);
-      return finer;
-    }
-    // Stores the words of these elements and leaves in them what rounding left out.
-    void take(V (&terms)[kTerms], uint32_t* at, Sum* offset) const {
-      Sum word{}, sum{};
-      for (int t = 0; t < kTerms; ++t) {
-        const V rounded = (terms[t] * inverse + M::set(12582912.0)) - M::set(12582912.0);
-        const Sum q = __builtin_convertvector(rounded, Sum);
-        terms[t] -= rounded * scale;
-        sum += q;
-        word |= (q & 255) << (8 * t);
-      }
-      memcpy(at, &word, sizeof word);
-      *offset -= sum * 128;
+    // Stores the words of these elements and adds 128 times each to the sums.
+    inline __attribute__((always_inline)) void split(const V (&terms)[kTerms], uint32_t* high, uint32_t* low,
+                                                     Sum (&sums)[2]) const {
+      Sum q[kTerms];
+      for (int t = 0; t < kTerms; ++t) q[t] = to_integer(terms[t] * inverse);
+      // Halves of 16 bits: the even terms, the odd terms.
+      const Halves even = reinterpret_cast<Halves>((q[0] & 0xFFFF) | q[2] << 16);
+      const Halves odd = reinterpret_cast<Halves>((q[1] & 0xFFFF) | q[3] << 16);
+      const Halves low_bytes = (even & 0xFF) | odd << 8, high_bytes = (even + 128) >> 8 | ((odd + 128) & 0xFF00);
+      const Sum words[2] = {reinterpret_cast<Sum>(high_bytes), reinterpret_cast<Sum>(low_bytes)};
+      memcpy(high, &words[0], sizeof words[0]);
+      memcpy(low, &words[1], sizeof words[1]);
+      for (int i = 0; i < 2; ++i) sums[i] = dot(sums[i], 0x80808080u, words[i]);
     }
   };
 };

@@ -1,5 +1,5 @@
 // Which inner loops of the delta iteration this CPU has, and W in their precision.
-#include <algorithm>
+#include <utility>
 
 #include "delta.h"
 #include "kernels.h"
@@ -26,17 +26,14 @@ const DeltaKernels* delta_kernels(int32_t precision) {
   return nullptr;
 }
 
-std::shared_ptr<const Packed> delta_planes(const DeqProblem& p, const DeltaKernels& low, const Packed& packed, int threads) {
-  const int64_t m = p.width, panels = (m + 2 * low.lanes - 1) / (2 * low.lanes), bytes = 2 * low.plane_bytes(m);
-  return packed_form(packed, p.precision, p.weights, bytes, [&](char* to) {
-    const int64_t groups = threads > 1 && m >= 256 ? std::min<int64_t>(panels, threads) : 1;
-#pragma omp parallel for num_threads(threads) if (threads > 1 && groups * p.weights > 1)
-    for (int64_t i = 0; i < p.weights * groups; ++i) {
-      const int64_t s = i / groups, group = i % groups;
-      low.pack(static_cast<const float*>(packed.data) + s * (packed.matrix_bytes / 4), m, to + s * bytes, panels * group / groups,
-               panels * (group + 1) / groups);
-    }
-  });
+DeltaWeights delta_weights(const DeqProblem& p, const DeltaKernels& low, int threads) {
+  Derived planes{p.precision, 2 * low.plane_bytes(p.width),
+                 [&](const void* packed, char* to, int64_t first, int64_t last) {
+                   low.pack(static_cast<const float*>(packed), p.width, to, first, last);
+                 },
+                 nullptr};
+  std::shared_ptr<const Packed> packed = packed_weights<float>(p, threads, &planes);
+  return {std::move(packed), std::move(planes.made)};
 }
 
 }  // namespace deq

@@ -3,6 +3,8 @@
 #pragma once
 #include <stdint.h>
 
+#include "lanes.h"
+
 namespace deq {
 
 constexpr int kHashLanes = 32;
@@ -64,9 +66,14 @@ struct Kernels {
   void (*residual)(const T* f, const T* y, T* f_row, T* g_row, int64_t padded);
   void (*dots)(const T* g, const T* const* rows, int count, int64_t padded, double* dots);
   void (*mix)(const T* const* rows, const T* weights, int count, int64_t padded, T* out);
+  // out[i][j] = sum over `batch` rows b of u[b][i] z[b][j] for the rows [first, last) of out, `columns` wide. Summed in the order
+  // of b whatever the rows asked for.
+  void (*outer)(const T* u, int64_t u_stride, const T* z, int64_t z_stride, int64_t batch, int64_t columns, T* out, int64_t first,
+                int64_t last);
   // Hash lanes of the weight cache: absorbs blocks of kHashLanes words.
   void (*absorb)(uint64_t* lanes, const void* data, int64_t blocks);
   double (*peak_flops)(int64_t repeats);  // runs FMAs on registers only; returns their flops
+  const LaneKernels<T>* (*lane)();        // the lane engine's
 };
 
 // Elements of one packed matrix of width m.

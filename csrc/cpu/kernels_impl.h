@@ -6,6 +6,7 @@
 #include "../activations.h"
 #include "../kernels.h"
 #include "kernels.h"
+#include "outer_impl.h"
 #include "pack_impl.h"
 #include "vec.h"
 
@@ -273,6 +274,7 @@ void step(const Step<T>& s, int n) {
 }
 
 }  // namespace
+#include "lanes_impl.h"
 #include "skip_impl.h"
 namespace {
 
@@ -469,8 +471,10 @@ const deq::Kernels<T>* table() {
       .residual = residual<T>,
       .dots = dots<T>,
       .mix = mix<T>,
+      .outer = outer<T>,
       .absorb = absorb,
       .peak_flops = peak_flops<T>,
+      .lane = lane_table<T>,
   };
   return &kTable;
 }

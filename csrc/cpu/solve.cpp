@@ -13,6 +13,7 @@
 #include "../kernels.h"
 #include "cache.h"
 #include "delta.h"
+#include "lane_engine.h"
 #include "samples.h"
 #include "segments.h"
 #include "threads.h"
@@ -386,6 +387,7 @@ int32_t deq_cpu_solve(const DeqProblem* p) {
   deq::last_work = DeqWork{};
   if (p->weights * p->batch == 0) return DEQ_OK;
   if (deq::delta_serves(*p)) return deq::delta_solve(*p);
+  if (deq::lanes_serve(*p)) return deq::lane_solve(*p);
   return p->type == DEQ_FLOAT64 ? deq::solve<double>(*p) : deq::solve<float>(*p);
 }
 

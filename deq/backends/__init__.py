@@ -1,4 +1,4 @@
-"""One small module a backend, all with the same three functions.
+"""One small module a backend, all with the same four functions.
 
 Every tensor is canonical: W, A (m, m) with c, z0, z, g, d, u (B, m), or W, A (S, m, m) with the others (S, B, m); any
 strides, one dtype and device.
@@ -9,20 +9,25 @@ strides, one dtype and device.
     fixed point of ``d * (A u + g)``; with ``value_of`` naming an activation, d holds its values, not its derivative
 ``derivative(W, c, z, activation) -> Tensor``
     ``act'(W z + c)``
+``outer(u, z) -> Tensor``
+    the sum over B of ``u z^T``, (m, m) or (S, m, m)
 
 A non-finite ``g`` gives NaN for its sample; any other non-finite input is named in ``Outcome.report``.
 """
 
+import importlib
 from types import ModuleType
 
 from . import cpu, reference
-from .outcome import Outcome
+from .outcome import Deferred, Outcome
 
-__all__ = ["Outcome", "get_backend"]
+__all__ = ["Deferred", "Outcome", "get_backend"]
 
 _MODULES = {"cpu": cpu, "reference": reference}
 
 
 def get_backend(name: str) -> ModuleType:
     """The module of a backend that :func:`deq.plan.make_plan` chose."""
+    if name not in _MODULES:  # Triton takes a second to import
+        _MODULES[name] = importlib.import_module(f".{name}", __name__)
     return _MODULES[name]

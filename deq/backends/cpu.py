@@ -10,6 +10,10 @@ from .outcome import Outcome
 
 _ACCELERATION = {"none": 0, "anderson": 1, "on_demand": 2}
 _CRITERION = {"residual": 0, "error": 1}
+# Samples up to which the gradient of W is summed here and not by torch. Torch's time over this, Zen 4, one thread: 1.2
+# from 16 to 256 samples at any m, 5.2 at (1024, 4), 3.5 at (2048, 4).
+OUTER_UP_TO = 256
+_OUTER_DTYPES = (torch.float32, torch.float64)
 _ZERO = {dim: torch.empty((0,) * dim) for dim in (2, 3)}  # the operator's z0 without elements: start at zero
 _reports: list[Tensor] = []  # those not in use; a list, whose pop and append are safe between threads
 
@@ -60,6 +64,16 @@ def derivative(W: Tensor, c: Tensor, z: Tensor, activation: str) -> Tensor:
     d = torch.empty_like(c, memory_format=torch.contiguous_format)
     torch.ops.deq.derivative_.default(W, c, z, d, ACTIVATIONS[activation].number)
     return d
+
+
+def outer(u: Tensor, z: Tensor) -> Tensor:
+    plain = type(u) is type(z) is Tensor and u.dtype in _OUTER_DTYPES and u.stride(-1) == 1 == z.stride(-1)
+    if not plain or u.shape[-2] > OUTER_UP_TO:
+        return torch.matmul(u.mT, z)
+    m = u.shape[-1]
+    out = u.new_empty(*u.shape[:-2], m, m)
+    torch.ops.deq.outer_.default(u, z, out)
+    return out
 
 
 def _options(plan: Plan, reflected: bool) -> tuple:

@@ -7,7 +7,7 @@ from .. import reference, stats
 from ..activations import ACTIVATIONS
 from ..plan import Plan
 from ..solution import Status
-from .outcome import Outcome
+from .outcome import Outcome, first_bad
 
 
 def _wide(plan: Plan, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -18,12 +18,6 @@ def _wide(plan: Plan, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 def _options(plan: Plan) -> dict:
     names = ("tol", "max_iter", "acceleration", "depth", "criterion")
     return {name: getattr(plan, name) for name in names}
-
-
-def _first(bad: Tensor) -> int:
-    """One plus the flat index of the first true element, 0 if there is none."""
-    index = bad.reshape(-1).nonzero()
-    return int(index[0]) + 1 if index.numel() else 0
 
 
 def _outcome(
@@ -46,8 +40,8 @@ def solve(
     out: Tensor | None = None,
     reflected: bool = False,
 ) -> Outcome:
-    bad = [_first(~torch.isfinite(W)), _first(~torch.isfinite(c).all(-1))]
-    bad.append(0 if z0 is None else _first(~torch.isfinite(z0).all(-1)))
+    bad = [first_bad(~torch.isfinite(W)), first_bad(~torch.isfinite(c).all(-1))]
+    bad.append(0 if z0 is None else first_bad(~torch.isfinite(z0).all(-1)))
     W, wide, z0 = _wide(plan, W, c, z0)
     run = reference.reflected if reflected else reference.solve
     outcome = _outcome(*run(W, wide, activation, z0, **_options(plan)), c.dtype, bad)
@@ -66,7 +60,7 @@ def masked_linear(
     reflected: bool = False,
 ) -> Outcome:
     dtype, finite = g.dtype, torch.isfinite(g).all(-1, keepdim=True)
-    bad = [_first(~torch.isfinite(A)), _first(~finite), 0]
+    bad = [first_bad(~torch.isfinite(A)), first_bad(~finite), 0]
     A, g, d, u0 = _wide(plan, A, g, d, u0)
     if value_of is not None:
         d = ACTIVATIONS[value_of].derivative_of_value(d)
@@ -81,3 +75,7 @@ def masked_linear(
 def derivative(W: Tensor, c: Tensor, z: Tensor, activation: str) -> Tensor:
     wide = torch.float64 if c.dtype == torch.float64 else torch.float32
     return reference.derivative(W.to(wide), c.to(wide), z.to(wide), activation).to(c.dtype)
+
+
+def outer(u: Tensor, z: Tensor) -> Tensor:
+    return torch.matmul(u.mT, z)

@@ -3,9 +3,35 @@
 Reference: "Separation and Bias of Deep Equilibrium Models on Expressivity and Learning Dynamics", NeurIPS 2024.
 """
 
-from . import regions, steep
-from ._run import Experiment, Settings, SettingsError, execute, parts_path
+from . import audio, bias, density, features, flops, gotu, norms, regions, saliency, sawtooth, spectrum, steep
+from ._ledger import write_ledger
+from ._run import Experiment, Settings, SettingsError, execute, forget_parts, parts_path
 
-REGISTRY: dict[str, Experiment] = {e.name: e for e in (steep.EXPERIMENT, regions.EXPERIMENT)}
+REGISTRY: dict[str, Experiment] = {
+    e.name: e
+    for e in (
+        regions.EXPERIMENT,
+        sawtooth.EXPERIMENT,
+        steep.EXPERIMENT,
+        norms.EXPERIMENT,
+        bias.EXPERIMENT,
+        density.EXPERIMENT,
+        gotu.EXPERIMENT,
+        features.EXPERIMENT,
+        flops.EXPERIMENT,
+        spectrum.EXPERIMENT,
+        audio.EXPERIMENT,
+        saliency.EXPERIMENT,
+    )
+}
 
-__all__ = ["REGISTRY", "Experiment", "Settings", "SettingsError", "execute", "parts_path"]
+__all__ = [
+    "REGISTRY",
+    "Experiment",
+    "Settings",
+    "SettingsError",
+    "execute",
+    "forget_parts",
+    "parts_path",
+    "write_ledger",
+]

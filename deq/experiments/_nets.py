@@ -1,5 +1,6 @@
 """Networks of many seeds side by side: every parameter has a leading dimension S, every output is (S, B)."""
 
+import copy
 import math
 from collections.abc import Sequence
 from itertools import pairwise
@@ -19,6 +20,33 @@ class SeededNet:
 
     parameters: list[Tensor]
     count: int
+    memory: int  # numbers kept a sample for the backward pass, beside the input
+
+    def flops(self) -> float:
+        """Multiplications and additions of a forward pass of one sample, products with weights only."""
+        raise NotImplementedError
+
+    def training_flops(self) -> float:
+        """The same of a training step: twice as much again for the gradients of inputs and of weights."""
+        return 3 * self.flops()
+
+    def failed(self) -> Tensor | None:
+        """(S, B) samples of the last call whose equilibrium was not found; None where that cannot happen."""
+        return None
+
+    def status(self) -> Tensor | None:
+        """(S, B) of :class:`deq.Status`, of the last call; None where there is no solver."""
+        return None
+
+    def double(self) -> "SeededNet":
+        """A copy in float64 that shares nothing and is not trained."""
+        twin = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(twin, name, value.detach().double())
+            elif isinstance(value, list):
+                setattr(twin, name, [v.detach().double() for v in value])
+        return twin
 
     def __call__(self, x: Tensor) -> Tensor:
         """(S, B, d) -> (S, B)."""
@@ -32,18 +60,39 @@ class SeededNet:
 class FeedForward(SeededNet):
     """ReLU net of ``depth`` weight matrices and ``width`` hidden units a layer; uniform(-1, 1) / sqrt(fan in)."""
 
-    def __init__(self, seeds: int, inputs: int, width: int, depth: int, generator: torch.Generator):
-        sizes = [inputs] + [width] * (depth - 1) + [1]
-        self.weights = [uniform((seeds, i, o), i, generator) for i, o in pairwise(sizes)]
-        self.biases = [uniform((seeds, 1, o), i, generator) for i, o in pairwise(sizes)]
+    def __init__(
+        self,
+        seeds: int,
+        inputs: int,
+        width: int,
+        depth: int,
+        generator: torch.Generator,
+        dtype: torch.dtype = F64,
+        kinks: float | None = None,
+    ):
+        """kinks: see :func:`kinked`; hidden layers are then drawn after He et al. 2015, in keeping with it."""
+        self.sizes = [inputs] + [width] * (depth - 1) + [1]
+        gain = 1.0 if kinks is None else math.sqrt(6)
+        self.weights = [uniform((seeds, i, o), i, generator, gain, dtype) for i, o in pairwise(self.sizes)]
+        self.biases = [uniform((seeds, 1, o), i, generator, 1.0, dtype) for i, o in pairwise(self.sizes)]
+        if kinks is not None:
+            self.weights[0], self.biases[0] = kinked(seeds, width, kinks, generator, dtype)
         self.parameters = [*self.weights, *self.biases]
         self.count = feedforward_count(inputs, width, depth)
+        self.memory = width * (depth - 1)
+
+    def flops(self) -> float:
+        return 2.0 * sum(i * o for i, o in pairwise(self.sizes))
 
     def __call__(self, x: Tensor) -> Tensor:
+        return torch.baddbmm(self.biases[-1], self.features(x), self.weights[-1]).squeeze(-1)
+
+    def features(self, x: Tensor) -> Tensor:
+        """(S, B, width) of the last hidden layer."""
         h = x
-        for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            h = torch.baddbmm(bias, torch.relu(h) if layer else h, weight)
-        return h.squeeze(-1)
+        for weight, bias in zip(self.weights[:-1], self.biases[:-1], strict=True):
+            h = torch.relu(torch.baddbmm(bias, h, weight))
+        return h
 
     def norms(self) -> Tensor:
         return torch.stack([w.detach().abs().sum(1).amax(1) for w in self.weights], 1)
@@ -65,14 +114,34 @@ def matching_width(inputs: int, depth: int, parameters: int) -> int:
 class EquilibriumNet(SeededNet):
     """z = relu(W z + U x + b), y = a z + y0, with a W whose equilibrium exists, is unique and has a closed form."""
 
-    def __init__(self, seeds: int, inputs: int, width: int, generator: torch.Generator):
-        self.width = width
-        self.U = uniform((seeds, inputs, width), inputs, generator)
-        self.b = uniform((seeds, 1, width), inputs, generator)
-        self.a = uniform((seeds, width, 1), width, generator)
-        self.y0 = torch.zeros(seeds, 1, 1, dtype=F64, device=generator.device, requires_grad=True)
+    def __init__(
+        self,
+        seeds: int,
+        inputs: int,
+        width: int,
+        generator: torch.Generator,
+        dtype: torch.dtype = F64,
+        kinks: float | None = None,
+    ):
+        """kinks: see :func:`kinked`, for scalar inputs."""
+        self.width = self.memory = width
+        self.inputs = inputs
+        if kinks is None:
+            self.U = uniform((seeds, inputs, width), inputs, generator, 1.0, dtype)
+            self.b = uniform((seeds, 1, width), inputs, generator, 1.0, dtype)
+        else:
+            self.U, self.b = kinked(seeds, width, kinks, generator, dtype)
+        self.a = uniform((seeds, width, 1), width, generator, 1.0 if kinks is None else math.sqrt(3), dtype)
+        self.y0 = torch.zeros(seeds, 1, 1, dtype=dtype, device=generator.device, requires_grad=True)
         self.parameters = [self.U, self.b, self.a, self.y0]
         self.count = width * (inputs + 2) + 1
+
+    def flops(self) -> float:
+        return 2.0 * (self.width * (self.inputs + 1) + self.products())
+
+    def products(self) -> float:
+        """Multiplications with W that the equilibrium of one sample takes."""
+        raise NotImplementedError
 
     def weight(self) -> Tensor:
         """(S, m, m) W."""
@@ -95,6 +164,15 @@ class EquilibriumNet(SeededNet):
     def __call__(self, x: Tensor) -> Tensor:
         return self.readout(self.equilibrium(self.injection(x)))
 
+    def features(self, x: Tensor) -> Tensor:
+        """(S, B, m)."""
+        return self.equilibrium(self.injection(x))
+
+    def solved(self, x: Tensor, tol: float, max_iter: int) -> tuple[Tensor, Tensor]:
+        """Output and residual (S, B), solved from zero."""
+        sol = solve(self.weight(), self.injection(x), "relu", tol=tol, max_iter=max_iter, on_failure="ignore")
+        return self.readout(sol.z), sol.residual
+
     def norms(self) -> Tensor:
         U, a = (p.detach().abs().sum(1).amax(1) for p in (self.U, self.a))
         return torch.stack((self.weight().detach().abs().sum(2).amax(1), U, a), 1)
@@ -103,12 +181,15 @@ class EquilibriumNet(SeededNet):
 class DiagonalDEQ(EquilibriumNet):
     """W = diag(sigmoid(theta)): every unit listens to itself, z = relu(c) / (1 - w)."""
 
-    def __init__(self, seeds: int, inputs: int, width: int, generator: torch.Generator):
-        super().__init__(seeds, inputs, width, generator)
-        theta = torch.randn((seeds, 1, width), dtype=F64, device=generator.device, generator=generator)
+    def __init__(self, seeds: int, inputs: int, width: int, generator: torch.Generator, **kinds):
+        super().__init__(seeds, inputs, width, generator, **kinds)
+        theta = torch.randn((seeds, 1, width), dtype=self.U.dtype, device=generator.device, generator=generator)
         self.theta = theta.requires_grad_()
         self.parameters.append(self.theta)
         self.count += width
+
+    def products(self) -> float:
+        return self.width
 
     def weight(self) -> Tensor:
         return torch.diag_embed(torch.sigmoid(self.theta.squeeze(1)))
@@ -122,11 +203,14 @@ class DiagonalDEQ(EquilibriumNet):
 class TriangularDEQ(EquilibriumNet):
     """W strictly lower triangular: nilpotent, so the plain iteration is exact after m steps whatever its norm."""
 
-    def __init__(self, seeds: int, inputs: int, width: int, generator: torch.Generator):
-        super().__init__(seeds, inputs, width, generator)
-        self.full = uniform((seeds, width, width), width, generator, gain=math.sqrt(3))  # variance 1 / m
+    def __init__(self, seeds: int, inputs: int, width: int, generator: torch.Generator, **kinds):
+        super().__init__(seeds, inputs, width, generator, **kinds)
+        self.full = uniform((seeds, width, width), width, generator, math.sqrt(3), self.U.dtype)  # variance 1 / m
         self.parameters.append(self.full)
         self.count += width * (width - 1) // 2
+
+    def products(self) -> float:
+        return self.width * (self.width - 1) / 2
 
     def weight(self) -> Tensor:
         return torch.tril(self.full, -1)
@@ -149,7 +233,22 @@ def engine_is_compiled(device: torch.device) -> bool:
     return make_plan(dtype="float64", device=device.type, compiled=_library.compiled is not None).backend != "reference"
 
 
-def uniform(shape: Sequence[int], fan_in: int, generator: torch.Generator, gain: float = 1.0) -> Tensor:
+def uniform(
+    shape: Sequence[int], fan_in: int, generator: torch.Generator, gain: float = 1.0, dtype: torch.dtype = F64
+) -> Tensor:
     """Trainable uniform(-1, 1) * gain / sqrt(fan_in)."""
-    values = torch.rand(tuple(shape), dtype=F64, device=generator.device, generator=generator) * 2 - 1
+    values = torch.rand(tuple(shape), dtype=dtype, device=generator.device, generator=generator) * 2 - 1
     return (values * (gain / math.sqrt(fan_in))).requires_grad_()
+
+
+def kinked(
+    seeds: int, width: int, scale: float, generator: torch.Generator, dtype: torch.dtype = F64
+) -> tuple[Tensor, Tensor]:
+    """Trainable U (S, 1, m) and b (S, 1, m) of neurons relu(u x + b) with |u| in scale [1/2, 3/2] whose kinks are
+    uniform in [0, 1]: inputs of one dimension are then resolved everywhere from the start, by every net alike."""
+
+    def draw() -> Tensor:
+        return torch.rand((seeds, 1, width), dtype=dtype, device=generator.device, generator=generator)
+
+    U = torch.where(draw() < 0.5, -scale, scale) * (0.5 + draw())
+    return U.requires_grad_(), (-U.detach() * draw()).requires_grad_()

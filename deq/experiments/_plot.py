@@ -1,11 +1,16 @@
 """One style for every figure."""
 
+import math
+import statistics
+from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image
 
 # Okabe and Ito's palette: told apart with every common colour vision.
 BLACK, ORANGE, SKY, GREEN, YELLOW = "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442"
@@ -42,5 +47,33 @@ def figure(columns: int, size: tuple[float, float] = (10, 4), **grid) -> tuple[F
 
 
 def save(fig: Figure, path: Path) -> None:
-    """Write a PNG that is the same for the same figure."""
-    fig.savefig(path, dpi=150, metadata={"Software": None})
+    """Write a PNG that is the same for the same figure, in few colours: a report of all experiments stays small."""
+    buffer = BytesIO()
+    fig.savefig(buffer, dpi=120, metadata={"Software": None})
+    image = Image.open(buffer).convert("RGB").quantize(96, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    image.save(path, optimize=True)
+
+
+def kind_colour(row: dict) -> str:
+    """Of a trained model: equilibrium, weight-tied net of finite depth, feed-forward."""
+    if row["evidence"] is None:
+        return VERMILION
+    return BLUE if row["kind"] == "equilibrium" else PURPLE
+
+
+def strip(ax: Axes, rows: Sequence[tuple[str, Sequence[float | None], str]]) -> None:
+    """A line a model: every seed's value, and the median, on a logarithmic axis. rows: (label, values, colour)."""
+    for y, (_, values, colour) in enumerate(rows):
+        shown = sorted(v for v in values if v is not None and math.isfinite(v))
+        if shown:
+            ax.plot(shown, [y] * len(shown), "o", color=colour, ms=4, mew=0, alpha=0.6)
+            ax.plot([statistics.median(shown)] * 2, [y - 0.36, y + 0.36], color=colour, lw=2.2)
+    ax.set_xscale("log")
+    ax.set_yticks(range(len(rows)), [label for label, *_ in rows], fontsize=8)
+    for tick, (*_, colour) in zip(ax.get_yticklabels(), rows, strict=True):
+        tick.set_color(colour)
+    ax.set_ylim(len(rows) - 0.5, -0.5)
+    ax.tick_params(axis="y", length=0)
+    ax.spines["left"].set_visible(False)
+    ax.grid(axis="x", color="#E5E5E5", lw=0.8)
+    ax.set_axisbelow(True)

@@ -63,14 +63,14 @@ def _is_number(cell: str) -> bool:
 
 def markdown(experiment: "Experiment", settings: "Settings", result: Result) -> str:
     """The report as Markdown, with the figure beside it."""
-    options = f"width {settings.width}, seed {settings.seed}, {settings.seeds} seed(s), {settings.device}"
+    depth = f", depth {settings.depth}" if settings.depth else ""
+    options = f"width {settings.width}{depth}, seed {settings.seed}, {settings.seeds} seed(s), {settings.device}"
     lines = [
         f"# {experiment.name}: {experiment.title}",
         "",
         experiment.claim,
         "",
-        f"Settings: {options}{', quick' if settings.quick else ''}. Raw values, every seed and provenance: "
-        f"`{experiment.name}.json`.",
+        f"Settings: {options}, {settings.level} run. Raw values, every seed and provenance: `{experiment.name}.json`.",
         "",
         f"![{experiment.title}]({experiment.name}.png)",
         "",

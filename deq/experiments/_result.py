@@ -15,9 +15,11 @@ VIOLATED = "violated"  # a theorem that the numbers contradict: a defect of this
 REPRODUCED = "reproduced"
 CONDITIONAL = "reproduced under conditions"
 NOT_REPRODUCED = "not reproduced"
-INCONCLUSIVE = "inconclusive"  # the medians differ by less than the seeds do
-CONFOUNDED = "confounded"  # the DEQ's metric moved when it was solved more accurately: no equilibrium was measured
+CONFOUNDED = "confounded"  # explained by something else, or measured on a net that is not at its equilibrium
 NOT_JUDGED = "not judged"  # a quick run, or too few seeds
+
+EQUILIBRIUM = "equilibrium"
+FINITE_DEPTH = "weight-tied, finite depth"  # its residual or its metric moves with ten times the steps
 
 _RELATIONS = {"<=": operator.le, "<": operator.lt, ">=": operator.ge, ">": operator.gt, "==": operator.eq}
 
@@ -28,7 +30,10 @@ class Claim:
 
     statement: what is claimed, with the measured quantity first. source: where the claim comes from.
     measured, relation, required: the comparison in numbers. verdict: one of the words above.
-    note: where the extreme value was met, or the conditions of the verdict.
+    note: where the extreme value was met, or the conditions of the verdict. setting: models, sizes, data.
+    seeds: networks per model, None where nothing is random. low, high: quartiles of ``measured`` over the seeds.
+    kind: EQUILIBRIUM or FINITE_DEPTH where a trained DEQ takes part, by its ``evidence``: one dict for each such net,
+    with its residual, its metric, and both again after ten times the solver steps.
     """
 
     statement: str
@@ -38,6 +43,12 @@ class Claim:
     required: float
     verdict: str
     note: str = ""
+    setting: str = ""
+    seeds: int | None = None
+    low: float | None = None
+    high: float | None = None
+    kind: str = ""
+    evidence: Sequence[dict] = ()
 
     @property
     def holds(self) -> bool:
@@ -52,14 +63,22 @@ class Claim:
         )
 
 
-def proved(statement: str, source: str, measured: float, relation: str, required: float, note: str = "") -> Claim:
+def proved(
+    statement: str, source: str, measured: float, relation: str, required: float, note: str = "", **more
+) -> Claim:
     """A claim that must hold: its verdict is "proved", or "violated" when the numbers (NaN included) disagree."""
     verdict = PROVED if _RELATIONS[relation](measured, required) else VIOLATED
-    return Claim(statement, source, measured, relation, required, verdict, note)
+    return Claim(statement, source, measured, relation, required, verdict, note, **more)
 
 
 def proved_for_all(
-    statement: str, source: str, rows: Sequence[dict], value: Callable[[dict], float], relation: str, required: float
+    statement: str,
+    source: str,
+    rows: Sequence[dict],
+    value: Callable[[dict], float],
+    relation: str,
+    required: float,
+    **more,
 ) -> Claim:
     """:func:`proved` on the least favourable of ``rows``, which the note names by its "case"."""
 
@@ -70,7 +89,7 @@ def proved_for_all(
         return {"<": required - v, ">": v - required, "=": -abs(v - required)}[relation[0]]
 
     worst = min(rows, key=slack)
-    return proved(statement, source, value(worst), relation, required, worst["case"])
+    return proved(statement, source, value(worst), relation, required, worst["case"], **more)
 
 
 @dataclass(frozen=True)
@@ -100,12 +119,12 @@ class Result:
     def verdict(self) -> str:
         """One line for the whole experiment."""
         checked = [c for c in self.claims if c.verdict in (PROVED, VIOLATED)]
-        parts = [f"{len(checked) - len(self.violated)} of {len(checked)} proved claims hold"]
+        parts = [f"{len(checked) - len(self.violated)} of {len(checked)} proved claims hold"] if checked else []
         verdicts = [c.verdict for c in self.claims if c.verdict not in (PROVED, VIOLATED)]
         if verdicts:
             mixed = len(set(verdicts)) > 1 and REPRODUCED in verdicts
             kinds = [CONDITIONAL] if mixed else sorted(set(verdicts))
-            parts.append(f"other claims: {', '.join(kinds)}")
+            parts.append(f"{'other claims' if checked else 'claims'}: {', '.join(kinds)}")
         return "; ".join(parts)
 
 

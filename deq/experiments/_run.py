@@ -5,12 +5,14 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from rich.console import Console
@@ -20,8 +22,9 @@ from ..info import info
 from ._report import markdown, print_result
 from ._result import Result, number, to_json
 
-ONE_THREAD = 2**16  # entries of the largest array of a training step up to which one thread is as fast as two
-SCHEMA = 1  # of the JSON file; raise it when a key changes its meaning
+ONE_THREAD = 2**18  # entries of the largest array of a training step up to which two threads are not worth it
+LEVELS = ("quick", "default", "full")  # seconds, for CI; minutes, on two cores; large widths and many seeds, on a GPU
+SCHEMA = 2  # of the JSON file; raise it when a key changes its meaning
 
 Tick = Callable[[float], None]  # called with the finished fraction of a part
 
@@ -34,15 +37,36 @@ class SettingsError(ValueError):
 class Settings:
     """What a run depends on, and nothing else.
 
-    width: neurons of the DEQ. seed: of every random number. seeds: networks trained per model. device: a torch device.
-    quick: a run of seconds that checks every theorem and trains too briefly to judge training.
+    width: neurons of the DEQ. depth: weight matrices of the feed-forward nets, None where an experiment has its own.
+    seed: of every random number. seeds: networks trained per model. device: a torch device. level: one of LEVELS; a
+    quick run checks every theorem and trains too briefly to judge training. input: a file that the experiment reads.
     """
 
     width: int
+    depth: int | None
     seed: int
     seeds: int
     device: str
-    quick: bool
+    level: str
+    input: str | None = None
+
+    @property
+    def quick(self) -> bool:
+        return self.level == "quick"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One setting of an experiment, why it has this value, and its values in quick and full runs where they differ."""
+
+    value: object
+    why: str
+    quick: object = None
+    full: object = None
+
+    def at(self, level: str) -> object:
+        other = {"quick": self.quick, "full": self.full}.get(level)
+        return self.value if other is None else other
 
 
 @dataclass(frozen=True)
@@ -50,7 +74,10 @@ class Experiment:
     """One entry of the registry.
 
     name: as typed in ``deq run NAME``. title: one line. claim: what the paper says, in a sentence or two.
-    function: ``Run -> Result``. width_means: what ``--width`` sets. The numbers are defaults, second for ``--quick``.
+    function: ``Run -> Result``. width_means: what ``--width`` sets; depth_means likewise, empty if it has no depth;
+    input_means: what file ``--input`` names, empty if none.
+    width, seeds, depth: the defaults of default, quick and full runs. config: every other setting, with its reason.
+    needs: packages beyond the required ones.
     """
 
     name: str
@@ -58,46 +85,74 @@ class Experiment:
     claim: str
     function: Callable[["Run"], Result]
     width_means: str
-    width: tuple[int, int]
-    seeds: tuple[int, int] = (1, 1)
+    width: tuple[int, int, int]
+    seeds: tuple[int, int, int] = (1, 1, 1)
+    depth: tuple[int, int, int] | None = None
+    depth_means: str = ""
     largest_width: int | None = None
+    input_means: str = ""
+    config: Mapping[str, Choice] = field(default_factory=dict)
+    needs: tuple[str, ...] = ()
 
     def settings(
         self,
         *,
         width: int | None = None,
+        depth: int | None = None,
         seed: int = 0,
         seeds: int | None = None,
         device: str = "cpu",
-        quick: bool = False,
+        level: str = "default",
+        input: str | None = None,
     ) -> Settings:
         """Fill what was not given with this experiment's defaults. Raises SettingsError for what cannot be run."""
-        width = self.width[quick] if width is None else width
-        seeds = self.seeds[quick] if seeds is None else seeds
-        limits = (("width", width, 1, self.largest_width), ("seed", seed, 0, None), ("seeds", seeds, 1, None))
+        at = {"default": 0, "quick": 1, "full": 2}[level]
+        width = self.width[at] if width is None else width
+        seeds = self.seeds[at] if seeds is None else seeds
+        if depth is None:
+            depth = self.depth[at] if self.depth else None
+        elif not self.depth:
+            raise SettingsError(f"{self.name}: has no depth to set; got {depth}")
+        limits = [("width", width, 1, self.largest_width), ("seed", seed, 0, None), ("seeds", seeds, 1, None)]
+        limits += [("depth", depth, 2, None)] if self.depth else []
         for name, value, low, high in limits:
             if value < low or (high is not None and value > high):
                 allowed = f"at least {low}" + (f" and at most {high}" if high else "")
                 raise SettingsError(f"{self.name}: {name} must be {allowed}; got {value}")
-        return Settings(width, seed, seeds, device, quick)
+        if input is not None and not self.input_means:
+            raise SettingsError(f"{self.name}: reads no input; got {input}")
+        missing = [package for package in self.needs if find_spec(_IMPORTS.get(package, package)) is None]
+        if missing:
+            raise SettingsError(
+                f"{self.name}: needs {', '.join(missing)}, not installed here; pip install 'deq-engine[experiments]'"
+            )
+        return Settings(width, depth, seed, seeds, device, level, input)
+
+
+_IMPORTS = {"scikit-learn": "sklearn"}
 
 
 @dataclass(frozen=True)
 class Part:
-    """A piece of work whose result is JSON, kept on disk as soon as it is finished."""
+    """A piece of work whose result is JSON, kept on disk as soon as it is finished.
+
+    entries: of the largest array of a step, which decides about threads.
+    """
 
     key: str
     label: str
     compute: Callable[[Tick], object]
+    entries: int = 0
 
 
 class Run:
     """What an experiment's function is given: its settings and a way to run parts."""
 
-    def __init__(self, settings: Settings, kept: "KeptParts", progress: Progress):
+    def __init__(self, settings: Settings, config: Mapping[str, Choice], kept: "KeptParts", progress: Progress):
         self.settings = settings
+        self.config = SimpleNamespace(**{name: choice.at(settings.level) for name, choice in config.items()})
         self.device = torch.device(settings.device)
-        self.threads = torch.get_num_threads()
+        self.threads = 1  # the most that any part used
         self.resumed: list[str] = []
         self.seconds: dict[str, float] = {}
         self._kept = kept
@@ -106,11 +161,11 @@ class Run:
     @contextmanager
     def threads_for(self, entries: int) -> Iterator[None]:
         """One thread where the arrays of a step have few entries, else what torch was set to. There, threads gain
-        nothing even on idle cores, and waiting for each other on busy ones makes training ten times slower."""
+        little even on idle cores, and waiting for each other on busy ones makes training ten times slower."""
         before = torch.get_num_threads()
         if entries <= ONE_THREAD:
             torch.set_num_threads(1)
-        self.threads = torch.get_num_threads()
+        self.threads = max(self.threads, torch.get_num_threads())
         try:
             yield
         finally:
@@ -133,7 +188,8 @@ class Run:
                 continue
             self._progress.update(task, description=part.label)
             base, start = len(done), time.perf_counter()
-            value = part.compute(lambda share, base=base: self._progress.update(task, completed=base + share))
+            with self.threads_for(part.entries):
+                value = part.compute(lambda share, base=base: self._progress.update(task, completed=base + share))
             self.seconds[part.key] = round(time.perf_counter() - start, 3)
             done[part.key] = self._kept.keep(part.key, value)
             self._progress.update(task, completed=len(done))
@@ -172,11 +228,17 @@ def parts_path(out: Path, name: str) -> Path:
     return out / f"{name}.parts.json"
 
 
+def forget_parts(out: Path, names: Iterable[str]) -> None:
+    """Forget the finished parts of these experiments: they are all done, and the next run is a new one."""
+    for name in names:
+        parts_path(out, name).unlink(missing_ok=True)
+
+
 def execute(experiment: Experiment, settings: Settings, out: Path, console: Console) -> Result:
     """Run, print the short report and write ``<name>.json``, ``<name>.png`` and ``<name>.md`` into ``out``.
 
-    KeyboardInterrupt passes through; what was finished by then is in :func:`parts_path` and the next run with the same
-    settings and code starts from it.
+    What is finished is kept in :func:`parts_path`, and a run with the same settings and code starts from it: also after
+    KeyboardInterrupt, which passes through, and until :func:`forget_parts`.
     """
     from ._plot import save  # matplotlib takes a second to import
 
@@ -186,7 +248,7 @@ def execute(experiment: Experiment, settings: Settings, out: Path, console: Cons
     started, start = datetime.now(timezone.utc), time.perf_counter()
     columns = (TextColumn("  {task.description:<48}"), BarColumn(bar_width=16), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
-        run = Run(settings, kept, progress)
+        run = Run(settings, experiment.config, kept, progress)
         result = experiment.function(run)
 
     record = {
@@ -195,6 +257,7 @@ def execute(experiment: Experiment, settings: Settings, out: Path, console: Cons
         "title": experiment.title,
         "claim": experiment.claim,
         "settings": asdict(settings),
+        "config": {name: {"value": c.at(settings.level), "why": c.why} for name, c in experiment.config.items()},
         "provenance": {
             **_provenance(run),
             "started": started.isoformat(timespec="seconds"),
@@ -211,7 +274,6 @@ def execute(experiment: Experiment, settings: Settings, out: Path, console: Cons
     save(result.figure, out / f"{experiment.name}.png")
     _write(out / f"{experiment.name}.json", json.dumps(to_json(record), indent=1, allow_nan=False) + "\n")
     _write(out / f"{experiment.name}.md", markdown(experiment, settings, result))
-    kept.forget()
     print_result(console, result)
     seconds = number(record["provenance"]["seconds"])
     console.print(f"Wrote {out / experiment.name}.json, .md and .png in {seconds} s.", highlight=False, soft_wrap=True)

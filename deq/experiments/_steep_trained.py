@@ -77,10 +77,17 @@ def train_one(run: Run, d: int, make: Make, steps: int, tick: Tick) -> dict:
 
     early = (round(steps ** (i / 10)) for i in range(11))
     checkpoints = {0, *early, *range(0, steps + 1, max(1, steps // 10))}
-    overflowed = train(net, lambda: sample(S, BATCH, d, data), steps=steps, checkpoints=checkpoints, observe=observe)
+    log = train(net, lambda: sample(S, BATCH, d, data), steps=steps, checkpoints=checkpoints, observe=observe)
     last = {key: history[-1][key] for key in ("mse", "sup", "norms")}
     summary = {key: asdict(spread(values)) for key, values in last.items()}
-    row = {"d": d, "parameters": net.count, **last, "summary": summary, "overflowed": overflowed, "history": history}
+    row = {
+        "d": d,
+        "parameters": net.count,
+        **last,
+        "summary": summary,
+        "overflowed": log.overflowed,
+        "history": history,
+    }
     if isinstance(net, EquilibriumNet):
         with torch.no_grad():
             row["equilibrium"] = _evidence(net, x[:, ::16], y[:, ::16])

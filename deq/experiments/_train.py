@@ -1,11 +1,62 @@
 """The trainer of all experiments: Adam with a cosine schedule, all seeds in one go."""
 
+import math
+import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from ..solution import ConvergenceWarning
+from ._dense_nets import statuses
 from ._nets import SeededNet
+
+Schedule = Callable[[float], float]  # finished fraction of the steps -> factor of the learning rate
+Loss = Callable[[Tensor, Tensor], Tensor]  # output and target (S, B) -> (S, B)
+
+
+@dataclass
+class Log:
+    """What went wrong in training; by seed, and empty where all is well.
+
+    overflowed: first step with a gradient that was not finite; it counted as zero. ill_posed: first step, statuses
+    there, and number of steps at which samples had no equilibrium that could be found: they were left out of the loss.
+    adjoint: first step at which a gradient was not solved to tolerance, with the engine's own words.
+    """
+
+    overflowed: dict[int, int] = field(default_factory=dict)
+    ill_posed: dict[int, dict] = field(default_factory=dict)
+    adjoint: tuple[int, str] | None = None
+
+    def sentences(self, name: str) -> list[str]:
+        """For the notes of a report."""
+        lines = []
+        if self.overflowed:
+            lines.append(f"{name}: a gradient overflowed, seed: step {self.overflowed}.")
+        if self.ill_posed:
+            seed, first = min(self.ill_posed.items(), key=lambda item: item[1]["step"])
+            lines.append(
+                f"{name}: ill-posed in {len(self.ill_posed)} seed(s), first at step {first['step']} (seed {seed}: "
+                f"{first['status']}); such samples were left out of the loss."
+            )
+        if self.adjoint:
+            lines.append(f"{name}: step {self.adjoint[0]} was the first whose gradient is inexact: {self.adjoint[1]}.")
+        return lines
+
+
+def cosine(final: float = 0.02) -> Schedule:
+    """From 1 to ``final`` on half a cosine."""
+    return lambda done: final + (1 - final) * (1 + math.cos(math.pi * done)) / 2
+
+
+def hold_then_fall(hold: float, final: float = 0.01) -> Schedule:
+    """1 for this fraction of the steps, then on a line towards 0, but not below ``final``."""
+    return lambda done: 1.0 if done < hold else max(final, (1 - done) / (1 - hold))
+
+
+def square(output: Tensor, target: Tensor) -> Tensor:
+    return (output - target).square()
 
 
 def train(
@@ -14,37 +65,62 @@ def train(
     *,
     steps: int,
     rate: float = 1e-2,
-    final_share: float = 0.02,
+    schedule: Schedule | None = None,
+    clip: float | None = None,
+    loss: Loss = square,
     checkpoints: Sequence[int] = (),
     observe: Callable[[int], None] = lambda step: None,
-) -> dict[int, int]:
-    """Minimise the mean squared error of every seed on fresh batches.
+    after: Callable[[], None] | None = None,
+) -> Log:
+    """Minimise the mean ``loss`` of every seed over the batches that ``batch()`` gives.
 
-    Returns the seeds that met a gradient that was not finite, with the first such step; it counted as zero.
-
-    batch: x (S, B, d) and y (S, B). The learning rate falls from ``rate`` to ``rate * final_share`` on a cosine.
-    observe(step): called without gradients before every step in ``checkpoints``; step ``steps`` is the end.
-    The losses of the seeds are added, and Adam works entry by entry, so that no seed sees another.
+    batch: x (S, B, d) and y (S, B). schedule: factor of ``rate`` by the finished fraction of steps, a cosine if None.
+    clip: largest 2-norm of a seed's gradient. observe(step): called without gradients before every step in
+    ``checkpoints``; step ``steps`` is the end. after(): called after every update, for constraints on the weights.
+    The losses of the seeds are added, clipping is by seed, and Adam works entry by entry, so that no seed sees another.
     """
     optimiser = torch.optim.Adam(net.parameters, lr=rate, fused=True)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps, eta_min=rate * final_share)
-    due = set(checkpoints)
-    overflowed: dict[int, int] = {}
+    factor = schedule or cosine()
+    decay = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: factor(step / steps))
+    due, log = set(checkpoints), Log()
     for step in range(steps):
         if step in due:
             with torch.no_grad():
                 observe(step)
         x, y = batch()
         optimiser.zero_grad()
-        (net(x) - y).square().mean(1).sum().backward()
+        total = _well_posed_mean(net, loss(net(x), y), log, step).sum()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", ConvergenceWarning)
+            total.backward()
+        if caught and log.adjoint is None:
+            log.adjoint = (step, str(caught[0].message).partition(". Their")[0])
         if not torch.stack([p.grad.sum() for p in net.parameters]).sum().isfinite():
-            _drop_overflow(net, overflowed, step)
+            _drop_overflow(net, log.overflowed, step)
+        if clip is not None:
+            _clip(net, clip)
         optimiser.step()
-        schedule.step()
+        decay.step()
+        if after is not None:
+            after()
     if steps in due:
         with torch.no_grad():
             observe(steps)
-    return overflowed
+    return log
+
+
+def _well_posed_mean(net: SeededNet, losses: Tensor, log: Log, step: int) -> Tensor:
+    """(S,) means over the samples whose equilibrium was found."""
+    failed = net.failed()
+    if failed is None or not failed.any():
+        return losses.mean(1)
+    status = net.status()
+    for seed in failed.any(1).nonzero().flatten().tolist():
+        entry = log.ill_posed.setdefault(
+            seed, {"step": step, "status": statuses(status[seed], failed[seed]), "steps": 0}
+        )
+        entry["steps"] += 1
+    return torch.where(failed, 0, losses).sum(1) / (~failed).sum(1).clamp(min=1)
 
 
 def _drop_overflow(net: SeededNet, overflowed: dict[int, int], step: int) -> None:
@@ -54,3 +130,10 @@ def _drop_overflow(net: SeededNet, overflowed: dict[int, int], step: int) -> Non
         overflowed.setdefault(seed, step)
         for p in net.parameters:
             p.grad[seed] = 0
+
+
+def _clip(net: SeededNet, clip: float) -> None:
+    norms = torch.stack([p.grad.flatten(1).norm(dim=1) for p in net.parameters]).norm(dim=0)
+    scale = (clip / norms.clamp(min=clip)).nan_to_num(0)
+    for p in net.parameters:
+        p.grad.mul_(scale.view(-1, *[1] * (p.grad.dim() - 1)))

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from ..solve import solve
-from ._result import CONDITIONAL, NOT_REPRODUCED, REPRODUCED, Claim, Result, Table, number, proved_for_all
+from ._precision import BEYOND, LIMITS, iterated_exactly, solve_rescaled
+from ._result import CONDITIONAL, NOT_REPRODUCED, REPRODUCED, Claim, Result, Table, number, proved, proved_for_all
 from ._run import Experiment, Part, Run, Tick
 from ._sawtooth import (
     Pieces,
@@ -50,6 +51,8 @@ def run_regions(run: Run) -> Result:
     for name, (_, limit) in PRECISIONS.items():
         label = f"deq.solve in {name}, widths 1 to {limit + 2}"
         parts.append(Part(name, label, _solving(run, name, limit, 8 if quick else 64)))
+    parts.append(Part("iterated", "plain iteration in every precision", _iterating(run, 8 if quick else 64)))
+    parts.append(Part("rescaled", "the rescaled form beyond the range of floats", lambda tick: _rescaling()))
     values = run.parts(parts)
 
     counted = [values[f"count/{m}"] for m in exact]
@@ -65,8 +68,10 @@ def run_regions(run: Run) -> Result:
         "hidden layers; width: neurons a layer with which depth 2 could reach 2^m.",
     ]
     record = {"counted": counted, "sampled": looked, "solved": solved, "bounds": bounds}
+    record |= {"iterated": values["iterated"], "rescaled": values["rescaled"]}
     tables = [_table(counted, looked, bounds)]
-    return Result(_claims(counted, looked, solved, bounds), tables, record, draw(counted, bounds), notes)
+    claims = [*_claims(counted, looked, solved, bounds), *_precision_claims(values["iterated"], values["rescaled"])]
+    return Result(claims, tables, record, draw(counted, bounds), notes)
 
 
 # --- integers --------------------------------------------------------------------------------------------------------
@@ -168,6 +173,41 @@ def solve_midpoints(m: int, regions: list[int], dtype: torch.dtype, device: torc
         "unconverged": int((~sol.converged).sum()),
         "unconverged_from_answer": int((~warm.converged).sum()),
     }
+
+
+def _iterating(run: Run, count: int) -> Callable[[Tick], dict]:
+    """The largest m up to which plain PyTorch in the dtype itself is exact at every midpoint tried, by dtype."""
+
+    def compute(tick: Tick) -> dict:
+        found = {}
+        for i, (name, limit) in enumerate(LIMITS.items()):
+            tried = {
+                m: iterated_exactly(m, _some_regions(run, m, count), getattr(torch, name)) for m in range(1, limit + 3)
+            }
+            found[name] = next((m - 1 for m, exact in tried.items() if not exact), limit + 2)
+            tick((i + 1) / len(LIMITS))
+        return found
+
+    return compute
+
+
+def _rescaling() -> list[dict]:
+    """Regions near 0, whose midpoints have few significant bits: there the range of the exponent is all that limits."""
+    return [solve_rescaled(m, (0, 1, 2, 3, 7, 40, 100, 127), getattr(torch, name)) for name, m in BEYOND.items()]
+
+
+def _precision_claims(iterated: dict[str, int], rows: list[dict]) -> list[Claim]:
+    claims = [
+        proved(f"{name}: largest m with exact midpoints", "Thm. 1", iterated[name], "==", limit, "plain iteration")
+        for name, limit in LIMITS.items()
+    ]
+    widths = ", ".join(r["case"] for r in rows)
+    claims.append(
+        proved(
+            "rescaled form: wrong entries", "Thm. 1", sum(r["wrong"] for r in rows), "==", 0, f"near x = 0; {widths}"
+        )
+    )
+    return claims
 
 
 # --- feed-forward nets -----------------------------------------------------------------------------------------------
@@ -304,6 +344,6 @@ EXPERIMENT = Experiment(
     ),
     function=run_regions,
     width_means=f"largest m: counted exactly up to {EXACT}, sampled above",
-    width=(20, 10),
+    width=(20, 10, 22),
     largest_width=LARGEST,
 )

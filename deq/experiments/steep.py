@@ -3,9 +3,10 @@
 from collections.abc import Callable
 
 from ._equilibria import MOVED, moved
+from ._judge import SEEDS, kind_of
+from ._lemma2 import check as lemma2
 from ._result import (
     CONFOUNDED,
-    INCONCLUSIVE,
     NOT_JUDGED,
     NOT_REPRODUCED,
     REPRODUCED,
@@ -19,7 +20,7 @@ from ._result import (
     spread,
 )
 from ._run import Experiment, Part, Run
-from ._steep_built import check_scalar_state, check_self_loops, solve_built
+from ._steep_built import POINTS, check_scalar_state, check_self_loops, solve_built
 from ._steep_target import floor
 from ._steep_trained import BATCH, models, train_one
 
@@ -27,6 +28,8 @@ BUILT, QUICK_BUILT = (5, 10, 15, 20, 25, 30), (5, 10, 30)  # dimensions d, delta
 SOLVED = (4, 5, 6)  # of those that the engine solves: the plain iteration needs about 2^d steps
 TRAINED = (6, 10)  # of the trained nets; from d = 16 on nothing learns from samples of the cube
 STEPS, QUICK_STEPS = 3000, 200
+WIDE, QUICK_WIDE = (4096, 65536), (4096,)  # widths at which both laws are checked once, at d = 20
+DRAWS = 10_000  # pairs of contractions for Lemma 2
 
 
 def run_steep(run: Run) -> Result:
@@ -38,10 +41,15 @@ def run_steep(run: Run) -> Result:
     ds = QUICK_BUILT if quick else BUILT
     top = max(width, 32 if quick else 64)
     Ks = sorted({2**k for k in range(2, top.bit_length())} | {top})
-    parts = [Part(f"built/{d}", f"constructions A and B, d = {d}", _building(run, d, Ks)) for d in ds]
+    parts = [Part(f"built/{d}", f"constructions A and B, d = {d}", _building(run, d, Ks), top * POINTS) for d in ds]
     parts += [
         Part(f"solved/{d}", f"constructions by deq.solve, d = {d}", lambda tick, d=d: solve_built(d, run.device))
         for d in SOLVED
+    ]
+    parts.append(Part("lemma2", "Lemma 2 on random contractions", lambda tick: lemma2(DRAWS, run.generator("lemma2"))))
+    parts += [
+        Part(f"wide/{K}", f"constructions of width {K}", _building(run, 20, [K]), K * POINTS)
+        for K in (QUICK_WIDE if quick else WIDE)
     ]
     nets = [(d, name, make) for d in TRAINED for name, make in models(width, d).items()]
     parts += [
@@ -49,16 +57,17 @@ def run_steep(run: Run) -> Result:
             f"trained/{d}/{name}",
             f"train {name}, d = {d}",
             lambda tick, d=d, make=make: train_one(run, d, make, steps, tick),
+            run.settings.seeds * BATCH * width,
         )
         for d, name, make in nets
     ]
-    with run.threads_for(run.settings.seeds * BATCH * width):
-        values = run.parts(parts)
+    values = run.parts(parts)
 
+    wide = [row for K in (QUICK_WIDE if quick else WIDE) for row in values[f"wide/{K}"]]
     built = [row for d in ds for row in values[f"built/{d}"]]
     solved = [row for d in SOLVED for row in values[f"solved/{d}"]]
     trained = [values[f"trained/{d}/{name}"] | {"model": name, "case": f"{name}, d = {d}"} for d, name, _ in nets]
-    claims = [*_proved(built, solved, trained)]
+    claims = [*_proved([*built, *wide], solved, trained), *_lemma2_claims(values["lemma2"])]
     for d in TRAINED:
         of_d = [r for r in trained if r["d"] == d]
         claims += [_learned_better(d, of_d, quick), _below_floor(d, of_d, quick)]
@@ -73,7 +82,15 @@ def run_steep(run: Run) -> Result:
     if quick:
         notes.append(f"Quick: {steps} steps are too few to judge training.")
     tables = [_built_table(ds, built), _trained_table(trained), _equilibrium_table(solved, trained)]
-    record = {"built": built, "solved": solved, "trained": trained, "steps": steps, "batch": BATCH}
+    record = {
+        "built": built,
+        "wide": wide,
+        "lemma2": values["lemma2"],
+        "solved": solved,
+        "trained": trained,
+        "steps": steps,
+        "batch": BATCH,
+    }
     return Result(claims, tables, record, draw(built, trained), notes)
 
 
@@ -129,6 +146,14 @@ def _proved(built: list[dict], solved: list[dict], trained: list[dict]) -> list[
     ]
 
 
+def _lemma2_claims(row: dict) -> list[Claim]:
+    drawn = f"{row['draws']} pairs of contractions; tightest ratio {number(row['tightest'])}"
+    return [
+        proved("fixed points further apart than allowed", "Lemma 2", row["violations"], "==", 0, drawn),
+        proved("pairs that break the pointwise inequality", "Lemma 2, before", row["pointwise"], ">", 0, drawn),
+    ]
+
+
 def _is_deq(row: dict) -> bool:
     return "equilibrium" in row
 
@@ -142,11 +167,11 @@ def _learned_better(d: int, rows: list[dict], quick: bool) -> Claim:
     seeds = len(deq["mse"])
     wins = {r["model"]: sum(_less(a, b) for a, b in zip(deq["mse"], r["mse"], strict=True)) for r in others}
     p = max(sign_test(w, seeds) for w in wins.values())
-    verdict = NOT_REPRODUCED if not ratio > 1 else REPRODUCED if p <= 0.05 else INCONCLUSIVE
+    verdict = NOT_REPRODUCED if not ratio > 1 else REPRODUCED if p <= 0.05 else NOT_REPRODUCED
     won = ", ".join(f"{w} against {name}" for name, w in wins.items())
     note = f"seeds won of {seeds}: {won}; sign test p <= {number(p)}"
     statement = f"d = {d}: best feed-forward MSE / DEQ's"
-    return Claim(statement, "Fig. 1b", ratio, ">", 1, _if_measured(verdict, deq, quick), note)
+    return Claim(statement, "Fig. 1b", ratio, ">", 1, _if_measured(verdict, deq, quick), note, **_of(deq))
 
 
 def _below_floor(d: int, rows: list[dict], quick: bool) -> Claim:
@@ -160,10 +185,17 @@ def _below_floor(d: int, rows: list[dict], quick: bool) -> Claim:
     below = sum(r > 1 for r in ratios)
     p = sign_test(below, len(deq["sup"]))
     ratio = sorted(ratios)[len(ratios) // 2] if ratios else 0.0
-    verdict = NOT_REPRODUCED if not ratio > 1 else REPRODUCED if p <= 0.05 else INCONCLUSIVE
+    verdict = NOT_REPRODUCED if not ratio > 1 else REPRODUCED if p <= 0.05 else NOT_REPRODUCED
     note = f"{below} of {len(deq['sup'])} seeds are below the floor of their own norms; sup error over the test points"
     statement = f"d = {d}: floor at DEQ's norms / its sup error"
-    return Claim(statement, "Thm. 2", ratio, ">", 1, _if_measured(verdict, deq, quick), note)
+    return Claim(statement, "Thm. 2", ratio, ">", 1, _if_measured(verdict, deq, quick), note, **_of(deq))
+
+
+def _of(deq: dict) -> dict:
+    """Setting, seeds and evidence of a claim about this trained DEQ."""
+    e = {"model": deq["model"], "moved": moved(deq["equilibrium"])} | deq["equilibrium"]
+    setting = f"{deq['parameters']} parameters, batch {BATCH}, x in [0, 1]^{deq['d']}"
+    return {"setting": setting, "seeds": len(deq["mse"]), "kind": kind_of(e), "evidence": (e,)}
 
 
 def _diagonal(rows: list[dict]) -> dict:
@@ -173,7 +205,7 @@ def _diagonal(rows: list[dict]) -> dict:
 def _if_measured(verdict: str, deq: dict, quick: bool) -> str:
     if moved(deq["equilibrium"]) > MOVED:
         return CONFOUNDED
-    return NOT_JUDGED if quick else verdict
+    return NOT_JUDGED if quick or len(deq["mse"]) < SEEDS else verdict
 
 
 def _less(a: float | None, b: float | None) -> bool:
@@ -225,6 +257,6 @@ EXPERIMENT = Experiment(
     ),
     function=run_steep,
     width_means="neurons of the trained DEQs; the constructions go up to this width, at least to K = 64",
-    width=(20, 20),
-    seeds=(8, 3),
+    width=(20, 20, 256),
+    seeds=(8, 3, 16),
 )

@@ -1,5 +1,6 @@
 """Layers whose output is an equilibrium."""
 
+from .equilibrium import Equilibrium
 from .equilibrium_linear import EquilibriumLinear
 from .weight_modules import (
     ContractiveWeight,
@@ -15,6 +16,7 @@ __all__ = [
     "DenseWeight",
     "DiagonalLowRankWeight",
     "DiagonalWeight",
+    "Equilibrium",
     "EquilibriumLinear",
     "LowerTriangularWeight",
     "MonotoneWeight",

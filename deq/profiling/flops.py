@@ -39,6 +39,11 @@ def derivative(W: Tensor, c: Tensor, *_, **__) -> int:
     return 2 * c.numel() * c.shape[-1]
 
 
+def outer(u: Tensor, z: Tensor, out: Tensor, *_, **__) -> int:
+    """The gradient of W, ``sum over samples of u z^T``."""
+    return 2 * u.numel() * z.shape[-1]
+
+
 def substitute(packed: Tensor, diagonal: Tensor, c: Tensor, *_, **__) -> int:
     """The strict lower triangle, m (m - 1) / 2 multiplications a sample; none for a diagonal W."""
     return c.numel() * (c.shape[-1] - 1) if packed.numel() else 0
@@ -68,10 +73,17 @@ def reduced_iterate(
     return 4 * q.shape[-1] * c.shape[-1] * (iterations.numel() if is_fake else int(iterations.sum(dtype=torch.int64)))
 
 
+def outer(left: Tensor, right: Tensor, *_, **__) -> int:
+    """``sum over samples of left right^T``."""
+    return 2 * left.numel() * right.shape[-1]
+
+
 FORMULAS = {
     "solve_": solve,
     "masked_linear_": masked_linear,
     "derivative_": derivative,
+    "outer_": outer,
+    "outer_": outer,
     "substitute_": substitute,
     "reduced_": reduced,
     "reduced_iterate_": reduced_iterate,

@@ -54,7 +54,8 @@ def cayley_matrix(W: Tensor, alpha: float = 1.0) -> Tensor | None:
     """``K = 2 ((1 + alpha) I - alpha W)^-1 - I``, outside autograd: gradients are those of the equation, not of K.
 
     W: (m, m) or (S, m, m), float32, float64, or 16 bits, for which K is float32; any strides. Returns K contiguous, or
-    None where the inverse does not exist, is not finite, or is wrong to half the digits of its dtype.
+    None where the inverse does not exist, is not finite, or is wrong to half the digits of its dtype; on a GPU, where
+    nothing waits for the answer, never None.
     On a CPU a recursive 2 x 2 block inverse without pivoting, stable where ``sym(W) < (1 + 1 / alpha) I``: 2 m^3 flops
     in matrix products, no temporary but m^2 / 2. In products (m, m) x (m, m) of torch, one thread: 2.3 at m = 256, 1.4
     at 512 (1.8 from cold caches), 1.2 at 1024, 1.03 at 2048 (torch.linalg.inv: 6.3, 4.3, 3.9, 2.8); two threads: 4.2,
@@ -75,6 +76,11 @@ def cayley_matrix(W: Tensor, alpha: float = 1.0) -> Tensor | None:
 def _fill(K: Tensor, W: Tensor, alpha: float) -> bool:
     """Write the K of one W; whether it can be used."""
     eps = torch.finfo(K.dtype).eps
+    if K.is_cuda:  # not probed, as that would wait for the device: what a bad K leads to is judged with W itself
+        _half_shifted(K, W, alpha)
+        K.copy_(torch.linalg.inv_ex(K)[0])
+        K.diagonal().sub_(1.0)
+        return True
     error = math.inf
     if K.device.type == "cpu" and K.shape[0] > BASE:
         _half_shifted(K, W, alpha)
@@ -173,10 +179,11 @@ def choose_alpha(W: Tensor, activation: str) -> float:
     A splitting is fast where ``alpha (I - W)`` has eigenvalues near 1 in size. Mean iterations, alpha = 1 -> chosen:
     monotone with mu 0.1: 31 -> 28, mu 1: 26 -> 17, with A or B doubled 50 -> 30 and 60 -> 29; every W of norm at most
     1.1 and the trained ones keep 1. A larger alpha is not chosen: 2 to 3 suits one slow positive mode (outlier 0.95:
-    76 -> 31), but Anderson(5) leaves 15 % of that (21 -> 18), and on trained weights alpha = 2 diverges.
+    76 -> 31), but Anderson(5) leaves 15 % of that (21 -> 18), and on trained weights alpha = 2 diverges. On a GPU it is
+    always 1, as the host does not wait for a number there.
     """
     _check_weight(W)
-    if get_activation(activation).name != "relu" or W.numel() == 0:
+    if get_activation(activation).name != "relu" or W.numel() == 0 or W.is_cuda:
         return 1.0
     wide = W.to(torch.float64 if W.dtype == torch.float64 else torch.float32)
     m = W.shape[-1]

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .. import stats
 from ..activations import ACTIVATIONS
-from ..backends import Outcome, get_backend
+from ..backends import Deferred, Outcome, get_backend
 from ..cache import remembered
 from ..plan import Plan
 from ..solution import Status
@@ -150,7 +150,7 @@ def masked_linear(
 
 
 def _is_final(outcome: Outcome, plan: Plan) -> bool:
-    return not plan.rungs or outcome.report is None or not outcome.report[0]
+    return not plan.rungs or not isinstance(outcome.report, list) or not outcome.report[0]
 
 
 def _matrix(W: Tensor, activation: str) -> tuple[Tensor | None, float]:
@@ -172,7 +172,8 @@ def _climb(
     if outcome is None:
         outcome = problem.plain(start, plan, out)
         missing = not plan.adapts and plan.max_iter > 1
-        if missing and not (outcome.report and any(outcome.report[1:])):  # else the input is not finite, and said so
+        bad_input = isinstance(outcome.report, list) and any(outcome.report[1:])  # not finite, and said so
+        if missing and not bad_input:
             raise ValueError("solver='cayley' needs an inverse of 2 I - W, and W has none; try 'auto' or 'anderson'")
     if _is_final(outcome, plan):
         return outcome
@@ -199,7 +200,9 @@ def _first_by_cayley(problem, start: Tensor | None, plan: Plan, out: Tensor | No
     z = outcome.z.clamp(-largest, largest)
     iterations, residual, status = _read(outcome)
     status = torch.where((outcome.z == z).all(-1) | (status == Status.NONFINITE), status, int(Status.DIVERGED))
-    report = [int((status != Status.CONVERGED).sum()), *outcome.report[1:]]
+    report = outcome.report
+    if isinstance(report, list):
+        report = [int((status != Status.CONVERGED).sum()), *report[1:]]
     return Outcome(z.to(dtype) if out is None else out.copy_(z), stats.pack(iterations, residual, status), report)
 
 
@@ -301,9 +304,10 @@ def _by_cayley(problem, start: Tensor | None, plan: Plan, share: float) -> Outco
     c = problem.injection
     z = torch.empty_like(c, memory_format=torch.contiguous_format)
     pieces, reports = [], []
-    for first in range(0, max(c.shape[-2], 1), CHUNK):
-        rows = (..., slice(first, first + CHUNK), slice(None))
-        part = problem.part(rows) if c.shape[-2] > CHUNK else problem
+    chunk = CHUNK if c.is_cpu else max(c.shape[-2], 1)  # a GPU is better filled than spared
+    for first in range(0, max(c.shape[-2], 1), chunk):
+        rows = (..., slice(first, first + chunk), slice(None))
+        part = problem.part(rows) if c.shape[-2] > chunk else problem
         shifted = torch.matmul(part.injection, K.mT).add_(part.injection)
         if alpha != 1.0:
             shifted *= alpha
@@ -316,6 +320,8 @@ def _by_cayley(problem, start: Tensor | None, plan: Plan, share: float) -> Outco
     iterations, residual, status = (torch.cat(piece, dim=-1) for piece in zip(*pieces, strict=True))
     if None in reports:  # inside a compiled graph
         return Outcome(z, stats.pack(iterations, residual, status), None)
+    if isinstance(reports[0], Deferred):
+        return Outcome(z, stats.pack(iterations, residual, status), reports[0])
     report = [sum(r[0] for r in reports), *reports[0][1:]]
     if len(reports) > 1 and any(r[2] for r in reports):  # the first sample that is not finite, of all chunks
         report[2] = int((~torch.isfinite(c).all(-1)).reshape(-1).nonzero()[0]) + 1

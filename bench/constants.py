@@ -1,0 +1,291 @@
+"""``deq bench constants``: the numbers of deq/gpu_constants.json that can be measured from torch and Triton.
+
+A measurement is a function under ``@measures(name)``. Barriers between blocks and rates of mma.sync are measured by the
+compiled library, where it has CUDA kernels (csrc/cuda/constants.cu). What none is registered for stays as it is in the
+table.
+"""
+
+import ctypes
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from deq import _library
+from deq.gpu_device import find_device, key_of, table, write_table
+
+from .device import capture, clock, device_seconds
+from .record import device_name, environment, write
+
+REPEATS = 7
+MEASUREMENTS: dict[str, tuple[Callable[["Sizes"], float], str]] = {}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Where to measure, and how large."""
+
+    device: torch.device
+    copy: int = 2**30  # bytes, far more than any cache
+    cached: int = 8 * 2**20  # bytes, a part of the L2 cache
+    product: int = 8192  # width of square matrices
+    chain: int = 400  # dependent kernels
+    calls: int = 20
+
+    @classmethod
+    def small(cls) -> "Sizes":
+        """For the CPU, where the numbers mean nothing."""
+        return cls(torch.device("cpu"), copy=2**16, cached=2**12, product=32, chain=4, calls=2)
+
+
+def measures(name: str, how: str) -> Callable[[Callable[[Sizes], float]], Callable[[Sizes], float]]:
+    """Register a function that measures a number of the table; ``how`` is what the table says of its source."""
+
+    def register(function: Callable[[Sizes], float]) -> Callable[[Sizes], float]:
+        MEASUREMENTS[name] = function, how
+        return function
+
+    return register
+
+
+def _median(run: Callable[[], object], sizes: Sizes) -> float:
+    return float(np.median([device_seconds(run, sizes.device, sizes.calls) for _ in range(REPEATS)]))
+
+
+@measures("copy", "device-to-device copy of 1 GiB, read and written bytes")
+def copy_rate(sizes: Sizes) -> float:
+    source, target = torch.zeros(2, sizes.copy, dtype=torch.uint8, device=sizes.device)
+    return 2 * sizes.copy / _median(lambda: target.copy_(source), sizes)
+
+
+@measures("l2", "copies of 8 MiB in a graph, read and written bytes")
+def l2_rate(sizes: Sizes) -> float:
+    source, target = torch.zeros(2, sizes.cached, dtype=torch.uint8, device=sizes.device)
+
+    def back_and_forth() -> None:
+        for _ in range(sizes.chain // 2):
+            target.copy_(source)
+            source.copy_(target)
+
+    per_copy = _median(capture(back_and_forth, sizes.device), sizes) / (2 * (sizes.chain // 2))
+    return 2 * sizes.cached / max(per_copy - graph_kernel(sizes), 0.1 * per_copy)
+
+
+@contextmanager
+def _tf32(allowed: bool) -> Iterator[None]:
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def product_rate(dtype: torch.dtype, sizes: Sizes, tf32: bool = False) -> float:
+    """FLOP/s of a square product of random numbers: zeros would draw less power and run faster."""
+    n = sizes.product
+    a, b = (torch.randn(n, n, device=sizes.device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    with _tf32(tf32):
+        return 2 * n**3 / _median(lambda: torch.mm(a, b, out=out), sizes)
+
+
+@measures("matmul_bfloat16", "8192^3 by cuBLAS on random data")
+def bfloat16_rate(sizes: Sizes) -> float:
+    return product_rate(torch.bfloat16, sizes)
+
+
+@measures("matmul_tf32", "8192^3 by cuBLAS on random data")
+def tf32_rate(sizes: Sizes) -> float:
+    return product_rate(torch.float32, sizes, tf32=True)
+
+
+@measures("matmul_float32", "8192^3 by cuBLAS on random data")
+def float32_rate(sizes: Sizes) -> float:
+    return product_rate(torch.float32, sizes)
+
+
+@measures("matmul_float64", "8192^3 by cuBLAS on random data")
+def float64_rate(sizes: Sizes) -> float:
+    return product_rate(torch.float64, sizes)
+
+
+@measures("matmul_float8", "8192^3, e4m3, by cuBLASLt on random data")
+def float8_rate(sizes: Sizes) -> float:
+    n = sizes.product
+    a, b = (torch.randn(n, n, device=sizes.device).to(torch.float8_e4m3fn) for _ in range(2))
+    one = torch.ones((), device=sizes.device)
+    run = lambda: torch._scaled_mm(a, b.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16)  # noqa: E731
+    return 2 * n**3 / _median(run, sizes)
+
+
+@measures("graph_kernel", "a chain of dependent one-element additions in a graph")
+def graph_kernel(sizes: Sizes) -> float:
+    x = torch.zeros(1, device=sizes.device)
+
+    def chain() -> None:
+        for _ in range(sizes.chain):
+            x.add_(1)
+
+    return _median(capture(chain, sizes.device), sizes) / sizes.chain
+
+
+@measures("graph_launch", "replay of a graph of one kernel until it is done")
+def graph_launch(sizes: Sizes) -> float:
+    x = torch.zeros(1, device=sizes.device)
+    return _by_clock(capture(lambda: x.add_(1), sizes.device), sizes)
+
+
+@measures("eager_op", "an eager one-element addition, queued")
+def eager_op(sizes: Sizes) -> float:
+    x = torch.zeros(1, device=sizes.device)
+
+    def chain() -> None:
+        for _ in range(sizes.chain):
+            x.add_(1)
+
+    return _by_clock(chain, sizes) / sizes.chain
+
+
+@measures("item", "an eager addition and .item(), less the addition")
+def item(sizes: Sizes) -> float:
+    x = torch.zeros(1, device=sizes.device)
+    whole = _by_clock(lambda: x.add_(1).item(), sizes)
+    return max(whole - eager_op(sizes), 0.1 * whole)
+
+
+def _by_clock(run: Callable[[], object], sizes: Sizes) -> float:
+    read, samples = clock(sizes.device), []
+    run()
+    for _ in range(REPEATS * sizes.calls):
+        start = read()
+        run()
+        samples.append(read() - start)
+    return float(np.median(samples))
+
+
+@triton.jit
+def _reductions(x_ptr, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    place = x_ptr + tl.arange(0, BLOCK)
+    x = tl.load(place)
+    n = 0
+    while n < COUNT:
+        x = x * 0.5 + tl.sum(x * x, axis=0)  # each needs the one before
+        n += 1
+    tl.store(place, x)
+
+
+@measures("block_reduction", "dependent sums of 1024 numbers over a block of 8 warps")
+def block_reduction(sizes: Sizes) -> float:
+    x: Tensor = torch.zeros(1024, device=sizes.device)
+    count = 10 * sizes.chain
+    if sizes.device.type == "cuda":
+        many, none = (lambda n=n: _reductions[(1,)](x, COUNT=n, BLOCK=1024, num_warps=8) for n in (count, 0))
+    else:
+        many, none = (lambda n=n: [x.mul_(0.5).add_((x * x).sum()) for _ in range(n)] for n in (count, 0))
+    for run in (many, none):
+        run()  # compiles
+    return max(_median(many, sizes) - _median(none, sizes), 1e-9) / count
+
+
+def by_library(name: str) -> float:
+    """Seconds, bytes or FLOP per second that the library's CUDA code measures (csrc/cuda_kernels.h says what there is).
+
+    Raises NotImplementedError where the library has none, RuntimeError where it fails.
+    """
+    measure = getattr(_library.compiled, "deq_cuda_measure", None)
+    if measure is None:
+        raise NotImplementedError("the compiled library has no CUDA kernels")
+    measure.restype, measure.argtypes = ctypes.c_int32, (ctypes.c_char_p, ctypes.c_int32, ctypes.c_void_p)
+    result = ctypes.c_double()
+    if measure(name.encode(), torch.cuda.current_device(), ctypes.byref(result)):
+        _library.compiled.deq_cuda_why.restype = ctypes.c_char_p
+        raise RuntimeError(_library.compiled.deq_cuda_why().decode())
+    return result.value
+
+
+@measures("grid_barrier", "a flag a block, read by all blocks")
+def grid_barrier(sizes: Sizes) -> float:
+    return by_library("flag_barrier")
+
+
+@measures("cluster_barrier", "cluster.sync of 8 blocks")
+def cluster_barrier(sizes: Sizes) -> float:
+    return by_library("cluster_barrier")
+
+
+@measures("mma_share", "mma.sync in bfloat16 on all multiprocessors, of the vendor's rate at the table's clock")
+def mma_share(sizes: Sizes) -> float:
+    rate, device = by_library("tensor_core"), find_device(device_name("cuda"), torch.cuda.get_device_capability())
+    return rate / (device.processors * device.tensor_flops_per_clock * device.clock)
+
+
+@measures("shared_bytes_per_clock", "reads of 16 bytes a thread on one multiprocessor, at the table's clock")
+def shared_bytes_per_clock(sizes: Sizes) -> float:
+    rate, device = by_library("shared_reads"), find_device(device_name("cuda"), torch.cuda.get_device_capability())
+    return rate / device.clock
+
+
+def of_driver(device: torch.device) -> dict[str, float]:
+    """What the driver knows of a GPU."""
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "processors": properties.multi_processor_count,
+        "shared_per_block": properties.shared_memory_per_block_optin,
+        "registers_per_processor": 4 * properties.regs_per_multiprocessor,
+        "l2_bytes": 0.8 * properties.L2_cache_size,
+    }
+
+
+class Measuring:
+    """Iterate over ``steps()``: ``numbers`` is then the device's entry of deq/gpu_constants.json, as far as it could be
+    measured, and ``failed`` says of every measurement that failed why.
+
+    capability: that of the device; the CPU, where only the code can be tried, has none of its own.
+    """
+
+    def __init__(self, sizes: Sizes | None = None, capability: tuple[int, int] | None = None):
+        self.sizes = sizes or Sizes(torch.device("cuda"))
+        full = device_name(self.sizes.device.type)
+        self.capability = capability or torch.cuda.get_device_capability(self.sizes.device)
+        stand_in = find_device(full, self.capability).stands_for
+        self.name = key_of(full) or " ".join(full.replace("NVIDIA", "").split())
+        self.numbers = dict(table()[stand_in or self.name]["numbers"])
+        if stand_in:
+            for key, number in self.numbers.items():
+                self.numbers[key] = number | {"basis": "estimated", "source": f"that of the {stand_in}"}
+        self.failed: dict[str, str] = {}
+
+    def __len__(self) -> int:
+        return len(MEASUREMENTS)
+
+    def steps(self) -> Iterator[str]:
+        """Before every measurement, its name. One that fails leaves its number as it was."""
+        if self.sizes.device.type == "cuda":
+            for name, value in of_driver(self.sizes.device).items():
+                self._keep(name, value, "the driver")
+        for name, (function, how) in MEASUREMENTS.items():
+            yield name
+            try:
+                self._keep(name, function(self.sizes), how)
+            except (RuntimeError, NotImplementedError, ValueError) as error:  # a dtype that it does not multiply
+                self.failed[name] = str(error).splitlines()[0]
+
+    def _keep(self, name: str, value: float, how: str) -> None:
+        self.numbers[name] = self.numbers[name] | {"value": value, "basis": "measured", "source": how}
+
+    def write(self, out: Path, update: bool) -> Path:
+        """Write one row a number to ``out/<device>/constants.json`` and return the path; with ``update`` the entry also
+        goes into deq/gpu_constants.json."""
+        where = environment(self.sizes.device.type)
+        rows = [{"constant": name, **number, **where} for name, number in self.numbers.items()]
+        path = write(rows, out, "constants", self.sizes.device.type)
+        if update:
+            write_table(table() | {self.name: {"capability": self.capability, "numbers": self.numbers}})
+        return path

@@ -1,0 +1,337 @@
+// The lane engine: the row engine's slots as the lanes of vectors, for narrow weights.
+//
+// Every thread owns a group of as many samples as a vector has lanes. A step of the group costs what it costs for one sample, and
+// nothing is done sample by sample but the beginning, the end, and what is out of the ordinary: the common judgement, Anderson's
+// Gram matrix, its equations and its mixture are vectors too. Lanes do not touch each other, so that a sample's answer does not
+// depend on its batch mates. What the two engines do to a sample is the same; their residuals are summed in another order.
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <memory>
+
+#include "../anderson.h"
+#include "../kernels.h"
+#include "cache.h"
+#include "lane_engine.h"
+#include "samples.h"
+#include "threads.h"
+#include "trace.h"
+
+namespace deq {
+namespace {
+
+thread_local Arena lanes_arena;
+
+// With so few samples left of a group their products are formed row by row.
+constexpr int kFewRows = 4;
+constexpr int64_t kFewFrom = 24;
+
+template <class T>
+class LaneGroup {
+ public:
+  LaneGroup(const DeqProblem& p, const Packed& packed, Totals& totals)
+      : p_(p),
+        k_(kernels<T>()),
+        lane_(*k_.lane()),
+        samples_(p, totals),
+        packed_(packed),
+        totals_(totals),
+        m_(p.width),
+        lanes_(lane_.lanes),
+        rule_(make_rule(p.tol, p.max_iter, p.criterion, p.width, sizeof(T) == 8)),
+        depth_(std::min<int>(std::max(p.depth, 1), kMaxDepth)) {}
+
+  // Solves samples of matrix s taken from `queue`, as `sharing` threads do, until it is empty.
+  void run(int64_t s, std::atomic<int64_t>& queue, int sharing) {
+    matrix_ = s;
+    if (!reserve()) {
+      totals_.error = DEQ_NO_MEMORY;
+      return;
+    }
+    const int64_t share = (p_.batch + sharing - 1) / sharing;
+    for (int lane = 0; lane < std::min<int64_t>(lanes_, share); ++lane)
+      if (fill(lane, queue)) live_ |= bit(lane);
+    while (live_) {
+      step();
+      current_ = 1 - current_;
+      uint32_t fresh = 0;
+      uint32_t look = lane_.look(records_, step2_, size2_, static_cast<T>(rule_.tol2)) & live_;
+      for (; look; look &= look - 1) {
+        const int lane = __builtin_ctz(look);
+        if (advance(lane)) continue;
+        fresh |= bit(lane);
+        if (!fill(lane, queue)) live_ &= ~bit(lane);
+      }
+      if (const uint32_t now = accelerated_ & live_ & ~fresh) accelerate(now);
+    }
+    totals_.add(work_);
+    lanes_arena.trim();
+  }
+
+ private:
+  static uint32_t bit(int lane) { return uint32_t{1} << lane; }
+
+  // Columns of the group, then rows: an injection a lane, what the products of a few rows need, and one to gather in.
+  bool reserve() {
+    const bool accelerates = p_.acceleration != DEQ_PLAIN;
+    const int64_t column = m_ * lanes_, padded = samples_.padded();
+    const int64_t columns = 3 + (p_.mask.data ? 1 : 0) + (p_.reflected ? 2 : 0) + (accelerates ? 2 * depth_ : 0);
+    const int64_t rows = lanes_ + 2 * kFewRows + 3, sums = 2 * lanes_ * kFewRows;
+    const int64_t bytes = (columns * column + rows * padded + sums) * static_cast<int64_t>(sizeof(T));
+    T* at = static_cast<T*>(lanes_arena.get(bytes));
+    if (!at) return false;
+    memset(at, 0, bytes - (accelerates ? 2 * depth_ * column : 0) * static_cast<int64_t>(sizeof(T)));
+    auto take = [&](int64_t elements) {
+      at += elements;
+      return at - elements;
+    };
+    z_[0] = take(column);
+    z_[1] = take(column);
+    c_ = take(column);
+    d_ = p_.mask.data ? take(column) : nullptr;
+    for (T*& pre : pre_) pre = p_.reflected ? take(column) : nullptr;
+    for (int i = 0; i < lanes_; ++i) c_rows_[i] = take(padded);
+    for (int i = 0; i < kFewRows; ++i) {
+      z_rows_[i] = take(padded);
+      x_rows_[i] = take(padded);
+      ones_rows_[i] = at;
+    }
+    std::fill(take(padded), at + padded, T(1));
+    for (T*& row : ones_rows_) row = at - padded;
+    row_ = take(padded);
+    other_ = take(padded);
+    for (int i = 0; i < kFewRows; ++i) sums_[i] = take(2 * lanes_);
+    for (int i = 0; accelerates && i < depth_; ++i) {
+      windows_.f[i] = take(column);
+      windows_.g[i] = take(column);
+    }
+    w_ = static_cast<const T*>(packed_.data) + matrix_ * (packed_.matrix_bytes / static_cast<int64_t>(sizeof(T)));
+    live_ = accelerated_ = 0;
+    newest_ = 0;
+    return true;
+  }
+
+  void gather(const T* column, int lane, T* row) const {
+    for (int64_t j = 0; j < m_; ++j) row[j] = column[j * lanes_ + lane];
+  }
+  void scatter(const T* row, int lane, T* column) const {
+    for (int64_t j = 0; j < m_; ++j) column[j * lanes_ + lane] = row[j];
+  }
+
+  // One evaluation of the map in every lane.
+  void step() {
+    const T* z = z_[current_];
+    T *out = z_[1 - current_], *x = p_.reflected ? pre_[1 - current_] : out;
+    const int count = __builtin_popcount(live_);
+    const Range range(Span::kStep, count);
+    const bool by_row = count <= std::min(kFewRows, lanes_ / 4) && m_ >= kFewFrom;
+    work_.native_rows += count;
+    work_.native_products += (by_row ? count : lanes_) * m_ * m_;
+    ++work_.native_sweeps;
+    if (by_row) {
+      int lane[kFewRows], n = 0;
+      const T* c[kFewRows];
+      for (uint32_t rest = live_; rest; rest &= rest - 1, ++n) {
+        lane[n] = __builtin_ctz(rest);
+        c[n] = c_rows_[lane[n]];
+        gather(z, lane[n], z_rows_[n]);
+      }
+      // With the mask 1 it is W z + c.
+      k_.step(Step<T>{z_rows_, x_rows_, c, ones_rows_, sums_, nullptr, w_, m_, kIdentity, 0, 0, samples_.padded()}, n);
+      for (int i = 0; i < n; ++i) scatter(x_rows_[i], lane[i], x);
+    } else {
+      lane_.product(LaneProduct<T>{w_, z, c_, x, m_});
+    }
+    lane_.map(LaneMap<T>{x, z, d_, out, m_, p_.activation, p_.reflected != 0, step2_, size2_});
+  }
+
+  // Takes the next sample of the queue that is not done at once into the lane; false when there is none.
+  bool fill(int lane, std::atomic<int64_t>& queue) {
+    Slot& slot = slots_[lane];
+    T* y = row_;
+    windows_.held[lane] = 0;
+    while ((slot.sample = samples_.take(matrix_, queue, c_rows_[lane], other_, y, &slot.scale)) >= 0) {
+      slot.record = new_record();
+      slot.saved = false;
+      accelerated_ = p_.acceleration == DEQ_ANDERSON ? accelerated_ | bit(lane) : accelerated_ & ~bit(lane);
+      const T *c = c_rows_[lane], *d = d_ ? other_ : nullptr;
+      Verdict verdict = Verdict::kContinue;
+      if (!p_.start.data) {
+        // From zero the first evaluation is act(c): no product. Its step and its size are the same.
+        double size2 = k_.first(p_.activation, c, d, y, m_);
+        if (p_.reflected) {
+          scatter(c, lane, pre_[current_]);
+          for (int64_t j = 0; j < m_; ++j) y[j] += y[j] - c[j];
+          size2 = size_of(y, m_);
+        }
+        if (!in_range<T>(size2)) size2 = size_of(y, m_);
+        verdict = judge(rule_, slot.record, size2, size2, 0.0);
+      }
+      scatter(c, lane, c_);
+      if (d) scatter(d, lane, d_);
+      scatter(y, lane, z_[current_]);
+      if (verdict == Verdict::kContinue) {
+        remember(lane);
+        return true;
+      }
+      finish(lane, verdict, z_[current_]);
+    }
+    return false;
+  }
+
+  // Judges the evaluation just made in a lane; false when its sample is done.
+  bool advance(int lane) {
+    Slot& slot = slots_[lane];
+    recall(lane);
+    T *f = z_[current_], *y = z_[1 - current_];
+    double step2 = static_cast<double>(step2_[lane]), size2 = static_cast<double>(size2_[lane]);
+    if (!in_range<T>(size2) || slot.record.iteration == 0) {
+      gather(f, lane, row_);
+      gather(y, lane, other_);
+    }
+    if (!in_range<T>(size2)) {
+      step2 = distance(row_, other_, m_);
+      size2 = size_of(row_, m_);
+    }
+    const double start2 = slot.record.iteration == 0 ? size_of(other_, m_) : 0.0, before2 = slot.record.step2[1];
+    const Verdict verdict = judge(rule_, slot.record, step2, size2, start2);
+    const bool is_best = slot.record.best_at == slot.record.iteration;
+    if (is_best) {
+      slot.saved = false;
+    } else if (!slot.saved) {
+      // The previous evaluation was the best: f of it is the iterate just left, or the newest of the window.
+      write(lane, 1 - current_, windows_.held[lane] > 0 ? windows_.f[newest_] : y);
+      slot.saved = true;
+    }
+    if (verdict != Verdict::kContinue) {
+      finish(lane, verdict, is_best ? f : nullptr);
+      return false;
+    }
+    if (p_.acceleration == DEQ_ON_DEMAND && !(accelerated_ & bit(lane)) && is_slow(slot.record, before2))
+      accelerated_ |= bit(lane);
+    remember(lane);
+    return true;
+  }
+
+  // The columns that look() works on, from the record and back.
+  void remember(int lane) {
+    const Record& record = slots_[lane].record;
+    records_.step2[lane] = static_cast<T>(record.step2[0]);
+    records_.before2[lane] = static_cast<T>(record.step2[1]);
+    records_.best_step2[lane] = static_cast<T>(record.best_step2);
+    records_.best_size2[lane] = static_cast<T>(record.best_size2);
+    records_.limit2[lane] = static_cast<T>(record.limit2);
+    // A slow one is looked at until it is accelerated, the others only if they gain nothing.
+    const bool watched = p_.acceleration == DEQ_ON_DEMAND && !(accelerated_ & bit(lane));
+    records_.slowest[lane] = watched ? static_cast<T>(kSlowContraction * kSlowContraction) : T(1);
+    const bool always = p_.criterion != DEQ_RESIDUAL || record.iteration == 0;
+    left_[lane] = always ? 0 : static_cast<int>(std::min<int64_t>(rule_.max_iter - record.iteration, kUnseen));
+    records_.left[lane] = static_cast<T>(left_[lane]);
+  }
+  void recall(int lane) {
+    Record& record = slots_[lane].record;
+    const int unseen = left_[lane] - static_cast<int>(records_.left[lane]);
+    if (unseen == 0) return;
+    slots_[lane].saved = false;
+    record.best_at = record.iteration += unseen;
+    record.step2[0] = static_cast<double>(records_.step2[lane]);
+    record.step2[1] = static_cast<double>(records_.before2[lane]);
+    record.best_step2 = static_cast<double>(records_.best_step2[lane]);
+    record.best_size2 = static_cast<double>(records_.best_size2[lane]);
+  }
+
+  // What is handed out for f(y), a lane of `column`: itself, or for the reflected map the value at its pre-activation.
+  bool write(int lane, int which, const T* column) {
+    gather(p_.reflected ? pre_[which] : column, lane, row_);
+    if (p_.reflected) {
+      if (d_) gather(d_, lane, other_);
+      k_.first(p_.activation, row_, d_ ? other_ : nullptr, row_, m_);
+    }
+    return samples_.write(slots_[lane].sample, slots_[lane].scale, row_);
+  }
+
+  // `best` null: the output row already holds the best iterate.
+  void finish(int lane, Verdict verdict, const T* best) {
+    // One that left the range of the caller's dtype has diverged.
+    if (best && !write(lane, current_, best)) verdict = Verdict::kDiverged;
+    samples_.report(slots_[lane].sample, slots_[lane].record, verdict);
+  }
+
+  // Anderson: in these lanes f is replaced by the mixture of the window.
+  void accelerate(uint32_t now) {
+    const Range range(Span::kAnderson, __builtin_popcount(now));
+    newest_ = (newest_ + 1) % depth_;
+    int count = 0;
+    for (uint32_t rest = now; rest; rest &= rest - 1) {
+      const int lane = __builtin_ctz(rest), held = std::min(static_cast<int>(windows_.held[lane]) + 1, depth_);
+      windows_.held[lane] = static_cast<T>(held);
+      count = std::max(count, held);
+    }
+    int order[kMaxDepth];
+    for (int i = 0; i < count; ++i) order[i] = (newest_ - i + depth_) % depth_;
+    T *f = z_[current_], *y = z_[1 - current_];
+    lane_.take(windows_, order, count, f, y, m_);
+    if (count > 1) lane_.mix(windows_, order, count, static_cast<T>(10 * rule_.eps), f, m_);
+  }
+
+  struct Slot {
+    Record record;
+    bool saved;      // the output row holds the best iterate
+    int64_t sample;  // flat index s * B + b
+    double scale;    // the sample was multiplied by this power of two
+  };
+  static constexpr int64_t kUnseen = 1 << 20;  // an integer in every T
+
+  const DeqProblem& p_;
+  const Kernels<T>& k_;
+  const LaneKernels<T>& lane_;
+  Samples<T> samples_;
+  const Packed& packed_;
+  Totals& totals_;
+  const int64_t m_;
+  const int lanes_;
+  const Rule rule_;
+  const int depth_;
+  int64_t matrix_ = 0;
+  int current_ = 0, newest_ = 0;
+  DeqWork work_{};
+  uint32_t live_ = 0, accelerated_ = 0;
+  const T* w_ = nullptr;
+  T *z_[2], *pre_[2], *c_, *d_, *row_, *other_;
+  T *c_rows_[kMostLanes], *z_rows_[kFewRows], *x_rows_[kFewRows], *ones_rows_[kFewRows], *sums_[kFewRows];
+  LaneRecords<T> records_{};
+  LaneWindows<T> windows_{};
+  alignas(64) T step2_[kMostLanes], size2_[kMostLanes];
+  int left_[kMostLanes];
+  Slot slots_[kMostLanes];
+};
+
+constexpr double kLeastFlops = 1e6;
+
+template <class T>
+int32_t solve(const DeqProblem& p) {
+  const Division division = divide(p, 1, kLeastFlops);
+  std::shared_ptr<const Packed> packed = packed_weights<T>(p, division.threads);
+  if (!packed) return DEQ_NO_MEMORY;
+  *p.report = DeqReport{0, packed->bad_element, 0, 0};
+  if (packed->bad_element) return DEQ_OK;
+  Totals totals;
+  run_divided(p, 1, division, [&](int64_t s, std::atomic<int64_t>& queue, int sharing, Team&) {
+    std::make_unique<LaneGroup<T>>(p, *packed, totals)->run(s, queue, sharing);
+  });
+  last_work = totals.work;
+  p.report->failed = totals.failed;
+  p.report->bad_injection = totals.bad_injection;
+  p.report->bad_start = totals.bad_start;
+  return totals.error;
+}
+
+}  // namespace
+
+bool lanes_serve(const DeqProblem& p) {
+  return p.width <= (p.mask.data || p.activation == kRelu ? kLanesUpToSparse : kLanesUpTo);
+}
+
+int32_t lane_solve(const DeqProblem& p) { return p.type == DEQ_FLOAT64 ? solve<double>(p) : solve<float>(p); }
+
+}  // namespace deq

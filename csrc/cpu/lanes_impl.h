@@ -1,0 +1,263 @@
+// The lane engine's inner loops for one instruction set (lanes.h).
+#pragma once
+#include <type_traits>
+
+#include "../judge.h"
+#include "kernels.h"
+#include "lanes.h"
+#include "vec.h"
+
+namespace {
+
+using deq::kMaxDepth;
+using deq::LaneMap;
+using deq::LaneProduct;
+using deq::LaneRecords;
+using deq::LaneWindows;
+
+constexpr int kLaneRows = DEQ_VECTOR_BYTES == 64 ? 16 : 8;  // outputs of one register tile
+constexpr int64_t kLaneBlock = 8;  // a sum over m is a sum of sums over so many: its rounding error grows with both, not with m
+
+// Outputs [j, j + R). The order of k is that of the row engine's tiles, and so are the bits.
+template <class T, int R>
+__attribute__((noinline)) void lane_tile(const LaneProduct<T>& s, int64_t j) {
+  using M = VecMath<T>;
+  using V = typename M::V;
+  constexpr int L = kLanes<T>;
+  const int64_t panel = j / (2 * L) * (2 * L), left = padded<T>(s.width) - panel, stride = left < 2 * L ? left : 2 * L;
+  const T *w = s.packed + panel * s.width + (j - panel), *z = s.z;
+  V acc[R];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) acc[r] = V{};
+  for (int64_t k = 0; k < s.width; ++k, w += stride, z += L) {
+    const V b = M::load(z);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) acc[r] += (w[r] - V{}) * b;
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) M::store(s.x + (j + r) * L, acc[r] + M::load(s.c + (j + r) * L));
+}
+
+template <class T, int R>
+DEQ_INLINE void lane_tiles(const LaneProduct<T>& s, int64_t j, int64_t end) {
+  for (; j + R <= end; j += R) lane_tile<T, R>(s, j);
+  if constexpr (R > 1)
+    if (j < end) lane_tiles<T, R / 2>(s, j, end);
+}
+
+template <class T>
+void lane_product(const LaneProduct<T>& s) {
+  constexpr int64_t kPanel = 2 * kLanes<T>;
+  for (int64_t j = 0; j < s.width; j += kPanel) lane_tiles<T, kLaneRows>(s, j, j + kPanel < s.width ? j + kPanel : s.width);
+}
+
+template <class T, class F>
+DEQ_INLINE void map_with(const LaneMap<T>& s, F f) {
+  using M = VecMath<T>;
+  using V = typename M::V;
+  constexpr int L = kLanes<T>;
+  V step2{}, size2{};
+  for (int64_t block = 0; block < s.width; block += kLaneBlock) {
+    const int64_t end = block + kLaneBlock < s.width ? block + kLaneBlock : s.width;
+    V step{}, size{};
+    for (int64_t j = block; j < end; ++j) {
+      const V y = f(M::load(s.x + j * L), j * L), diff = y - M::load(s.z + j * L);
+      M::store(s.out + j * L, y);
+      step += diff * diff;
+      size += y * y;
+    }
+    step2 += step;
+    size2 += size;
+  }
+  M::store(s.step2, step2);
+  M::store(s.size2, size2);
+}
+
+template <class T>
+void lane_map(const LaneMap<T>& s) {
+  using M = VecMath<T>;
+  using V = typename M::V;
+  if (s.d && s.reflected)
+    return map_with(s, [&](V x, int64_t at) __attribute__((always_inline)) {
+      const V y = M::load(s.d + at) * x;
+      return y + y - x;
+    });
+  if (s.d) return map_with(s, [&](V x, int64_t at) __attribute__((always_inline)) { return M::load(s.d + at) * x; });
+  with_activation<T>(s.activation, [&](auto act) {
+    using Act = decltype(act);
+    if (s.reflected)
+      return map_with(s, [](V x, int64_t) __attribute__((always_inline)) {
+        const V y = Act::value(x);
+        return y + y - x;
+      });
+    return map_with(s, [](V x, int64_t) __attribute__((always_inline)) { return Act::value(x); });
+  });
+}
+
+template <class T>
+uint32_t lane_look(LaneRecords<T>& s, const T* step2, const T* size2, T tol2) {
+  using M = VecMath<T>;
+  using V = typename M::V;
+  using I = typename M::I;
+  const V step = M::load(step2), size = M::load(size2), last = M::load(s.step2), left = M::load(s.left);
+  const I common = (size > M::set(sizeof(T) == 4 ? 1e-20 : 1e-120)) & (size < M::set(sizeof(T) == 4 ? 1e30 : 1e120)) &
+                   (step > tol2 * size) & (size <= M::load(s.limit2)) & (step <= M::load(s.slowest) * last) &
+                   (step * M::load(s.best_size2) < M::load(s.best_step2) * size) & (left > M::set(1.0));
+  M::store(s.before2, M::select(common, last, M::load(s.before2)));
+  M::store(s.step2, M::select(common, step, last));
+  M::store(s.best_step2, M::select(common, step, M::load(s.best_step2)));
+  M::store(s.best_size2, M::select(common, size, M::load(s.best_size2)));
+  M::store(s.left, M::select(common, left - M::set(1.0), left));
+  constexpr uint32_t kAll = (uint32_t{1} << kLanes<T>) - 1;
+  return kAll & ~static_cast<uint32_t>(nonzero_lanes<T>(M::select(common, M::set(1.0), V{})));
+}
+
+template <class T, int N>
+DEQ_INLINE void lane_take_n(LaneWindows<T>& s, const int* order, const T* f, const T* y, int64_t width) {
+  using M = VecMath<T>;
+  using V = typename M::V;
+  constexpr int L = kLanes<T>;
+  const T* g[N];
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) g[i] = s.g[order[i]];
+  T *new_f = s.f[order[0]], *new_g = s.g[order[0]];
+  V dots[N] = {};
+  for (int64_t block = 0; block < width; block += kLaneBlock) {
+    const int64_t end = block + kLaneBlock < width ? block + kLaneBlock : width;
+    V part[N] = {};
+    for (int64_t j = block; j < end; ++j) {
+      const V value = M::load(f + j * L), diff = value - M::load(y + j * L);
+      M::store(new_f + j * L, value);
+      M::store(new_g + j * L, diff);
+      part[0] += diff * diff;
+#pragma GCC unroll 8
+      for (int i = 1; i < N; ++i) part[i] += diff * M::load(g[i] + j * L);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) dots[i] += part[i];
+  }
+  for (int i = 0; i < N; ++i) {
+    M::store(s.gram[order[0]][order[i]], dots[i]);
+    M::store(s.gram[order[i]][order[0]], dots[i]);
+  }
+}
+
+// Calls f with a number from 1 to kMaxDepth as a constant.
+template <int N = kMaxDepth, class F>
+DEQ_INLINE void with_count(int count, F&& f) {
+  if (count == N) return f(std::integral_constant<int, N>{});
+  if constexpr (N > 1) with_count<N - 1>(count, f);
+}
+
+template <class T>
+void lane_take(LaneWindows<T>& s, const int* order, int count, const T* f, const T* y, int64_t width) {
+  with_count(count, [&](auto n) __attribute__((always_inline)) { lane_take_n<T, decltype(n)::value>(s, order, f, y, width); });
+}
+
+// Half a vector of float32, or a vector of float64, as float64.
+DEQ_INLINE Simd<double>::V widened(const float* at) {
+  typedef float Half __attribute__((vector_size(DEQ_VECTOR_BYTES / 2)));
+  Half half;
+  memcpy(&half, at, sizeof half);
+  return __builtin_convertvector(half, Simd<double>::V);
+}
+DEQ_INLINE Simd<double>::V widened(const double* at) { return VecMath<double>::load(at); }
+DEQ_INLINE void store_narrowed(float* at, Simd<double>::V x) {
+  typedef float Half __attribute__((vector_size(DEQ_VECTOR_BYTES / 2)));
+  const Half half = __builtin_convertvector(x, Half);
+  memcpy(at, &half, sizeof half);
+}
+DEQ_INLINE void store_narrowed(double* at, Simd<double>::V x) { VecMath<double>::store(at, x); }
+
+// anderson_weights() of anderson.h for the lanes from `first` on, kLanes<double> of them, of the `count` newest pairs: solves
+// (Gram + regulariser diag(Gram)) a = 1 by L D L^T. Where it cannot be trusted, bits of `open` stay set.
+template <class T>
+void lane_weights(LaneWindows<T>& s, const int* order, int count, double regulariser, int first, VecMath<double>::I* open) {
+  using M = VecMath<double>;
+  using V = M::V;
+  using I = M::I;
+  V low[kMaxDepth][kMaxDepth], inverse[kMaxDepth], a[kMaxDepth];  // low[i][k] holds L[i][k] D[k]
+    I trusted = *open & (widened(s.held + first) >= M::set(count));
+  for (int i = 0; i < count; ++i) {
+    for (int j = 0; j <= i; ++j) {
+      V sum = widened(s.gram[order[i]][order[j]] + first);
+      if (i == j) {
+        trusted &= sum > M::set(0.0);
+        sum += sum * M::set(regulariser);
+      }
+      for (int k = 0; k < j; ++k) sum -= low[i][k] * low[j][k] * inverse[k];
+      low[i][j] = sum;
+    }
+    trusted &= low[i][i] > M::set(0.0);
+    inverse[i] = M::set(1.0) / low[i][i];
+    a[i] = M::set(1.0);
+    for (int k = 0; k < i; ++k) a[i] -= low[i][k] * a[k];
+    a[i] *= inverse[i];
+  }
+  V total{}, norm1{};
+  for (int i = count - 1; i >= 0; --i) {
+    V rest{};
+    for (int k = i + 1; k < count; ++k) rest += low[k][i] * a[k];
+    a[i] -= rest * inverse[i];
+    total += a[i];
+  }
+  for (int i = 0; i < count; ++i) {
+    a[i] = a[i] / total;
+    norm1 += M::abs(a[i]);
+  }
+  trusted &= norm1 < M::set(deq::kMaxWeight);
+  for (int i = 0; i < count; ++i)
+    store_narrowed(s.weights[i] + first, M::select(trusted, a[i], widened(s.weights[i] + first)));
+  *open &= ~trusted;
+}
+
+template <class T, int N>
+DEQ_INLINE void lane_mix_n(const LaneWindows<T>& s, const int* order, T* f, int64_t width) {
+  using M = VecMath<T>;
+  using V = typename M::V;
+  constexpr int L = kLanes<T>;
+  V weight[N];
+  typename M::I counts[N];
+  const T* row[N];
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) {
+    weight[i] = M::load(s.weights[i]);
+    counts[i] = M::load(s.held) > M::set(i);
+    row[i] = s.f[order[i]];
+  }
+  for (int64_t j = 0; j < width; ++j) {
+    V sum{};
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) sum += weight[i] * M::select(counts[i], M::load(row[i] + j * L), V{});
+    M::store(f + j * L, M::select(counts[0], sum, M::load(f + j * L)));
+  }
+}
+
+template <class T>
+void lane_mix(LaneWindows<T>& s, const int* order, int count, T regulariser, T* f, int64_t width) {
+  using M = VecMath<double>;
+  constexpr int kWide = kLanes<double>;
+  for (int lane = 0; lane < kLanes<T>; ++lane) s.weights[0][lane] = 1;
+  for (int i = 1; i < count; ++i) memset(s.weights[i], 0, sizeof s.weights[i]);
+  for (int first = 0; first < kLanes<T>; first += kWide) {
+    auto open = widened(s.held + first) > M::set(1.0);
+    for (int n = count; n > 1 && nonzero_lanes<double>(M::select(open, M::set(1.0), M::V{})); --n)
+      lane_weights(s, order, n, static_cast<double>(regulariser), first, &open);
+  }
+  with_count(count, [&](auto n) __attribute__((always_inline)) { lane_mix_n<T, decltype(n)::value>(s, order, f, width); });
+}
+
+template <class T>
+const deq::LaneKernels<T>* lane_table() {
+  static constexpr deq::LaneKernels<T> kTable = {
+      .lanes = kLanes<T>,
+      .product = lane_product<T>,
+      .map = lane_map<T>,
+      .look = lane_look<T>,
+      .take = lane_take<T>,
+      .mix = lane_mix<T>,
+  };
+  return &kTable;
+}
+
+}  // namespace

@@ -1,0 +1,112 @@
+// The C interface of the CUDA kernels (csrc/cuda_kernels.h): checks, plans and queues; never waits for the device.
+#include <stdarg.h>
+#include <stdio.h>
+
+#include <algorithm>
+#include <utility>
+
+#include "launch.h"
+
+namespace deq {
+namespace {
+
+thread_local char why[256] = "nothing has failed";
+
+constexpr int kPrepareThreads = 256;
+constexpr int64_t kNoteBytes = 256;  // what follows the notes begins at a multiple
+
+__global__ void __launch_bounds__(kPrepareThreads) prepare(const __grid_constant__ Call call) {
+  const int64_t sample = static_cast<int64_t>(blockIdx.x) * (kPrepareThreads / kWarp) + threadIdx.x / kWarp;
+  if (sample < call.batch) prepare_sample<Device>(call, blockIdx.y, sample);
+}
+
+int64_t note_bytes(int64_t samples) {
+  return (samples * static_cast<int64_t>(sizeof(Note)) + kNoteBytes - 1) / kNoteBytes * kNoteBytes;
+}
+
+bool is_well_formed(const DeqProblem& p) {
+  return p.weights >= 0 && p.batch >= 0 && p.width >= 1 && p.type == DEQ_FLOAT32 && p.activation >= 0 &&
+         p.activation < kActivations && p.max_iter >= 1 && p.report && !p.reflected && (p.W.stride[2] == 1 || p.width == 1) &&
+         (p.out.stride[2] == 1 || p.width == 1) && !(p.mask.data && p.mask_is_value && !has_of_value(p.activation));
+}
+
+Call call_of(const DeqProblem& p, void* scratch) {
+  Call call{};
+  call.batch = p.batch, call.width = p.width;
+  call.W = static_cast<const float*>(p.W.data);
+  call.row_stride = p.W.stride[1], call.matrix_stride = p.W.stride[0];
+  call.injection = p.injection, call.start = p.start, call.mask = p.mask, call.out = p.out;
+  call.activation = p.activation, call.mask_is_value = p.mask_is_value;
+  call.reliable = {make_rule(p.tol, p.max_iter, p.criterion, p.width, false), kBfloat16Pollution, INFINITY, false};
+  call.acceleration = p.acceleration;
+  call.depth = std::clamp<int32_t>(p.depth, 1, kWindow);
+  call.iterations = p.iterations, call.residual = static_cast<float*>(p.residual), call.status = p.status;
+  call.report = p.report;
+  call.notes = static_cast<Note*>(scratch);
+  call.scratch = reinterpret_cast<float*>(static_cast<char*>(scratch) + note_bytes(p.weights * p.batch));
+  return call;
+}
+
+}  // namespace
+
+int32_t failed(int32_t code, const char* format, ...) {
+  va_list arguments;
+  va_start(arguments, format);
+  vsnprintf(why, sizeof why, format, arguments);
+  va_end(arguments);
+  return code;
+}
+
+int32_t check_cuda(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return DEQ_OK;
+  cudaGetLastError();  // an error that is not sticky must not be blamed on the next call
+  return failed(DEQ_LAUNCH_FAILED, "%s failed: %s", what, cudaGetErrorString(error));
+}
+
+}  // namespace deq
+
+const char* deq_cuda_why(void) { return deq::why; }
+
+int32_t deq_cuda_plan(int64_t weights, int64_t batch, int64_t width, int32_t device, int32_t regime, DeqCudaPlan* plan) {
+  using namespace deq;
+  if (!plan || weights < 1 || batch < 1 || width < 1 || weights > 65535 || regime < -1 || regime > DEQ_GRID)
+    return failed(DEQ_BAD_ARGUMENT, "an argument is out of range");
+  *plan = DeqCudaPlan{};
+  int major = 0;
+  Limits limits{};
+  for (const auto& [value, attribute] :
+       {std::pair{&major, cudaDevAttrComputeCapabilityMajor}, std::pair{&limits.processors, cudaDevAttrMultiProcessorCount},
+        std::pair{&limits.shared, cudaDevAttrMaxSharedMemoryPerBlockOptin}})
+    if (int32_t error = check_cuda(cudaDeviceGetAttribute(value, attribute, device), "asking for the device")) return error;
+  if (major < 8) return failed(DEQ_NOT_SUPPORTED, "the device has compute capability %d, 8 is needed for bfloat16", major);
+  const DeviceScope scope(device);
+  if (int32_t error = check_cuda(scope.error(), "choosing the device")) return error;
+  int32_t error = regime == DEQ_GRID ? DEQ_NOT_SUPPORTED : plan_block(weights, batch, width, limits, plan);
+  if (error == DEQ_NOT_SUPPORTED && regime != DEQ_BLOCK) error = plan_grid(batch, width, limits, plan);
+  if (error) return error;
+  plan->scratch += note_bytes(weights * batch);
+  return DEQ_OK;
+}
+
+int32_t deq_cuda_solve(const DeqProblem* p, int32_t regime, int32_t kernel, int32_t blocks, void* scratch, int64_t bytes,
+                       int32_t device, void* stream) {
+  using namespace deq;
+  if (!p || !is_well_formed(*p)) return failed(DEQ_BAD_ARGUMENT, "an argument is out of range");
+  if (p->weights * p->batch == 0) return DEQ_OK;
+  const DeviceScope scope(device);
+  if (int32_t error = check_cuda(scope.error(), "choosing the device")) return error;
+  DeqCudaPlan plan{};
+  plan.kernel = kernel, plan.blocks = blocks;
+  if (int32_t error = regime == DEQ_GRID ? complete_grid(p->width, &plan) : complete_block(p->weights, p->width, &plan))
+    return error;
+  if (bytes < plan.scratch + note_bytes(p->weights * p->batch))
+    return failed(DEQ_BAD_ARGUMENT, "scratch holds %lld bytes, %lld are needed", static_cast<long long>(bytes),
+                  static_cast<long long>(plan.scratch + note_bytes(p->weights * p->batch)));
+  const Call call = call_of(*p, scratch);
+  const auto queue = static_cast<cudaStream_t>(stream);
+  constexpr int64_t kSamples = kPrepareThreads / kWarp;
+  const dim3 grid(static_cast<unsigned>((p->batch + kSamples - 1) / kSamples), static_cast<unsigned>(p->weights));
+  prepare<<<grid, kPrepareThreads, 0, queue>>>(call);
+  if (int32_t error = check_cuda(cudaGetLastError(), "the launch of prepare")) return error;
+  return regime == DEQ_GRID ? launch_grid(call, p->weights, plan, queue) : launch_block(call, p->weights, plan, queue);
+}

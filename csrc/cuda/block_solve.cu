@@ -1,0 +1,60 @@
+// Regime A: launches of BlockSolve.
+#include <algorithm>
+
+#include "block_solve.h"
+#include "capacity.h"
+#include "launch.h"
+
+namespace deq {
+namespace {
+
+template <int KERNEL>
+__global__ void __launch_bounds__(kBlockKernels[KERNEL].threads, 1) solve_block(const __grid_constant__ Call call) {
+  extern __shared__ __align__(16) char shared[];
+  BlockSolve<Device, kBlockKernels[KERNEL].rows, kBlockKernels[KERNEL].held>(call, shared).run();
+}
+
+using Kernel = void (*)(Call);
+constexpr Kernel kKernels[kBlockKernelCount] = {solve_block<0>, solve_block<1>, solve_block<2>};
+
+}  // namespace
+
+int32_t complete_block(int64_t weights, int64_t width, DeqCudaPlan* plan) {
+  if (plan->kernel < 0 || plan->kernel >= kBlockKernelCount || !holds(kBlockKernels[plan->kernel], width) || plan->blocks < 1)
+    return failed(DEQ_BAD_ARGUMENT, "kernel %d in %d blocks is no plan for width %lld", plan->kernel, plan->blocks,
+                  static_cast<long long>(width));
+  const BlockKernel& kernel = kBlockKernels[plan->kernel];
+  const BlockLayout at = block_layout(width, kernel.rows, kernel.held);
+  plan->regime = DEQ_BLOCK;
+  plan->threads = (at.warps + 1) * kWarp, plan->shared = at.bytes;
+  plan->scratch = weights * plan->blocks * block_scratch(width) * static_cast<int64_t>(sizeof(float));
+  return check_cuda(cudaFuncSetAttribute(kKernels[plan->kernel], cudaFuncAttributeMaxDynamicSharedMemorySize, at.bytes),
+                    "asking for shared memory");
+}
+
+int32_t plan_block(int64_t weights, int64_t batch, int64_t width, const Limits& limits, DeqCudaPlan* plan) {
+  plan->kernel = block_kernel(width, limits.shared);
+  plan->blocks = 1;
+  if (plan->kernel < 0)
+    return failed(DEQ_NOT_SUPPORTED, "a weight of width %lld does not fit into the %d bytes of one multiprocessor",
+                  static_cast<long long>(width), limits.shared);
+  if (int32_t error = complete_block(weights, width, plan)) return error;
+  int resident = 0;
+  if (int32_t error = check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kKernels[plan->kernel], plan->threads,
+                                                                               static_cast<size_t>(plan->shared)),
+                                 "counting blocks"))
+    return error;
+  if (resident < 1) return failed(DEQ_NOT_SUPPORTED, "no block of %d threads fits a multiprocessor", plan->threads);
+  // Samples are spread over all blocks first: eight in one take no longer than one.
+  const int64_t all = static_cast<int64_t>(resident) * limits.processors, share = std::max<int64_t>(1, all / weights);
+  plan->blocks = static_cast<int32_t>(std::min(batch, share));
+  return complete_block(weights, width, plan);
+}
+
+int32_t launch_block(const Call& call, int64_t weights, const DeqCudaPlan& plan, cudaStream_t stream) {
+  const dim3 grid(plan.blocks, static_cast<unsigned>(weights));
+  kKernels[plan.kernel]<<<grid, plan.threads, plan.shared, stream>>>(call);
+  return check_cuda(cudaGetLastError(), "the launch of a block solve");
+}
+
+}  // namespace deq

@@ -1,0 +1,242 @@
+// The whole solve in one block: W in bfloat16 stays in its shared memory (and registers), and its samples, eight at a time, come
+// and go. Every compute warp owns RT tiles of 16 outputs; one more warp judges the last evaluation while the others multiply.
+//
+// Per evaluation: increments and norms are written, barrier, y += W_low increment, barrier, the slots' actions are carried out.
+// Anchors read W in float32 from memory. Forward and adjoint differ in evaluate() alone.
+#pragma once
+#include "elements.h"
+
+namespace deq {
+
+// Where things lie in the shared memory of a block, in bytes.
+struct BlockLayout {
+  int tiles, warps;  // of outputs; that compute
+  int increments, norms, mixtures, controls, actions, active, bytes;
+};
+
+// `rows` tiles a warp, the first `held` k-steps of whose weights are in registers.
+DEQ_HD BlockLayout block_layout(int64_t width, int rows, int held) {
+  BlockLayout at{};
+  at.tiles = tiles_of(width);
+  at.warps = (at.tiles + rows - 1) / rows;
+  at.increments = at.tiles * (at.tiles > held ? at.tiles - held : 0) * kTileBytes;
+  at.norms = at.increments + at.tiles * kIncrementBytes;
+  at.mixtures = at.norms + at.warps * kSlots * kNorms * static_cast<int>(sizeof(double));
+  at.controls = at.mixtures + kSlots * static_cast<int>(sizeof(Mixture));
+  at.actions = at.controls + kSlots * static_cast<int>(sizeof(SlotControl));
+  at.active = at.actions + kSlots * static_cast<int>(sizeof(Action));
+  at.bytes = at.active + 16;
+  return at;
+}
+
+// Floats of scratch a block: x of the anchors, their y, f at the last anchor of every slot, and Anderson's window.
+DEQ_HD int64_t block_scratch(int64_t width) { return (3 + 3 * kWindow) * kSlots * width; }
+
+// Elements as the tensor core leaves them: RT tiles, two slots a thread.
+template <class Gpu, int RT>
+struct BlockMap {
+  static constexpr int E = 4 * RT, G = 2;
+  int first;  // row of the warp
+  int lane;
+  DEQ_GPU bool owns(int) const { return true; }
+  DEQ_GPU int row(int e) const { return first + e / 4 * kTileRows + output_row(lane, e % 4); }
+  DEQ_GPU int slot(int e) const { return output_sample(lane, e % 4); }
+};
+
+template <class Gpu, int RT, int HELD>
+class BlockSolve {
+ public:
+  using State = Elements<Gpu, BlockMap<Gpu, RT>>;
+  static constexpr int E = State::E;
+
+  DEQ_GPU BlockSolve(const Call& call, char* shared)
+      : call_(call),
+        at_(block_layout(call.width, RT, HELD)),
+        weights_(reinterpret_cast<Quad*>(shared)),
+        increments_(reinterpret_cast<Pair*>(shared + at_.increments)),
+        norms_(reinterpret_cast<double*>(shared + at_.norms)),
+        mixtures_(reinterpret_cast<Mixture*>(shared + at_.mixtures)),
+        controls_(reinterpret_cast<SlotControl*>(shared + at_.controls)),
+        actions_(reinterpret_cast<Action*>(shared + at_.actions)),
+        active_(reinterpret_cast<int32_t*>(shared + at_.active)),
+        warp_(Gpu::thread() / kWarp),
+        lane_(Gpu::thread() % kWarp),
+        weight_(call.first_weight + Gpu::row()) {
+    float* scratch = call.scratch + (static_cast<int64_t>(Gpu::row()) * Gpu::blocks() + Gpu::block()) * block_scratch(call.width);
+    x_ = scratch;
+    y_ = scratch + kSlots * call.width;
+    best_ = scratch + 2 * kSlots * call.width;
+  }
+
+  DEQ_GPU void run() {
+    if (warp_ < at_.warps) {
+      compute();
+    } else {
+      control();
+    }
+  }
+
+ private:
+  // The warp that judges: one lane a slot, whose samples are every 8 blocks-th one.
+  DEQ_GPU void control() {
+    const int64_t stride = static_cast<int64_t>(kSlots) * Gpu::blocks();
+    SlotControl& slot = controls_[lane_ % kSlots];  // in shared memory: the registers are needed for Anderson's weights
+    if (lane_ < kSlots) {
+      const int64_t first = Gpu::block() + static_cast<int64_t>(lane_) * Gpu::blocks();
+      actions_[lane_] = slot.begin(call_, weight_, first_solved(call_, weight_, first, stride));
+    }
+    tell_all(slot);
+    Gpu::sync();
+    while (active_[0]) {
+      if (anchored_slots(call_, actions_, kSlots)) Gpu::sync();
+      Gpu::sync();
+      if (lane_ < kSlots) {
+        const auto norms = [&](int i) {
+          double sum = 0;
+          for (int w = 0; w < at_.warps; ++w) sum += norms_[(w * kSlots + lane_) * kNorms + i];
+          return sum;
+        };
+        const auto next = [&] { return first_solved(call_, weight_, slot.sample + stride, stride); };
+        actions_[lane_] = slot.decide(call_, weight_, norms, mixtures_[lane_], true, next);
+      }
+      tell_all(slot);
+      Gpu::sync();
+    }
+  }
+
+  // Whether any slot has a sample, and whether any of them is wide or accelerated.
+  DEQ_GPU void tell_all(const SlotControl& slot) {
+    const bool is_active = lane_ < kSlots && slot.sample >= 0;
+    const bool is_wide = is_active && call_.notes[weight_ * call_.batch + slot.sample].is_wide;
+    const bool any_active = Gpu::any(is_active), any_wide = Gpu::any(is_wide);
+    const bool any_accelerated = Gpu::any(is_active && slot.is_accelerated);
+    if (lane_ == 0) active_[0] = any_active, active_[1] = any_wide, active_[2] = any_accelerated;
+  }
+
+  DEQ_GPU void compute() {
+    Quad held[RT][HELD > 0 ? HELD : 1];
+    State state(call_, {warp_ * RT * kTileRows, lane_}, weight_, actions_, mixtures_, kSlots, best_);
+    load_weights(held);
+    Gpu::sync();
+    while (active_[0]) {
+      state.save();
+      if (active_[2]) state.mix();
+      state.load();
+      if (const uint32_t slots = anchored_slots(call_, actions_, kSlots)) anchor(slots, state);
+      measure(state);
+      Gpu::sync();
+      multiply(held, state.y);
+      Gpu::sync();
+    }
+    state.save();
+  }
+
+  DEQ_GPU void load_weights(Quad (&held)[RT][HELD > 0 ? HELD : 1]) {
+    float poison = 0;
+    DEQ_UNROLL for (int r = 0; r < RT; ++r) {
+      const int tile = warp_ * RT + r;
+      if (tile >= at_.tiles) continue;
+      if constexpr (HELD > 0) {
+        DEQ_UNROLL for (int k = 0; k < HELD; ++k) {
+          held[r][k] = weight_fragment<Gpu>(call_, weight_, tile, k, poison);
+          Gpu::sync_warp();  // one after the other: all at once would take more registers than there are
+        }
+      }
+      for (int k = HELD; k < at_.tiles; ++k)
+        weights_[(tile * (at_.tiles - HELD) + k - HELD) * kWarp + lane_] = weight_fragment<Gpu>(call_, weight_, tile, k, poison);
+    }
+    report_weight<Gpu>(call_, weight_, warp_ * RT * kTileRows, (warp_ + 1) * RT * kTileRows, poison);
+  }
+
+  // y = W x + c in float32 for the slots of the set.
+  DEQ_GPU void anchor(uint32_t slots, State& state) {
+    state.publish(slots, x_);
+    Gpu::sync();
+    constexpr int kRows = HELD > 0 ? 2 : 4;  // more sums would not fit into the registers beside held weights
+    for (int first = warp_ * RT * kTileRows; first < (warp_ + 1) * RT * kTileRows && first < call_.width; first += kRows)
+      exact_rows_of<Gpu, kRows>(call_, weight_, slots, first, x_, y_);
+    Gpu::sync_warp();
+    DEQ_UNROLL for (int e = 0; e < E; ++e) if ((slots >> state.map.slot(e) & 1) && state.exists(e)) state.y[e] =
+        y_[state.place(e)] + state.c[e];
+  }
+
+  // f at y, the next increments and the norms of this evaluation.
+  DEQ_GPU void measure(State& state) {
+    float f[E];
+    state.respond(f);
+    if (active_[1])
+      add_up<double>(f, state.x);
+    else
+      add_up<float>(f, state.x);
+    if (active_[2]) add_window(f, state);
+    uint16_t* increments = reinterpret_cast<uint16_t*>(increments_);
+    DEQ_UNROLL for (int e = 0; e < E; ++e) {
+      const uint32_t increment = state.feed(e, f[e]);
+      const int tile = warp_ * RT + e / 4;
+      if (tile < at_.tiles)
+        increments[tile * (kIncrementBytes / 2) + increment_place(output_row(lane_, e % 4), output_sample(lane_, e % 4))] =
+            static_cast<uint16_t>(increment);
+    }
+  }
+
+  // |f - x|^2 and |f|^2 of the warp's outputs, every slot.
+  template <class S>
+  DEQ_GPU void add_up(const float (&f)[E], const float (&x)[E]) {
+    S sums[2][2] = {};
+    DEQ_UNROLL for (int e = 0; e < E; ++e) {
+      const S step = static_cast<S>(f[e]) - static_cast<S>(x[e]);
+      sums[e % 2][0] += step * step;
+      sums[e % 2][1] += static_cast<S>(f[e]) * static_cast<S>(f[e]);
+    }
+    DEQ_UNROLL for (int mask = 4; mask < kWarp; mask *= 2) DEQ_UNROLL for (int i = 0; i < 4; ++i) sums[i / 2][i % 2] +=
+        Gpu::shuffle_xor(sums[i / 2][i % 2], mask);
+    if (lane_ >= 4) return;
+    DEQ_UNROLL for (int i = 0; i < 4; ++i) norms_[(warp_ * kSlots + output_sample(lane_, i / 2)) * kNorms + i % 2] =
+        sums[i / 2][i % 2];
+  }
+
+  // The new row of Anderson's Gram matrix.
+  DEQ_GPU void add_window(const float (&f)[E], const State& state) {
+    for (int ring = 0; ring < call_.depth; ++ring) DEQ_UNROLL for (int q = 0; q < 2; ++q) {
+        double sum = state.residual_product(q, ring, f);
+        DEQ_UNROLL for (int mask = 4; mask < kWarp; mask *= 2) sum += Gpu::shuffle_xor(sum, mask);
+        if (lane_ < 4) norms_[(warp_ * kSlots + output_sample(lane_, q)) * kNorms + 2 + ring] = sum;
+      }
+  }
+
+  DEQ_GPU void multiply(const Quad (&held)[RT][HELD > 0 ? HELD : 1], float (&y)[E]) {
+    float sum[RT][4] = {};  // apart from y, to which the tensor core would add with a truncation each time
+    if constexpr (HELD > 0) {
+      DEQ_UNROLL for (int k = 0; k < HELD; ++k) {
+        const Pair b = increments_[k * kWarp + lane_];
+        DEQ_UNROLL for (int r = 0; r < RT; ++r) if (warp_ * RT + r < at_.tiles) Gpu::multiply(sum[r], held[r][k], b);
+      }
+    }
+#ifdef __CUDACC__
+#pragma unroll 4
+#endif
+    for (int k = HELD; k < at_.tiles; ++k) {
+      const Pair b = increments_[k * kWarp + lane_];
+      DEQ_UNROLL for (int r = 0; r < RT; ++r) {
+        const int tile = warp_ * RT + r;
+        if (tile < at_.tiles) Gpu::multiply(sum[r], weights_[(tile * (at_.tiles - HELD) + k - HELD) * kWarp + lane_], b);
+      }
+    }
+    DEQ_UNROLL for (int e = 0; e < E; ++e) y[e] += sum[e / 4][e % 4];
+  }
+
+  const Call& call_;
+  const BlockLayout at_;
+  Quad* weights_;
+  Pair* increments_;
+  double* norms_;
+  Mixture* mixtures_;
+  SlotControl* controls_;
+  Action* actions_;
+  int32_t* active_;
+  const int warp_, lane_;
+  const int64_t weight_;
+  float *x_, *y_, *best_;
+};
+
+}  // namespace deq

@@ -1,0 +1,285 @@
+// What the solving kernels of both regimes share: their arguments, the decisions for a slot, and its elements.
+#pragma once
+#include "../anderson.h"
+#include "../kernels.h"
+#include "../reliable.h"
+#include "../scalar_math.h"
+#include "fragments.h"
+
+namespace deq {
+
+constexpr float kLargest = 3.4028234663852886e38f;
+constexpr int kSlots = kTileSamples;  // samples solved together by a team of warps, one a column of the product
+
+// Rounding W and increments to bfloat16 leaves about this share of the increments in y (csrc/cpu/delta.cpp measured it).
+constexpr double kBfloat16Pollution = 2e-3;
+
+constexpr int kWindow = 5;           // pairs of Anderson's window, at most
+constexpr int kNorms = 2 + kWindow;  // of an evaluation: |f - x|^2, |f|^2, and the products of f - x with those of the window
+
+// What was found out about a sample before its solve.
+struct Note {
+  double start2;    // |z0|^2, scaled
+  float scale;      // the sample is multiplied by this power of two; 0: refused, its input is not finite
+  int32_t is_wide;  // squares may leave the range of float32: its sums are formed in double
+};
+
+// Arguments of the kernels, float32 throughout. Rows of W are contiguous.
+struct Call {
+  int64_t batch, width;
+  const float* W;
+  int64_t row_stride, matrix_stride;
+  DeqView injection, start, mask, out;  // data null where there is none
+  int32_t activation, mask_is_value;
+  Reliable reliable;
+  int32_t acceleration, depth;  // depth <= kWindow
+  int32_t* iterations;
+  float* residual;
+  uint8_t* status;
+  DeqReport* report;
+  Note* notes;     // (S, B)
+  float* scratch;  // block_scratch floats for every block, or grid_scratch for all
+  int64_t first_weight;
+};
+
+DEQ_HD float* row_of(const DeqView& view, int64_t weight, int64_t sample) {
+  return static_cast<float*>(view.data) + weight * view.stride[0] + sample * view.stride[1];
+}
+
+// What the threads that own a slot's elements do next.
+struct Action {
+  enum Kind : int32_t { kIdle, kStep, kAnchor, kLoad };
+  int64_t save;  // the sample whose last anchor is its best so far: write it out; or -1
+  int64_t load;  // with kLoad: the sample that moves in
+  int32_t kind;
+  int32_t saves_first;  // the best iterate is the value at zero
+  float limit;          // a larger |f| is out of range once its scale is taken back
+  // Anderson's window, positions of its ring; -1: none.
+  int32_t complete;  // where x and y belong that the last evaluation led to
+  int32_t mix;       // that many of the newest pairs are mixed into the next x and y; 0: none
+  int32_t entry;     // where the residual of the next evaluation goes
+  int32_t filled;    // one bit for every other position that holds a residual
+};
+
+DEQ_HD Action idle() { return Action{-1, -1, Action::kIdle, 0, 0, -1, 0, -1, 0}; }
+
+// A slot's share of what its threads and the one that decides exchange.
+struct Mixture {
+  double norms[kNorms];           // of the evaluation just made, where one thread adds them up for another
+  double gram[kWindow][kWindow];  // by position in the ring
+  float weights[kWindow];         // newest first
+};
+
+// One slot's sample and how it is doing.
+struct SlotControl {
+  Progress progress;
+  int64_t sample = -1;  // none
+  float limit = 0;
+  bool is_exact = false;  // the evaluation under way is an anchor
+  bool is_accelerated = false;
+  // Anderson: where the residual of the evaluation under way goes, the pairs held, and those whose y rests on the last anchor.
+  int32_t entry = 0, window = 0, fresh = 0;
+
+  DEQ_HD Action begin(const Call& call, int64_t weight, int64_t next) {
+    sample = next;
+    if (sample < 0) return idle();
+    is_exact = true;
+    progress = new_progress();
+    is_accelerated = call.acceleration == DEQ_ANDERSON;
+    entry = window = fresh = 0;
+    const float scale = call.notes[weight * call.batch + sample].scale;
+    limit = kLargest * (scale < 1 ? scale : 1);
+    return Action{-1, sample, Action::kLoad, 0, limit, -1, 0, is_accelerated ? 0 : -1, 0};
+  }
+
+  // Judges the evaluation just made: norms(i) is its i-th of kNorms. `next()` gives the sample that moves in when this one is
+  // done, or -1; `tells`: of the blocks that decide the same, this one says how the sample ended.
+  template <class Norms, class NextSample>
+  DEQ_HD Action decide(const Call& call, int64_t weight, const Norms& norms, Mixture& mixture, bool tells,
+                       const NextSample& next) {
+    if (sample < 0) return idle();
+    const int64_t index = weight * call.batch + sample;
+    const double step2 = norms(0), size2 = norms(1);
+    const bool was_exact = is_exact;
+    Action action{-1, -1, Action::kStep, 0, limit, -1, 0, -1, 0};
+    if (is_exact) {
+      bool is_best;
+      const Verdict verdict = judge_anchor(call.reliable, progress, step2, size2, call.notes[index].start2, &is_best);
+      if (is_best) action.save = sample;
+      if (verdict != Verdict::kContinue) {
+        const bool nothing_saved = progress.record.best_at == 0;  // not even the first evaluation was finite
+        const int64_t save = nothing_saved ? sample : action.save;
+        if (tells) {
+          call.iterations[index] = static_cast<int32_t>(progress.record.iteration);
+          call.residual[index] = static_cast<float>(progress.record.residual());
+          call.status[index] = static_cast<uint8_t>(verdict);
+        }
+        action = begin(call, weight, next());
+        action.save = save;
+        action.saves_first = nothing_saved;
+        return action;
+      }
+      is_exact = anchors_again(call.reliable, progress);
+    } else {
+      is_exact = after_step(call.reliable, progress, step2, size2) != Next::kStep;
+    }
+    if (is_exact) action.kind = Action::kAnchor;
+    if (is_accelerated) {
+      accelerate(call, norms, mixture, was_exact, &action);
+    } else if (call.acceleration == DEQ_ON_DEMAND) {
+      const double least2 = lesser(progress.ratio2[0], progress.ratio2[1]);
+      const bool is_slow = progress.record.iteration >= kSlowAfter && least2 > kSlowContraction * kSlowContraction;
+      is_accelerated = is_slow || progress.native;
+      if (is_accelerated) action.entry = 0;
+    }
+    return action;
+  }
+
+  // The residual just measured joins the window. A step goes on from products that rest on the last anchor; an anchor forms its
+  // own, and may mix all.
+  template <class Norms>
+  DEQ_HD void accelerate(const Call& call, const Norms& norms, Mixture& mixture, bool was_exact, Action* action) {
+    const int32_t depth = call.depth;
+    window = window < depth ? window + 1 : depth;
+    fresh = was_exact ? 1 : fresh < depth ? fresh + 1 : depth;
+    DEQ_UNROLL for (int32_t i = 0; i < kWindow; ++i) {
+      if (i >= window) break;
+      const int32_t ring = (entry - i + depth) % depth;
+      mixture.gram[entry][ring] = mixture.gram[ring][entry] = i == 0 ? norms(0) : norms(2 + ring);
+    }
+    const auto gram = [&](int i, int j) { return mixture.gram[(entry - i + depth) % depth][(entry - j + depth) % depth]; };
+    double weights[kWindow];
+    int32_t count = is_exact ? window : fresh;
+    while (count > 1 && !anderson_weights<kWindow>(gram, count, 10 * call.reliable.rule.eps, weights)) --count;
+    if (count > 1) {
+      action->mix = count;
+      DEQ_UNROLL for (int32_t i = 0; i < kWindow; ++i) if (i < count) mixture.weights[i] = static_cast<float>(weights[i]);
+    }
+    action->complete = entry;
+    entry = (entry + 1) % depth;
+    action->entry = entry;
+    action->filled = ((1 << window) - 1) & ~(1 << entry);
+  }
+};
+
+// The first sample that is solved of `sample`, `sample` + stride, ..., or -1.
+DEQ_HD int64_t first_solved(const Call& call, int64_t weight, int64_t sample, int64_t stride) {
+  while (sample < call.batch && call.notes[weight * call.batch + sample].scale == 0) sample += stride;
+  return sample < call.batch ? sample : -1;
+}
+
+// f at y: value(y), or with a mask d y.
+template <int E>
+DEQ_GPU void evaluate(const Call& call, const float (&y)[E], const float (&d)[E], float (&f)[E]) {
+  if (call.mask.data) {
+    DEQ_UNROLL for (int e = 0; e < E; ++e) f[e] = d[e] * y[e];
+    return;
+  }
+  with_activation<ScalarMath<float>>(
+      call.activation, [&](auto activation) { DEQ_UNROLL for (int e = 0; e < E; ++e) f[e] = decltype(activation)::value(y[e]); });
+}
+
+template <int N>
+struct alignas(N < 4 ? 4 * N : 16) Row {
+  float value[N];
+};
+
+// y (slot, row) = W x for R rows of W and N slots, by one warp: float32 throughout. Every sum runs over the same lanes in the
+// same order whatever R and N are. `x` is (width, N): one load for all slots; `y` holds `width` floats a slot, from `first_slot`
+// on.
+template <class Gpu, int R, int N>
+DEQ_GPU void exact_rows(const float* W, int64_t row_stride, int64_t width, int64_t first_row, const float* x, float* y,
+                        int first_slot) {
+  const int lane = Gpu::thread() % kWarp;
+  float sum[R * N];
+  DEQ_UNROLL for (int i = 0; i < R * N; ++i) sum[i] = 0;
+  const float* w[R];
+  DEQ_UNROLL for (int r = 0; r < R; ++r) w[r] = W + (first_row + r < width ? first_row + r : width - 1) * row_stride;
+#ifdef __CUDACC__
+#pragma unroll(R* N < 32 ? 2 : 1)
+#endif
+  for (int64_t k = lane; k < width; k += kWarp) {
+    const Row<N> at = reinterpret_cast<const Row<N>*>(x)[k];
+    DEQ_UNROLL for (int r = 0; r < R; ++r) {
+      const float weight = w[r][k];
+      DEQ_UNROLL for (int n = 0; n < N; ++n) sum[r * N + n] = fmaf(weight, at.value[n], sum[r * N + n]);
+    }
+  }
+  // Every step adds lanes that differ in one bit; while there are several sums, the lanes also share them out.
+  int count = R * N, mask = kWarp / 2;
+  DEQ_UNROLL for (int step = 0; step < 5; ++step, mask /= 2) {
+    const bool upper = lane & mask;
+    if (count == 1) {
+      sum[0] += Gpu::shuffle_xor(sum[0], mask);
+      continue;
+    }
+    count /= 2;
+    DEQ_UNROLL for (int i = 0; i < R * N / 2; ++i) {
+      if (i >= count) break;
+      const float kept = upper ? sum[count + i] : sum[i], sent = upper ? sum[i] : sum[count + i];
+      sum[i] = kept + Gpu::shuffle_xor(sent, mask);
+    }
+  }
+  const int index = lane * (R * N) / kWarp;
+  if (lane % (kWarp / (R * N)) == 0) {
+    const int64_t row = first_row + index / N;
+    if (row < width) y[(first_slot + index % N) * width + row] = sum[0];
+  }
+}
+
+// What `prepare` writes: notes, and for samples that are not solved their status, residual and output. One warp a sample.
+template <class Gpu>
+DEQ_GPU void prepare_sample(const Call& call, int64_t weight, int64_t sample) {
+  const int lane = Gpu::thread() % kWarp;
+  const int64_t index = weight * call.batch + sample;
+  const float *c = row_of(call.injection, weight, sample), *start = row_of(call.start, weight, sample);
+  float reach[2] = {0, 0};
+  for (int64_t k = lane; k < call.width; k += kWarp) {
+    const float a = fabsf(c[k * call.injection.stride[2]]);
+    reach[0] = a <= reach[0] ? reach[0] : a;  // keeps a NaN: no comparison with it is true
+    if (reach[0] != reach[0]) reach[0] = INFINITY;
+    if (!call.start.data) continue;
+    const float b = fabsf(start[k * call.start.stride[2]]);
+    reach[1] = b <= reach[1] ? reach[1] : b;
+    if (reach[1] != reach[1]) reach[1] = INFINITY;
+  }
+  for (int mask = kWarp / 2; mask; mask /= 2) DEQ_UNROLL for (int i = 0; i < 2; ++i) {
+      const float other = Gpu::shuffle_xor(reach[i], mask);
+      reach[i] = other > reach[i] ? other : reach[i];
+    }
+  Note note{0, 1, 0};
+  const float largest = reach[0] > reach[1] ? reach[0] : reach[1];
+  // Near 1 the squares are in range as they are.
+  constexpr float kNear = 1 << 20;
+  if (largest > 0 && (largest > kNear || largest < 1 / kNear)) {
+    // Linear in the injection up to a positive factor: rescaling by a power of two changes no bit of the path.
+    if (call.mask.data || is_homogeneous(call.activation)) {
+      const int exponent = -ilogbf(largest);
+      note.scale = ldexpf(1, exponent > 126 ? 126 : exponent < -126 ? -126 : exponent);
+    } else {
+      note.is_wide = 1;
+    }
+  }
+  if (!(largest < INFINITY)) {
+    note.scale = 0;
+    const float value = call.mask.data ? NAN : 0.0f;  // NaN in, NaN out for the adjoint: a loss scaler looks for it
+    for (int64_t k = lane; k < call.width; k += kWarp) row_of(call.out, weight, sample)[k] = value;
+  } else if (call.start.data) {
+    for (int64_t k = lane; k < call.width; k += kWarp) {
+      const double v = static_cast<double>(start[k * call.start.stride[2]]) * note.scale;
+      note.start2 += v * v;
+    }
+    for (int mask = kWarp / 2; mask; mask /= 2) note.start2 += Gpu::shuffle_xor(note.start2, mask);
+  }
+  if (lane != 0) return;
+  call.notes[index] = note;
+  if (note.scale == 0) {
+    call.iterations[index] = 0;
+    call.residual[index] = INFINITY;
+    call.status[index] = DEQ_NONFINITE;
+    if (!(reach[0] < INFINITY)) Gpu::keep_least(&call.report->bad_injection, index + 1);
+    if (!(reach[1] < INFINITY)) Gpu::keep_least(&call.report->bad_start, index + 1);
+  }
+}
+
+}  // namespace deq

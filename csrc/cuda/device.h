@@ -1,0 +1,89 @@
+// What a kernel body needs of the machine, as a policy. `Device` is the GPU; tests/cpp/emulator.h has another one that runs the
+// same bodies on the host, every thread of every block, so that index maps and the order of barriers are tested without a GPU.
+#pragma once
+#include <stdint.h>
+
+#include "../activations.h"
+
+#ifdef __CUDACC__
+#define DEQ_GPU __device__ __forceinline__
+#else
+#define DEQ_GPU inline
+#endif
+
+namespace deq {
+
+constexpr int kWarp = 32;
+
+struct alignas(8) Pair {
+  uint32_t word[2];
+};
+struct alignas(16) Quad {
+  uint32_t word[4];
+};
+
+DEQ_HD float bits_to_float(uint32_t bits) {
+  union {
+    uint32_t bits;
+    float value;
+  } both{bits};
+  return both.value;
+}
+
+DEQ_HD float bfloat16_to_float(uint32_t low_half) { return bits_to_float(low_half << 16); }
+
+#ifdef __CUDACC__
+struct Device {
+  static DEQ_GPU int thread() { return threadIdx.x; }
+  static DEQ_GPU int threads() { return blockDim.x; }
+  static DEQ_GPU int block() { return blockIdx.x; }
+  static DEQ_GPU int blocks() { return gridDim.x; }
+  static DEQ_GPU int row() { return blockIdx.y; }  // of blocks
+  static DEQ_GPU void sync() { __syncthreads(); }
+  static DEQ_GPU void sync_warp() { __syncwarp(); }
+  template <class T>
+  static DEQ_GPU T shuffle_xor(T value, int mask) {
+    return __shfl_xor_sync(0xffffffffu, value, mask);
+  }
+  static DEQ_GPU bool any(bool value) { return __any_sync(0xffffffffu, value); }
+  // Two bfloat16, rounded to nearest even: `low` in the lower half.
+  static DEQ_GPU uint32_t pack_bfloat16(float low, float high) {
+    uint32_t both;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+    return both;
+  }
+  // d += a b for the 16 x 16 a and the 16 x 8 b of a warp, fragments as PTX lays out mma.m16n8k16.
+  static DEQ_GPU void multiply(float (&d)[4], const Quad& a, const Pair& b) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a.word[0]), "r"(a.word[1]), "r"(a.word[2]), "r"(a.word[3]), "r"(b.word[0]), "r"(b.word[1]));
+  }
+  // What another block wrote: from L2, which all share.
+  static DEQ_GPU Pair load(const Pair* at) {
+    const uint2 value = __ldcg(reinterpret_cast<const uint2*>(at));
+    return Pair{{value.x, value.y}};
+  }
+  static DEQ_GPU double load(const double* at) { return __ldcg(at); }
+  template <class Two>  // doubles, 16 bytes
+  static DEQ_GPU Two load(const Two* at) {
+    const double2 value = __ldcg(reinterpret_cast<const double2*>(at));
+    return Two{value.x, value.y};
+  }
+  static DEQ_GPU void keep_least(int64_t* at, int64_t value) {
+    atomicMin(reinterpret_cast<unsigned long long*>(at), static_cast<unsigned long long>(value));
+  }
+  // Flags between blocks: a release makes all that the block wrote before its last barrier visible to whoever acquires.
+  static DEQ_GPU void release(uint32_t* flag, uint32_t value) {
+    __threadfence();
+    asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
+  }
+  static DEQ_GPU uint32_t acquire(const uint32_t* flag) {
+    uint32_t value;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
+    return value;
+  }
+  static DEQ_GPU void pause() { __nanosleep(20); }
+};
+#endif
+
+}  // namespace deq

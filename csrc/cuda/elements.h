@@ -1,0 +1,214 @@
+// The elements (output, slot) of a thread, in registers, and what happens to them between two products.
+//
+// `Map` says which they are: E elements, of which e, e + G, e + 2 G ... belong to one slot; row(e) and slot(e).
+#pragma once
+#include "call.h"
+
+namespace deq {
+
+DEQ_HD bool is_single(uint32_t set) { return (set & (set - 1)) == 0; }
+
+// Where exact_rows_of reads x of eight slots, for a set of them that is not empty: of one alone, or of all side by side.
+DEQ_HD int64_t anchor_place(uint32_t set, int64_t row, int slot) { return is_single(set) ? row : row * kSlots + slot; }
+
+template <class Gpu, class Map>
+struct Elements {
+  static constexpr int E = Map::E, G = Map::G;
+
+  float y[E], x[E];  // y = W x + c
+  float c[E], d[E];  // injection, derivative of the adjoint
+
+  const Call& call;
+  const Map map;
+  const int64_t weight;
+  const Action* actions;
+  const Mixture* mixtures;
+  const int64_t plane;  // elements of all slots
+  float* best;          // (slots, width): f at every slot's last anchor
+  float* window;        // (3 kWindow, slots, width): x, y and residual of every position of the ring
+
+  DEQ_GPU Elements(const Call& call, const Map& map, int64_t weight, const Action* actions, const Mixture* mixtures, int slots,
+                   float* best)
+      : call(call),
+        map(map),
+        weight(weight),
+        actions(actions),
+        mixtures(mixtures),
+        plane(slots * call.width),
+        best(best),
+        window(best + plane) {
+    DEQ_UNROLL for (int e = 0; e < E; ++e) y[e] = x[e] = c[e] = d[e] = 0;
+  }
+
+  DEQ_GPU bool exists(int e) const { return map.owns(e) && map.row(e) < call.width; }
+  DEQ_GPU int64_t place(int e) const { return map.slot(e) * call.width + map.row(e); }
+
+  // Writes out what is done or better than ever.
+  DEQ_GPU void save() const {
+    DEQ_UNROLL for (int q = 0; q < G; ++q) {
+      if (!map.owns(q)) continue;
+      const Action action = actions[map.slot(q)];
+      if (action.save < 0) continue;
+      const float scale = call.notes[weight * call.batch + action.save].scale;
+      float first[E];
+      if (action.saves_first) evaluate(call, c, d, first);
+      float* out = row_of(call.out, weight, action.save);
+      DEQ_UNROLL for (int e = q; e < E; e += G) {
+        if (!exists(e)) continue;
+        const float result = (action.saves_first ? first[e] : best[place(e)]) / scale;
+        out[map.row(e)] = result > kLargest ? kLargest : result < -kLargest ? -kLargest : result;
+      }
+    }
+  }
+
+  // Moves the next samples in where the last ones are done.
+  DEQ_GPU void load() {
+    DEQ_UNROLL for (int q = 0; q < G; ++q) {
+      if (!map.owns(q)) continue;
+      const Action action = actions[map.slot(q)];
+      if (action.kind == Action::kIdle) {
+        DEQ_UNROLL for (int e = q; e < E; e += G) y[e] = x[e] = c[e] = d[e] = 0;
+      }
+      if (action.kind != Action::kLoad) continue;
+      const float scale = call.notes[weight * call.batch + action.load].scale;
+      const float *from = row_of(call.injection, weight, action.load), *mask = row_of(call.mask, weight, action.load),
+                  *start = row_of(call.start, weight, action.load);
+      DEQ_UNROLL for (int e = q; e < E; e += G) {
+        const int64_t row = map.row(e);
+        c[e] = exists(e) ? from[row * call.injection.stride[2]] * scale : 0.0f;
+        x[e] = exists(e) && call.start.data ? start[row * call.start.stride[2]] * scale : 0.0f;
+        y[e] = c[e];  // W x of x = 0 needs no product
+        d[e] = exists(e) && call.mask.data ? mask[row * call.mask.stride[2]] : 0.0f;
+        if (call.mask_is_value) d[e] = exists(e) ? derivative_of_value<ScalarMath<float>>(call.activation, d[e]) : 0.0f;
+      }
+    }
+  }
+
+  DEQ_GPU float& held(int kind, int ring, int e) const { return window[(kind * kWindow + ring) * plane + place(e)]; }
+
+  // Anderson: what the last evaluation led to joins the window, and the mixture takes its place.
+  DEQ_GPU void mix() {
+    DEQ_UNROLL for (int q = 0; q < G; ++q) {
+      if (!map.owns(q)) continue;
+      const Action& action = actions[map.slot(q)];
+      if (action.complete < 0) continue;
+      const float* weights = mixtures[map.slot(q)].weights;
+      DEQ_UNROLL for (int e = q; e < E; e += G) {
+        if (!exists(e)) continue;
+        held(0, action.complete, e) = x[e];
+        held(1, action.complete, e) = y[e];
+        if (action.mix == 0) continue;
+        x[e] *= weights[0];
+        y[e] *= weights[0];
+        for (int i = 1; i < action.mix; ++i) {
+          const int ring = (action.complete - i + call.depth) % call.depth;
+          x[e] = fmaf(weights[i], held(0, ring, e), x[e]);
+          y[e] = fmaf(weights[i], held(1, ring, e), y[e]);
+        }
+      }
+    }
+  }
+
+  // The product of the residual f - x of the elements of group q with that of position `ring`, and at its own its place there.
+  DEQ_GPU double residual_product(int q, int ring, const float (&f)[E]) const {
+    double sum = 0;
+    if (!map.owns(q)) return sum;
+    const Action& action = actions[map.slot(q)];
+    if (action.entry < 0) return sum;
+    DEQ_UNROLL for (int e = q; e < E; e += G) {
+      if (!exists(e)) continue;
+      const float residual = f[e] - x[e];
+      if (ring == action.entry) held(2, ring, e) = residual;
+      if (action.filled >> ring & 1) sum += static_cast<double>(residual) * static_cast<double>(held(2, ring, e));
+    }
+    return sum;
+  }
+
+  // f at y; kept where it comes from an anchor, and infinite there if it is out of the range of the result.
+  DEQ_GPU void respond(float (&f)[E]) const {
+    evaluate(call, y, d, f);
+    DEQ_UNROLL for (int q = 0; q < G; ++q) {
+      const Action& action = actions[map.owns(q) ? map.slot(q) : 0];
+      const int32_t kind = action.kind;
+      DEQ_UNROLL for (int e = q; e < E; e += G) {
+        if (kind == Action::kIdle || !exists(e)) {
+          f[e] = 0;
+        } else if (kind != Action::kStep) {
+          best[place(e)] = f[e];
+          if (!(fabsf(f[e]) <= action.limit)) f[e] = INFINITY;
+        }
+      }
+    }
+  }
+
+  // x to where the anchors of the set read it.
+  DEQ_GPU void publish(uint32_t slots, float* at) const {
+    DEQ_UNROLL for (int e = 0; e < E; ++e) {
+      const int slot = map.slot(e), first = slot / kSlots * kSlots;
+      const uint32_t set = slots >> first & ((1u << kSlots) - 1);
+      if (!exists(e) || set == 0 || (is_single(set) && !(slots >> slot & 1))) continue;
+      at[first * call.width + anchor_place(set, map.row(e), slot - first)] = x[e];
+    }
+  }
+
+  // The next increment of element e, as the bits of a bfloat16: what rounding leaves out of it is still in the one after.
+  DEQ_GPU uint32_t feed(int e, float f) {
+    const uint32_t rounded = Gpu::pack_bfloat16(f - x[e], 0.0f) & 0xffff;
+    x[e] += bfloat16_to_float(rounded);
+    return rounded;
+  }
+};
+
+// One bit for every slot whose y is to be evaluated anew from its x.
+DEQ_GPU uint32_t anchored_slots(const Call& call, const Action* actions, int slots) {
+  uint32_t set = 0;
+  for (int s = 0; s < slots; ++s) {
+    const int32_t kind = actions[s].kind;
+    if (kind == Action::kAnchor || (kind == Action::kLoad && call.start.data)) set |= 1u << s;
+  }
+  return set;
+}
+
+// The fragment a of tile (tile, k) of W, rounded to bfloat16, zero beyond its edge. `poison` becomes NaN with an element that is
+// not finite.
+template <class Gpu>
+DEQ_GPU Quad weight_fragment(const Call& call, int64_t weight, int tile, int k, float& poison) {
+  const float* W = call.W + weight * call.matrix_stride;
+  const int lane = Gpu::thread() % kWarp;
+  Quad a;
+  DEQ_UNROLL for (int q = 0; q < 4; ++q) {
+    const int64_t i = tile * kTileRows + weight_row(lane, q), j = k * kTileDepth + weight_column(lane, q);
+    const float* at = W + i * call.row_stride + j;
+    const float low = i < call.width && j < call.width ? at[0] : 0.0f;
+    const float high = i < call.width && j + 1 < call.width ? at[1] : 0.0f;
+    poison = fmaf(low, 0.0f, fmaf(high, 0.0f, poison));
+    a.word[q] = Gpu::pack_bfloat16(low, high);
+  }
+  return a;
+}
+
+// Names the first element of a warp's rows [first, last) of W that is not finite, if its `poison` says that there is one.
+template <class Gpu>
+DEQ_GPU void report_weight(const Call& call, int64_t weight, int64_t first, int64_t last, float poison) {
+  if (!Gpu::any(poison != poison)) return;
+  for (int64_t i = first; i < last && i < call.width; ++i) {
+    const float* row = call.W + weight * call.matrix_stride + i * call.row_stride;
+    for (int64_t j = Gpu::thread() % kWarp; j < call.width; j += kWarp)
+      if (!(fabsf(row[j]) < INFINITY)) Gpu::keep_least(&call.report->bad_weight, 1 + (weight * call.width + i) * call.width + j);
+  }
+}
+
+// y = W x for the slots of the set.
+template <class Gpu, int R>
+DEQ_GPU void exact_rows_of(const Call& call, int64_t weight, uint32_t set, int64_t row, const float* x, float* y) {
+  const float* W = call.W + weight * call.matrix_stride;
+  if (is_single(set)) {
+    int single = 0;
+    while (!(set >> single & 1)) ++single;
+    exact_rows<Gpu, R, 1>(W, call.row_stride, call.width, row, x, y, single);
+  } else {
+    exact_rows<Gpu, R, kSlots>(W, call.row_stride, call.width, row, x, y, 0);
+  }
+}
+
+}  // namespace deq

@@ -1,0 +1,45 @@
+// Host side that the CUDA files share: what failed, and the launches of each regime.
+#pragma once
+#include <cuda_runtime.h>
+
+#include "../cuda_kernels.h"
+#include "call.h"
+
+namespace deq {
+
+// Remembers why this thread's call failed, for deq_cuda_why(), and returns `code`.
+int32_t failed(int32_t code, const char* format, ...) __attribute__((format(printf, 2, 3)));
+// DEQ_OK, or DEQ_LAUNCH_FAILED with what CUDA said about `what`.
+int32_t check_cuda(cudaError_t error, const char* what);
+
+// The device that a call is for; the one before comes back at the end of the scope.
+class DeviceScope {
+ public:
+  explicit DeviceScope(int32_t device) {
+    error_ = cudaGetDevice(&before_);
+    if (error_ == cudaSuccess && before_ != device) error_ = cudaSetDevice(device);
+  }
+  ~DeviceScope() { cudaSetDevice(before_); }
+  cudaError_t error() const { return error_; }
+
+ private:
+  int before_ = 0;
+  cudaError_t error_;
+};
+
+struct Limits {
+  int processors, shared;  // and dynamic shared memory that a block may have
+  int cooperates;          // whether all blocks of a launch can be resident together
+};
+
+// Regime A, one weight a row of blocks: completes a plan of its kernel and blocks, chooses both, and launches it.
+int32_t complete_block(int64_t weights, int64_t width, DeqCudaPlan* plan);
+int32_t plan_block(int64_t weights, int64_t batch, int64_t width, const Limits& limits, DeqCudaPlan* plan);
+int32_t launch_block(const Call& call, int64_t weights, const DeqCudaPlan& plan, cudaStream_t stream);
+
+// Regime C, one weight after the other.
+int32_t complete_grid(int64_t width, DeqCudaPlan* plan);
+int32_t plan_grid(int64_t batch, int64_t width, const Limits& limits, DeqCudaPlan* plan);
+int32_t launch_grid(Call call, int64_t weights, const DeqCudaPlan& plan, cudaStream_t stream);
+
+}  // namespace deq

@@ -1,0 +1,43 @@
+// C interface of the CUDA kernels, in the conventions of kernels.h; present where the library was built with CUDA. Data and
+// scratch lie on the device, calls return once the work is queued on the stream, and nothing waits for the device.
+#pragma once
+#include <stdint.h>
+
+#include "kernels.h"
+
+enum DeqCudaError : int32_t {
+  DEQ_NOT_SUPPORTED = 3,  // the device is too old, or the problem does not fit it
+  DEQ_LAUNCH_FAILED = 4,  // deq_cuda_why() says what CUDA said
+};
+
+enum DeqCudaRegime : int32_t { DEQ_BLOCK = 0, DEQ_GRID = 1 };
+
+// How a problem runs on a device.
+struct DeqCudaPlan {
+  int32_t regime, kernel;  // DeqCudaRegime, and which of its kernels
+  int32_t blocks;          // a weight
+  int32_t threads;         // a block
+  int64_t shared;          // bytes of dynamic shared memory a block
+  int64_t scratch;         // bytes of device memory that a solve needs
+};
+
+// Chooses kernel and grid for S weights of width m and B samples each. `regime` -1: whichever serves. DEQ_NOT_SUPPORTED where
+// none does; deq_cuda_why() says why.
+DEQ_API int32_t deq_cuda_plan(int64_t weights, int64_t batch, int64_t width, int32_t device, int32_t regime,
+                              struct DeqCudaPlan* plan);
+
+// Solves a float32 problem whose W has contiguous rows; `threads` and `precision` are not looked at, `reflected` must be 0,
+// and no more than five pairs are mixed whatever `depth` says. `regime`, `kernel` and `blocks` are those of a plan for the same
+// sizes and device; `scratch` holds so many bytes. The report lies on the device and must hold -1 in its fields: those for bad
+// input become the least 1 + index found.
+DEQ_API int32_t deq_cuda_solve(const struct DeqProblem* problem, int32_t regime, int32_t kernel, int32_t blocks, void* scratch,
+                               int64_t bytes, int32_t device, void* stream);
+
+// Measures a constant of the device, and waits for it. Seconds: "grid_barrier" (cooperative groups), "flag_barrier" (a flag a
+// block), "word_exchange" (data and flag in one word: 64 words a block, read by all), "cluster_barrier" (8 blocks),
+// "block_barrier" (512 threads), "graph_chain" (one of a chain of empty kernels). Bytes per second: "broadcast" (all blocks read
+// 64 KiB from L2), "shared_reads" (one multiprocessor). FLOP per second: "tensor_core" (mma.sync in bfloat16, all together).
+DEQ_API int32_t deq_cuda_measure(const char* name, int32_t device, double* result);
+
+// What went wrong in the last call of this thread that failed, in words.
+DEQ_API const char* deq_cuda_why(void);

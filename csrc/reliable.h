@@ -1,0 +1,115 @@
+// When to trust low precision: the decisions of delta iterations with reliable updates, one sample at a time, for host and
+// device.
+//
+// A sample keeps y = W x + c, where x is what its rounded increments have added up to, and a step adds W_low Q(f(y) - x) to y.
+// What the rounding of W leaves in y is proportional to the increments. An exact evaluation of y (an anchor) removes it, and
+// only anchors are judged. Every decision follows from the sample's own norms, so that its answer does not depend on its batch
+// mates.
+#pragma once
+#include <math.h>
+
+#include "judge.h"
+
+namespace deq {
+
+// An anchor is expected to pass if the residual to come is this share of the one to leave at.
+constexpr double kSafety = 0.85;
+// Steps to come for which a sample is handed over: what accelerated float32 evaluations on the Cayley map cost instead.
+constexpr double kMostSteps = 100;
+constexpr int kMaxRun = 64;  // steps before an anchor is due in any case
+
+enum class Next : uint8_t { kStep, kCorrectedStep, kAnchor };
+
+// What is common to all samples of a call.
+struct Reliable {
+  Rule rule;
+  double pollution;  // share of the increments that rounding W leaves in y: smaller increments than that gain nothing
+  double rest;       // share of the pollution that a correction leaves; infinity where there are no corrections
+  bool hands_over;   // the caller has better means for slow samples
+};
+
+// One sample between its anchors.
+struct Progress {
+  Record record;
+  double norm;       // |f(x) - x| at the evaluation before
+  double ratio2[2];  // of step2, over the last two evaluations
+  double size;       // of the increments since the last anchor or correction, the sum of their norms
+  double corrected;  // the same since the last anchor, up to the last correction
+  int32_t run;       // steps since the last anchor
+  bool native;       // gains nothing from steps: anchors only
+  bool is_slow;      // contracts slowly or grows
+};
+
+DEQ_HD Progress new_progress() { return Progress{new_record(), INFINITY, {1, 1}, 0, 0, 0, false, false}; }
+
+DEQ_HD double lesser(double a, double b) { return b < a ? b : a; }
+DEQ_HD double greater(double a, double b) { return a < b ? b : a; }
+
+// Judges an anchor; the norms are those of judge(). `is_best`: no earlier anchor had a smaller residual.
+DEQ_HD Verdict judge_anchor(const Reliable& call, Progress& s, double step2, double size2, double start2, bool* is_best) {
+  if (s.run > 0) {
+    // The contraction is what the steps showed; against them the residual of an anchor holds what they had left in y.
+    // Slow is what was slow twice, and an estimated error is that of the slower.
+    s.record.step2[0] = step2 / lesser(s.ratio2[0], s.ratio2[1]);
+    s.record.step2[1] = s.record.step2[0] / greater(s.ratio2[0], s.ratio2[1]);
+  }
+  Verdict verdict = judge(call.rule, s.record, step2, size2, start2);
+  *is_best = s.record.best_at == s.record.iteration;
+  s.native = s.native || (!*is_best && s.run > 0);
+  if (verdict == Verdict::kContinue && call.hands_over && (s.native || s.is_slow)) verdict = Verdict::kMaxIter;
+  if (verdict != Verdict::kContinue) return verdict;
+  if (!*is_best && s.run > 0) s.record.best_at = s.record.iteration;  // what steps did not gain is not the sample's failure
+  s.run = 0;
+  s.size = s.norm = sqrt(step2);
+  s.corrected = 0;
+  return verdict;
+}
+
+// Whether the evaluation after an anchor that goes on is another one.
+DEQ_HD bool anchors_again(const Reliable& call, const Progress& s) {
+  return s.native || s.record.iteration + 1 >= call.rule.max_iter;
+}
+
+DEQ_HD Next next_of(const Reliable& call, const Progress& s, double step2, double size2) {
+  if (!(step2 < INFINITY) || !(size2 <= s.record.limit2)) return Next::kAnchor;
+  if (s.run >= kMaxRun || s.record.iteration + 1 >= call.rule.max_iter) return Next::kAnchor;
+  const double expected2 = step2 * lesser(s.ratio2[0], 1.0);
+  const double q2 = lesser(s.ratio2[0], s.ratio2[1]);
+  double leave2 = q2 > kSlowContraction * kSlowContraction ? call.rule.tol2 : call.rule.leave2;
+  if (call.rule.criterion == DEQ_ERROR_ESTIMATE) {
+    const double q = sqrt(greater(s.ratio2[0], s.ratio2[1])), r = q < 1 ? call.rule.tol * (1 - q) / q : 0;
+    leave2 = r * r;
+  }
+  if (expected2 <= kSafety * kSafety * leave2 * size2) return Next::kAnchor;
+  if (step2 > call.pollution * call.pollution * s.size * s.size) return Next::kStep;
+  const double rest = call.pollution * call.rest * (s.corrected + s.size);
+  return rest * rest <= leave2 * size2 ? Next::kCorrectedStep : Next::kAnchor;
+}
+
+// Growing, or so slow that another means is cheaper than the steps to come.
+DEQ_HD bool is_hopeless(const Reliable& call, const Progress& s, double step2, double size2) {
+  const double least2 = lesser(s.ratio2[0], s.ratio2[1]);
+  if (least2 >= 1) return s.run > 2;
+  if (s.record.iteration < kSlowAfter || least2 <= kSlowContraction * kSlowContraction) return false;
+  return log(call.rule.tol2 * size2 / step2) < kMostSteps * log(least2);
+}
+
+// After a step: what the next evaluation is.
+DEQ_HD Next after_step(const Reliable& call, Progress& s, double step2, double size2) {
+  ++s.record.iteration;
+  ++s.run;
+  s.ratio2[1] = s.ratio2[0];
+  const double norm = sqrt(step2), ratio = greater(norm / s.norm, 1e-6);
+  s.ratio2[0] = ratio * ratio;
+  s.norm = norm;
+  s.size += norm;
+  s.is_slow = call.hands_over && is_hopeless(call, s, step2, size2);
+  const Next next = s.is_slow ? Next::kAnchor : next_of(call, s, step2, size2);
+  if (next == Next::kCorrectedStep) {
+    s.corrected += s.size;
+    s.size = norm;
+  }
+  return next;
+}
+
+}  // namespace deq

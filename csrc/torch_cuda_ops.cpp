@@ -1,0 +1,93 @@
+// Registers the CUDA kernels with PyTorch's dispatcher. Loads and registers without a GPU and without torch's CUDA half, of which
+// it needs the current stream when an operator runs.
+#include <dlfcn.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "cuda_kernels.h"
+#include "torch_tensor.h"
+
+namespace {
+
+using namespace deq_torch;
+
+void* current_stream(const Tensor& tensor) {
+  using Function = int32_t (*)(int32_t, void**);
+  static const auto function = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_LAZY);
+    return reinterpret_cast<Function>(library ? dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr);
+  }();
+  void* stream = nullptr;
+  if (!function || function(tensor.device(), &stream)) tensor.place().fail("lies on a device whose stream torch does not tell");
+  return stream;
+}
+
+// Runs the problem as the plan's three numbers say, which follow the options; tensors must share a device.
+void run(const char* op, DeqProblem& p, const Tensor& out, const Tensor& scratch, const StableIValue* options) {
+  set_options(p, op, options);
+  const int32_t regime = integer({op, "regime"}, options[7], DEQ_BLOCK, DEQ_GRID);
+  const int32_t kernel = integer({op, "kernel"}, options[8], 0, INT32_MAX);
+  const int32_t blocks = integer({op, "blocks"}, options[9], 1, INT32_MAX);
+  scratch.expect_dim(1, "(bytes)");
+  scratch.expect_dtype(torch_.dtype.uint8);
+  scratch.expect_contiguous();
+  if (scratch.device() != out.device()) scratch.place().fail("must be on the device of the result");
+  if (deq_cuda_solve(&p, regime, kernel, blocks, scratch.data<void>(), scratch.sizes()[0], out.device(), current_stream(out)))
+    throw std::runtime_error(std::string("deq::") + op + ": " + deq_cuda_why());
+}
+
+constexpr const char* kSolve =
+    "cuda_solve_(Tensor W, Tensor c, Tensor z0, Tensor(a!) z, Tensor(b!) stats, Tensor(c!) report, Tensor(d!) scratch, "
+    "int activation, int acceleration, int depth, int criterion, float tol, int max_iter, int precision, int reflected, "
+    "int regime, int kernel, int blocks) -> ()";
+
+void solve(StableIValue* stack, uint64_t, uint64_t) {
+  constexpr const char* op = "cuda_solve_";
+  const Tensor W(op, "W", stack[0]), c(op, "c", stack[1]), z0(op, "z0", stack[2]), z(op, "z", stack[3]);
+  const Tensor stats(op, "stats", stack[4]), report(op, "report", stack[5]), scratch(op, "scratch", stack[6]);
+  DeqProblem p = problem_of(W, c);
+  p.start = start_of(p, W, z0);
+  p.out = output_of(p, W, z);
+  set_outcome(p, stats, report);
+  p.activation = integer({op, "activation"}, stack[7], 0, INT32_MAX);
+  run(op, p, z, scratch, stack + 8);
+}
+
+constexpr const char* kMaskedLinear =
+    "cuda_masked_linear_(Tensor A, Tensor g, Tensor d, Tensor u0, Tensor(a!) u, Tensor(b!) stats, Tensor(c!) report, "
+    "Tensor(d!) scratch, int value_of, int acceleration, int depth, int criterion, float tol, int max_iter, int precision, "
+    "int reflected, int regime, int kernel, int blocks) -> ()";
+
+void masked_linear(StableIValue* stack, uint64_t, uint64_t) {
+  constexpr const char* op = "cuda_masked_linear_";
+  const Tensor A(op, "A", stack[0]), g(op, "g", stack[1]), d(op, "d", stack[2]), u0(op, "u0", stack[3]), u(op, "u", stack[4]);
+  const Tensor stats(op, "stats", stack[5]), report(op, "report", stack[6]), scratch(op, "scratch", stack[7]);
+  DeqProblem p = problem_of(A, g);
+  p.mask = batch_of(p, A, d);
+  p.start = start_of(p, A, u0);
+  p.out = output_of(p, A, u);
+  set_outcome(p, stats, report);
+  const int32_t value_of = integer({op, "value_of"}, stack[8], -1, INT32_MAX);
+  p.mask_is_value = value_of >= 0;
+  p.activation = value_of >= 0 ? value_of : 0;
+  run(op, p, u, scratch, stack + 9);
+}
+
+}  // namespace
+
+// Registers the operators; call once, after deq_register. Returns null, or what went wrong.
+DEQ_API const char* deq_register_cuda(void) {
+  TorchLibraryHandle schemas = nullptr, cuda = nullptr;  // kept for the life of the process: deleting them unregisters
+  if (torch_.aoti_torch_library_init_fragment("deq", __FILE__, __LINE__, &schemas) ||
+      torch_.aoti_torch_library_init_impl("deq", "CUDA", __FILE__, __LINE__, &cuda))
+    return "torch refused the operator namespace deq";
+  const struct {
+    const char *name, *schema;
+    BoxedKernel kernel;
+  } operators[] = {{"cuda_solve_", kSolve, solve}, {"cuda_masked_linear_", kMaskedLinear, masked_linear}};
+  for (const auto& op : operators)
+    if (torch_.aoti_torch_library_def(schemas, op.schema) || torch_.aoti_torch_library_impl(cuda, op.name, op.kernel))
+      return "torch refused an operator's schema or kernel";
+  return nullptr;
+}

@@ -1,0 +1,119 @@
+"""Triton kernels (kernels/): whole solves of float32 and 16-bit problems on a GPU, or in Triton's interpreter.
+
+16-bit tensors are widened to float32 first and the result is rounded once. Every sample is scaled by a power of two
+where it is far from 1, so that no square leaves the range of float32.
+"""
+
+import contextlib
+
+import numpy
+import torch
+from torch import Tensor
+
+from deq.kernels import cell
+
+from .. import stats
+from ..activations import ACTIVATIONS
+from ..plan import Plan
+from . import triton_resident, triton_streaming
+from .outcome import Deferred, Outcome
+from .triton_kind import PRECISION, Kind
+
+STATE_BYTES = 1 << 30  # of the iterates and windows that exist at a time; larger batches are solved in stretches
+
+
+def solve(
+    W: Tensor,
+    c: Tensor,
+    z0: Tensor | None,
+    activation: str,
+    plan: Plan,
+    *,
+    out: Tensor | None = None,
+    reflected: bool = False,
+) -> Outcome:
+    return _run(Kind(False, reflected, ACTIVATIONS[activation], plan), W, c, None, z0, out)
+
+
+def masked_linear(
+    A: Tensor,
+    g: Tensor,
+    d: Tensor,
+    value_of: str | None,
+    plan: Plan,
+    *,
+    u0: Tensor | None = None,
+    out: Tensor | None = None,
+    reflected: bool = False,
+) -> Outcome:
+    if value_of is not None:
+        d = ACTIVATIONS[value_of].derivative_of_value(d.float())
+    return _run(Kind(True, reflected, ACTIVATIONS["identity"], plan), A, g, d, u0, out)
+
+
+def derivative(W: Tensor, c: Tensor, z: Tensor, activation: str) -> Tensor:
+    if c.dim() == 3:
+        return torch.stack([derivative(*part, activation) for part in zip(W, c, z, strict=True)])
+    d = cell.derivative(z.float(), W.float(), c.float(), activation, precision=PRECISION)
+    return d.to(c.dtype)
+
+
+def outer(u: Tensor, z: Tensor) -> Tensor:
+    return torch.matmul(u.mT, z)
+
+
+def is_deferred(c: Tensor) -> bool:
+    """Whether reading what a solve reports would wait for the device."""
+    return c.is_cuda
+
+
+def _run(kind: Kind, W: Tensor, c: Tensor, d: Tensor | None, start: Tensor | None, out: Tensor | None) -> Outcome:
+    z = torch.empty(c.shape, dtype=c.dtype, device=c.device) if out is None else out
+    said = stats.allocate(z)
+    parts: list[tuple[Tensor, int, int]] = []
+    # The interpreter's numpy warns of overflows that the rule of judgement is there for.
+    quiet = numpy.errstate(all="ignore") if cell.INTERPRETED.value else contextlib.nullcontext()
+    with torch.no_grad(), torch.cuda.device_of(c), quiet:
+        fields = [field(z, said) for field in (stats.residual, stats.iterations, stats.status)]
+        if c.dim() == 2:
+            parts += _solve_matrix(kind, W, c, d, start, z, fields)
+        else:
+            for s in range(c.shape[0]):
+                ds, starts = (None if t is None else t[s] for t in (d, start))
+                more = _solve_matrix(kind, W[s], c[s], ds, starts, z[s], [field[s] for field in fields])
+                parts += [(counters, first + s * c.shape[1], samples) for counters, first, samples in more]
+    report = Deferred(parts, W)
+    return Outcome(z, said, report if is_deferred(c) else report.read())
+
+
+def _solve_matrix(
+    kind: Kind, W: Tensor, c: Tensor, d: Tensor | None, start: Tensor | None, z: Tensor, fields: list[Tensor]
+) -> list[tuple[Tensor, int, int]]:
+    """Write z (B, m) and what is said of its samples for one W (m, m); the parts of a Deferred."""
+    B, m = c.shape
+    W = cell.readable("W", W.float())
+    each = 4 * m * (6 + (2 * kind.depth if kind.accelerates else 0))
+    stretches = max(1, -(-B * each // STATE_BYTES))
+    rows = -(-B // stretches) if B else 1
+    parts = []
+    for first in range(0, B, rows):
+        part = slice(first, first + rows)
+        cs, ds, starts = (None if t is None else cell.readable("c", t[part].float()) for t in (c, d, start))
+        wide = z[part]
+        if z.dtype != torch.float32 or not wide.is_contiguous():
+            wide = torch.empty(cs.shape, device=c.device)
+        largest = torch.finfo(z.dtype).max
+        how = kind.gpu_plan(cs.shape[0], m, c.device)
+        given = W, cs, ds, starts, wide, [field[part] for field in fields], largest
+        if how.regime == "resident":
+            counters = triton_resident.solve_rows(kind, *given)
+        else:
+            counters = triton_streaming.solve_rows(kind, how, *given)
+        if kind.reflects and how.regime != "resident":  # z is the state; the value of the map is one evaluation away
+            evaluate = cell.adjoint_cell if kind.masked else cell.cell
+            end = {"d": ds, "g": cs} if kind.masked else {"c": cs, "activation": kind.activation.name}
+            wide = evaluate(wide, W, **end, precision=PRECISION)[0].nan_to_num_().clamp_(-largest, largest)
+        if wide.data_ptr() != z[part].data_ptr():
+            z[part] = wide
+        parts.append((counters, first, cs.shape[0]))
+    return parts

@@ -1,0 +1,62 @@
+"""Regime "resident" of the Triton backend: one launch a solve."""
+
+import torch
+import triton
+from torch import Tensor
+
+from deq.kernels import judge, records, solve_resident
+
+from .triton_kind import PRECISION, Kind
+
+
+def solve_rows(
+    kind: Kind,
+    W: Tensor,
+    c: Tensor,
+    d: Tensor | None,
+    start: Tensor | None,
+    z: Tensor,
+    fields: list[Tensor],
+    largest: float,
+) -> Tensor:
+    """Write z (B, m) float32, contiguous, and residual, iterations, status (B,); returns the counters."""
+    (B, m), plan = c.shape, kind.plan
+    M, block = solve_resident.padded(m), solve_resident.BLOCK_B
+    programs = triton.cdiv(B, block)
+    counters = torch.zeros(records.HEADER, dtype=torch.int32, device=c.device)
+    by_increments = solve_resident.WHOLE.value < M
+    each = solve_resident.scratch_floats(m, kind.depth if kind.accelerates else 0)
+    scratch = torch.empty(programs * each, device=c.device)
+    if m < M:
+        W = torch.nn.functional.pad(W, (0, M - m, 0, M - m))
+    if B > 0:
+        solve_resident.solve_kernel[(programs,)](
+            W,
+            W.to(torch.bfloat16, memory_format=torch.contiguous_format) if by_increments else None,
+            c,
+            d,
+            start,
+            z,
+            *fields,
+            counters,
+            scratch,
+            B,
+            m,
+            *W.stride(),
+            c.stride(0),
+            0 if d is None else d.stride(0),
+            0 if start is None else start.stride(0),
+            **judge.rule(plan.tol, plan.max_iter, m),
+            largest=largest,
+            **kind.constants,
+            DEPTH=kind.depth,
+            PRECISION=PRECISION,
+            INCREMENTS=by_increments,
+            SCRATCH=each,
+            M=M,
+            BLOCK_B=block,
+            num_warps=solve_resident.WARPS[M],
+            num_stages=1,
+            enable_fp_fusion=True,
+        )
+    return counters

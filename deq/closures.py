@@ -1,0 +1,147 @@
+"""The tensors that a function closes over: found by watching it, and exchanged while it runs.
+
+A function such as ``lambda z: torch.tanh(linear(z) + c)`` depends on tensors that no argument names. Gradients to them
+need them as arguments: :func:`watched` finds them, :class:`Exchange` makes the function use others in their place.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+def in_transform() -> bool:
+    """Whether a transform of torch.func is active."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def in_forward_mode() -> bool:
+    """Whether tensors may carry a tangent."""
+    return forward_ad._current_level >= 0
+
+
+def watched(f: Callable[[], object]) -> tuple[object, list[Tensor]]:
+    """``f()`` without gradients, and the tensors from outside that it used and that carry a gradient or a transform."""
+    with torch.no_grad():
+        if in_transform() or in_forward_mode():
+            with _Calls() as seen:
+                return f(), list(seen.found.values())
+        with _Operators() as seen:
+            return f(), list(seen.found.values())
+
+
+class _Operators(TorchDispatchMode):
+    """Watches operators: sees what custom autograd functions and compiled code use as well.
+
+    Without gradients nothing that f makes requires one, except views of what does: those are leaves with a base.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.found: dict[int, Tensor] = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, Tensor):
+                self._see(value)
+            elif isinstance(value, (list, tuple)):
+                for item in value:
+                    if isinstance(item, Tensor):
+                        self._see(item)
+        return function(*args, **kwargs)
+
+    def _see(self, tensor: Tensor) -> None:
+        if tensor.requires_grad and not (
+            tensor.is_leaf and tensor._base is not None and id(tensor._base) in self.found
+        ):
+            self.found[id(tensor)] = tensor
+
+
+class _Calls(TorchFunctionMode):
+    """Watches calls of torch's functions, where transforms still show: results of such calls are f's own."""
+
+    def __init__(self):
+        super().__init__()
+        self.found: dict[int, Tensor] = {}
+        self.made: dict[int, Tensor] = {}  # kept alive, so that no id is given twice
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        for value in pytree.tree_leaves((args, kwargs)):
+            if isinstance(value, Tensor) and id(value) not in self.made and _is_special(value):
+                self.found[id(value)] = value
+        result = function(*args, **kwargs)
+        for value in pytree.tree_leaves(result):
+            if isinstance(value, Tensor) and id(value) not in self.found:
+                self.made[id(value)] = value
+        return result
+
+
+def _is_special(tensor: Tensor) -> bool:
+    if tensor.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return True
+    return in_forward_mode() and not in_transform() and forward_ad.unpack_dual(tensor).tangent is not None
+
+
+class Exchange(TorchFunctionMode):
+    """While active, calls of torch's functions on one of ``old`` are made on its counterpart in ``new``."""
+
+    def __init__(self, old: Sequence[Tensor], new: Sequence[Tensor]):
+        super().__init__()
+        self.new = {id(a): b for a, b in zip(old, new, strict=True)}
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        new = self.new
+
+        def swap(value):
+            return new.get(id(value), value) if isinstance(value, Tensor) else value
+
+        args = [_swapped(value, swap) for value in args]
+        kwargs = {name: _swapped(value, swap) for name, value in (kwargs or {}).items()}
+        return function(*args, **kwargs)
+
+
+def _swapped(value, swap):
+    if isinstance(value, (list, tuple, dict)):
+        return pytree.tree_map(swap, value)
+    return swap(value)
+
+
+def strays(outputs: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[int]:
+    """Which of ``tensors`` the graph of ``outputs`` still reaches, though Exchange was to keep it from them.
+
+    Custom autograd functions and compiled code take their tensors past Exchange. Raises RuntimeError where one of those
+    found is computed from another: gradients of the two could not be told apart.
+    """
+    edges = {_edge(tensor): i for i, tensor in enumerate(tensors) if tensor.requires_grad}
+    found = _reached([_edge(output)[0] for output in outputs if output.requires_grad], edges)
+    inner = [_edge(tensors[i])[0] for i in found if not tensors[i].is_leaf]
+    if len(found) > 1 and inner and _reached(inner, {_edge(tensors[i]): i for i in found}):
+        raise RuntimeError(
+            "f uses tensors inside a custom autograd function or compiled code of which one is computed from another; "
+            "deq.fixed_point cannot separate their gradients: pass only one of them there"
+        )
+    return found
+
+
+def _edge(tensor: Tensor) -> tuple[object, int]:
+    return tuple(torch.autograd.graph.get_gradient_edge(tensor)[:2])
+
+
+def _reached(nodes: list, edges: dict) -> list[int]:
+    """The values of those ``edges`` (node, number) that lie behind ``nodes``; nothing is searched behind an edge."""
+    stack, visited, found = list(nodes), set(nodes), []
+    while stack:
+        for edge in stack.pop().next_functions:
+            if edge in edges:
+                if edges[edge] not in found:
+                    found.append(edges[edge])
+            elif edge[0] is not None and edge[0] not in visited:
+                visited.add(edge[0])
+                stack.append(edge[0])
+    return found

@@ -1,0 +1,64 @@
+"""The ledger of claims: every claim of every experiment on one page, as self-contained HTML and as Markdown."""
+
+import base64
+import json
+from collections.abc import Iterable
+from importlib import resources
+from pathlib import Path
+
+import jinja2
+
+from ._result import CONFOUNDED, NOT_JUDGED, NOT_REPRODUCED, PROVED, VIOLATED, number
+
+HTML, MARKDOWN = "index.html", "README.md"
+_CLASSES = {PROVED: "good", VIOLATED: "bad", NOT_REPRODUCED: "no", CONFOUNDED: "no", NOT_JUDGED: "dim"}
+_RULES = (
+    "A row with a trained DEQ reports the largest residual of its fixed points over all seeds and samples, and its "
+    "metric solved again with ten times the steps. Where either moves, the row is about a weight-tied net of finite "
+    "depth and says so. Statistical rows are judged over at least eight seeds, by the ratio of medians (quartiles over "
+    "seeds in brackets) and a sign test."
+)
+
+
+def write_ledger(out: Path, names: Iterable[str]) -> list[Path]:
+    """Write HTML and MARKDOWN into ``out`` from the records there, in the order of ``names``; those without are left
+    out."""
+    records = [json.loads((out / f"{n}.json").read_text()) for n in names if (out / f"{n}.json").exists()]
+    context = {"records": records, "counts": _counts(records), "rules": _RULES}
+    written = []
+    for target, template in ((HTML, "ledger.html"), (MARKDOWN, "ledger.md")):
+        text = resources.files(__package__).joinpath("templates", template).read_text(encoding="utf-8")
+        page = _environment(out, escape=target == HTML).from_string(text)
+        partial = out / (target + ".partial")
+        partial.write_text(page.render(context), encoding="utf-8")
+        written.append(partial.replace(out / target))
+    return written
+
+
+def _environment(out: Path, escape: bool) -> jinja2.Environment:
+    environment = jinja2.Environment(
+        autoescape=escape, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters |= {
+        "number": lambda v: "not finite" if v is None else number(v, 4),
+        "short": number,
+        "kind": lambda verdict: _CLASSES.get(verdict, "good"),
+        "cell": lambda text: str(text).replace("|", "\\|"),
+        "bound": lambda c: f"{c['relation']} {number(c['required'])}",
+        "spread": lambda c: "" if c["low"] is None else f" [{number(c['low'])}, {number(c['high'])}]",
+        "settings": _settings,
+        "picture": lambda name: base64.b64encode((out / f"{name}.png").read_bytes()).decode(),
+    }
+    return environment
+
+
+def _counts(records: list[dict]) -> dict[str, int]:
+    """Verdict -> number of claims, most frequent first."""
+    verdicts = [c["verdict"] for r in records for c in r["claims"]]
+    return dict(sorted(((v, verdicts.count(v)) for v in set(verdicts)), key=lambda item: -item[1]))
+
+
+def _settings(record: dict) -> str:
+    s = record["settings"]
+    depth = f", depth {s['depth']}" if s["depth"] else ""
+    return f"{s['level']} run: width {s['width']}{depth}, {s['seeds']} seeds from seed {s['seed']}, {s['device']}"

@@ -1,0 +1,270 @@
+"""The front door for any function: check the arguments, solve, attach the gradient, report."""
+
+import difflib
+import math
+import numbers
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .closures import in_forward_mode, in_transform, watched
+from .implicit_function import Equation, closed_over
+from .implicit_function import fixed_point as implicit
+from .solution import Solution, Status, report_failures
+from .solvers import generic
+from .solvers.generic import CRITERIA, METHODS, Rule
+from .state import Layout, State, layout_of
+
+BACKWARDS = ("implicit", "phantom", "one_step", "neumann", "unrolled")
+ON_FAILURE = ("warn", "raise", "ignore")
+# Relative tolerances by the coarsest dtype of the state: as deq.solve's, but 16-bit states are computed by f itself in
+# 16 bits, whose rounding no residual can get below.
+DEFAULT_TOL = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+DEFAULT_MAX_ITER = 500
+DEFAULT_DEPTH = {"plain": 1, "anderson": 5, "auto": 5, "broyden": 12, "newton_krylov": 20}
+
+
+class StateSolution(Solution):
+    """A :class:`deq.Solution` of :func:`deq.fixed_point`: z is a state, its samples lie in the leading dimensions.
+
+    z: tensor, tuple or list like z0. iterations, residual, status: of every sample, see Solution. trajectory: the best
+    states after the evaluations that ``keep`` named, without gradient.
+    """
+
+    def __init__(self, z: State, iterations: Tensor, residual: Tensor, status: Tensor, plan: object, trajectory=()):
+        super().__init__(z, None, plan)
+        self._iterations, self._residual, self._status = iterations, residual, status
+        self.trajectory = list(trajectory)
+
+    @property
+    def iterations(self) -> Tensor:
+        return self._iterations
+
+    @property
+    def residual(self) -> Tensor:
+        return self._residual
+
+    @property
+    def status(self) -> Tensor:
+        return self._status
+
+    def detach(self) -> "StateSolution":
+        z = self.z.detach() if isinstance(self.z, Tensor) else type(self.z)(part.detach() for part in self.z)
+        return StateSolution(z, self._iterations, self._residual, self._status, self.plan, self.trajectory)
+
+    def __repr__(self) -> str:
+        total = self.status.numel()
+        most = int(self.iterations.max()) if total else 0
+        worst = float(self.residual.max()) if total else 0.0
+        shapes = [tuple(part.shape) for part in ((self.z,) if isinstance(self.z, Tensor) else self.z)]
+        return (
+            f"Solution(z={', '.join(map(str, shapes))}, converged={int(self.converged.sum())}/{total}, "
+            f"iterations<={most}, residual<={worst:.1e}, plan={self.plan})"
+        )
+
+
+def fixed_point(
+    f: Callable[[State], State],
+    z0: State,
+    *,
+    solver: str = "anderson",
+    tol: float | None = None,
+    max_iter: int | None = None,
+    criterion: str = "residual",
+    depth: int | None = None,
+    damping: float = 1.0,
+    backward: str = "implicit",
+    backward_solver: str | None = None,
+    backward_tol: float | None = None,
+    backward_max_iter: int | None = None,
+    backward_steps: int = 5,
+    backward_damping: float = 0.5,
+    keep: Sequence[int] = (),
+    batch_dims: int | None = None,
+    tensors: Sequence[Tensor] | None = None,
+    on_failure: str = "warn",
+    **unknown,
+) -> StateSolution:
+    """Fixed point ``z = f(z)`` of every sample, with exact gradients for everything that f closes over.
+
+    Args:
+        f: takes a state and returns one of the same shapes. It must treat samples independently, always give the same
+            result for the same state, and leave its argument as it is.
+        z0: starting point, a tensor or a tuple or list of tensors; float32, float64, bfloat16 or float16. The first
+            dimension counts samples; a state of one-dimensional tensors is one sample. No gradient flows to it.
+        solver: "plain" iterates ``z <- z + damping (f(z) - z)``; "anderson" mixes the last ``depth`` evaluations of
+            every sample (type II); "broyden" is Broyden's good method with ``depth`` steps between restarts;
+            "newton_krylov" solves Newton's equation by GMRES on Jacobian products, ``depth`` vectors at most; "auto" is
+            plain, and Anderson for samples that are seen to contract slowly.
+        tol: relative tolerance; 1e-10 in float64, 1e-5 in float32, 5e-3 in float16, 3e-2 in bfloat16 if None.
+        max_iter: evaluations of f allowed; 500 if None. A Jacobian product counts as one.
+        criterion: "residual" stops a sample at ``r = ||f(z) - z|| / ||f(z)|| <= tol`` (2-norm over all its tensors);
+            "error" at ``r q / (1 - q) <= tol`` with its measured contraction q; "absolute" at ``||f(z) - z|| <= tol``.
+        backward: "implicit" is exact; "one_step" (JFB) differentiates one evaluation at the fixed point, "phantom"
+            ``backward_steps`` damped ones, "neumann" takes as many terms of the adjoint's Neumann series, "unrolled"
+            differentiates the plain iteration.
+        backward_solver, backward_tol, backward_max_iter: of the adjoint equation; as forward if None ("plain" becomes
+            "anderson": the equation is linear, and which solution is meant is no question). Its tolerance is relative
+            to the incoming gradient, with criterion "residual".
+        keep: evaluations, counted from 1, after which the best states so far are wanted in ``solution.trajectory``.
+        batch_dims: how many leading dimensions count samples, where the rule of z0 does not fit.
+        tensors: all tensors that f closes over and that need gradients, where they are known: f is then not watched,
+            which saves the call some 15 us an operator of f.
+        on_failure: "warn", "raise" (:class:`deq.ConvergenceError`) or "ignore" when samples do not converge.
+
+    Returns:
+        Solution with ``z`` like z0, equal to f at the best point of every sample, and the iterations (evaluations of
+        f), residual and status of every sample.
+
+    f runs with autocast disabled: a residual below the rounding of 16 bits needs more. Inside torch.compile the solve
+    is a graph break; :class:`deq.nn.Equilibrium` compiles with ``fullgraph=True``.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what came and what is allowed.
+        ConvergenceError: with ``on_failure="raise"``, carrying the solution.
+    """
+    if unknown:
+        raise TypeError(unknown_option("deq.fixed_point", next(iter(unknown.items())), fixed_point.__kwdefaults__))
+    if not callable(f):
+        raise TypeError(f"f must be callable; got {type(f).__name__}")
+    _check_choice("solver", solver, METHODS)
+    _check_choice("criterion", criterion, CRITERIA)
+    _check_choice("backward", backward, BACKWARDS)
+    _check_choice("on_failure", on_failure, ON_FAILURE)
+    backward_solver = ("anderson" if solver == "plain" else solver) if backward_solver is None else backward_solver
+    _check_choice("backward_solver", backward_solver, METHODS)
+    layout = layout_of(z0, batch_dims)
+    _check_number("damping", damping, 0, 2)
+    _check_number("backward_damping", backward_damping, 0, 2)
+    default = DEFAULT_TOL[layout.coarsest]
+    tol = default if tol is None else _check_number("tol", tol, 0, math.inf)
+    backward_tol = (tol if criterion != "absolute" else default) if backward_tol is None else backward_tol
+    _check_number("backward_tol", backward_tol, 0, math.inf)
+    max_iter = DEFAULT_MAX_ITER if max_iter is None else _check_count("max_iter", max_iter)
+    backward_max_iter = max_iter if backward_max_iter is None else _check_count("backward_max_iter", backward_max_iter)
+    _check_count("backward_steps", backward_steps)
+    depth = DEFAULT_DEPTH[solver] if depth is None else _check_count("depth", depth)
+    keep = tuple(sorted({_check_count("keep", k) for k in keep}))
+
+    if backward == "unrolled":
+        solver = "plain"
+    rule = Rule(solver, tol, max_iter, depth, damping, criterion)
+    adjoint = Rule(backward_solver, backward_tol, backward_max_iter, DEFAULT_DEPTH[backward_solver])
+    evaluate = _matrix_map(f, layout)
+    start = layout.flatten(z0, "z0").detach()
+    if not in_transform() and not bool(torch.isfinite(start).all()):
+        bad = int((~torch.isfinite(start).all(1)).nonzero()[0])
+        raise ValueError(f"z0 must be finite; sample {bad} holds NaN or infinity")
+
+    def report(result: generic.Result, rule: Rule, what: str) -> None:
+        if not bool((result.status != Status.CONVERGED).any()):
+            return
+        fits = layout.batch == result.z.shape[0]  # not under vmap, where there are more samples
+        z = layout.unflatten(result.z) if fits else result.z
+        report_failures(_solution(z, result, layout if fits else None, rule), on_failure, rule.tol, what)
+
+    equation = Equation(closed_over(evaluate, ()), rule, adjoint, keep=keep, report=report)
+    if not (torch.is_grad_enabled() or in_transform() or in_forward_mode()):
+        result = equation.solve(start)
+        return _solution(layout.unflatten(result.z), result, layout, rule)
+    if tensors is None:
+        first, tensors = watched(lambda: evaluate(start))
+    else:
+        first, tensors = None, [t for t in tensors if isinstance(t, Tensor)]
+    if not tensors:
+        result = equation.solve(start, first=first)
+        return _solution(layout.unflatten(result.z), result, layout, rule)
+    if backward in ("implicit", "neumann"):
+        terms = backward_steps if backward == "neumann" else None
+        equation = Equation(closed_over(evaluate, tensors), rule, adjoint, terms, keep, report)
+        hidden = None if first is None or in_transform() or in_forward_mode() else first
+        z, *rest = implicit(equation, start, tensors, hidden)
+        result = generic.Result(z, *rest[:3], rest[3:])
+        return _solution(layout.unflatten(z), result, layout, rule)
+    result = equation.solve(start)
+    z = _differentiated(evaluate, start, result, backward, damping, backward_steps, backward_damping)
+    return _solution(layout.unflatten(z), result, layout, rule)
+
+
+def _matrix_map(f: Callable[[State], State], layout: Layout) -> Callable[[Tensor], Tensor]:
+    """f as a map of matrices (B, D), outside of autocast."""
+
+    def evaluate(flat: Tensor) -> Tensor:
+        device = flat.device.type
+        version = flat._version
+        if torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                out = layout.flatten(f(layout.unflatten(flat)))
+        else:
+            out = layout.flatten(f(layout.unflatten(flat)))
+        if flat._version != version:
+            raise RuntimeError("f must not modify its argument in place")
+        return out
+
+    return evaluate
+
+
+def _solution(z: State, result: generic.Result, layout: Layout | None, rule: Rule) -> StateSolution:
+    samples = result.status.shape if layout is None else layout.samples
+    said = (t.reshape(samples) for t in (result.iterations, result.residual, result.status))
+    trajectory = result.trajectory
+    if layout is not None:
+        trajectory = [None if t is None else layout.unflatten(t) for t in trajectory]
+    return StateSolution(z, *said, rule, trajectory)
+
+
+def _differentiated(
+    evaluate: Callable[[Tensor], Tensor],
+    start: Tensor,
+    result: generic.Result,
+    backward: str,
+    damping: float,
+    steps: int,
+    backward_damping: float,
+) -> Tensor:
+    """The fixed point with a gradient that is not exact, or unrolled."""
+    if backward == "one_step":
+        return evaluate(result.z)
+    z = result.z if backward == "phantom" else start
+    if backward == "phantom":
+        for _ in range(steps):
+            z = torch.lerp(z, evaluate(z), backward_damping)
+        return z
+    needed = result.iterations
+    for k in range(1, (int(needed.max()) if needed.numel() else 0) + 1):
+        image = evaluate(z)
+        step = image if damping == 1.0 else torch.lerp(z, image, damping)
+        z = torch.where((needed > k).unsqueeze(1), step, torch.where((needed == k).unsqueeze(1), image, z))
+    return z
+
+
+def unknown_option(function: str, item: tuple[str, object], options: Sequence[str]) -> str:
+    """What to say of an option that ``function`` does not have."""
+    name, value = item
+    close = difflib.get_close_matches(name, list(options), n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{function} has no option {name}={value!r}; {hint}allowed are {', '.join(options)}"
+
+
+def _check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a string; got {value!r}")
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
+
+
+def _check_number(name: str, value: object, low: float, high: float) -> float:
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number; got {value!r}")
+    if not low < value < high:
+        raise ValueError(f"{name} must lie between {low} and {high}; got {value!r}")
+    return float(value)
+
+
+def _check_count(name: str, value: object) -> int:
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer; got {value!r}")
+    if not 1 <= value < 2**31:
+        raise ValueError(f"{name} must be at least 1 and below 2**31; got {value!r}")
+    return int(value)

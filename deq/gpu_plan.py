@@ -1,0 +1,337 @@
+"""Decides how a solve runs on a GPU: capacities and expected times from formulas, never by trying at run time.
+
+Three regimes, by where W stays between iterations:
+
+    resident    one block holds W in its shared memory and solves its own samples to the end, in one launch
+    grid        all multiprocessors together hold W, in shared memory and registers; a barrier between iterations
+    cell        one fused kernel an iteration streams W from L2 or memory, in a captured graph; any size
+
+A time is counted from the constants of the device (deq/gpu_device.py): bytes over bandwidths, products over rates,
+launches and barriers. It is that of one iteration of the whole batch; that samples leave is not counted.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from math import ceil
+
+from .gpu_device import KIB, Device
+from .kernels.tiles import Tiles, cell_tiles, padded_power, step_tiles
+
+ITERATIONS = 20  # of the solve whose time decides: what loading W on chip costs is spread over as many
+ANCHOR_EVERY = 6  # iterations of which about one is an anchor, where increments are multiplied in a lower precision
+WORTH_IT = 0.95  # increments must take at most this share of the time without them
+
+TRITON_WIDEST, TRITON_SAMPLES = 256, 16  # of a resident program; more samples or a wider W spill
+TRITON_WARPS = {16: 2, 32: 4, 64: 4, 128: 8, 256: 8}  # by the padded width; each thread takes all the registers it may
+WARP_REGISTERS = 32 * 256 * 4  # bytes
+L2_BYTES_PER_CLOCK = 64  # that one multiprocessor can read
+CUDA_PAD, CUDA_SAMPLES = 16, 8  # of mma.sync: W is padded to multiples of 16, samples come by 8
+GRID_BATCH = 32  # samples whose states the blocks of regime "grid" can exchange
+GRID_STATES = 27 * KIB  # shared memory of a block that regime "grid" needs beside W
+GRID_REGISTERS = 96 * KIB  # bytes of one multiprocessor's registers that can hold W
+GRID_MULTICAST = 8  # blocks of a cluster that share one read of the states
+GRID_START = 0.3e-6  # the first block of states on its way
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How W is kept and multiplied: bytes of an element, tensor core products for one product, and their rate."""
+
+    size: int
+    products: int
+    rate: str
+
+    def of(self, device: Device) -> float | None:
+        """FLOP/s of the whole device in products that were asked for; None where it has no such units."""
+        whole = getattr(device, self.rate)
+        return None if whole is None else whole / self.products
+
+    def of_processor(self, device: Device) -> float:
+        """The same of one multiprocessor by mma.sync, which the on-chip regimes use."""
+        peak = device.tensor_flops_per_clock * device.clock
+        return device.mma_share * peak * self.of(device) / device.matmul_bfloat16
+
+
+PRECISIONS = {
+    "float8": Precision(1, 1, "matmul_float8"),
+    "bfloat16": Precision(2, 1, "matmul_bfloat16"),
+    "float16": Precision(2, 1, "matmul_bfloat16"),
+    "tf32": Precision(4, 1, "matmul_tf32"),
+    "tf32x3": Precision(4, 3, "matmul_tf32"),
+    "ieee": Precision(4, 1, "matmul_float32"),
+    "float64": Precision(8, 1, "matmul_float64"),
+}
+INCREMENTS = ("native", "bfloat16", "float16", "float8")  # what iterations between two anchors multiply in
+# What multiplies as accurately as plain PyTorch in a dtype. 16-bit problems are solved in float32 and rounded once.
+ACCURATE = {"float64": "float64", "float32": "tf32x3", "bfloat16": "tf32x3", "float16": "tf32x3"}
+
+
+@dataclass(frozen=True)
+class GpuPlan:
+    """What will be run, and ``why`` in words.
+
+    regime: of :data:`REGIMES`. tiles: of one program. precision: of :data:`PRECISIONS`, of the evaluations that judge a
+    sample. increments: of those between them; "native" if there are none. split_k: programs that share the inner
+    dimension of one tile. expected_us: one iteration of the whole batch.
+    """
+
+    regime: str
+    tiles: Tiles
+    precision: str
+    increments: str
+    split_k: int
+    expected_us: float
+    why: tuple[str, ...]
+
+    def __str__(self) -> str:
+        parts = [f"{self.regime}, {self.precision}, tiles {self.tiles}"]
+        if self.increments != "native":
+            parts.append(f"{self.increments} increments")
+        if self.split_k > 1:
+            parts.append(f"inner dimension in {self.split_k} pieces")
+        return ", ".join(parts)
+
+
+# ---- capacity: the largest width, and the tiles of a width that fits ------------------------------------------------
+
+
+def resident_tiles(m: int, B: int, device: Device, size: int) -> Tiles | None:
+    """Regime "resident" in Triton: W padded to a power of two and two buffers of states in one block's shared memory.
+    None where that does not fit."""
+    p = max(16, padded_power(m))
+    if p > TRITON_WIDEST or resident_shared(p, size) > device.shared_per_block:
+        return None
+    return Tiles(TRITON_SAMPLES, p, p, TRITON_WARPS[p], 1)
+
+
+def resident_shared(p: int, size: int) -> int:
+    """Bytes of shared memory that a resident program needs at most: W (p, p) and two buffers (p, samples)."""
+    return p * p * size + 2 * TRITON_SAMPLES * p * size
+
+
+def resident_cuda_tiles(m: int, B: int, device: Device, size: int) -> Tiles | None:
+    """The same in CUDA, where W is padded to a multiple of 16 only: m <= 336 with 2 bytes and 227 KiB."""
+    p = ceil(m / CUDA_PAD) * CUDA_PAD
+    if size * p * p + 4 * size * p > device.shared_per_block:
+        return None
+    samples = CUDA_SAMPLES * max(1, ceil(B / (CUDA_SAMPLES * device.processors)))
+    return Tiles(min(samples, 64), p, p, 8, 1)
+
+
+def grid_tiles(m: int, B: int, device: Device, size: int) -> Tiles | None:
+    """Regime "grid": every multiprocessor keeps an equal part of the rows, in shared memory and registers."""
+    per_processor = device.shared_per_block - GRID_STATES + GRID_REGISTERS
+    if B > GRID_BATCH or size * m * m > device.processors * per_processor:
+        return None
+    samples = max(1, ceil(B / CUDA_SAMPLES)) * CUDA_SAMPLES
+    rows = ceil(m / device.processors / CUDA_SAMPLES) * CUDA_SAMPLES
+    return Tiles(samples, rows, m, 8, 1)
+
+
+# ---- expected seconds of one iteration of the whole batch ------------------------------------------------------------
+
+
+def resident_time(m: int, B: int, device: Device, precision: Precision, tiles: Tiles) -> float:
+    """Every program reads W from shared memory and multiplies its samples; two sums over the block judge them. Programs
+    that share a multiprocessor share its rates and hide each other's waits."""
+    weight = tiles.units * tiles.depth
+    read = precision.size * weight / device.shared_bandwidth
+    multiply = 2 * weight * tiles.samples / precision.of_processor(device)
+    together, waves = _residents(B, device, precision, tiles)
+    return waves * (together * max(read, multiply) + 2 * device.block_reduction)
+
+
+def _residents(B: int, device: Device, precision: Precision, tiles: Tiles) -> tuple[int, int]:
+    """Programs that a multiprocessor runs together, by its shared memory and registers, and how often it does."""
+    by_shared = device.shared_per_block // (precision.size * tiles.units * (tiles.depth + 2 * tiles.samples))
+    by_registers = device.registers_per_processor // (tiles.warps * WARP_REGISTERS)
+    most, each = max(1, min(by_shared, by_registers)), max(1, ceil(ceil(B / tiles.samples) / device.processors))
+    return min(most, each), ceil(each / most)
+
+
+def grid_time(m: int, B: int, device: Device, precision: Precision, tiles: Tiles) -> float:
+    """Every multiprocessor reads and multiplies its rows of W, and all states of the others come through L2."""
+    weight = tiles.units * m
+    read = precision.size * weight / device.shared_bandwidth
+    multiply = 2 * weight * tiles.samples / precision.of_processor(device)
+    states = device.processors * m * B * precision.size / GRID_MULTICAST / device.l2
+    return max(read, multiply) + states + GRID_START + device.grid_barrier + device.block_reduction
+
+
+def cell_time(m: int, B: int, device: Device, precision: Precision) -> float:
+    """One kernel: W from L2 or memory or the products, whichever takes longer; z, c and the output; a launch."""
+    weight = precision.size * m * m
+    bandwidth = device.l2 if weight < device.l2_bytes else device.copy
+    body = max(weight / bandwidth, 2 * m * m * B / precision.of(device))
+    return body + device.graph_kernel + 3 * m * B * precision.size / device.l2
+
+
+def anchor_time(regime: str, m: int, B: int, device: Device, precision: Precision, tiles: Tiles) -> float:
+    """An iteration in full precision between increments, for which W is streamed, in "resident" by every block."""
+    if regime in ("grid", "cell"):
+        return cell_time(m, B, device, precision) - (device.graph_kernel if regime == "grid" else 0.0)
+    weight, blocks = precision.size * m * m, ceil(B / tiles.samples)
+    alone = weight / (L2_BYTES_PER_CLOCK * device.clock)
+    return (
+        max(alone * max(1, ceil(blocks / device.processors)), blocks * weight / device.l2) + 2 * device.block_reduction
+    )
+
+
+def loop_time(m: int, B: int, device: Device, graphed: bool, precision: str = "bfloat16") -> float:
+    """What an iteration takes without fused kernels: a library product, then addition, activation, difference and two
+    norms; captured in a graph, or launched from Python with one ``.item()``."""
+    size = PRECISIONS[precision].size
+    pointwise = 4 * (device.graph_kernel + 3 * m * B * size / device.l2)
+    graph = cell_time(m, B, device, PRECISIONS[precision]) + pointwise
+    return graph if graphed else max(graph, 7 * device.eager_op) + device.item
+
+
+def tiles_of(regime: str, m: int, B: int, device: Device, precision: str) -> Tiles | None:
+    """Those of one program, with W kept and multiplied in ``precision``; None where the regime cannot hold it."""
+    if regime != "cell":
+        return ON_CHIP[regime][0](m, B, device, PRECISIONS[precision].size)
+    if precision == "tf32x3":
+        return step_tiles(B, m)[0]
+    single = "float64" if precision == "float64" else "bfloat16"
+    return cell_tiles(B, m, "float32", precision) if PRECISIONS[precision].size == 4 else cell_tiles(B, m, single)
+
+
+def time_of(regime: str, m: int, B: int, device: Device, precision: str) -> float | None:
+    """Seconds of one iteration with W kept and multiplied in ``precision``; None where the regime cannot hold it or the
+    device cannot multiply so."""
+    kind, tiles = PRECISIONS[precision], tiles_of(regime, m, B, device, precision)
+    if kind.of(device) is None or tiles is None:
+        return None
+    return cell_time(m, B, device, kind) if regime == "cell" else ON_CHIP[regime][1](m, B, device, kind, tiles)
+
+
+def loading_time(regime: str, m: int, B: int, device: Device, precision: str) -> float:
+    """Seconds until W is on chip: from memory once, and through L2 into every block that keeps all of it."""
+    if regime == "cell":
+        return 0.0
+    weight = PRECISIONS[precision].size * m * m
+    blocks = 0 if regime == "grid" else ceil(B / tiles_of(regime, m, B, device, precision).samples)
+    return weight / device.copy + min(device.processors, blocks) * weight / device.l2
+
+
+ON_CHIP: dict[str, tuple[Callable[..., Tiles | None], Callable[..., float]]] = {
+    "resident": (resident_tiles, resident_time),
+    "resident cuda": (resident_cuda_tiles, resident_time),
+    "grid": (grid_tiles, grid_time),
+}
+REGIMES = (*ON_CHIP, "cell")
+WHERE = {
+    "resident": "W stays in the shared memory of one multiprocessor",
+    "resident cuda": "W stays in the shared memory of one multiprocessor",
+    "grid": "W stays in the shared memory and registers of all multiprocessors",
+    "cell": "W is streamed, one fused kernel an iteration",
+}
+
+
+@dataclass(frozen=True)
+class Expected:
+    """Seconds of one iteration of the whole batch, and of a solve of :data:`ITERATIONS` of them."""
+
+    regime: str
+    precision: str
+    increments: str
+    iteration: float
+    solve: float
+
+
+def expected(
+    regime: str, m: int, B: int, device: Device, precision: str, increments: str = "native"
+) -> Expected | None:
+    """With increments an iteration is the mean over them and the anchors in ``precision``. None where that cannot run,
+    and where the chip holds W in ``precision`` itself, which leaves increments nothing to save."""
+    kept = precision if increments == "native" else increments
+    iteration = time_of(regime, m, B, device, kept)
+    if iteration is None or PRECISIONS[precision].of(device) is None:
+        return None
+    if increments != "native":
+        if regime == "resident" and time_of(regime, m, B, device, precision) is not None:
+            return None
+        tiles = tiles_of(regime, m, B, device, kept)
+        anchor = anchor_time(regime, m, B, device, PRECISIONS[precision], tiles)
+        iteration += (anchor - iteration) / ANCHOR_EVERY
+    solve = device.graph_launch + loading_time(regime, m, B, device, kept) + ITERATIONS * iteration
+    return Expected(regime, precision, increments, iteration, solve)
+
+
+# ---- the choice -----------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1024)
+def choose(
+    m: int,
+    B: int,
+    *,
+    dtype: str,
+    device: Device,
+    allowed: tuple[str, ...] = ("resident", "cell"),
+    increments: tuple[str, ...] = ("native",),
+    precision: str | None = None,
+) -> GpuPlan:
+    """The regime and increments with the least expected time for a solve of :data:`ITERATIONS` iterations.
+
+    m >= 1, B >= 0: width and batch. dtype: "float32" | "float64" | "bfloat16" | "float16" of the problem. device:
+    :func:`deq.gpu_device.find_device`. allowed, increments: of :data:`REGIMES` and :data:`INCREMENTS`, what the backend
+    can run here; float64 has no increments. precision: of :data:`PRECISIONS`, of the evaluations that judge; None for
+    one that is as accurate as plain PyTorch.
+    Raises ValueError for a wrong size or an unknown name, or if nothing allowed can run.
+    """
+    _check(m, B, dtype, allowed, increments, precision)
+    judging = precision or ACCURATE[dtype]
+    found = [
+        option
+        for regime in allowed
+        for kind in (increments if dtype != "float64" else ("native",))
+        if (option := expected(regime, m, B, device, judging, kind)) is not None
+    ]
+    if not found:
+        raise ValueError(f"allowed must hold a regime that can run m = {m}, B = {B} on {device.name}; got {allowed}")
+    best = min(found, key=lambda option: option.solve)
+    native = min((o for o in found if o.increments == "native"), key=lambda o: o.solve, default=best)
+    if best.solve > WORTH_IT * native.solve:
+        best = native
+    kept = judging if best.increments == "native" else best.increments
+    return GpuPlan(
+        regime=best.regime,
+        tiles=tiles_of(best.regime, m, B, device, kept),
+        precision=judging,
+        increments=best.increments,
+        split_k=step_tiles(B, m)[1] if best.regime == "cell" and best.increments == "native" else 1,
+        expected_us=1e6 * best.iteration,
+        why=tuple(_reasons(best, found, dtype, device)),
+    )
+
+
+def _reasons(best: Expected, found: list[Expected], dtype: str, device: Device) -> list[str]:
+    why = [f"{best.regime}: {WHERE[best.regime]}; {1e6 * best.iteration:.3g} us an iteration expected"]
+    rivals: dict[str, float] = {}
+    for option in found:
+        if option.regime != best.regime:
+            rivals[option.regime] = min(option.iteration, rivals.get(option.regime, option.iteration))
+    why += [f"{regime} would take {1e6 * seconds:.3g} us" for regime, seconds in rivals.items()]
+    if best.precision == ACCURATE[dtype]:
+        why.append(f"{best.precision}: as accurate as plain PyTorch in {dtype}")
+    if best.increments != "native":
+        why.append(f"{best.increments} increments between anchors in {best.precision}, about one in {ANCHOR_EVERY}")
+    if device.stands_for:
+        why.append(f"constants of the {device.stands_for}: those of {device.name} are not known (deq bench constants)")
+    return why
+
+
+def _check(
+    m: int, B: int, dtype: str, allowed: tuple[str, ...], increments: tuple[str, ...], precision: str | None
+) -> None:
+    if m < 1 or B < 0:
+        raise ValueError(f"m must be at least 1 and B at least 0; got m = {m}, B = {B}")
+    names = [("dtype", dtype, ACCURATE)]
+    names += [("allowed", regime, REGIMES) for regime in allowed]
+    names += [("increments", kind, INCREMENTS) for kind in increments]
+    names += [("precision", precision, PRECISIONS)] if precision is not None else []
+    for name, value, known in names:
+        if value not in known:
+            raise ValueError(f"{name} must be of {', '.join(map(repr, known))}; got {value!r}")

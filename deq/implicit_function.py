@@ -1,0 +1,233 @@
+"""Exact gradients of the fixed point of any function, by the implicit function theorem.
+
+At ``z = f(z, t)`` with Jacobian ``J = df/dz`` and the loss gradient ``g``, the adjoint ``u = g + J^T u`` is again a
+fixed point, solved by the same means, and ``dL/dt = (df/dt)^T u``. A tangent ``dt`` of t gives
+``dz = (df/dt) dt + J dz``. Both are equilibria themselves, differentiated in the same way when a gradient of a gradient
+is wanted. Between forward and backward nothing is kept but z and the tensors of t.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from .closures import Exchange, in_transform, strays
+from .solution import Status
+from .solvers import generic
+from .solvers.generic import Rule
+
+Map = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Equation:
+    """``z = f(z, t)`` for states (B, D).
+
+    bind: the tensors t -> the map ``z -> f(z, t)``, differentiable in z and t.
+    rule, adjoint: how it is solved, and how its linear equations are.
+    terms: None, or how many terms of the Neumann series stand in for the adjoint's solution.
+    report: told the result of every solve.
+    """
+
+    bind: Callable[..., Map]
+    rule: Rule
+    adjoint: Rule
+    terms: int | None = None
+    keep: tuple[int, ...] = ()
+    report: Callable[[generic.Result, Rule, str], None] = field(default=lambda result, rule, what: None)
+    what: str = "deq.fixed_point"
+
+    def linear(self, bind: Callable[..., Map]) -> "Equation":
+        """One of the linear equations that derivatives need."""
+        rule = replace(self.adjoint, affine=True)
+        return replace(
+            self, bind=bind, rule=rule, adjoint=rule, keep=(), what=f"the gradient of {self.what.split()[-1]}"
+        )
+
+    def solve(self, z0: Tensor, *tensors: Tensor, first: Tensor | None = None) -> generic.Result:
+        f = self.bind(*tensors)
+        if self.terms is not None and self.rule is self.adjoint:
+            z = z0
+            for _ in range(self.terms - 1):
+                z = f(z)
+            return _unjudged(z)
+        result = generic.run(f, z0, self.rule, first=first, keep=self.keep)
+        self.report(result, self.rule, self.what)
+        return result
+
+
+def closed_over(f: Callable[[Tensor], Tensor], tensors: Sequence[Tensor]) -> Callable[..., Map]:
+    """``bind`` of a function that closes over ``tensors``."""
+
+    def bind(*new: Tensor) -> Map:
+        if all(a is b for a, b in zip(tensors, new, strict=True)):
+            return f
+
+        def exchanged(z: Tensor) -> Tensor:
+            with Exchange(tensors, new):
+                return f(z)
+
+        return exchanged
+
+    return bind
+
+
+def fixed_point(equation: Equation, z0: Tensor, tensors: Sequence[Tensor], first: Tensor | None) -> tuple[Tensor, ...]:
+    """z (B, D) with its gradient to ``tensors``, iterations, residual, status (B,), and the trajectory."""
+    return _FixedPoint.apply(equation, z0, first, *tensors)
+
+
+class _FixedPoint(torch.autograd.Function):
+    """(equation, z0, f(z0) or None, *t) -> z, iterations, residual, status, *trajectory; only z is differentiable."""
+
+    @staticmethod
+    def forward(equation, z0, first, *tensors):
+        result = equation.solve(z0, *tensors, first=first)
+        last = result.z
+        trajectory = [last if state is None else state for state in result.trajectory]
+        return (result.z, result.iterations, result.residual, result.status, *(t.clone() for t in trajectory))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.equation, _, _, *tensors = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(output[0], *tensors)
+        ctx.save_for_forward(output[0], *tensors)
+
+    @staticmethod
+    def backward(ctx, g, *_):
+        none = (None, None, None)
+        z, *tensors = ctx.saved_tensors
+        if g is None:
+            return none + (None,) * len(tensors)
+        wanted = ctx.needs_input_grad[3:]
+        if torch.is_grad_enabled() or in_transform():
+            return none + _differentiable_pullback(ctx.equation, z, tensors, g, wanted)
+        return none + _pullback(ctx.equation, z, tensors, g, wanted)
+
+    @staticmethod
+    def jvp(ctx, _equation, _z0, _first, *tangents):
+        z, *tensors = ctx.saved_tensors
+        moving = [i for i, tangent in enumerate(tangents) if tangent is not None]
+        equation = ctx.equation
+
+        def along(*some: Tensor) -> Tensor:  # f at z as a function of what moves
+            new = list(tensors)
+            for i, tensor in zip(moving, some, strict=True):
+                new[i] = tensor
+            return equation.bind(*new)(z)
+
+        t = _jvp(along, [tensors[i] for i in moving], [tangents[i] for i in moving])
+
+        def bind(t: Tensor, z: Tensor, *tensors: Tensor) -> Map:
+            f = equation.bind(*tensors)
+            return lambda v: t + _jvp(f, [z], [v])
+
+        dz = _FixedPoint.apply(equation.linear(bind), t, None, t, z, *tensors)[0]
+        return (dz, *(None for _ in range(3 + len(equation.keep))))
+
+    @staticmethod
+    def vmap(info, in_dims, equation, z0, first, *tensors):
+        """The batch of equations is one equation with more samples."""
+        N = info.batch_size
+        z0 = z0.expand(N, *z0.shape) if in_dims[1] is None else z0.movedim(in_dims[1], 0)
+        B, D = z0.shape[1:]
+        dims = in_dims[3:]
+
+        def bind(*tensors: Tensor) -> Map:
+            def evaluate(z: Tensor, *tensors: Tensor) -> Tensor:
+                return equation.bind(*tensors)(z)
+
+            each = torch.vmap(evaluate, (0, *dims), randomness=info.randomness)
+            return lambda z: each(z.reshape(N, B, D), *tensors).reshape(N * B, D)
+
+        many = replace(equation, bind=bind)
+        z, *rest = _FixedPoint.apply(many, z0.reshape(N * B, D), None, *tensors)
+        outputs = (z.view(N, B, D), *(t.view(N, B) for t in rest[:3]), *(t.view(N, B, D) for t in rest[3:]))
+        return outputs, (0,) * len(outputs)
+
+
+def _pullback(equation: Equation, z: Tensor, tensors: list[Tensor], g: Tensor, wanted: Sequence[bool]) -> tuple:
+    """Gradients of ``tensors`` for the gradient g of z; f is evaluated once, its graph serves every product J^T u."""
+    scale = _power_of_two(g)
+    g = g * (1 / scale)
+    point = z.detach().requires_grad_()
+    leaves = [t.detach().requires_grad_(want) for t, want in zip(tensors, wanted, strict=True)]
+    with torch.enable_grad():
+        image = equation.bind(*leaves)(point)
+    if not image.requires_grad:
+        return (None,) * len(tensors)
+
+    def adjoint(u: Tensor) -> Tensor:
+        (v,) = torch.autograd.grad(image, point, u, retain_graph=True, allow_unused=True)
+        return g if v is None else v + g
+
+    finite = torch.isfinite(g).all(1, keepdim=True)
+    g = torch.where(finite, g, 0.0)
+    u = equation.linear(lambda: adjoint).solve(g).z
+    u = torch.where(finite, u, torch.nan) * scale
+    missed = strays([image], tensors)
+    sources = [leaf for leaf in leaves if leaf.requires_grad] + [tensors[i] for i in missed]
+    found = iter(torch.autograd.grad(image, sources, u, allow_unused=True) if sources else ())
+    grads = [next(found) if leaf.requires_grad else None for leaf in leaves]
+    for i in missed:
+        more = next(found)
+        grads[i] = more if grads[i] is None else grads[i] + more
+    return tuple(grads)
+
+
+def _differentiable_pullback(
+    equation: Equation, z: Tensor, tensors: list[Tensor], g: Tensor, wanted: Sequence[bool]
+) -> tuple:
+    """The same gradients as differentiable functions of z, the tensors and g, to any order and under any transform."""
+
+    def bind(g: Tensor, z: Tensor, *tensors: Tensor) -> Map:
+        _, pull = torch.func.vjp(equation.bind(*tensors), z)
+        return lambda u: g + pull(u)[0]
+
+    u = _FixedPoint.apply(equation.linear(bind), g, None, g, z, *tensors)[0]
+    _refuse_strays(equation, z, tensors)
+    _, pull = torch.func.vjp(lambda *tensors: equation.bind(*tensors)(z), *tensors)
+    return tuple(grad if want else None for grad, want in zip(pull(u), wanted, strict=True))
+
+
+def _refuse_strays(equation: Equation, z: Tensor, tensors: list[Tensor]) -> None:
+    if in_transform() or not any(t.requires_grad for t in tensors):
+        return
+    leaves = [t.detach() for t in tensors]
+    with torch.enable_grad():
+        image = equation.bind(*leaves)(z.detach().requires_grad_())
+    if image.requires_grad and strays([image], tensors):
+        raise RuntimeError(
+            "f uses a tensor that requires a gradient inside a custom autograd function or compiled code: "
+            "deq.fixed_point differentiates it once, not twice"
+        )
+
+
+def _jvp(f: Callable[..., Tensor], primals: list[Tensor], tangents: list[Tensor]) -> Tensor:
+    """The product of f's Jacobian with tangents, by two reverse passes: forward mode cannot be nested in itself."""
+    out, pull = torch.func.vjp(f, *primals)
+    _, push = torch.func.vjp(pull, torch.zeros_like(out))
+    return push(tuple(tangents))[0]
+
+
+def _power_of_two(g: Tensor) -> Tensor:
+    """The power of two that brings the largest finite element of g near 1: multiplying by it rounds nothing."""
+    if g.numel() == 0:
+        return torch.ones((), dtype=g.dtype, device=g.device)
+    largest = torch.where(torch.isfinite(g), g, 0.0).abs().amax()
+    limit = 100.0 if g.dtype == torch.float32 else 1000.0
+    exponent = torch.where(largest > 0, largest.log2().round(), 0.0).clamp(-limit, limit)
+    return torch.exp2(exponent)
+
+
+def _unjudged(z: Tensor) -> generic.Result:
+    B = z.shape[0]
+    return generic.Result(
+        z,
+        torch.zeros(B, dtype=torch.int32, device=z.device),
+        torch.zeros(B, dtype=torch.float64, device=z.device),
+        torch.full((B,), int(Status.CONVERGED), dtype=torch.uint8, device=z.device),
+    )

@@ -1,0 +1,43 @@
+"""When is a sample of any function done? The rule of deq/reference.py (iterate), with room for other criteria."""
+
+from dataclasses import dataclass
+
+from ...reference import MARGIN_POWER
+
+CRITERIA = ("residual", "error", "absolute")
+METHODS = ("plain", "anderson", "broyden", "newton_krylov", "auto")
+# Evaluations without a better residual until STALLED, and the same at the floor of the precision. Unlike the rows of
+# deq.solve the states here may have 10^6 elements, so that the patience does not grow with them.
+PATIENCE, PATIENCE_AT_FLOOR = 128, 32
+# A sample whose patience ends so many times larger than it began did not stall, it diverges slowly.
+GROWN = 1e3
+# An accelerated iterate whose residual is so many times the best one starts the history afresh from the best iterate.
+SAFEGUARD = 10.0
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How a solve is run and judged.
+
+    method: of METHODS; "auto" is plain, and Anderson for samples that are seen to contract slowly.
+    depth: pairs of Anderson's history, steps of Broyden's, Krylov vectors of Newton-Krylov.
+    damping: beta of ``y + beta (f(y) - y)``, plain or Anderson; Broyden's first step.
+    criterion: "residual" stops a sample at ``r = ||f(y) - y|| / ||f(y)|| <= tol``, "error" at ``r q / (1 - q) <= tol``
+        with its measured contraction q, "absolute" at ``||f(y) - y|| <= tol``.
+    affine: whether f is known to be affine, as the equations of derivatives are.
+    margin: whether a sample that contracts fast is taken to ``tol^1.1`` (deq/reference.py says why).
+    """
+
+    method: str
+    tol: float
+    max_iter: int
+    depth: int = 5
+    damping: float = 1.0
+    criterion: str = "residual"
+    margin: bool = True
+    affine: bool = False
+
+    @property
+    def leave(self) -> float:
+        """The residual at which a sample leaves."""
+        return min(self.tol, self.tol ** (1 + MARGIN_POWER)) if self.margin else self.tol

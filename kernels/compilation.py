@@ -1,0 +1,31 @@
+"""How a kernel is compiled without a device: what a launch would tell the compiler, as plain data.
+
+Every kernel file lists what it can launch as ``compilations()``; bench/resources.py compiles them for each architecture
+and guards what comes out.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """One variant of one kernel.
+
+    name: unique; the kernel, a comma, and what differs, in words.
+    group: the name without what hardly changes the code around the product, such as the activation.
+    function: "module:function" in deq.kernels.
+    types: of every argument that is no compile-time constant, such as "*fp32", "i32" or "fp32".
+    constants: the other arguments.
+    aligned: arguments that are multiples of 16 at run time, which the compiler is told.
+    chosen: whether a plan can choose it by itself.
+    """
+
+    name: str
+    group: str
+    function: str
+    types: dict[str, str]
+    constants: dict[str, int | str | None]
+    aligned: tuple[str, ...]
+    warps: int
+    stages: int
+    chosen: bool = True

@@ -1,0 +1,229 @@
+"""Steps by increments: ``x = W y + c`` is kept, and a step adds ``W q`` of the rounded increment q of y, in bfloat16.
+
+    x <- x + bfloat16(W) q,   y <- y + q,   q <- bfloat16(f(x) - y)
+
+What rounding leaves of an increment is part of the next one, so that y follows f; x drifts from ``W y + c`` by the
+error of the rounded W. A sample whose step would drown in that drift, or be small enough to leave by, is due: it
+waits for the next anchor, a :func:`.iteration.step_kernel` that forms ``W y + c`` itself, in full precision, and alone
+judges. Whether a sample is due depends on nothing but itself; rows of tiles none of whose samples want a step exit at
+once.
+
+A turn is STEPS such steps and one anchor. Step s of a turn reads its increments from EVEN if s is even, else from ODD,
+and writes the other; an anchor writes EVEN.
+"""
+
+import triton
+import triton.language as tl
+
+from deq.activations import ACTIVATIONS
+
+from .cell import INTERPRETED, multiply_add, tile_of
+from .compilation import Compilation
+from .iteration import ending, is_last, total_of
+from .judge import ERROR, LIVE, judge
+from .records import (
+    BEFORE,
+    BEST_AT,
+    COUNTERS,
+    DUE,
+    ENDINGS,
+    EVEN,
+    ITERATION,
+    LIMIT,
+    LISTS,
+    LOW,
+    MARKS,
+    MOVED,
+    RECORD,
+    RESIDUAL,
+    RUN,
+    STATUS,
+    STEP,
+    SUMS,
+    UNIT,
+    D,
+    X,
+    Y,
+    floats,
+    halves,
+    ints,
+)
+from .tiles import TILES, Tiles
+
+STEPS = 4  # in a turn; even, so that the next turn begins with EVEN
+
+# A sample is due where its step is below SAFE of the tolerance, below DRIFT (what bfloat16 resolves) of all that was
+# moved since its last anchor, or after LONGEST steps.
+SAFE, DRIFT, LONGEST = tl.constexpr(2.0), tl.constexpr(2.0**-7), tl.constexpr(12)
+
+
+@triton.jit
+def is_due(step, size, ratio, moved, run, k, limit, tol, leave, max_iter, CRITERION: tl.constexpr):
+    """Whether an anchor is called for, at which a step of ``step`` and f of norm ``size`` are expected, (n,) samples.
+    ratio: of the last step to the one before, at most 1; moved: the steps since the last anchor; run: how many."""
+    goal = leave
+    if CRITERION == ERROR:
+        goal = tol * (1.0 - ratio) / tl.maximum(ratio, 1e-3)
+    due = (step <= SAFE * goal * size) | (step <= DRIFT * moved) | (run >= LONGEST)
+    return due | (k + 1 >= max_iter) | ((step < float("inf")) == 0) | ((size <= limit) == 0)
+
+
+@triton.jit(do_not_specialize=["step_of_turn", "B", "max_iter", "patience"])
+def delta_kernel(
+    table_ptr,
+    step_of_turn,
+    B,
+    m,
+    stride_d,
+    tol,
+    leave,
+    max_iter,
+    patience,
+    ENDING: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    HOMOGENEOUS: tl.constexpr,
+    CRITERION: tl.constexpr,
+    SLOTS: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One (BLOCK_B, BLOCK_N) tile of one step of the samples that are not due. LOW (m, m) is contiguous."""
+    tiles_b = tl.cdiv(B, BLOCK_B)
+    tiles_n = tl.cdiv(m, BLOCK_N)
+    tile_b, tile_n = tile_of(tl.program_id(0), tiles_b, tiles_n)
+    counters = ints(table_ptr, COUNTERS)
+    if tl.load(counters + LISTS + tile_b) == 0:
+        return
+    in_b = tl.arange(0, BLOCK_B) < B - tile_b * BLOCK_B
+    b = tile_b.to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    marks = ints(table_ptr, MARKS) + b
+    steps = in_b & (tl.load(marks + STATUS * B, mask=in_b, other=0) == LIVE)
+    steps = steps & (tl.load(marks + DUE * B, mask=steps, other=1) == 0)
+    if tl.max(steps.to(tl.int32)) == 0:
+        return
+
+    in_n = (tl.arange(0, BLOCK_N) < m - tile_n * BLOCK_N)[None, :]
+    inside = steps[:, None] & in_n
+    n = (tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+    at = b[:, None] * m + n
+    q_ptr = halves(table_ptr, EVEN + step_of_turn % 2)
+    k = tl.arange(0, BLOCK_K).to(tl.int64)
+    q_ptrs = q_ptr + b[:, None] * m + k[None, :]
+    w_ptrs = halves(table_ptr, LOW) + n * m + k[:, None]
+    x = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
+    if INTERPRETED:  # see cell_kernel
+        done = 0
+        while done < m:
+            x = multiply_add(x, q_ptrs, w_ptrs, steps, in_n, m - done, "ieee", BLOCK_K)
+            q_ptrs += BLOCK_K
+            w_ptrs += BLOCK_K
+            done += BLOCK_K
+    else:
+        for done in range(0, m, BLOCK_K):
+            x = multiply_add(x, q_ptrs, w_ptrs, steps, in_n, m - done, "ieee", BLOCK_K)
+            q_ptrs += BLOCK_K
+            w_ptrs += BLOCK_K
+
+    x += tl.load(floats(table_ptr, X) + at, mask=inside, other=0.0)
+    y = tl.load(floats(table_ptr, Y) + at, mask=inside, other=0.0)
+    y += tl.load(q_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    out = ending(x, floats(table_ptr, D) + b[:, None] * stride_d + n, inside, ENDING, ACTIVATION)
+    out = tl.where(in_n, out, 0.0)  # act(0) need not be zero
+    step = out - y
+    tl.store(floats(table_ptr, X) + at, x, mask=inside)
+    tl.store(floats(table_ptr, Y) + at, y, mask=inside)
+    tl.store(halves(table_ptr, EVEN + (step_of_turn + 1) % 2) + at, step.to(tl.bfloat16), mask=inside)
+
+    record = floats(table_ptr, RECORD) + b
+    if not HOMOGENEOUS:
+        unit = tl.load(record + UNIT * B, mask=steps, other=1.0)[:, None]
+        step, out = step * unit, out * unit
+    sums = floats(table_ptr, SUMS) + tile_n.to(tl.int64) * B + b
+    field = (tile_n.to(tl.int64) * 0 + tiles_n) * B
+    tl.store(sums, tl.sum(step * step, axis=1), mask=steps)
+    tl.store(sums + field, tl.sum(out * out, axis=1), mask=steps)
+    if is_last(counters + LISTS + tiles_b + tile_b, tiles_n):
+        _watch(table_ptr, B, tiles_n, b, steps, field, tol, leave, max_iter, patience, CRITERION, SLOTS)
+
+
+@triton.jit
+def _watch(
+    table_ptr,
+    B,
+    tiles_n,
+    b,
+    steps,
+    field,
+    tol,
+    leave,
+    max_iter,
+    patience,
+    CRITERION: tl.constexpr,
+    SLOTS: tl.constexpr,
+):
+    """Write down the step of samples b (n,), and whether they are due. A sample that is due is evaluated once more at
+    the same point, by the anchor; its steps before are then those before this one."""
+    record = floats(table_ptr, RECORD) + b
+    marks = ints(table_ptr, MARKS) + b
+    sums = floats(table_ptr, SUMS)
+    step = tl.sqrt(total_of(sums, tiles_n, B, b, steps, SLOTS))
+    size = tl.sqrt(total_of(sums + field, tiles_n, B, b, steps, SLOTS))
+    k = tl.load(marks + ITERATION * B, mask=steps, other=0) + 1
+    previous = tl.load(record + STEP * B, mask=steps, other=1.0)
+    before = tl.load(record + BEFORE * B, mask=steps, other=1.0)
+    best = tl.load(record + RESIDUAL * B, mask=steps, other=1.0)
+    best_at = tl.load(marks + BEST_AT * B, mask=steps, other=0)
+    limit = tl.load(record + LIMIT * B, mask=steps, other=1.0)
+    moved = tl.load(record + MOVED * B, mask=steps, other=0.0) + step
+    run = tl.load(marks + RUN * B, mask=steps, other=0) + 1
+    _status, _better, _best, _best_at, limit, slow = judge(
+        step, size, k, previous, before, best, best_at, limit, tol, leave, max_iter, patience, CRITERION
+    )
+    ratio = tl.where(previous < float("inf"), tl.minimum(step / previous, 1.0), 1.0)
+    due = slow | is_due(step, size, ratio, moved, run, k, limit, tol, leave, max_iter, CRITERION)
+    goes_on = steps & (due == 0)
+    tl.store(record + STEP * B, step, mask=goes_on)
+    tl.store(record + BEFORE * B, previous, mask=goes_on)
+    tl.store(record + LIMIT * B, limit, mask=goes_on)
+    tl.store(record + MOVED * B, moved, mask=goes_on)
+    tl.store(marks + RUN * B, run, mask=goes_on)
+    tl.store(marks + ITERATION * B, k, mask=goes_on)
+    tl.store(marks + DUE * B, 1, mask=steps & due)
+
+
+def compilations() -> list[Compilation]:
+    """Every tile that a step can be launched with, plain and with the dearest activation."""
+    kinds = (("value", "relu"), ("value", "gelu"), ("adjoint", "identity"))
+    return [
+        _compilation(tiles, ending, activation, width)
+        for tiles in TILES["bfloat16"]
+        for ending, activation in kinds
+        for width in (("aligned", "ragged") if tiles.samples <= 32 else ("aligned",))
+    ]
+
+
+def _compilation(tiles: Tiles, ending: str, activation: str, width: str) -> Compilation:
+    return Compilation(
+        name=f"delta step, {tiles}, {ending} of {activation}, {width}",
+        group=f"delta step, {tiles}",
+        function="delta:delta_kernel",
+        types={
+            "table_ptr": "*i64",
+            **dict.fromkeys(("step_of_turn", "B", "m", "stride_d", "max_iter", "patience"), "i32"),
+            **dict.fromkeys(("tol", "leave"), "fp32"),
+        },
+        constants={
+            "ENDING": ENDINGS[ending],
+            "ACTIVATION": ACTIVATIONS[activation].number,
+            "HOMOGENEOUS": int(ending == "adjoint" or ACTIVATIONS[activation].homogeneous),
+            "CRITERION": 0,
+            "SLOTS": 32,
+            "BLOCK_B": tiles.samples,
+            "BLOCK_N": tiles.units,
+            "BLOCK_K": tiles.depth,
+        },
+        aligned=("table_ptr", "m", "stride_d") if width == "aligned" else ("table_ptr",),
+        warps=tiles.warps,
+        stages=tiles.stages,
+    )

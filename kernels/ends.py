@@ -1,0 +1,209 @@
+"""Before and after the iteration: the first iterate and record of every sample, and what is handed out for it."""
+
+import triton
+import triton.language as tl
+
+from .iteration import ending
+from .judge import CONVERGED, DIVERGED, LIVE, NONFINITE, judge
+from .records import (
+    ANDERSON,
+    BAD_INJECTION,
+    BAD_START,
+    BEFORE,
+    BEST_AT,
+    COUNTERS,
+    DUE,
+    EVEN,
+    FAILED,
+    FRONT,
+    HELD,
+    ITERATION,
+    LIMIT,
+    LISTS,
+    LIVE_SAMPLES,
+    MARKS,
+    MOVED,
+    PLACE,
+    RECORD,
+    RESIDUAL,
+    RING,
+    RUN,
+    STATUS,
+    STEP,
+    UNIT,
+    VALUES,
+    C,
+    D,
+    X,
+    Y,
+    floats,
+    halves,
+    ints,
+    unit_of,
+)
+
+
+@triton.jit(do_not_specialize=["B", "max_iter", "patience"])
+def start_kernel(
+    table_ptr,
+    start_ptr,
+    B,
+    m,
+    stride_c,
+    stride_d,
+    stride_start,
+    tol,
+    leave,
+    max_iter,
+    patience,
+    ENDING: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    HOMOGENEOUS: tl.constexpr,
+    ACCELERATION: tl.constexpr,
+    CRITERION: tl.constexpr,
+    FREE_FIRST: tl.constexpr,
+    INCREMENTS: tl.constexpr,
+    TILE_B: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One sample: is it finite, what is its unit, its first iterate and its record. ``start_ptr`` is None for zero;
+    with FREE_FIRST the first evaluation, of zero, is made here, where it costs no product."""
+    sample = tl.program_id(0)
+    b = sample.to(tl.int64)
+    c_ptr = floats(table_ptr, C) + b * stride_c
+    d_ptr = floats(table_ptr, D) + b * stride_d
+    largest, largest_value, bad, bad_start = 0.0, 0.0, 0, 0
+    at = 0
+    while at < m:
+        j = at + tl.arange(0, BLOCK)
+        c = tl.load(c_ptr + j, mask=j < m, other=0.0)
+        bad = tl.maximum(bad, tl.max(tl.where(tl.abs(c) < float("inf"), 0, 1)))
+        largest = tl.maximum(largest, tl.max(tl.abs(c)))
+        if not HOMOGENEOUS:
+            value = tl.where(j < m, ending(c, d_ptr + j, j < m, ENDING, ACTIVATION), 0.0)
+            largest_value = tl.maximum(largest_value, tl.max(tl.abs(value)))
+        if start_ptr is not None:
+            start = tl.load(start_ptr + b * stride_start + j, mask=j < m, other=0.0)
+            bad_start = tl.maximum(bad_start, tl.max(tl.where(tl.abs(start) < float("inf"), 0, 1)))
+            largest = tl.maximum(largest, tl.max(tl.abs(start)))
+            largest_value = tl.maximum(largest_value, tl.max(tl.abs(start)))
+        at += BLOCK
+    finite = (bad == 0) & (bad_start == 0)
+    unit = unit_of(tl.where(finite, largest if HOMOGENEOUS else largest_value, 1.0))
+
+    front_ptr = floats(table_ptr, FRONT) + b * m
+    total = 0.0
+    at = 0
+    while at < m:
+        j = at + tl.arange(0, BLOCK)
+        if FREE_FIRST:
+            c = tl.load(c_ptr + j, mask=j < m, other=0.0)
+            if HOMOGENEOUS:
+                c = c * unit
+            y = tl.where(j < m, ending(c, d_ptr + j, j < m, ENDING, ACTIVATION), 0.0)
+        elif start_ptr is not None:
+            y = tl.load(start_ptr + b * stride_start + j, mask=j < m, other=0.0)
+            if HOMOGENEOUS:
+                y = y * unit
+        else:
+            y = tl.zeros((BLOCK,), tl.float32)
+        y = tl.where(finite, y, 0.0)
+        tl.store(front_ptr + j, y, mask=j < m)
+        if INCREMENTS:
+            if FREE_FIRST:  # f(0) is the first increment, and c is W 0 + c
+                c = tl.where(finite, c, 0.0)
+                tl.store(floats(table_ptr, X) + b * m + j, c, mask=j < m)
+                tl.store(floats(table_ptr, Y) + b * m + j, tl.zeros((BLOCK,), tl.float32), mask=j < m)
+                tl.store(halves(table_ptr, EVEN) + b * m + j, y.to(tl.bfloat16), mask=j < m)
+            else:
+                tl.store(floats(table_ptr, Y) + b * m + j, y, mask=j < m)
+        if not HOMOGENEOUS:
+            y = y * unit
+        total += tl.sum(y * y)
+        at += BLOCK
+    size = tl.sqrt(total)
+
+    infinity = size * 0.0 + float("inf")
+    k = bad * 0
+    status, step, best, best_at, limit = k + LIVE, infinity, infinity, k, size
+    if FREE_FIRST:
+        k = k + 1
+        step = size
+        status, _better, best, best_at, limit, _slow = judge(
+            size, size, k, infinity, infinity, infinity, k * 0, size * 0.0, tol, leave, max_iter, patience, CRITERION
+        )
+    status = tl.where(finite, status, NONFINITE)
+    record_ptr = floats(table_ptr, RECORD) + b
+    tl.store(record_ptr + STEP * B, step)
+    tl.store(record_ptr + BEFORE * B, infinity)
+    tl.store(record_ptr + RESIDUAL * B, tl.where(finite, best, float("inf")))
+    tl.store(record_ptr + LIMIT * B, limit)
+    tl.store(record_ptr + UNIT * B, unit)
+    marks_ptr = ints(table_ptr, MARKS) + b
+    tl.store(marks_ptr + STATUS * B, status)
+    tl.store(marks_ptr + ITERATION * B, tl.where(finite, k, 0))
+    tl.store(marks_ptr + BEST_AT * B, best_at)
+    tl.store(marks_ptr + PLACE * B, 0)
+    tl.store(marks_ptr + HELD * B, 1 if ACCELERATION == ANDERSON else 0)
+    if INCREMENTS:
+        tl.store(record_ptr + MOVED * B, tl.where(step < float("inf"), step, 0.0))
+        tl.store(marks_ptr + RUN * B, 0)
+        tl.store(marks_ptr + DUE * B, 0 if FREE_FIRST else 1)
+    counters = ints(table_ptr, COUNTERS)
+    if status == LIVE:
+        tl.atomic_add(counters + LIVE_SAMPLES, 1)
+        tl.atomic_add(counters + LISTS + sample // TILE_B, 1)
+    else:
+        if status != CONVERGED:
+            tl.atomic_add(counters + FAILED, 1)
+    # The first sample has the largest distance from the end.
+    if bad > 0:
+        tl.atomic_max(counters + BAD_INJECTION, B - sample)
+    if bad_start > 0:
+        tl.atomic_max(counters + BAD_START, B - sample)
+
+
+@triton.jit(do_not_specialize=["B"])
+def finish_kernel(
+    table_ptr,
+    out_ptr,
+    residual_ptr,
+    iterations_ptr,
+    status_ptr,
+    B,
+    m,
+    largest,
+    HOMOGENEOUS: tl.constexpr,
+    MASKED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One sample's best iterate, held within ``largest`` (beyond it has diverged), and its record. A sample that was
+    not finite is zero, with MASKED NaN, where a loss scaler looks for it."""
+    b = tl.program_id(0).to(tl.int64)
+    record = floats(table_ptr, RECORD) + b
+    marks = ints(table_ptr, MARKS) + b
+    place = tl.load(marks + PLACE * B)
+    status = tl.load(marks + STATUS * B)
+    source = floats(table_ptr, tl.where(place < RING, FRONT + place, VALUES))
+    source += (tl.maximum(place - RING, 0).to(tl.int64) * B + b) * m
+    unit = tl.load(record + UNIT * B)
+    beyond = place * 0
+    first = 0
+    while first < m:
+        j = first + tl.arange(0, BLOCK)
+        z = tl.load(source + j, mask=j < m, other=0.0)
+        if HOMOGENEOUS:
+            z = z * (1.0 / unit)
+        beyond = tl.maximum(beyond, tl.max((tl.abs(z) > largest).to(tl.int32)))
+        z = tl.minimum(tl.maximum(z, -largest), largest)
+        if MASKED:
+            z = tl.where(status == NONFINITE, float("nan"), z)
+        tl.store(out_ptr + b * m + j, z, mask=j < m)
+        first += BLOCK
+    if beyond > 0:
+        if status == CONVERGED:
+            tl.atomic_add(ints(table_ptr, COUNTERS) + FAILED, 1)
+        status = status * 0 + DIVERGED
+    tl.store(residual_ptr + b, tl.load(record + RESIDUAL * B))
+    tl.store(iterations_ptr + b, tl.load(marks + ITERATION * B))
+    tl.store(status_ptr + b, status.to(tl.uint8))

@@ -1,0 +1,122 @@
+"""deq.nn.Equilibrium: the layer around any block."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import deq
+
+
+class Block(nn.Module):
+    """A small convolutional block: ``relu(z / 2 + conv(relu(conv(z) + x)))``, normalised."""
+
+    def __init__(self, channels: int = 4, dtype=torch.float64):
+        super().__init__()
+        self.first = nn.Conv2d(channels, channels, 3, padding=1, dtype=dtype)
+        self.second = nn.Conv2d(channels, channels, 3, padding=1, dtype=dtype)
+        self.norm = nn.GroupNorm(2, channels, dtype=dtype)
+
+    def forward(self, z, x):
+        return torch.tanh(0.3 * self.norm(z + self.second(torch.relu(self.first(z) + x))))
+
+
+@pytest.fixture
+def block():
+    torch.manual_seed(0)
+    return Block()
+
+
+@pytest.fixture
+def x():
+    return torch.randn(3, 4, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def unrolled(block, x, steps=200):
+    z = torch.zeros_like(x)
+    for _ in range(steps):
+        z = block(z, x)
+    return z
+
+
+@pytest.mark.parametrize("solver", ["plain", "anderson", "broyden", "newton_krylov", "auto"])
+def test_value_and_gradients(block, x, solver):
+    x.requires_grad_()
+    layer = deq.nn.Equilibrium(block, solver=solver, tol=1e-11, on_failure="raise")
+    z = layer(x)
+    expected = unrolled(block, x)
+    torch.testing.assert_close(z, expected, rtol=1e-9, atol=1e-11)
+    g = torch.randn_like(z)
+    inputs = (x, *block.parameters())
+    for ours, theirs in zip(torch.autograd.grad(z, inputs, g), torch.autograd.grad(expected, inputs, g), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
+    assert layer.solution.converged.all() and not layer.solution.z.requires_grad
+
+
+def test_gradients_in_evaluation(block, x):
+    layer = deq.nn.Equilibrium(block).eval()
+    assert layer(x).requires_grad
+    with torch.no_grad():
+        assert not layer(x).requires_grad
+
+
+def test_start(block, x):
+    layer = deq.nn.Equilibrium(block)
+    cold = layer(x)
+    iterations = layer.solution.iterations
+    assert torch.equal(layer(x, z0=torch.zeros_like(x)), cold)
+    layer(x, z0=cold.detach())
+    assert (layer.solution.iterations < iterations).all()
+    wide = deq.nn.Equilibrium(
+        lambda z, x: torch.tanh(0.5 * z + x.sum(1, keepdim=True)), init=lambda x: x.new_zeros(3, 6)
+    )
+    assert wide(torch.ones(3, 2)).shape == (3, 6)
+    with pytest.raises(ValueError, match="z0 must be given, or init"):
+        layer()
+
+
+def test_several_states_and_inputs():
+    f = lambda z, x, y: (torch.tanh(0.3 * z[1] + x), torch.sin(0.5 * z[0] + y))  # noqa: E731
+    layer = deq.nn.Equilibrium(f, init=lambda x, y: (torch.zeros_like(x), torch.zeros_like(y)), on_failure="raise")
+    x, y = torch.randn(4, 3), torch.randn(4, 3)
+    a, b = layer(x, y)
+    torch.testing.assert_close(a, torch.tanh(0.3 * b + x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(b, torch.sin(0.5 * a + y), rtol=1e-4, atol=1e-5)
+
+
+def test_copies_and_state(block, x):
+    layer = deq.nn.Equilibrium(block, solver="plain")
+    z = layer(x)
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert twin.solution is None and torch.equal(twin(x), z)
+    buffer = io.BytesIO()
+    torch.save(layer.state_dict(), buffer)
+    buffer.seek(0)
+    other = deq.nn.Equilibrium(Block(), solver="plain")
+    other.load_state_dict(torch.load(buffer))
+    assert torch.equal(other(x), z)
+    assert "solver='plain'" in repr(layer)
+
+
+def test_unknown_option(block):
+    with pytest.raises(TypeError, match=r"deq.nn.Equilibrium has no option f_tol=0.1; did you mean 'tol'\?"):
+        deq.nn.Equilibrium(block, f_tol=0.1)
+    with pytest.raises(TypeError, match="block must be a module or function; got int"):
+        deq.nn.Equilibrium(3)
+
+
+def test_autocast(block, x):
+    """The block runs in the precision of its state, forward and backward."""
+    block, x = block.float(), x.float()
+    layer = deq.nn.Equilibrium(block, on_failure="raise")
+    seen = []
+    block.first.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    plain = torch.autograd.grad(layer(x).sum(), block.first.weight)[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        z = layer(x.bfloat16())
+        gradient = torch.autograd.grad(z.sum(), block.first.weight)[0]
+    assert set(seen) == {torch.float32} and z.dtype == torch.float32
+    torch.testing.assert_close(gradient, plain, rtol=0.1, atol=0.02 * float(plain.abs().max()))  # x was rounded

@@ -1,0 +1,64 @@
+"""Gradient flow of the diagonal family, its minimisers, and generalisation on the unseen."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deq.experiments._flow import F64, Family, integrate, off_row_space, problem
+from deq.experiments.bias import DEQ
+from deq.experiments.gotu import root
+
+few = settings(max_examples=15, deadline=None)
+
+
+def test_integrator_follows_an_exponential():
+    times = []
+    u, t = integrate(
+        lambda u: -u, torch.ones(3, dtype=F64), done=lambda u: float(u.max()) < 1e-3, visit=lambda t, u: times.append(t)
+    )
+    torch.testing.assert_close(u, torch.full((3,), math.exp(-t), dtype=F64), rtol=1e-8, atol=0)
+    assert times == sorted(times) and times[-1] == t
+    with pytest.raises(RuntimeError, match="within 5 steps"):
+        integrate(lambda u: -u, torch.ones(1, dtype=F64), done=lambda u: False, most=5)
+
+
+@few
+@given(L=st.sampled_from([-2, -1, 1, 2, 3]), seed=st.integers(0, 100), start=st.floats(0.3, 2))
+def test_flow_minimiser_and_dual_agree(L, seed, start):
+    family, (X, y, _) = Family(L), problem(3, 9, seed)
+    beta0 = torch.full((9,), start, dtype=F64)
+    dual, newton = family.limit(X, y, beta0), family.minimiser(X, y, beta0)
+    torch.testing.assert_close(dual, newton, rtol=1e-8, atol=1e-9)
+    flow = family.flow(X, y, beta0, tol=1e-7, rtol=1e-9)
+    torch.testing.assert_close(flow, dual, rtol=1e-4, atol=1e-5)
+    assert off_row_space(X, family.gradient(dual, beta0)) < 1e-7
+
+
+def test_the_curvature_is_the_derivative_of_the_gradient():
+    beta = torch.tensor([0.3, 1.0, 2.5], dtype=F64, requires_grad=True)
+    beta0 = torch.full((3,), 0.7, dtype=F64)
+    for L in (-2, -1, 1, 2, 3):
+        (slope,) = torch.autograd.grad(Family(L).gradient(beta, beta0).sum(), beta)
+        torch.testing.assert_close(slope, Family(L).curvature(beta.detach()))
+    negative = Family(-1, sign=-1.0)
+    (slope,) = torch.autograd.grad(negative.gradient(-beta, -beta0).sum(), beta)
+    torch.testing.assert_close(-slope, negative.curvature(-beta.detach()))
+
+
+def test_the_potential_of_the_deq_has_the_plus_sign():
+    """q' = -beta^-3 + beta0^-3 of 1 / (2 beta^2) + beta0^-3 beta, up to the factor 3 of the family."""
+    beta, beta0 = torch.tensor([0.5, 2.0], dtype=F64), torch.tensor([1.0, 3.0], dtype=F64)
+    torch.testing.assert_close(3 * DEQ.gradient(beta, beta0), beta0**-3 - beta**-3)
+    torch.testing.assert_close(3 * DEQ.gradient(beta, beta0, -1.0), -(beta0**-3) - beta**-3)
+
+
+@few
+@given(L=st.sampled_from([-1, 2, 3]), total=st.floats(-2, 4), beta0=st.floats(0.05, 2))
+def test_root_solves_its_equation(L, total, beta0):
+    family = Family(L)
+    beta = root(family, total, beta0)
+    q = float(family.gradient(torch.tensor(beta, dtype=F64), torch.tensor(beta0, dtype=F64)))
+    assert beta > 0 and beta + q / L**2 == pytest.approx(total, rel=1e-9, abs=1e-9)

@@ -1,0 +1,264 @@
+"""What runs on a GPU is decided by formulas and constants alone: here against the table they were made for."""
+
+import dataclasses
+import json
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+
+from deq import gpu_device
+from deq.gpu_device import find_device
+from deq.gpu_plan import (
+    ACCURATE,
+    INCREMENTS,
+    PRECISIONS,
+    REGIMES,
+    WORTH_IT,
+    choose,
+    expected,
+    loop_time,
+    resident_shared,
+    tiles_of,
+    time_of,
+)
+from deq.kernels.tiles import ENOUGH_PROGRAMS, MOST_SPLITS, STEP_TILES, TILES, programs, step_tiles
+
+H200 = find_device("NVIDIA H200", (9, 0))
+DEVICES = [find_device(name) for name in gpu_device.table()]
+# Microseconds an iteration with W in bfloat16, as they were first estimated for the H200: m, B, resident, grid, cell,
+# graphed loop, eager loop.
+ESTIMATES = """
+  64     1  0.33  1.7   2.0    10    57
+  64   256  0.33    -   2.0    10    57
+  64  4096  0.35    -   2.3  11.5    57
+ 256     1  0.82  1.7   2.0    10    57
+ 256   256  0.82    -   2.1    10    57
+ 256  4096   1.1    -   3.8    16    57
+ 512    32     -  1.8   2.1    10    57
+1024     1     -  1.7   2.4  10.4    57
+1024    32     -  2.0   2.4  10.6    57
+1024  4096     -    -    17    44    59
+2048     1     -  1.9   3.5    12    57
+2048    32     -  2.5   3.6    12    57
+2048   256     -    -   5.3    16    57
+4096     1     -  2.7   8.1    16    57
+4096    32     -  4.1   8.2    17    57
+4096   256     -    -    14    27    57
+4096  4096     -    -   194   275   290
+8192     1     -    -    33    41    57
+8192   256     -    -    48    65    80
+8192  4096     -    -   734   889   904
+"""
+
+
+def estimates():
+    for line in ESTIMATES.strip("\n").splitlines():
+        m, B, *cells = line.split()
+        yield int(m), int(B), cells
+
+
+def printed(seconds, like):
+    """In microseconds, with as many digits as ``like`` has."""
+    return "-" if seconds is None else f"{1e6 * seconds:.{len(like.partition('.')[2])}f}"
+
+
+@pytest.mark.parametrize(("m", "B", "cells"), list(estimates()))
+def test_times_are_those_that_the_regimes_were_chosen_by(m, B, cells):
+    times = [time_of(regime, m, B, H200, "bfloat16") for regime in ("resident cuda", "grid", "cell")]
+    times += [loop_time(m, B, H200, graphed) for graphed in (True, False)]
+    assert [printed(seconds, cell) for seconds, cell in zip(times, cells, strict=True)] == cells
+
+
+def test_capacity():
+    """The largest widths that the regimes hold on an H200 with two bytes an element, and with one."""
+
+    def largest(regime, precision, B=1):
+        return max(m for m in range(1, 7000) if time_of(regime, m, B, H200, precision) is not None)
+
+    assert [largest(r, "bfloat16") for r in ("resident", "resident cuda", "grid")] == [256, 336, 4472]
+    assert largest("grid", "float8") == int(4472.9 * 2**0.5)
+    assert largest("resident", "ieee") == 128
+    assert time_of("grid", 64, 33, H200, "bfloat16") is None
+    a100 = find_device("A100")
+    assert time_of("cell", 64, 1, a100, "float8") is None  # no such units
+    assert time_of("resident cuda", 336, 1, a100, "bfloat16") is None
+
+
+shapes = st.tuples(st.integers(1, 9000), st.integers(0, 5000))
+
+
+@hypothesis.given(
+    shapes, st.integers(0, 500), st.integers(0, 5000), st.sampled_from(DEVICES), st.sampled_from(list(PRECISIONS))
+)
+def test_times_grow_with_width_and_batch(shape, wider, more, device, precision):
+    m, B = shape
+    for regime in REGIMES:
+        times = [time_of(regime, *s, device, precision) for s in (shape, (m + wider, B), (m, B + more))]
+        if times[0] is None:
+            assert times[1] is None and times[2] is None  # what does not fit fits no better when it grows
+        else:
+            assert times[0] > 0 and all(times[0] <= t for t in times[1:] if t is not None)
+
+
+@hypothesis.given(
+    shapes,
+    st.sampled_from(DEVICES),
+    st.sampled_from(list(ACCURATE)),
+    st.sampled_from([("cell",), ("resident", "cell"), ("resident cuda", "cell"), ("resident", "grid", "cell")]),
+    st.sampled_from([("native",), ("native", "bfloat16"), ("native", "bfloat16", "float8")]),
+)
+def test_choices_are_inside_capacity_and_no_slower_than_any_other(shape, device, dtype, allowed, increments):
+    m, B = shape
+    plan = choose(m, B, dtype=dtype, device=device, allowed=allowed, increments=increments)
+    assert plan.regime in allowed and plan.increments in increments and plan.precision == ACCURATE[dtype]
+    kept = plan.precision if plan.increments == "native" else plan.increments
+    if plan.regime == "cell":
+        assert plan.tiles in {*STEP_TILES, *(tiles for ladder in TILES.values() for tiles in ladder)}
+        assert plan.tiles.samples <= max(16, 2 * B)
+    else:
+        assert plan.tiles.units * plan.tiles.depth * PRECISIONS[kept].size <= device.shared_per_block + 96 * 1024
+    assert plan.tiles == tiles_of(plan.regime, m, B, device, kept)
+    best = expected(plan.regime, m, B, device, plan.precision, plan.increments)
+    assert plan.expected_us == 1e6 * best.iteration > 0
+    kinds = ("native",) if dtype == "float64" else increments
+    others = [expected(r, m, B, device, ACCURATE[dtype], i) for r in allowed for i in kinds]
+    assert all(WORTH_IT * best.solve <= other.solve for other in others if other is not None)
+    assert plan.why
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=lambda device: device.name)
+@pytest.mark.parametrize("dtype", ACCURATE)
+def test_no_regime_comes_back(device, dtype):
+    """From narrow to wide, and from few samples to many, a regime that was left is not chosen again. Widths are powers
+    of two: regime "resident" pads to them, which can cost it the widths just above one. They are compared without
+    increments, which come to the resident kernel at 129 and give it back what it had lost to the cell."""
+    widths, batches = [2**k for k in range(14)], [1, 8, 32, 33, 256, 4096]
+    options = {"dtype": dtype, "device": device, "allowed": ("resident", "grid", "cell")}
+
+    def runs(choices):
+        return [choice for i, choice in enumerate(choices) if i == 0 or choices[i - 1] != choice]
+
+    for B in batches:
+        seen = runs([choose(m, B, **options).regime for m in widths])
+        assert len(set(seen)) == len(seen), (B, seen)
+    for m in widths:
+        for increments in (INCREMENTS[:1], INCREMENTS[:2]):
+            seen = runs([choose(m, B, increments=increments, **options).regime for B in batches])
+            assert len(set(seen)) == len(seen), (m, seen)
+
+
+@hypothesis.given(shapes)
+def test_the_inner_dimension_is_split_where_few_tiles_leave_a_device_idle(shape):
+    m, B = shape
+    tiles, splits = step_tiles(B, m)
+    plan = choose(m, B, dtype="float32", device=H200, allowed=("cell",))
+    assert (plan.tiles, plan.split_k) == (tiles, splits)
+    assert 1 <= splits <= MOST_SPLITS
+    if splits > 1:
+        assert tiles.samples == STEP_TILES[-1].samples
+        assert splits // 2 * programs(B, m, tiles) <= ENOUGH_PROGRAMS
+        assert splits * tiles.depth <= m
+    assert choose(m, B, dtype="float32", device=H200, allowed=("cell",), increments=("bfloat16",)).split_k == 1
+
+
+def test_increments_are_chosen_where_they_pay():
+    options = {"dtype": "float32", "device": H200, "increments": ("native", "bfloat16")}
+    assert choose(128, 1, **options).increments == "native"  # W is on chip in float32
+    narrow, wide = choose(256, 64, **options), choose(4096, 4096, **options)
+    assert (narrow.regime, narrow.increments) == ("resident", "bfloat16")  # which only then holds W
+    assert (wide.regime, wide.increments, wide.precision) == ("cell", "bfloat16", "tf32x3")
+    assert "bfloat16 increments between anchors in tf32x3, about one in 6" in wide.why
+    assert choose(4096, 4096, **options | {"dtype": "float64"}).increments == "native"
+
+
+def test_the_resident_kernel_has_these_shapes():
+    """What the plan counts with is what kernels/solve_resident.py is compiled for."""
+    from deq.kernels import solve_resident
+
+    for m in (1, 16, 17, 64, 100, 128, 129, 256):
+        size = 4 if m <= solve_resident.WHOLE.value else 2
+        tiles = tiles_of("resident", m, 1, H200, "tf32x3" if size == 4 else "bfloat16")
+        assert (tiles.samples, tiles.units) == (solve_resident.BLOCK_B, solve_resident.padded(m))
+        assert tiles.warps == solve_resident.WARPS[tiles.units]
+        assert resident_shared(tiles.units, size) <= H200.shared_per_block
+    assert set(solve_resident.WARPS) == {tiles_of("resident", m, 1, H200, "bfloat16").units for m in range(1, 257)}
+    assert tiles_of("resident", 257, 1, H200, "bfloat16") is None
+
+
+def test_a_plan_says_what_it_is_and_why():
+    plan = choose(2048, 8, dtype="float32", device=H200)
+    assert str(plan) == "cell, tf32x3, tiles 16x32x64, inner dimension in 2 pieces"
+    plan = choose(2048, 8, dtype="float32", device=H200, increments=("bfloat16",))
+    assert str(plan) == "cell, tf32x3, tiles 16x32x128, bfloat16 increments"
+    plan = choose(64, 8, dtype="float32", device=find_device("NVIDIA L40S", (8, 9)))
+    assert "constants of the A100: those of NVIDIA L40S are not known (deq bench constants)" in plan.why
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"m": 0}, "m must be at least 1 and B at least 0; got m = 0, B = 1"),
+        ({"B": -1}, "m must be at least 1 and B at least 0; got m = 1, B = -1"),
+        ({"dtype": "int8"}, "dtype must be of 'float64', .*; got 'int8'"),
+        ({"allowed": ("warp",)}, "allowed must be of 'resident', .*; got 'warp'"),
+        ({"increments": ("int4",)}, "increments must be of 'native', .*; got 'int4'"),
+        ({"precision": "bf16"}, "precision must be of 'float8', .*; got 'bf16'"),
+        ({"m": 5000, "allowed": ("grid",)}, "allowed must hold a regime that can run m = 5000, B = 1 on NVIDIA H200"),
+    ],
+)
+def test_wrong_arguments(change, message):
+    with pytest.raises(ValueError, match=message):
+        choose(**{"m": 1, "B": 1, "dtype": "float32", "device": H200} | change)
+
+
+class TestDevices:
+    def test_every_number_says_where_it_comes_from(self):
+        fields = {field.name for field in dataclasses.fields(gpu_device.Device)} - {"name", "capability", "stands_for"}
+        for name, entry in gpu_device.table().items():
+            assert set(entry["numbers"]) == fields, name
+            for key, number in entry["numbers"].items():
+                assert set(number) == {"value", "unit", "basis", "source"} and number["source"], (name, key)
+                assert number["basis"] in gpu_device.BASES
+                assert number["value"] is None or number["value"] > 0
+
+    def test_only_what_was_measured_says_so(self):
+        measured = {
+            (name, key)
+            for name, entry in gpu_device.table().items()
+            for key, number in entry["numbers"].items()
+            if number["basis"] == "measured"
+        }
+        assert measured == {("H200", key) for key in ("processors", "clock", "copy", "matmul_bfloat16")}
+
+    @pytest.mark.parametrize(
+        ("name", "capability", "stand_in"),
+        [
+            ("NVIDIA H200", (9, 0), ""),
+            ("NVIDIA A100-SXM4-80GB", (8, 0), ""),
+            ("NVIDIA H100 80GB HBM3", (9, 0), ""),
+            ("NVIDIA GH200 480GB", (9, 0), "H100"),
+            ("NVIDIA RTX A6000", (8, 6), "A100"),
+            ("NVIDIA B300", (10, 3), "B200"),
+            ("NVIDIA GeForce RTX 5090", (12, 0), "B200"),
+        ],
+    )
+    def test_find(self, name, capability, stand_in):
+        device = find_device(name, capability)
+        assert (device.name, device.capability, device.stands_for) == (name, capability, stand_in)
+        consumer = capability in ((8, 6), (8, 9), (12, 0))
+        assert device.shared_per_block == (99 * 1024 if consumer else {8: 163, 9: 227, 10: 227}[capability[0]] * 1024)
+
+    def test_what_cannot_be_found(self):
+        with pytest.raises(ValueError, match=r"capability must be at least 8\.0; Tesla T4 has 7\.5"):
+            find_device("Tesla T4", (7, 5))
+        with pytest.raises(
+            ValueError, match=r"known GPU \(H200, H100, A100, B200\) or come with a capability; got 'MI300'"
+        ):
+            find_device("MI300")
+
+    def test_the_file_is_as_it_is_written(self, tmp_path):
+        path = tmp_path / "constants.json"
+        gpu_device.write_table(gpu_device.table(), path)
+        assert path.read_text() == gpu_device.PATH.read_text()
+        assert json.loads(path.read_text()) == gpu_device.table()

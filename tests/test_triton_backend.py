@@ -1,0 +1,209 @@
+"""The Triton backend in the interpreter, in all its regimes, against the reference: the contract of a solve."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import triton
+from close import assert_as_accurate
+from problems import exact, gaussian, torch_adjoint, torch_loop
+
+import deq
+from deq import _triton, reference, stats
+from deq.backends import get_backend, triton_kind
+from deq.gpu_plan import choose
+from deq.kernels import iteration
+from deq.kernels.tiles import Tiles
+from deq.solve import _make_problem
+
+SMALL = Tiles(16, 16, 16, 4, 2)  # several tiles in every direction at sizes that the interpreter can bear
+REGIMES = ["resident", "cell", "split", "increments"]
+regimes = pytest.mark.parametrize("regime", REGIMES, indirect=True)
+
+
+@pytest.fixture
+def regime(request, monkeypatch):
+    """Makes the backend solve in one regime, whatever the plan would choose; "split" shares the inner dimension."""
+    allowed = ("resident",) if request.param == "resident" else ("cell",)
+
+    def forced(m, B, *, increments, **given):
+        if request.param != "increments":
+            increments = ("native",) if m <= 128 or request.param != "resident" else ("bfloat16",)
+        how = choose(m, B, increments=increments, **(given | {"allowed": allowed}))
+        return replace(how, increments=increments[-1], tiles=SMALL)
+
+    monkeypatch.setattr(triton_kind, "choose", forced)
+    monkeypatch.setattr(iteration, "STEP_TILES", (SMALL,))
+    monkeypatch.setattr(iteration, "step_tiles", lambda B, m: (SMALL, 2 if request.param == "split" else 1))
+    return request.param
+
+
+def solved(W, c, activation="relu", **options):
+    """The solution, after a check that it is the Triton backend's."""
+    solution = deq.solve(W, c, activation, backend="triton", **options)
+    assert solution.plan.backend == "triton"
+    return solution
+
+
+@pytest.mark.parametrize(("m", "B"), [(1, 2), (17, 3), (18, 17)])
+@regimes
+def test_as_accurate_as_a_torch_loop(m, B, regime):
+    W, c, _ = gaussian(m, B)
+    solution = solved(W, c, solver="plain")
+    assert solution.converged.all()
+    assert_as_accurate(solution.z, torch_loop(W, c), exact(W, c))
+
+
+@pytest.mark.parametrize("regime", ["resident", "increments"], indirect=True)
+def test_increments_are_as_accurate(regime):
+    """Above a width of 128 the resident solve goes by increments too."""
+    W, c, _ = gaussian(130 if regime == "resident" else 40, 3, seed=1)
+    assert_as_accurate(solved(W, c).z, torch_loop(W, c), exact(W, c))
+
+
+@pytest.mark.parametrize("solver", ["auto", "anderson", "cayley"])
+@pytest.mark.parametrize("regime", ["resident", "cell", "increments"], indirect=True)
+def test_other_solvers(solver, regime):
+    W, c, _ = gaussian(12, 4, scale=0.9)
+    solution = solved(W, c, "tanh", solver=solver)
+    assert solution.converged.all()
+    assert_as_accurate(solution.z, torch_loop(W, c, "tanh"), exact(W, c, "tanh"))
+
+
+@pytest.mark.parametrize("acceleration", ["none", "on_demand"])
+@pytest.mark.parametrize("regime", ["resident", "split", "increments"], indirect=True)
+def test_every_sample_goes_the_way_of_the_reference(acceleration, regime):
+    """Iterations and status one by one: fast, slow, zero, cycling and diverging samples side by side."""
+    W = torch.zeros(17, 17)
+    W[0, 0], W[1, 1], W[2, 3], W[3, 2], W[4, 4] = 0.9, 0.5, -1.0, -1.0, 4.0
+    c = torch.zeros(6, 17)
+    c[range(6), (0, 1, 2, 4, 10, 16)] = torch.arange(1.0, 7.0)
+    c[5] = -1.0
+    plan = deq.solve(W, c[:1], solver="plain", max_iter=30, on_failure="ignore").plan
+    plan = replace(plan, backend="triton", acceleration=acceleration, increments="native")
+    expected = get_backend("reference").solve(W, c, None, "relu", plan)
+    outcome = get_backend("triton").solve(W, c, None, "relu", plan)
+    status = stats.status(outcome.z, outcome.stats)
+    assert status.tolist() == stats.status(expected.z, expected.stats).tolist()
+    assert outcome.report == expected.report
+    if acceleration == "none":
+        assert set(status.tolist()) == {deq.Status.CONVERGED, deq.Status.MAX_ITER, deq.Status.DIVERGED}
+        if regime != "increments":  # those evaluate some points twice
+            read = stats.iterations(outcome.z, outcome.stats)
+            assert read.tolist() == stats.iterations(expected.z, expected.stats).tolist()
+            torch.testing.assert_close(outcome.z[:4], expected.z[:4])
+
+
+@pytest.mark.parametrize("regime", ["resident", "cell", "increments"], indirect=True)
+@pytest.mark.parametrize("activation", ["tanh", "gelu"])
+def test_gradients(activation, regime):
+    W, c, g = gaussian(19, 5)
+    weight, injection = W.clone().requires_grad_(), c.clone().requires_grad_()
+    solved(weight, injection, activation, tol=1e-6).z.backward(g)
+    z = torch_loop(W, c, activation, tol=1e-6)
+    plain = torch_adjoint(W, c, z, g, activation, tol=1e-6)
+    dW, dc = reference.implicit_gradient(W.double(), c.double(), exact(W, c, activation), g.double(), activation)
+    assert_as_accurate(injection.grad, plain, dc)
+    assert_as_accurate(weight.grad, plain.mT @ z, dW)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e25])
+@pytest.mark.parametrize("regime", ["resident", "cell", "increments"], indirect=True)
+def test_scale_changes_nothing(scale, regime):
+    W, c, _ = gaussian(10, 3)
+    scale = 2.0 ** round(torch.tensor(scale).log2().item())
+    one, other = solved(W, c), solved(W, c * scale)
+    assert other.converged.all()
+    assert torch.equal(one.iterations, other.iterations)
+    torch.testing.assert_close(other.z / scale, one.z)
+
+
+@pytest.mark.parametrize("regime", ["resident", "cell"], indirect=True)
+def test_smooth_activations_far_from_one(regime):
+    W, c, _ = gaussian(6, 2)
+    for activation, scale in (("gelu", 1e22), ("softplus", 1e-25)):
+        solution = solved(W, c * scale, activation)
+        assert solution.converged.all() and torch.isfinite(solution.z).all()
+
+
+@regimes
+def test_strides_dtypes_stacks_and_nothing(regime):
+    W, c, _ = gaussian(9, 4)
+    expected = solved(W, c).z
+    wide = torch.zeros(4, 18)
+    wide[:, ::2] = c
+    assert torch.equal(solved(W.mT.contiguous().mT, wide[:, ::2]).z, expected)
+    assert torch.equal(solved(torch.stack((W, 0.5 * W)), c.expand(2, 4, 9)).z[0], expected)
+    assert solved(W, c[:0]).z.shape == (0, 9)
+    half = solved(W.bfloat16(), c.bfloat16())
+    assert half.z.dtype == torch.bfloat16 and half.residual.dtype == torch.float32
+    assert_as_accurate(half.z, torch_loop(W.bfloat16(), c.bfloat16(), tol=1e-2), exact(W.bfloat16(), c.bfloat16()))
+
+
+@pytest.mark.parametrize("regime", ["resident", "cell"], indirect=True)
+def test_batch_mates_change_nothing(regime):
+    W, c, _ = gaussian(11, 18)
+    together = solved(W, c)
+    apart = solved(W, c[16:])
+    assert torch.equal(together.z[16:], apart.z)
+    assert torch.equal(together.iterations[16:], apart.iterations)
+
+
+@pytest.mark.parametrize("regime", ["resident", "cell", "increments"], indirect=True)
+def test_wrong_samples_are_named(regime):
+    W, c, _ = gaussian(5, 3)
+    for bad, place in ((float("nan"), 1), (float("inf"), 2)):
+        wrong = c.clone()
+        wrong[place, 2] = bad
+        with pytest.raises(ValueError, match=rf"c must be finite; c\[{place}\]"):
+            solved(W, wrong)
+        with pytest.raises(ValueError, match=rf"z0 must be finite; z0\[{place}\]"):
+            solved(W, c, z0=wrong)
+    wrong = W.clone()
+    wrong[3, 1] = float("nan")
+    with pytest.raises(ValueError, match=r"W must be finite; W\[3, 1\]"):
+        solved(wrong, c)
+
+
+@pytest.mark.parametrize("regime", ["resident", "cell"], indirect=True)
+def test_gradient_of_what_is_not_finite_is_nan_for_its_sample(regime):
+    W, c, g = gaussian(5, 3)
+    g[1, 0] = float("inf")
+    c.requires_grad_()
+    deq.solve(W, c, backend="triton", on_failure="ignore").z.backward(g)
+    assert torch.isnan(c.grad[1]).all() and torch.isfinite(c.grad[[0, 2]]).all()
+
+
+def test_without_interpreter_and_gpu_the_error_says_so(monkeypatch):
+    W, c, _ = gaussian(4, 2)
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    _triton.why_not.cache_clear()
+    _make_problem.cache_clear()
+    with pytest.raises(ValueError, match=r"backend='triton' cannot solve cpu tensors here: .*interpreter"):
+        deq.solve(W, c, backend="triton")
+    monkeypatch.undo()
+    _triton.why_not.cache_clear()
+
+
+def test_float64_goes_to_the_reference_and_says_why():
+    W, c, _ = gaussian(4, 2, torch.float64)
+    plan = deq.solve(W, c, backend="triton").plan
+    assert plan.backend == "reference" and any("float64" in reason for reason in plan.why)
+
+
+def test_a_deferred_report_surfaces_when_the_status_is_read(monkeypatch):
+    """As on a GPU, where nothing is read before."""
+    backend = get_backend("triton")
+    monkeypatch.setattr(backend, "is_deferred", lambda c: True)
+    W, c, _ = gaussian(4, 3)
+    grows = deq.solve(5 * torch.eye(4), c.abs(), backend="triton", solver="plain")
+    with pytest.warns(deq.ConvergenceWarning, match="3 of 3 samples did not converge"):
+        assert (grows.status == deq.Status.DIVERGED).all()
+    assert (grows.status == deq.Status.DIVERGED).all()  # and says so once
+    c[2, 1] = float("nan")
+    wrong = deq.solve(W, c, backend="triton")
+    with pytest.raises(ValueError, match=r"c must be finite; c\[2\]"):
+        wrong.converged  # noqa: B018
+    raises = deq.solve(5 * torch.eye(4), c[:1].abs(), backend="triton", solver="plain", on_failure="raise").detach()
+    with pytest.raises(deq.ConvergenceError):
+        raises.status  # noqa: B018
