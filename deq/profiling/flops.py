@@ -73,16 +73,10 @@ def reduced_iterate(
     return 4 * q.shape[-1] * c.shape[-1] * (iterations.numel() if is_fake else int(iterations.sum(dtype=torch.int64)))
 
 
-def outer(left: Tensor, right: Tensor, *_, **__) -> int:
-    """``sum over samples of left right^T``."""
-    return 2 * left.numel() * right.shape[-1]
-
-
 FORMULAS = {
     "solve_": solve,
     "masked_linear_": masked_linear,
     "derivative_": derivative,
-    "outer_": outer,
     "outer_": outer,
     "substitute_": substitute,
     "reduced_": reduced,
