@@ -162,12 +162,14 @@ def resident_time(m: int, B: int, device: Device, precision: Precision, tiles: T
 
 
 def grid_time(m: int, B: int, device: Device, precision: Precision, tiles: Tiles) -> float:
-    """Every multiprocessor reads and multiplies its rows of W, and all states of the others come through L2."""
+    """Every multiprocessor reads and multiplies its rows of W, and all states of the others come through L2; more
+    samples than slots take turns."""
     weight = tiles.units * m
     read = precision.size * weight / device.shared_bandwidth
     multiply = 2 * weight * tiles.samples / precision.of_processor(device)
-    states = device.processors * m * B * precision.size / GRID_MULTICAST / device.l2
-    return max(read, multiply) + states + GRID_START + device.grid_barrier + device.block_reduction
+    states = device.processors * m * min(B, tiles.samples) * precision.size / GRID_MULTICAST / device.l2
+    turn = max(read, multiply) + states + GRID_START + device.grid_barrier + device.block_reduction
+    return max(1, ceil(B / tiles.samples)) * turn
 
 
 def cell_time(m: int, B: int, device: Device, precision: Precision) -> float:

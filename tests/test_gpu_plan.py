@@ -36,15 +36,15 @@ ESTIMATES = """
  256     1  0.82  1.7   2.0    10    57
  256   256  0.82    -   2.1    10    57
  256  4096   1.1    -   3.8    16    57
- 512    32     -  1.8   2.1    10    57
-1024     1     -  1.7   2.4  10.4    57
-1024    32     -  2.0   2.4  10.6    57
+ 512    32     -  1.9   2.1    10    57
+1024     1     -  1.8   2.4  10.4    57
+1024    32     -  2.1   2.4  10.6    57
 1024  4096     -    -    17    44    59
 2048     1     -  1.9   3.5    12    57
 2048    32     -  2.5   3.6    12    57
 2048   256     -    -   5.3    16    57
 4096     1     -  2.7   8.1    16    57
-4096    32     -  4.1   8.2    17    57
+4096    32     - 11.5   8.2    17    57
 4096   256     -    -    14    27    57
 4096  4096     -    -   194   275   290
 8192     1     -    -    33    41    57
@@ -72,13 +72,13 @@ def test_times_are_those_that_the_regimes_were_chosen_by(m, B, cells):
 
 
 def test_capacity():
-    """The largest widths that the regimes hold on an H200 with two bytes an element, and with one."""
+    """The largest widths that the regimes hold on an H200."""
 
     def largest(regime, precision, B=1):
         return max(m for m in range(1, 7000) if time_of(regime, m, B, H200, precision) is not None)
 
-    assert [largest(r, "bfloat16") for r in ("resident", "resident cuda", "grid")] == [256, 336, 4472]
-    assert largest("grid", "float8") == int(4472.9 * 2**0.5)
+    assert [largest(r, "bfloat16") for r in ("resident", "resident cuda", "grid")] == [256, 336, 4224]
+    assert time_of("grid", 64, 1, H200, "float8") is None  # no such kernels
     assert largest("resident", "ieee") == 128
     assert time_of("grid", 64, 33, H200, "bfloat16") is None
     a100 = find_device("A100")
