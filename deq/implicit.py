@@ -123,7 +123,7 @@ class _Equilibrium(torch.autograd.Function):
         W, c = many.weight(W), many.samples(c, in_dims[1])
         z0 = None if z0 is None else many.samples(z0, in_dims[2])
         z, stats, report = _apply(_Equilibrium, W, c, z0, problem)
-        if report is not None and any(report):
+        if isinstance(report, list) and any(report):
             solution = Solution(z, stats, problem.plan)
             report_failures(solution, problem.on_failure, problem.plan.tol, "deq.solve")
         return (many.apart(z), many.stats(z, stats), None), (0, 0, None)

@@ -62,9 +62,9 @@ def padded(m: int) -> int:
 
 def scratch_floats(m: int, depth: int) -> int:
     """Float32 of scratch memory that a program needs: y, the best iterates, the window of values and residuals, the
-    Gram matrices and the weights."""
+    Gram matrices, the weights and the counts."""
     M = padded(m)
-    return BLOCK_B * (M * (2 + 2 * depth) + 2 * depth * (depth + 1))
+    return BLOCK_B * (M * (2 + 2 * depth) + 2 * depth * (depth + 1) + 2)
 
 
 @triton.jit
@@ -334,11 +334,16 @@ def _mixed(
         dots = _dot(step_of, other, judged, HOMOGENEOUS)
         tl.store(gram_ptrs + entry(newest, r, DEPTH) * BLOCK_B, dots.to(tl.float64), mask=mixes & (age < held))
         r += 1
-    tl.debug_barrier()
-    weights = mixing_weights(gram_ptrs, BLOCK_B, mixes, held, newest, DEPTH)
+    # The counts go through memory to come back one sample a thread: as they lie here, a thread has four, and would need
+    # the registers of four factorisations.
     weights_ptrs = gram_ptrs + DEPTH * DEPTH * BLOCK_B
+    count_ptrs = (weights_ptrs + DEPTH * BLOCK_B).to(tl.pointer_type(tl.int64))
+    tl.store(count_ptrs, tl.where(mixes, held, 0).to(tl.int64))
+    tl.debug_barrier()
+    count = tl.load(count_ptrs).to(tl.int32)
+    weights = mixing_weights(gram_ptrs, BLOCK_B, count > 0, count, newest, DEPTH)
     for i in tl.static_range(DEPTH):
-        tl.store(weights_ptrs + ring(newest, i, DEPTH) * BLOCK_B, weights[i], mask=mixes)
+        tl.store(weights_ptrs + ring(newest, i, DEPTH) * BLOCK_B, weights[i], mask=count > 0)
     tl.debug_barrier()
     mixed = tl.zeros((M, BLOCK_B), tl.float32)
     r = 0

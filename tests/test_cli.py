@@ -175,6 +175,7 @@ def test_interruption_before_anything_is_finished(tmp_path, monkeypatch):
         (("regoins",), ("no experiment 'regoins'", "Did you mean 'regions'?", "regions, sawtooth, steep")),
         ((), ("name an experiment: regions, sawtooth, steep",)),
         (("all", "--width", "5000"), ("regions: width must be at least 1 and at most 1000; got 5000",)),
+        (("density", "--width", "8"), ("density: width must be at least 16; got 8",)),
         (("steep", "--wdith", "3"), ("--wdith", "--width")),
     ],
 )

@@ -2,11 +2,14 @@
 
 import json
 import math
+from io import StringIO
 
 import pytest
+from rich.console import Console
 
-from deq.experiments import REGISTRY, SettingsError
+from deq.experiments import REGISTRY, SettingsError, execute
 from deq.experiments._result import (
+    NOT_JUDGED,
     PROVED,
     VIOLATED,
     number,
@@ -87,3 +90,17 @@ def test_settings_take_defaults_and_refuse_what_cannot_run():
 
 def test_the_registry_is_named_after_itself():
     assert all(name == e.name and e.title and e.claim.endswith(".") for name, e in REGISTRY.items())
+
+
+@pytest.mark.parametrize("name", list(REGISTRY))
+def test_every_experiment_runs_at_its_smallest_width(name, tmp_path):
+    """One neuron, one seed, a few steps: every proved claim still holds, and nothing is judged."""
+    if REGISTRY[name].missing:
+        pytest.skip(REGISTRY[name].missing)
+    settings = REGISTRY[name].settings(width=REGISTRY[name].smallest_width, seeds=1, level="quick")
+    result = execute(REGISTRY[name], settings, tmp_path, Console(file=StringIO(), width=80))
+    assert not result.violated
+    assert {c.verdict for c in result.claims if c.seeds} <= {NOT_JUDGED}
+    record = json.loads((tmp_path / f"{name}.json").read_text())
+    assert record["config"].keys() == REGISTRY[name].config.keys()
+    assert all(choice["why"] for choice in record["config"].values())

@@ -179,6 +179,7 @@ def test_gradient_of_what_is_not_finite_is_nan_for_its_sample(regime):
     assert torch.isnan(c.grad[1]).all() and torch.isfinite(c.grad[[0, 2]]).all()
 
 
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 def test_inside_torch_compile():
     W, c, _ = gaussian(9, 3)
     with torch.no_grad():

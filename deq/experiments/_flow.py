@@ -78,9 +78,18 @@ class Family:
         return (self.sign * beta0) ** (1 / self.L)
 
     def flow(
-        self, X: Tensor, y: Tensor, beta0: Tensor, *, rtol: float = 1e-11, tol: float = 1e-9, visit=None
+        self,
+        X: Tensor,
+        y: Tensor,
+        beta0: Tensor,
+        *,
+        rtol: float = 1e-11,
+        tol: float = 1e-9,
+        visit: Callable[[float, Tensor], None] | None = None,
+        enough: Callable[[], bool] = lambda: False,
     ) -> Tensor:
-        """beta at the end of the gradient flow of 1/2 |X beta - y|^2 on u, where |X beta - y| <= tol |y|."""
+        """beta at the end of the gradient flow of 1/2 |X beta - y|^2 on u, where |X beta - y| <= tol |y|, or earlier
+        when ``enough()``."""
         size = float(y.norm())
 
         def slope(u: Tensor) -> Tensor:
@@ -88,7 +97,7 @@ class Family:
             return -(X.mT @ (X @ beta - y)) * self.L * beta / u
 
         def done(u: Tensor) -> bool:
-            return float((X @ self.beta(u) - y).norm()) <= tol * size
+            return enough() or float((X @ self.beta(u) - y).norm()) <= tol * size
 
         see = None if visit is None else lambda t, u: visit(t, self.beta(u))
         return self.beta(integrate(slope, self.start(beta0), done=done, rtol=rtol, visit=see)[0])

@@ -89,6 +89,7 @@ class Experiment:
     seeds: tuple[int, int, int] = (1, 1, 1)
     depth: tuple[int, int, int] | None = None
     depth_means: str = ""
+    smallest_width: int = 1
     largest_width: int | None = None
     input_means: str = ""
     config: Mapping[str, Choice] = field(default_factory=dict)
@@ -121,7 +122,11 @@ class Experiment:
             depth = self.depth[at] if self.depth else None
         elif not self.depth:
             raise SettingsError(f"{self.name}: has no depth to set; got {depth}")
-        limits = [("width", width, 1, self.largest_width), ("seed", seed, 0, None), ("seeds", seeds, 1, None)]
+        limits = [
+            ("width", width, self.smallest_width, self.largest_width),
+            ("seed", seed, 0, None),
+            ("seeds", seeds, 1, None),
+        ]
         limits += [("depth", depth, 2, None)] if self.depth else []
         for name, value, low, high in limits:
             if value < low or (high is not None and value > high):

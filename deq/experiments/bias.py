@@ -17,6 +17,7 @@ from ._run import Choice, Experiment, Part, Run, Tick
 DEQ = Family(-1)
 MEMBERS = (-2, -1, 1, 2, 3)  # L of beta = u^L; -1 is the DEQ
 SIZES = ((3, 8), (5, 20), (8, 20), (10, 40))  # (N, d) of the small problems
+PATH = 2000  # steps of a flow that the basin's bounds are checked on; X of nearly dependent rows would take 10^5
 CONFIG = {
     "samples": Choice(4, "N of the wide problems: N <= d, so that X has full row rank and every label can be fitted"),
     "rates": Choice((0.05, 0.02, 0.01, 0.005), "of gradient descent; 0.2 leaves w < 1", quick=(0.05, 0.02)),
@@ -172,6 +173,7 @@ def _basins(run: Run) -> Callable[[Tick], dict]:
                 rtol=1e-9,
                 tol=1e-5 * radius / float(y.norm()),
                 visit=lambda t, beta, seen=seen: seen.append((t, beta)),
+                enough=lambda seen=seen: len(seen) >= PATH,
             )
             t = torch.tensor([s[0] for s in seen], dtype=F64)
             path = torch.stack([s[1] for s in seen])

@@ -1,6 +1,6 @@
 """Fig. 2: heat-maps of features, their magnitude, and their density whatever the magnitude."""
 
-import torch
+import numpy as np
 from matplotlib.figure import Figure
 
 from ._boolean import TASKS, models, train_on_seen
@@ -83,7 +83,7 @@ def draw(rows: dict[str, list[dict]]) -> Figure:
             width = max(len(r["features"][0]) for r in of_task)
             y, ticks = 0.0, []
             for r in of_task:
-                map_ = torch.tensor(r["features"])
+                map_ = np.array(r["features"])
                 image = ax.imshow(
                     map_, extent=(0, map_.shape[1], y + len(map_), y), vmin=0, vmax=top, cmap="magma", aspect="auto"
                 )

@@ -188,7 +188,7 @@ def draw(rows: list[dict]) -> Figure:
         images = torch.tensor(rows[0]["shown"]["x"])
         cams = [torch.tensor(r["shown"]["cam"]) for r in rows]
         grid = torch.cat([torch.cat(list(group), 1) for group in (images, *cams)], 0)
-        axes[0].imshow(grid, cmap="gray", vmin=0, vmax=1)
+        axes[0].imshow(grid.numpy(), cmap="gray", vmin=0, vmax=1)
         edges = [SIZE * (k + 0.5) for k in range(1 + len(rows))]
         axes[0].set_yticks(edges, ["image", *(r["model"].split()[0] for r in rows)])
         axes[0].set_xticks([])

@@ -4,6 +4,7 @@ from .convolutions import MonotoneConv2d, contractive_convolution
 from .dropout import VariationalDropout, reset_dropout
 from .equilibrium import Equilibrium
 from .equilibrium_linear import EquilibriumLinear
+from .multiscale import MultiscaleBlock
 from .normalisation import denormalise, normalise
 from .stability import correction_loss, jacobian_penalty, spectral_radius
 from .warm_start import WarmStart
@@ -26,6 +27,7 @@ __all__ = [
     "LowerTriangularWeight",
     "MonotoneConv2d",
     "MonotoneWeight",
+    "MultiscaleBlock",
     "VariationalDropout",
     "WarmStart",
     "contractive_convolution",

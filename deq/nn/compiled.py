@@ -41,7 +41,7 @@ def _function(layer: nn.Module, inputs: list[Tensor], parameters: list[Tensor]) 
     return lambda z: torch.func.functional_call(block, values, (z, *inputs))
 
 
-def _as_state(layer: nn.Module, parts: list[Tensor], is_tuple: bool) -> Tensor | tuple[Tensor, ...]:
+def _as_state(parts: list[Tensor], is_tuple: bool) -> Tensor | tuple[Tensor, ...]:
     return tuple(parts) if is_tuple else parts[0]
 
 
@@ -55,7 +55,7 @@ def equilibrium(
 ) -> list[Tensor]:
     """The equilibrium of a registered layer from ``start``, its parts."""
     module = _layer(layer)
-    solution = module.solve(_function(module, inputs, parameters), _as_state(module, start, is_tuple))
+    solution = module.solve(_function(module, inputs, parameters), _as_state(start, is_tuple))
     return _as_parts(solution.z)
 
 
@@ -87,7 +87,7 @@ def equilibrium_backward(
     with _autograd(), torch.enable_grad():
         leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in (*inputs, *parameters)]
         f = _function(module, leaves[: len(inputs)], leaves[len(inputs) :])
-        solution = module.solve(f, _as_state(module, z, is_tuple))
+        solution = module.solve(f, _as_state(z, is_tuple))
         parts = [solution.z] if isinstance(solution.z, Tensor) else list(solution.z)
         wanted = [leaf for leaf in leaves if leaf.requires_grad]
         found = iter(torch.autograd.grad(parts, wanted, g, allow_unused=True) if wanted else ())
