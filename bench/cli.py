@@ -225,11 +225,46 @@ def seeds(threads: tuple[int, ...], out: Path) -> None:
     _finish(rows, out, "seeds", console)
 
 
+@bench.command()
+@click.option("--threads", type=click.IntRange(min=1), multiple=True, help="Repeatable; 1 and 2 if not given.")
+@click.option(
+    "--seconds",
+    type=click.FloatRange(min=0, min_open=True),
+    default=2.0,
+    show_default=True,
+    help="Per case and method.",
+)
+@out_option
+def peers(threads: tuple[int, ...], seconds: float, out: Path) -> None:
+    """Equilibria of convolution and attention blocks against torchdeq, forward + backward. About a minute."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from . import peers as run
+    from . import report
+    from .baselines import has_torchdeq
+
+    _need_compiled()
+    if not has_torchdeq():
+        raise click.ClickException("torchdeq is not here: pip install torchdeq")
+    console, rows = Console(), []
+    todo = list(run.steps(threads or _default_threads(), seconds))
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("", total=len(todo))
+        for name, measure in todo:
+            progress.update(task, description=name)
+            rows += measure()
+            progress.advance(task)
+    console.print(report.peers(rows))
+    _finish(rows, out, "peers", console)
+
+
+@bench.command()
 @click.argument("base")
 @click.argument("head", default="HEAD")
 def compare(base: str, head: str) -> None:
     """Is HEAD slower than BASE? Builds both commits and runs them in turns; exit code 1 if any case takes longer by
-    more than 5 % and three times the spread. About two minutes, a third of it compiling; one thread, processor time."""
+    more than 5 % and three times the spread. Two minutes, half of it compiling; one thread, by processor time."""
     from rich.console import Console
 
     from . import compare as run

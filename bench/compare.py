@@ -2,10 +2,10 @@
 
 Each commit gets a checkout and a build of its own in a temporary folder, and a process that imports its package; the
 processes solve the same problems one after the other, a few milliseconds each, so that whatever the machine does hits
-both. One number a process pair: the median over turns of time(HEAD) / time(BASE), of processor time, which no other can
-take. Pairs are started anew (``PAIRS``), because where a process's memory happens to lie moves times by a few percent;
-the ratio of a case is their median, its spread their standard deviation. A ratio above 1 + max(5 %, 3 x spread)
-fails, if it does so again when the case is measured once more with twice the pairs.
+both. One number a process pair: the median over turns of time(HEAD) / time(BASE), of processor time, which others
+cannot take. Pairs are started anew (``PAIRS``), because where a process's memory happens to lie moves times by a few
+percent; the ratio of a case is the median over pairs, its spread their standard deviation. A ratio above
+1 + max(5 %, 3 x spread) fails, if it does so again when the case is measured once more with twice the pairs.
 
 No case is timed before both commits have solved it correctly: the answer of every sample at most twice as wrong as that
 of the loop a user writes, plus 2 ulp. This file is the program of the processes too, so that it must do with the public
@@ -108,8 +108,8 @@ class Worker:
         return answer["seconds"]
 
     def close(self) -> None:
-        self._process.stdin.close()
-        self._process.wait()
+        with self._process:  # closes its pipes, which ends it, and waits
+            pass
 
 
 def run(

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from deq import _library
 from deq.gpu_device import find_device, key_of, table, write_table
@@ -183,12 +182,9 @@ def _reductions(x_ptr, COUNT: tl.constexpr, BLOCK: tl.constexpr):
 
 @measures("block_reduction", "dependent sums of 1024 numbers over a block of 8 warps")
 def block_reduction(sizes: Sizes) -> float:
-    x: Tensor = torch.zeros(1024, device=sizes.device)
+    x = torch.zeros(1024, device=sizes.device)
     count = 10 * sizes.chain
-    if sizes.device.type == "cuda":
-        many, none = (lambda n=n: _reductions[(1,)](x, COUNT=n, BLOCK=1024, num_warps=8) for n in (count, 0))
-    else:
-        many, none = (lambda n=n: [x.mul_(0.5).add_((x * x).sum()) for _ in range(n)] for n in (count, 0))
+    many, none = (lambda n=n: _reductions[(1,)](x, COUNT=n, BLOCK=1024, num_warps=8) for n in (count, 0))
     for run in (many, none):
         run()  # compiles
     return max(_median(many, sizes) - _median(none, sizes), 1e-9) / count

@@ -16,6 +16,9 @@ from time import perf_counter
 import numpy as np
 import torch
 
+from deq.gpu_device import Device, find_device
+from deq.gpu_plan import INCREMENTS, choose, loop_time
+
 from . import constants
 from .baselines import has_torchdeq, make_gemm_only, torch_loop, torchdeq_makers
 from .cases import GPU_CASES, Case
@@ -24,7 +27,7 @@ from .device import clock, device_seconds
 from .goals import GPU_GOALS, judge, judge_share
 from .graphed import graphed_makers
 from .quality import Truth
-from .record import environment, folder, write
+from .record import device_name, environment, folder, write
 from .run import Results, Selection
 from .timing import Timing, interleave
 from .timing import threads as use_threads
@@ -50,9 +53,10 @@ def ceilings(sizes: Sizes) -> Ceilings:
 
 
 def measure(
-    case: Case, passes: Sequence[str], device: torch.device, seconds: float, limits: Ceilings
+    case: Case, passes: Sequence[str], device: torch.device, seconds: float, limits: Ceilings, plans: Device
 ) -> Iterator[list[dict]]:
-    """The rows of one case for every pass, deq's first. seconds: of timing, for each pass."""
+    """The rows of one case for every pass, deq's first. seconds: of timing, for each pass. plans: the constants that
+    plans are made from, for what they expect."""
     problem = case.make().to(device)
     truth = Truth(problem, *problem.exact())
     for which in passes:
@@ -68,7 +72,7 @@ def measure(
             names = () if backward else [name for name in ALONE if name in turns]
             alone = {name: _alone(turns[name], timings[name], device) for name in names}
         rows = rows_of(case, which, 1, competitors, timings, {}, GPU_GOALS)
-        yield [row | _device_fields(row, case, alone, limits) for row in rows]
+        yield [row | _device_fields(row, case, alone, limits) | _expected(row, case, plans) for row in rows]
 
 
 def find_rivals(case: Case, truth: Truth, backward: bool) -> dict[str, Rival]:
@@ -119,6 +123,22 @@ def _device_fields(row: dict, case: Case, alone: dict[str, float], limits: Ceili
     return fields | {"flop_share": shares[0], "byte_share": shares[1], "roofline_share": max(shares)}
 
 
+def _expected(row: dict, case: Case, plans: Device) -> dict:
+    """Microseconds of an iteration, as measured in the forward pass and as the plan's formulas have it."""
+    m, B = case.m, case.B
+    expected = {
+        "deq": lambda: choose(m, B, dtype=case.dtype, device=plans, increments=INCREMENTS[:2]).expected_us,
+        "graphed": lambda: 1e6 * loop_time(m, B, plans, True, "ieee"),
+        "loop": lambda: 1e6 * loop_time(m, B, plans, False, "ieee"),
+    }
+    if row["baseline"] not in expected or row["median"] is None or row["pass"] != "forward":
+        return dict.fromkeys(("iteration_us", "expected_us"))
+    return {
+        "iteration_us": 1e6 * row["median"] / row["mean_iterations"],
+        "expected_us": expected[row["baseline"]](),
+    }
+
+
 class GpuRun:
     """Iterate over ``steps()``; ``results`` and the file at ``path`` hold whatever is finished, whenever that stops.
 
@@ -149,6 +169,9 @@ class GpuRun:
             rows = json.loads(self.path.read_text())
             self.results.auto = [r for r in rows if "baseline" in r and r["commit"] == self.where["commit"]]
         self.skipped: list[Case] = []
+        self.plans = find_device(
+            device_name(device), torch.cuda.get_device_capability() if device == "cuda" else (9, 0)
+        )
 
     def __len__(self) -> int:
         return 1 + len(self._left())
@@ -170,7 +193,7 @@ class GpuRun:
             if self.budget is not None and now - start + longest > self.budget:
                 self.skipped.append(case)
                 continue
-            measured = measure(case, passes, self.sizes.device, self.selection.seconds / len(passes), limits)
+            measured = measure(case, passes, self.sizes.device, self.selection.seconds, limits, self.plans)
             for which in passes:
                 yield f"{case.name}, {which}"
                 self._keep(next(measured), limits)

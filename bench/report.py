@@ -48,6 +48,31 @@ def times(rows: list[dict]) -> Table:
     return table
 
 
+def peers(rows: list[dict]) -> Table:
+    """One line a block, method and thread count."""
+    table = _table("Any function, forward + backward: time of the peer / time of deq (must)")
+    for heading in ("block", "method", "thr", "deq ms", "torchdeq", "drop-in", "block", "its", "residual", "theirs"):
+        table.add_column(heading, justify="left" if heading in ("block", "method") else "right", no_wrap=True)
+    by_case: dict[tuple, dict[str, dict]] = {}
+    for row in rows:
+        by_case.setdefault((row["case"], row["method"], row["threads"]), {})[row["variant"]] = row
+    for (case, method, threads), found in by_case.items():
+        table.add_row(
+            case,
+            method,
+            str(threads),
+            f"{1e3 * found['deq']['median']:.3g}",
+            _cell(found["torchdeq"], "ratio"),
+            f"{found['deq.torchdeq']['ratio']:.2f}",
+            f"{found['block']['ratio']:.2f}",
+            f"{found['deq']['forward']}+{found['deq']['backward']}",
+            f"{found['deq']['residual']:.0e}",
+            f"{found['torchdeq']['residual']:.0e}",
+        )
+    table.caption = "drop-in: deq.torchdeq. block: its evaluations and products alone. its: forward + backward."
+    return table
+
+
 def choices(rows: list[dict]) -> Table:
     """One line a case, of one pass and thread count."""
     threads = f"{rows[0]['threads']} thread{'s' * (rows[0]['threads'] > 1)}"

@@ -26,6 +26,10 @@ struct DeqCudaPlan {
 DEQ_API int32_t deq_cuda_plan(int64_t weights, int64_t batch, int64_t width, int32_t device, int32_t regime,
                               struct DeqCudaPlan* plan);
 
+// The kernel of a regime that holds a W of this width on so many multiprocessors with `shared` bytes a block, or -1: what a plan
+// is made from, for any device.
+DEQ_API int32_t deq_cuda_kernel(int32_t regime, int64_t width, int64_t batch, int32_t processors, int64_t shared);
+
 // Solves a float32 problem whose W has contiguous rows; `threads` and `precision` are not looked at, `reflected` must be 0,
 // and no more than five pairs are mixed whatever `depth` says. `regime`, `kernel` and `blocks` are those of a plan for the same
 // sizes and device; `scratch` holds so many bytes. The report lies on the device and must hold -1 in its fields: those for bad

@@ -85,6 +85,19 @@ DEQ_API int32_t deq_cpu_outer(const struct DeqOuter* problem);
 DEQ_API int32_t deq_cpu_fingerprint(const struct DeqView* view, const int64_t size[3], int32_t type, int32_t threads,
                                     uint64_t fingerprint[2]);
 
+// A range of what the engine did inside a solve: pack (0, payload m, or bytes of the planes of increments), step (1, rows),
+// anchor (2, rows), Anderson (3, pairs); the system's number of the thread, and nanoseconds of CLOCK_MONOTONIC.
+struct DeqSpan {
+  int32_t kind, thread;
+  int64_t payload, start, end;
+};
+// Starts with an empty list; stop returns how many ranges have ended (a million at most), read copies so many of them.
+DEQ_API void deq_trace_start(void);
+DEQ_API int64_t deq_trace_stop(void);
+DEQ_API int64_t deq_trace_read(struct DeqSpan* spans, int64_t most);
+// To be called once: sends the ranges to an NVTX tool, domain "deq". 1 if one is attached and this build has NVTX, else 0.
+DEQ_API int32_t deq_trace_attach(void);
+
 // Instruction set in use: "avx512", "avx2" or "portable".
 DEQ_API const char* deq_cpu_isa(void);
 // 1 if steps of this DeqPrecision go with the instruction set in use, else 0.

@@ -50,8 +50,16 @@ _SIGNATURES = {
     "deq_cpu_set_isa": (ctypes.c_int32, ctypes.c_char_p),
     "deq_cpu_clear_cache": (ctypes.c_int64,),
     "deq_cpu_cache_bytes": (ctypes.c_int64,),
+    "deq_cpu_sample_bytes": (ctypes.c_int64, ctypes.c_int32),
+    "deq_cpu_step_sums": (ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int32),
+    "deq_cpu_advance": (ctypes.c_int64, ctypes.c_void_p),
+    "deq_cpu_collect": (None, ctypes.c_void_p),
     "deq_cpu_peak_gflops": (ctypes.c_double, ctypes.c_int32, ctypes.c_double),
     "deq_cpu_last_work": (None, ctypes.c_void_p),
+    "deq_trace_start": (None,),
+    "deq_trace_stop": (ctypes.c_int64,),
+    "deq_trace_read": (ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64),
+    "deq_trace_attach": (ctypes.c_int32,),
     "deq_cpu_read_gbs": (ctypes.c_double, ctypes.c_int64, ctypes.c_double),
     "deq_cpu_kernel_gflops": (ctypes.c_double, ctypes.c_int32, ctypes.c_int64, ctypes.c_int64, ctypes.c_double),
 }
@@ -59,6 +67,15 @@ _SIGNATURES = {
 _CUDA_SIGNATURES = {  # of a library that was built with CUDA
     "deq_register_cuda": (ctypes.c_char_p,),
     "deq_cuda_why": (ctypes.c_char_p,),
+    "deq_cuda_kernel": (
+        ctypes.c_int32,
+        ctypes.c_int32,
+        ctypes.c_int64,
+        ctypes.c_int64,
+        ctypes.c_int32,
+        ctypes.c_int64,
+    ),
+    "deq_cuda_measure": (ctypes.c_int32, ctypes.c_char_p, ctypes.c_int32, ctypes.POINTER(ctypes.c_double)),
     "deq_cuda_plan": (ctypes.c_int32, *(ctypes.c_int64,) * 3, *(ctypes.c_int32,) * 2, ctypes.POINTER(CudaPlan)),
 }
 
@@ -88,6 +105,7 @@ def _load(path: Path) -> ctypes.CDLL:
         CUDA_OPERATORS if has_cuda else ()
     ):  # they write into tensors that the caller allocated: nothing to do for a fake tensor
         torch.library.register_fake(f"deq::{name}", lambda *arguments: None)
+    library.deq_trace_attach()
     return library
 
 

@@ -4,12 +4,24 @@ from functools import lru_cache
 
 import torch
 
+from .backends import load
+
 LEAST_CAPABILITY = (8, 0)  # Ampere: asynchronous copies and tf32 on tensor cores
 
 
-@lru_cache(maxsize=8)
 def why_not(device: str) -> str:
-    """Why the Triton backend cannot solve tensors of this device type ("cpu", "cuda", ...) here, "" if it can."""
+    """Why the Triton backend cannot solve tensors of this device type ("cpu", "cuda", ...) here, "" if it can: then it
+    has been loaded."""
+    return _why_not(device)
+
+
+# torch.compile takes the answer for a constant and does not look into the import of Triton. This is what
+# torch.compiler.assume_constant_result does, which would import all of torch._dynamo here.
+why_not._dynamo_marked_constant = True
+
+
+@lru_cache(maxsize=8)
+def _why_not(device: str) -> str:
     try:
         import triton
     except ImportError:
@@ -20,7 +32,9 @@ def why_not(device: str) -> str:
         least = min(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
         if least < LEAST_CAPABILITY:
             return f"its kernels need compute capability 8.0; a GPU here has {least[0]}.{least[1]}"
-        return ""
-    if device == "cpu":
-        return "" if triton.knobs.runtime.interpret else "CPU tensors need Triton's interpreter, which is off"
-    return f"it has no kernels for {device} tensors"
+    elif device != "cpu":
+        return f"it has no kernels for {device} tensors"
+    elif not triton.knobs.runtime.interpret:
+        return "CPU tensors need Triton's interpreter, which is off"
+    load("triton")
+    return ""

@@ -4,7 +4,9 @@ A function such as ``lambda z: torch.tanh(linear(z) + c)`` depends on tensors th
 need them as arguments: :func:`watched` finds them, :class:`Exchange` makes the function use others in their place.
 """
 
+import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -110,6 +112,11 @@ def _swapped(value, swap):
     if isinstance(value, (list, tuple, dict)):
         return pytree.tree_map(swap, value)
     return swap(value)
+
+
+def uncompiled() -> AbstractContextManager:
+    """Compiled code runs as it was written: compiled, it would take its tensors past Exchange."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def strays(outputs: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[int]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .closures import in_forward_mode, in_transform, watched
-from .implicit_function import Equation, closed_over
+from .implicit_function import Equation, closed_over, full_precision
 from .implicit_function import fixed_point as implicit
 from .solution import Solution, Status, report_failures
 from .solvers import generic
@@ -124,6 +124,45 @@ def fixed_point(
         ValueError, TypeError: naming the argument, what came and what is allowed.
         ConvergenceError: with ``on_failure="raise"``, carrying the solution.
     """
+    options = {name: value for name, value in locals().items() if name not in ("f", "z0", "unknown")} | unknown
+    if torch.compiler.is_compiling():
+        return _outside_of_graphs(f, z0, options)
+    return _fixed_point(f, z0, **options)
+
+
+def _outside_of_graphs(f: Callable[[State], State], z0: State, options: dict) -> StateSolution:
+    return torch.compiler.disable(_fixed_point)(f, z0, **options)
+
+
+# What torch.compiler.disable would mark, without importing the compiler for those who do not compile.
+_outside_of_graphs._torchdynamo_disable = True
+_outside_of_graphs._torchdynamo_disable_msg = (
+    "a solve stops by its numbers and is no graph: use deq.nn.Equilibrium for fullgraph=True, or compile f alone"
+)
+
+
+def _fixed_point(
+    f: Callable[[State], State],
+    z0: State,
+    *,
+    solver: str,
+    tol: float | None,
+    max_iter: int | None,
+    criterion: str,
+    depth: int | None,
+    damping: float,
+    backward: str,
+    backward_solver: str | None,
+    backward_tol: float | None,
+    backward_max_iter: int | None,
+    backward_steps: int,
+    backward_damping: float,
+    keep: Sequence[int],
+    batch_dims: int | None,
+    tensors: Sequence[Tensor] | None,
+    on_failure: str,
+    **unknown,
+) -> StateSolution:
     if unknown:
         raise TypeError(unknown_option("deq.fixed_point", next(iter(unknown.items())), fixed_point.__kwdefaults__))
     if not callable(f):
@@ -191,12 +230,8 @@ def _matrix_map(f: Callable[[State], State], layout: Layout) -> Callable[[Tensor
     """f as a map of matrices (B, D), outside of autocast."""
 
     def evaluate(flat: Tensor) -> Tensor:
-        device = flat.device.type
         version = flat._version
-        if torch.is_autocast_enabled(device):
-            with torch.autocast(device, enabled=False):
-                out = layout.flatten(f(layout.unflatten(flat)))
-        else:
+        with full_precision(flat.device.type):
             out = layout.flatten(f(layout.unflatten(flat)))
         if flat._version != version:
             raise RuntimeError("f must not modify its argument in place")

@@ -15,21 +15,21 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
 
-from .gpu_device import KIB, Device
-from .kernels.tiles import Tiles, cell_tiles, padded_power, step_tiles
+from .cuda_capacity import GRID_KERNELS, block_kernel, grid_kernel
+from .gpu_device import Device
+from .kernels.tiles import DELTA_TILES, Tiles, cell_tiles, padded_power, step_tiles
 
 ITERATIONS = 20  # of the solve whose time decides: what loading W on chip costs is spread over as many
 ANCHOR_EVERY = 6  # iterations of which about one is an anchor, where increments are multiplied in a lower precision
 WORTH_IT = 0.95  # increments must take at most this share of the time without them
 
-TRITON_WIDEST, TRITON_SAMPLES = 256, 16  # of a resident program; more samples or a wider W spill
-TRITON_WARPS = {16: 2, 32: 4, 64: 4, 128: 8, 256: 8}  # by the padded width; each thread takes all the registers it may
+# Of a resident program: the widest W in 16 bits, the widest in float32, and its samples; more of any of them spill.
+TRITON_WIDEST, TRITON_WHOLE, TRITON_SAMPLES = 256, 64, 16
+TRITON_WARPS = {16: 4, 32: 4, 64: 4, 128: 8, 256: 8}  # by the padded width; each thread takes all the registers it may
 WARP_REGISTERS = 32 * 256 * 4  # bytes
 L2_BYTES_PER_CLOCK = 64  # that one multiprocessor can read
 CUDA_PAD, CUDA_SAMPLES = 16, 8  # of mma.sync: W is padded to multiples of 16, samples come by 8
 GRID_BATCH = 32  # samples whose states the blocks of regime "grid" can exchange
-GRID_STATES = 27 * KIB  # shared memory of a block that regime "grid" needs beside W
-GRID_REGISTERS = 96 * KIB  # bytes of one multiprocessor's registers that can hold W
 GRID_MULTICAST = 8  # blocks of a cluster that share one read of the states
 GRID_START = 0.3e-6  # the first block of states on its way
 
@@ -100,7 +100,8 @@ def resident_tiles(m: int, B: int, device: Device, size: int) -> Tiles | None:
     """Regime "resident" in Triton: W padded to a power of two and two buffers of states in one block's shared memory.
     None where that does not fit."""
     p = max(16, padded_power(m))
-    if p > TRITON_WIDEST or resident_shared(p, size) > device.shared_per_block:
+    widest = TRITON_WIDEST if size <= 2 else TRITON_WHOLE
+    if p > widest or resident_shared(p, size) > device.shared_per_block:
         return None
     return Tiles(TRITON_SAMPLES, p, p, TRITON_WARPS[p], 1)
 
@@ -111,22 +112,22 @@ def resident_shared(p: int, size: int) -> int:
 
 
 def resident_cuda_tiles(m: int, B: int, device: Device, size: int) -> Tiles | None:
-    """The same in CUDA, where W is padded to a multiple of 16 only: m <= 336 with 2 bytes and 227 KiB."""
-    p = ceil(m / CUDA_PAD) * CUDA_PAD
-    if size * p * p + 4 * size * p > device.shared_per_block:
+    """The same in CUDA, in bfloat16, where W is padded to a multiple of 16 only: m <= 336 with 227 KiB."""
+    if size != 2 or block_kernel(m, device.shared_per_block) is None:
         return None
-    samples = CUDA_SAMPLES * max(1, ceil(B / (CUDA_SAMPLES * device.processors)))
-    return Tiles(min(samples, 64), p, p, 8, 1)
+    p = ceil(m / CUDA_PAD) * CUDA_PAD
+    return Tiles(CUDA_SAMPLES, p, p, 8, 1)
 
 
 def grid_tiles(m: int, B: int, device: Device, size: int) -> Tiles | None:
     """Regime "grid": every multiprocessor keeps an equal part of the rows, in shared memory and registers."""
-    per_processor = device.shared_per_block - GRID_STATES + GRID_REGISTERS
-    if B > GRID_BATCH or size * m * m > device.processors * per_processor:
+    if size != 2 or B > GRID_BATCH:
         return None
-    samples = max(1, ceil(B / CUDA_SAMPLES)) * CUDA_SAMPLES
-    rows = ceil(m / device.processors / CUDA_SAMPLES) * CUDA_SAMPLES
-    return Tiles(samples, rows, m, 8, 1)
+    kernel = grid_kernel(m, B, device.processors, device.shared_per_block)
+    if kernel is None:
+        return None
+    rows, columns, _ = GRID_KERNELS[kernel]
+    return Tiles(columns * CUDA_SAMPLES, rows * CUDA_PAD, m, 8, 1)
 
 
 # ---- expected seconds of one iteration of the whole batch ------------------------------------------------------------
@@ -151,12 +152,14 @@ def _residents(B: int, device: Device, precision: Precision, tiles: Tiles) -> tu
 
 
 def grid_time(m: int, B: int, device: Device, precision: Precision, tiles: Tiles) -> float:
-    """Every multiprocessor reads and multiplies its rows of W, and all states of the others come through L2."""
-    weight = tiles.units * m
+    """Every multiprocessor reads and multiplies its rows of W, and all states of the others come through L2; samples
+    that find no slot wait for those that do."""
+    weight, turns = tiles.units * m, max(1, ceil(B / tiles.samples))
     read = precision.size * weight / device.shared_bandwidth
     multiply = 2 * weight * tiles.samples / precision.of_processor(device)
-    states = device.processors * m * B * precision.size / GRID_MULTICAST / device.l2
-    return max(read, multiply) + states + GRID_START + device.grid_barrier + device.block_reduction
+    states = device.processors * m * min(B, tiles.samples) * precision.size / GRID_MULTICAST / device.l2
+    each = max(read, multiply) + states + GRID_START + device.grid_barrier + device.block_reduction
+    return turns * each
 
 
 def cell_time(m: int, B: int, device: Device, precision: Precision) -> float:
@@ -193,8 +196,10 @@ def tiles_of(regime: str, m: int, B: int, device: Device, precision: str) -> Til
         return ON_CHIP[regime][0](m, B, device, PRECISIONS[precision].size)
     if precision == "tf32x3":
         return step_tiles(B, m)[0]
-    single = "float64" if precision == "float64" else "bfloat16"
-    return cell_tiles(B, m, "float32", precision) if PRECISIONS[precision].size == 4 else cell_tiles(B, m, single)
+    if PRECISIONS[precision].size >= 4:
+        return cell_tiles(B, m, *(("float64",) if precision == "float64" else ("float32", precision)))
+    samples = cell_tiles(B, m, "bfloat16").samples
+    return next(tiles for tiles in DELTA_TILES if tiles.samples == samples)
 
 
 def time_of(regime: str, m: int, B: int, device: Device, precision: str) -> float | None:

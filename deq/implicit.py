@@ -6,6 +6,8 @@ At ``z = act(W z + c)`` with ``D = diag(act'(W z + c))`` and the loss gradient `
 1e-6 as for one of 1e6.
 """
 
+import warnings
+from collections import deque
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -17,11 +19,15 @@ from torch.autograd import forward_ad
 
 from . import stats as layout
 from .activations import ACTIVATIONS
-from .backends import Outcome, get_backend
+from .backends import Deferred, Outcome, get_backend
+from .batch import Batch
 from .plan import Plan
 from .profiling import ranges
-from .solution import Solution, report_failures
+from .solution import ConvergenceError, ConvergenceWarning, Solution, report_failures
 from .solvers import ladder
+
+# Reports of gradients that are still on a GPU: nobody holds them, so they wait for the next status that is read.
+_unread: deque[tuple[Deferred, "Problem"]] = deque(maxlen=64)
 
 PHANTOM_STEPS, PHANTOM_DAMPING = 5, 0.5  # Geng et al. 2021 use a handful of damped steps
 
@@ -111,6 +117,17 @@ class _Equilibrium(torch.autograd.Function):
         dz = _apply(_MaskedLinear, W, _derivative(W, z, c, ctx.problem), g, ctx.problem)
         return dz, None, None
 
+    @staticmethod
+    def vmap(info, in_dims, W, c, z0, problem):
+        many = Batch(info.batch_size, in_dims[0], W)
+        W, c = many.weight(W), many.samples(c, in_dims[1])
+        z0 = None if z0 is None else many.samples(z0, in_dims[2])
+        z, stats, report = _apply(_Equilibrium, W, c, z0, problem)
+        if isinstance(report, list) and any(report):
+            solution = Solution(z, stats, problem.plan)
+            report_failures(solution, problem.on_failure, problem.plan.tol, "deq.solve")
+        return (many.apart(z), many.stats(z, stats), None), (0, 0, None)
+
 
 class _MaskedLinear(torch.autograd.Function):
     """(A, d, g, problem) -> ``u = d * (A u + g)``. Its gradient is one more such solve: differentiable for ever."""
@@ -143,6 +160,12 @@ class _MaskedLinear(torch.autograd.Function):
         # du = d * (A du) + t: with v = du - t, v = d * (A v + A t).
         return t + _apply(_MaskedLinear, A, d, t @ A.mT, ctx.problem)
 
+    @staticmethod
+    def vmap(info, in_dims, A, d, g, problem):
+        many = Batch(info.batch_size, in_dims[0], A)
+        d, g = many.samples(d, in_dims[1]), many.samples(g, in_dims[2])
+        return many.apart(_apply(_MaskedLinear, many.weight(A), d, g, problem)), 0
+
 
 def _save(ctx, *tensors: Tensor | None) -> None:
     ctx.save_for_backward(*tensors)
@@ -168,8 +191,24 @@ def _eager_apply(function):
 _EAGER = {function: _eager_apply(function) for function in (_Equilibrium, _MaskedLinear)}
 
 
+class _CompiledEquilibrium(_Equilibrium):
+    """Without the forward mode, which torch.compile refuses to trace."""
+
+    jvp = staticmethod(torch.autograd.Function.jvp)
+
+
+class _CompiledMaskedLinear(_MaskedLinear):
+    """Without the forward mode."""
+
+    jvp = staticmethod(torch.autograd.Function.jvp)
+
+
 def _apply(function, first: Tensor, second: Tensor, third: Tensor | None, problem: Problem):
-    if torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        if function is _Equilibrium:
+            return _CompiledEquilibrium.apply(first, second, third, problem)
+        return _CompiledMaskedLinear.apply(first, second, third, problem)
+    if torch._C._are_functorch_transforms_active():
         return function.apply(first, second, third, problem)
     third = None if third is None else unwrap_if_dead(third)
     return _EAGER[function](unwrap_if_dead(first), unwrap_if_dead(second), third, problem)
@@ -199,11 +238,26 @@ def _solve_masked(A: Tensor, g: Tensor, d: Tensor, value_of: str | None, problem
     solve = partial(ladder.masked_linear, **memory)
     arguments = A, g, d, value_of, problem.activation, problem.plan
     u, stats, report = ranges.call("adjoint", solve, *arguments) if ranges.listening else solve(*arguments)
-    if isinstance(report, list) and report[0]:
+    if isinstance(report, Deferred):
+        if problem.on_failure != "ignore":
+            _unread.append((report, problem))
+    elif report is not None and report[0]:
         report_failures(
             Solution(u, stats, problem.plan), problem.on_failure, problem.plan.tol, "the gradient of deq.solve"
         )
     return u
+
+
+def report_gradients(solution: Solution) -> None:
+    """Warn or raise for the gradients computed on a GPU that did not converge; called where a status is read."""
+    while _unread:
+        report, problem = _unread.popleft()
+        if failed := report.read()[0]:
+            samples = sum(part[2] for part in report.parts)
+            message = f"the gradient of deq.solve: {failed} of {samples} samples did not converge"
+            if problem.on_failure == "raise":
+                raise ConvergenceError(message, solution)
+            warnings.warn(f"{message}; pass on_failure='ignore' to silence this.", ConvergenceWarning, stacklevel=5)
 
 
 def _outer(u: Tensor, z: Tensor, backend: str) -> Tensor:

@@ -7,17 +7,20 @@ is wanted. Between forward and backward nothing is kept but z and the tensors of
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+from torch.nn.utils import parametrize
 
-from .closures import Exchange, in_transform, strays
+from .closures import Exchange, in_transform, strays, uncompiled
 from .solution import Status
 from .solvers import generic
 from .solvers.generic import Rule
 
 Map = Callable[[Tensor], Tensor]
+Solver = Callable[[Map, Tensor, Tensor | None], generic.Result]
 
 
 @dataclass(frozen=True)
@@ -25,14 +28,15 @@ class Equation:
     """``z = f(z, t)`` for states (B, D).
 
     bind: the tensors t -> the map ``z -> f(z, t)``, differentiable in z and t.
-    rule, adjoint: how it is solved, and how its linear equations are.
+    rule, adjoint: how it is solved, and how its linear equations are: a Rule, or a function (f, z0, f(z0) or None) ->
+        Result that does it.
     terms: None, or how many terms of the Neumann series stand in for the adjoint's solution.
     report: told the result of every solve.
     """
 
     bind: Callable[..., Map]
-    rule: Rule
-    adjoint: Rule
+    rule: Rule | Solver
+    adjoint: Rule | Solver
     terms: int | None = None
     keep: tuple[int, ...] = ()
     report: Callable[[generic.Result, Rule, str], None] = field(default=lambda result, rule, what: None)
@@ -40,7 +44,7 @@ class Equation:
 
     def linear(self, bind: Callable[..., Map]) -> "Equation":
         """One of the linear equations that derivatives need."""
-        rule = replace(self.adjoint, affine=True)
+        rule = self.adjoint if callable(self.adjoint) else replace(self.adjoint, affine=True)
         return replace(
             self, bind=bind, rule=rule, adjoint=rule, keep=(), what=f"the gradient of {self.what.split()[-1]}"
         )
@@ -52,9 +56,17 @@ class Equation:
             for _ in range(self.terms - 1):
                 z = f(z)
             return _unjudged(z)
-        result = generic.run(f, z0, self.rule, first=first, keep=self.keep)
+        if callable(self.rule):
+            return self.rule(f, z0, first)
+        with nullcontext() if in_transform() else parametrize.cached():  # weights are computed once a solve
+            result = generic.run(f, z0, self.rule, first=first, keep=self.keep)
         self.report(result, self.rule, self.what)
         return result
+
+
+def full_precision(device: str) -> AbstractContextManager:
+    """Autocast disabled: a residual below the rounding of 16 bits needs more, forward and backward."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def closed_over(f: Callable[[Tensor], Tensor], tensors: Sequence[Tensor]) -> Callable[..., Map]:
@@ -65,7 +77,7 @@ def closed_over(f: Callable[[Tensor], Tensor], tensors: Sequence[Tensor]) -> Cal
             return f
 
         def exchanged(z: Tensor) -> Tensor:
-            with Exchange(tensors, new):
+            with Exchange(tensors, new), uncompiled():
                 return f(z)
 
         return exchanged
@@ -86,7 +98,10 @@ class _FixedPoint(torch.autograd.Function):
         result = equation.solve(z0, *tensors, first=first)
         last = result.z
         trajectory = [last if state is None else state for state in result.trajectory]
-        return (result.z, result.iterations, result.residual, result.status, *(t.clone() for t in trajectory))
+        z = result.z
+        if z is z0 or z is first:  # what comes in may not go out and be saved
+            z = z.view_as(z)
+        return (z, result.iterations, result.residual, result.status, *(t.clone() for t in trajectory))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -103,9 +118,9 @@ class _FixedPoint(torch.autograd.Function):
         if g is None:
             return none + (None,) * len(tensors)
         wanted = ctx.needs_input_grad[3:]
-        if torch.is_grad_enabled() or in_transform():
-            return none + _differentiable_pullback(ctx.equation, z, tensors, g, wanted)
-        return none + _pullback(ctx.equation, z, tensors, g, wanted)
+        pullback = _differentiable_pullback if torch.is_grad_enabled() or in_transform() else _pullback
+        with full_precision(z.device.type):
+            return none + pullback(ctx.equation, z, tensors, g, wanted)
 
     @staticmethod
     def jvp(ctx, _equation, _z0, _first, *tangents):
@@ -194,7 +209,8 @@ def _differentiable_pullback(
 
 
 def _refuse_strays(equation: Equation, z: Tensor, tensors: list[Tensor]) -> None:
-    if in_transform() or not any(t.requires_grad for t in tensors):
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    if in_transform() or any(wrapped(t) for t in tensors) or not any(t.requires_grad for t in tensors):
         return
     leaves = [t.detach() for t in tensors]
     with torch.enable_grad():

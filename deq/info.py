@@ -7,8 +7,8 @@ from importlib import metadata
 
 import torch
 
-from . import __version__, _library, _triton
-from .plan import BACKENDS, INCREMENTS
+from . import __version__, _cuda, _library, _triton
+from .plan import INCREMENTS
 
 WIDTH = 80
 LABEL = 14
@@ -131,8 +131,8 @@ def _gpus() -> tuple[tuple[str, ...], str]:
 def _backends() -> dict[str, str]:
     backends = {}
     for name in ("cpu", "triton", "cuda", "reference"):
-        if name not in BACKENDS:
-            backends[name] = "this version solves GPU tensors by Triton's kernels"
+        if name == "cuda":
+            backends[name] = _cuda.why_not("cuda")
         elif name == "triton":
             backends[name] = _triton.why_not("cuda" if torch.cuda.is_available() else "cpu")
         elif name == "cpu" and _library.compiled is None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 SOLVERS = ("auto", "plain", "anderson", "cayley", "direct")
-BACKENDS = ("auto", "cpu", "triton", "reference")
+BACKENDS = ("auto", "cpu", "triton", "cuda", "reference")
 MAPS = ("plain", "cayley")  # what is iterated; Plan.map of a direct method (deq/direct) is that method's name
 CRITERIA = ("residual", "error")
 
@@ -71,6 +71,7 @@ def make_plan(
     max_iter: int | None = None,
     compiled: bool,
     why_no_triton: str = "nobody looked for it",
+    why_no_cuda: str = "nobody looked for it",
 ) -> Plan:
     """Choose backend, map, precision and acceleration.
 
@@ -78,6 +79,7 @@ def make_plan(
     device: torch device type of the injection.
     compiled: whether the compiled CPU kernels are loaded.
     why_no_triton: why the Triton backend cannot solve tensors of this device here, "" if it can.
+    why_no_cuda: the same of the compiled CUDA kernels.
     Raises ValueError for an unknown solver, backend or criterion, or one that cannot run here.
     """
     for name, value, known in (
@@ -94,6 +96,8 @@ def make_plan(
             why.append("cpu: the compiled row engine serves every width and batch")
         elif device == "cpu":
             why.append("reference: no compiled library is loaded (deq.info() says why)")
+        elif not why_no_cuda:
+            backend = "cuda"
         elif why_no_triton:
             why.append(f"reference: backend triton cannot solve {device} tensors here: {why_no_triton}")
         else:
@@ -105,11 +109,15 @@ def make_plan(
             raise ValueError(f"backend='cpu' solves CPU tensors; c is on {device}")
     elif backend == "triton" and why_no_triton:
         raise ValueError(f"backend='triton' cannot solve {device} tensors here: {why_no_triton}")
-    if backend == "triton" and dtype == "float64":
+    elif backend == "cuda" and why_no_cuda:
+        raise ValueError(f"backend='cuda' cannot solve {device} tensors here: {why_no_cuda}")
+    if backend in ("triton", "cuda") and dtype == "float64":
         backend = "reference"
         why.append("reference: float64 has no tensor cores worth a kernel; it is solved in plain PyTorch")
     elif backend == "triton":
         why.append("triton: the kernels serve every width and batch in float32, products as three of tf32")
+    elif backend == "cuda":
+        why.append("cuda: W stays on the chip where it fits and that is expected to pay; else Triton's kernels solve")
     precision = "float64" if dtype == "float64" else "float32"
     if precision != dtype:
         why.append(f"float32: {dtype} cannot resolve a residual of 1e-4; solved in float32, rounded once at the end")
@@ -128,7 +136,7 @@ def make_plan(
         max_iter=DEFAULT_MAX_ITER if max_iter is None else int(max_iter),
         criterion=criterion,
         # To adapt, and to climb rungs, the host must read what is still on a GPU.
-        adapts=solver == "auto" and criterion == "residual" and not (backend == "triton" and device != "cpu"),
+        adapts=solver == "auto" and criterion == "residual" and not (backend in ("triton", "cuda") and device != "cpu"),
         reflects=activation not in NOT_MONOTONE,
         rungs=("cayley", "tight cayley") if solver == "cayley" else (),
         why=tuple(why),

@@ -8,10 +8,10 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
-from . import _library, _triton, direct
+from . import _cuda, _library, _triton, direct
 from .activations import get_activation
 from .backends import Deferred
-from .implicit import Problem, equilibrium
+from .implicit import Problem, equilibrium, report_gradients
 from .indicators import fitted
 from .plan import DEFAULT_TOL, make_plan
 from .profiling import ranges
@@ -59,7 +59,8 @@ def solve(
             damped ones, "unrolled" the whole plain iteration.
         on_failure: "warn", "raise" (:class:`deq.ConvergenceError`) or "ignore" when samples do not converge.
         backend: "auto"; "cpu", the compiled engine; "triton", kernels for NVIDIA GPUs, or for CPU tensors in Triton's
-            interpreter; "reference", plain PyTorch.
+            interpreter; "cuda", compiled kernels that keep W on the chip, and Triton's for what they do not hold;
+            "reference", plain PyTorch.
 
     Returns:
         Solution with ``z`` (..., m) and the iterations, residual and status (...) of every sample.
@@ -111,6 +112,7 @@ def _report_deferred(deferred: Deferred, on_failure: str, solution: Solution) ->
     _, *bad = deferred.read()
     _refuse_non_finite(bad, deferred.weight(), solution.z.shape[:-1])
     report_failures(solution, on_failure, solution.plan.tol, "deq.solve")
+    report_gradients(solution)
 
 
 @lru_cache(maxsize=256)  # a training run asks the same thing at every step
@@ -145,6 +147,7 @@ def _make_problem(
         max_iter=max_iter,
         compiled=compiled,
         why_no_triton=_triton.why_not(device) if backend == "triton" or device != "cpu" else "",
+        why_no_cuda=_cuda.why_not(device),
     )
     return Problem(activation, plan, on_failure)
 

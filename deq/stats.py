@@ -43,4 +43,7 @@ def _residual_bytes(z: Tensor) -> int:
 
 def _field(z: Tensor, stats: Tensor, bytes_before: int, size: int, dtype: torch.dtype) -> Tensor:
     n = z.numel() // z.shape[-1]
-    return stats[n * bytes_before : n * (bytes_before + size)].view(dtype).view(z.shape[:-1])
+    part = stats[n * bytes_before : n * (bytes_before + size)]
+    if torch._C._are_functorch_transforms_active():  # of a batch the pieces may not be aligned
+        part = part.clone(memory_format=torch.contiguous_format)
+    return part.view(dtype).view(z.shape[:-1])

@@ -48,7 +48,7 @@ from .records import (
     halves,
     ints,
 )
-from .tiles import TILES, Tiles
+from .tiles import DELTA_TILES, RAGGED_SAMPLES, Tiles
 
 STEPS = 4  # in a turn; even, so that the next turn begins with EVEN
 
@@ -193,19 +193,19 @@ def _watch(
 
 
 def compilations() -> list[Compilation]:
-    """Every tile that a step can be launched with, plain and with the dearest activation."""
-    kinds = (("value", "relu"), ("value", "gelu"), ("adjoint", "identity"))
-    return [
-        _compilation(tiles, ending, activation, width)
-        for tiles in TILES["bfloat16"]
-        for ending, activation in kinds
-        for width in (("aligned", "ragged") if tiles.samples <= 32 else ("aligned",))
-    ]
+    """Every tile that a step can be launched with, plain and with the dearest activation, ragged with the latter."""
+    found = []
+    for tiles in DELTA_TILES:
+        for kind in (("value", "relu"), ("value", "gelu"), ("adjoint", "identity")):
+            found.append(_compilation(tiles, *kind, "aligned"))
+        if tiles.samples <= RAGGED_SAMPLES:
+            found.append(_compilation(tiles, "value", "gelu", "ragged"))
+    return found
 
 
-def _compilation(tiles: Tiles, ending: str, activation: str, width: str) -> Compilation:
+def _compilation(tiles: Tiles, end: str, activation: str, width: str) -> Compilation:
     return Compilation(
-        name=f"delta step, {tiles}, {ending} of {activation}, {width}",
+        name=f"delta step, {tiles}, {end} of {activation}, {width}",
         group=f"delta step, {tiles}",
         function="delta:delta_kernel",
         types={
@@ -214,9 +214,9 @@ def _compilation(tiles: Tiles, ending: str, activation: str, width: str) -> Comp
             **dict.fromkeys(("tol", "leave"), "fp32"),
         },
         constants={
-            "ENDING": ENDINGS[ending],
+            "ENDING": ENDINGS[end],
             "ACTIVATION": ACTIVATIONS[activation].number,
-            "HOMOGENEOUS": int(ending == "adjoint" or ACTIVATIONS[activation].homogeneous),
+            "HOMOGENEOUS": int(end == "adjoint" or ACTIVATIONS[activation].homogeneous),
             "CRITERION": 0,
             "SLOTS": 32,
             "BLOCK_B": tiles.samples,

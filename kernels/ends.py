@@ -163,7 +163,7 @@ def start_kernel(
         tl.atomic_max(counters + BAD_START, B - sample)
 
 
-@triton.jit(do_not_specialize=["B"])
+@triton.jit(do_not_specialize=["B", "residual_ptr", "iterations_ptr", "status_ptr"])
 def finish_kernel(
     table_ptr,
     out_ptr,

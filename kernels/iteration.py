@@ -384,20 +384,24 @@ def mix_kernel(
     tl.store(floats(table_ptr, Y if INCREMENTS else FRONT + (turn + 1) % 2) + at, y, mask=inside)
 
 
-# Ending, activation (the dearest of each arithmetic), and the direction in which W is contiguous.
+# Ending, activation, and the direction in which W is contiguous; reflected endings are little more than these.
 _KINDS = (("value", "relu", "rows"), ("value", "gelu", "rows"), ("adjoint", "identity", "columns"))
-_KINDS += (("reflected", "tanh", "rows"), ("reflected adjoint", "identity", "columns"))
 
 
 def compilations() -> list[Compilation]:
-    """Every tile, ending and kind of acceleration that a solve can launch."""
+    """Every tile with every ending and kind of acceleration; split, ragged and anchoring ones with the dearest."""
     found = []
     for tiles in STEP_TILES:
-        splits = (1,) if tiles.samples > 16 else (1, MOST_SPLITS)
-        for kind, split, acceleration, width in product(_KINDS, splits, ("none", "on_demand"), ("aligned", "ragged")):
-            if width == "aligned" or tiles.samples <= RAGGED_SAMPLES:
-                found.append(_step_compilation(tiles, split, *kind, acceleration, width, False))
-        found.append(_step_compilation(tiles, 1, *_KINDS[1], "on_demand", "aligned", True))
+        found += [
+            _step_compilation(tiles, 1, *kind, acceleration, "aligned", False)
+            for kind, acceleration in product(_KINDS, ("none", "on_demand"))
+        ]
+        dearest = (*_KINDS[1], "on_demand")
+        found.append(_step_compilation(tiles, 1, *dearest, "aligned", True))
+        if tiles.samples <= RAGGED_SAMPLES:
+            found.append(_step_compilation(tiles, 1, *dearest, "ragged", False))
+        if tiles.samples <= 16:
+            found.append(_step_compilation(tiles, MOST_SPLITS, *dearest, "aligned", False))
     return found
 
 

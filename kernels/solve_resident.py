@@ -4,8 +4,8 @@ A program takes BLOCK_B samples and holds their iterates transposed, (M, BLOCK_B
 of two, so that W is the left operand of every product. Each turn of its loop evaluates ``f`` once for the samples that
 are not done; the loop ends with the last of them. Nothing is shared between programs.
 
-Up to 128 the product is one of float32 operands that are loaded once. Above, W does not fit as float32 and
-steps go by increments: with ``x = W y + c`` at hand and ``q`` the step from y to ``f(x)`` rounded to bfloat16,
+Up to 64 the product is one of float32 operands that are loaded once. Above, W as float32 takes more registers than
+there are, and steps go by increments: with ``x = W y + c`` at hand and q the step from y to ``f(x)`` in bfloat16,
 
     y <- y + q,   x <- x + bfloat16(W) q,
 
@@ -49,9 +49,9 @@ from .records import (
     unit_of,
 )
 
-WHOLE = tl.constexpr(128)
+WHOLE = tl.constexpr(64)
 BLOCK_B = 16  # samples of a program: the least that tensor cores multiply
-WARPS = {16: 2, 32: 4, 64: 4, 128: 8, 256: 8}  # by M
+WARPS = {16: 4, 32: 4, 64: 4, 128: 8, 256: 8}  # by M
 _STREAMED = tl.constexpr(16)  # columns of W at a time in a streamed product
 
 
@@ -62,9 +62,9 @@ def padded(m: int) -> int:
 
 def scratch_floats(m: int, depth: int) -> int:
     """Float32 of scratch memory that a program needs: y, the best iterates, the window of values and residuals, the
-    Gram matrices and the weights."""
+    Gram matrices, the weights and the counts."""
     M = padded(m)
-    return BLOCK_B * (M * (2 + 2 * depth) + 2 * depth * (depth + 1))
+    return BLOCK_B * (M * (2 + 2 * depth) + 2 * depth * (depth + 1) + 2)
 
 
 @triton.jit
@@ -96,7 +96,8 @@ def _streamed(w_ptr, y_ptr, m, stride_wn, stride_wk, M: tl.constexpr, BLOCK_B: t
     return x
 
 
-@triton.jit(do_not_specialize=["B", "max_iter", "patience"])
+# The last three pointers are views of one buffer: how they are aligned depends on B, and nothing gains by it.
+@triton.jit(do_not_specialize=["B", "max_iter", "patience", "residual_ptr", "iterations_ptr", "status_ptr"])
 def solve_kernel(
     w_ptr,
     low_ptr,
@@ -203,8 +204,8 @@ def solve_kernel(
         live = status == LIVE
         out = tl.where(j < m, _ending(x, d, ENDING, ACTIVATION), 0.0)
         step_of = out - y
-        step = tl.sqrt(tl.sum(step_of * step_of * judged[None, :] * judged[None, :], axis=0))
-        size = tl.sqrt(tl.sum(out * out * judged[None, :] * judged[None, :], axis=0))
+        step = tl.sqrt(_dot(step_of, step_of, judged, HOMOGENEOUS))
+        size = tl.sqrt(_dot(out, out, judged, HOMOGENEOUS))
         k = iterations + 1
         verdict, better, best_now, best_at_now, limit, slow = judge(
             step, size, k, previous, before, best, best_at, limit, tol, leave, max_iter, patience, CRITERION
@@ -224,7 +225,7 @@ def solve_kernel(
             if tl.max(mixes.to(tl.int32)) > 0:
                 onward = _mixed(
                     out, step_of, judged, mixes, held, turn % DEPTH, values_ptr + at, residuals_ptr + at,
-                    gram_ptr + own, DEPTH, M, BLOCK_B,
+                    gram_ptr + own, HOMOGENEOUS, DEPTH, M, BLOCK_B,
                 )  # fmt: skip
             held = tl.where(mixes, tl.minimum(held + 1, DEPTH), held)
             if ACCELERATION == ON_DEMAND:
@@ -282,6 +283,14 @@ def solve_kernel(
 
 
 @triton.jit
+def _dot(left, right, judged, HOMOGENEOUS: tl.constexpr):
+    """The inner product of every sample, of vectors times ``judged``; homogeneous ones are scaled as they are."""
+    if HOMOGENEOUS:
+        return tl.sum(left * right, axis=0)
+    return tl.sum((left * judged[None, :]) * (right * judged[None, :]), axis=0)
+
+
+@triton.jit
 def _product(
     w, w_ptr, y, y_ptrs, y_ptr, m, stride_wn, stride_wk, M: tl.constexpr, BLOCK_B: tl.constexpr, PRECISION: tl.constexpr
 ):
@@ -307,6 +316,7 @@ def _mixed(
     values_ptrs,
     residuals_ptrs,
     gram_ptrs,
+    HOMOGENEOUS: tl.constexpr,
     DEPTH: tl.constexpr,
     M: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -321,14 +331,19 @@ def _mixed(
         present = mixes & (held > tl.where(age == 0, DEPTH, age))
         other = tl.load(residuals_ptrs + r * (M * BLOCK_B), mask=present[None, :], other=0.0)
         other = tl.where(age == 0, step_of, other)
-        dots = tl.sum(step_of * other * judged[None, :] * judged[None, :], axis=0)
+        dots = _dot(step_of, other, judged, HOMOGENEOUS)
         tl.store(gram_ptrs + entry(newest, r, DEPTH) * BLOCK_B, dots.to(tl.float64), mask=mixes & (age < held))
         r += 1
-    tl.debug_barrier()
-    weights = mixing_weights(gram_ptrs, BLOCK_B, mixes, held, newest, DEPTH)
+    # The counts go through memory to come back one sample a thread: as they lie here, a thread has four, and would need
+    # the registers of four factorisations.
     weights_ptrs = gram_ptrs + DEPTH * DEPTH * BLOCK_B
+    count_ptrs = (weights_ptrs + DEPTH * BLOCK_B).to(tl.pointer_type(tl.int64))
+    tl.store(count_ptrs, tl.where(mixes, held, 0).to(tl.int64))
+    tl.debug_barrier()
+    count = tl.load(count_ptrs).to(tl.int32)
+    weights = mixing_weights(gram_ptrs, BLOCK_B, count > 0, count, newest, DEPTH)
     for i in tl.static_range(DEPTH):
-        tl.store(weights_ptrs + ring(newest, i, DEPTH) * BLOCK_B, weights[i], mask=mixes)
+        tl.store(weights_ptrs + ring(newest, i, DEPTH) * BLOCK_B, weights[i], mask=count > 0)
     tl.debug_barrier()
     mixed = tl.zeros((M, BLOCK_B), tl.float32)
     r = 0
@@ -341,18 +356,17 @@ def _mixed(
     return tl.where(mixes[None, :], mixed, out)
 
 
-# Ending, activation (the dearest of each arithmetic), and the direction in which W is contiguous.
+# Ending, activation, and the direction in which W is contiguous; reflected endings are little more than these.
 _KINDS = (("value", "relu", "rows"), ("value", "gelu", "rows"), ("adjoint", "identity", "columns"))
-_KINDS += (("reflected", "tanh", "rows"), ("reflected adjoint", "identity", "columns"))
 
 
 def compilations() -> list[Compilation]:
-    """Every width, ending and kind of acceleration that a solve can launch."""
-    return [
-        _compilation(M, *kind, acceleration, width)
-        for M, kind, acceleration, width in product(WARPS, _KINDS, ("none", "on_demand"), ("aligned", "ragged"))
-        for increments in (("native",) if WHOLE.value >= M else ("native", "bfloat16"))
-    ]
+    """Every width with every ending and kind of acceleration, ragged with the dearest."""
+    found = []
+    for M in WARPS:
+        found += [_compilation(M, *kind, how, "aligned") for kind, how in product(_KINDS, ("none", "on_demand"))]
+        found.append(_compilation(M, *_KINDS[1], "on_demand", "ragged"))
+    return found
 
 
 def _compilation(M: int, ending: str, activation: str, weight: str, acceleration: str, width: str) -> Compilation:

@@ -3,7 +3,7 @@
 No torch and no Triton here, so that a plan can be made and tested anywhere.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,10 @@ def padded_power(n: int) -> int:
 
 # ---- whole solves (kernels/iteration.py, kernels/solve_resident.py) -------------------------------------------------
 
-# Those of the cell, with more warps where the judgement of a step would spill.
-STEP_TILES = tuple(replace(tiles, warps=8) if tiles.samples >= 64 else tiles for tiles in TILES["tf32"])
+# Those of the cell, with more warps or narrower where the sums and the judgement of a step would spill.
+STEP_TILES = (Tiles(128, 32, 32, 8, 3), Tiles(64, 64, 32, 8, 3), *TILES["tf32"][2:])
+# Of steps by increments, one for each number of samples of STEP_TILES: they share rows of tiles with their anchors.
+DELTA_TILES = (Tiles(128, 64, 64, 8, 3), Tiles(64, 64, 64, 4, 4), *TILES["bfloat16"][3:])
 MOST_SPLITS = 8
 LEAST_STEPS = 4  # of the inner dimension, for each split
 

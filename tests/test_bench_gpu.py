@@ -10,7 +10,7 @@ import torch
 from click.testing import CliRunner
 
 from deq import gpu_device
-from deq.bench import constants, figure, goals, gpu, graphed, on_gpu, report, small_cases
+from deq.bench import cli, constants, figure, goals, gpu, graphed, on_gpu, record, report, small_cases
 from deq.bench.baselines import torch_loop
 from deq.bench.cases import GPU_CASES, TOL, Case
 from deq.bench.cli import bench
@@ -19,6 +19,7 @@ from deq.bench.device import capture, clock, device_seconds
 from deq.bench.gpu import Ceilings, GpuRun
 from deq.bench.quality import relative_error, worst_error
 from deq.bench.run import Selection
+from deq.gpu_device import find_device
 
 CPU = torch.device("cpu")
 SMALL = Case(17, 5)
@@ -122,7 +123,7 @@ class TestMeasure:
 
     def test_rows(self, without_torchdeq):
         before = torch.get_num_threads()
-        forward, training = gpu.measure(SMALL, goals.PASSES, CPU, 0.02, self.LIMITS)
+        forward, training = gpu.measure(SMALL, goals.PASSES, CPU, 0.02, self.LIMITS, find_device("H200"))
         assert torch.get_num_threads() == before
         for rows in (forward, training):
             by_name = {row["baseline"]: row for row in rows}
@@ -141,7 +142,10 @@ class TestMeasure:
         assert deq["byte_share"] == pytest.approx(4 * (17 * 17 + 2 * 5 * 17) / 1e10 / seconds)
         assert deq["roofline_share"] == max(deq["flop_share"], deq["byte_share"])
         assert forward[1]["device_ratio"] == forward[1]["device_median"] / seconds
-        assert training[0]["flop_share"] is None
+        assert training[0]["flop_share"] is None and training[0]["expected_us"] is None
+        assert deq["iteration_us"] == pytest.approx(1e6 * deq["median"] / deq["mean_iterations"])
+        expected = [row["expected_us"] for row in forward]
+        assert expected[0] < 1 and 9 < expected[1] < 11 and expected[2] == pytest.approx(57) and expected[3] is None
 
     def test_torchdeq(self):
         pytest.importorskip("torchdeq")
@@ -269,6 +273,39 @@ class TestConstants:
         assert re.search(r"cluster_barrier +none", text)
 
 
+class TestCommands:
+    """What lies behind the question for a GPU."""
+
+    @pytest.fixture(autouse=True)
+    def on_the_cpu(self, monkeypatch, without_torchdeq):
+        monkeypatch.setattr(cli, "_need_gpu", lambda: None)
+        monkeypatch.setattr(constants._library, "compiled", None)
+        measuring, run = constants.Measuring, GpuRun
+        monkeypatch.setattr(constants, "Measuring", lambda: measuring(Sizes.small(), (9, 0)))
+        monkeypatch.setattr(
+            gpu, "GpuRun", lambda chosen, out, device, *rest: run(chosen, out, "cpu", *rest, sizes=Sizes.small())
+        )
+
+    def test_gpu(self, tmp_path):
+        arguments = ["gpu", "--case", "17,5", "--pass", "forward", "--seconds", "0.01", "--out", str(tmp_path)]
+        result = CliRunner().invoke(bench, arguments, catch_exceptions=False)
+        assert result.exit_code == 0
+        assert re.search(r"^17x5 ", result.output, re.MULTILINE) and "required figures reached" in result.output
+        assert {path.name for path in tmp_path.glob("*/*")} == {"gpu.json", "gpu.png"}
+
+    def test_gpu_refuses_what_it_cannot_make(self, tmp_path):
+        arguments = ["gpu", "--case", "17,5", "--family", "trained7", "--out", str(tmp_path)]
+        result = CliRunner().invoke(bench, arguments)
+        assert result.exit_code == 2 and "trained" in result.output
+
+    def test_constants(self, tmp_path):
+        result = CliRunner().invoke(bench, ["constants", "--out", str(tmp_path)], catch_exceptions=False)
+        assert result.exit_code == 0
+        assert re.search(r"^grid_barrier .* failed: the compiled", result.output, re.MULTILINE)
+        (path,) = tmp_path.glob("*/constants.json")
+        assert len(json.loads(path.read_text())) == len(gpu_device.table()["H200"]["numbers"])
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what it says without a GPU")
 @pytest.mark.parametrize("command", ["gpu", "constants"])
 def test_without_a_gpu(command):
@@ -316,9 +353,9 @@ class TestOnGpu:
         wait = "try:\n  time.sleep(60)\nexcept KeyboardInterrupt:\n  print('kept')"
         slow = f"import time\nprint('begun', flush=True)\n{wait}"
         first, second = self.run(slow, slow, limit=1.5)
-        for record in (first, second):
-            assert record["code"] is None and record["output"] == "begun\nkept\n" and 1 < record["seconds"] < 10
-            assert "out of time" in on_gpu.verdict(record)
+        for step in (first, second):
+            assert step["code"] is None and step["output"] == "begun\nkept\n" and 1 < step["seconds"] < 12
+            assert "out of time" in on_gpu.verdict(step)
 
     def test_no_step_begins_without_time(self):
         (record,) = self.run("print(1)", seconds=1.0)
@@ -336,6 +373,19 @@ class TestOnGpu:
         assert [(row["step"], row["code"]) for row in rows] == [("build", 0), ("tests", 0)]
         on_gpu.write(path, [{"step": "bench", "code": 0}], {"commit": "b"})
         assert [row["step"] for row in json.loads(path.read_text())] == ["bench"]
+
+    def test_the_command(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+        monkeypatch.setattr(record, "device_name", lambda device: "ACME GPU")
+        code = "import sys; sys.exit({})"
+        steps = [on_gpu.Step(name, 30, (sys.executable, "-c", code.format(i))) for i, name in enumerate(on_gpu.NAMES)]
+        monkeypatch.setattr(on_gpu, "plan", lambda capability, out: steps)
+        arguments = ["--step", "build", "--step", "small", "--out", str(tmp_path)]
+        result = CliRunner().invoke(on_gpu.main, arguments, catch_exceptions=False)
+        assert result.exit_code == 1 and re.search(r"build .* passed\nsmall .* failed \(1\)", result.output)
+        rows = json.loads((tmp_path / "acme-gpu" / "on_gpu.json").read_text())
+        assert [(row["step"], row["device"]) for row in rows] == [("build", "ACME GPU"), ("small", "ACME GPU")]
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason="says what it says without a GPU")
     def test_without_a_gpu(self):

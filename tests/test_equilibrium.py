@@ -120,3 +120,40 @@ def test_autocast(block, x):
         gradient = torch.autograd.grad(z.sum(), block.first.weight)[0]
     assert set(seen) == {torch.float32} and z.dtype == torch.float32
     torch.testing.assert_close(gradient, plain, rtol=0.1, atol=0.02 * float(plain.abs().max()))  # x was rounded
+
+
+def test_multiscale_classifier_of_digits():
+    """Three resolutions solved together tell real handwritten digits apart after a few steps of training."""
+    datasets = pytest.importorskip("sklearn.datasets", reason="scikit-learn is not installed (bench extra)")
+    torch.manual_seed(0)
+    digits = datasets.load_digits()
+    images = torch.from_numpy(digits.images).float().unsqueeze(1)[:384] / 8 - 1
+    labels = torch.from_numpy(digits.target)[:384]
+    block = deq.nn.MultiscaleBlock((8, 8, 16))
+    layer = deq.nn.Equilibrium(block, init=block.start, tol=1e-3)
+    stem, head = nn.Conv2d(1, 8, 3, padding=1), nn.Linear(8 + 8 + 16, 10)
+
+    def logits(x):
+        return head(torch.cat([part.amax((2, 3)) for part in layer(stem(x))], 1))
+
+    optimizer = torch.optim.Adam([*stem.parameters(), *layer.parameters(), *head.parameters()], lr=1e-2)
+    losses = []
+    for step in range(24):
+        rows = slice(64 * (step % 5), 64 * (step % 5) + 64)
+        loss = nn.functional.cross_entropy(logits(images[rows]), labels[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert layer.solution.converged.all() and [tuple(z.shape[1:]) for z in layer.solution.z] == [
+        (8, 8, 8),
+        (8, 4, 4),
+        (16, 2, 2),
+    ]
+    with torch.no_grad():
+        accuracy = (logits(images[320:]).argmax(1) == labels[320:]).float().mean()
+    assert accuracy > 0.5 and losses[-1] < 0.6 * losses[0]
+    with pytest.raises(ValueError, match="x must have height and width divisible by 4; got 6 and 8"):
+        block.start(torch.zeros(1, 8, 6, 8))
+    with pytest.raises(ValueError, match="channels must be multiples of groups"):
+        deq.nn.MultiscaleBlock((6, 8))

@@ -19,7 +19,9 @@ from deq.bench.small_cases import backends
 GPU = torch.cuda.is_available() and not triton.knobs.runtime.interpret
 DEVICE = "cuda" if GPU else "cpu"
 needs_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU and TRITON_INTERPRET=0")
-ACTIVATIONS = ("relu", "tanh", "gelu", "elu")
+# A kernel is compiled for each: few of them leave time for many shapes.
+ACTIVATIONS = ("tanh", "tanh", "relu", "tanh", "gelu")
+SOLVERS = ("plain", "plain", "plain", "auto")
 
 
 @pytest.fixture(params=backends(DEVICE) or ["none"])
@@ -44,7 +46,7 @@ def test_forward_and_gradients(place, backend):
     activation = ACTIVATIONS[place % len(ACTIVATIONS)]
     W, c, g = (t.to(DEVICE) for t in gaussian(m, B, seed=place))
     weight, injection = W.clone().requires_grad_(), c.clone().requires_grad_()
-    solution = deq.solve(weight, injection, activation, backend=backend, tol=1e-6, solver=("plain", "auto")[place % 2])
+    solution = deq.solve(weight, injection, activation, backend=backend, tol=1e-6, solver=SOLVERS[place % 4])
     solution.z.backward(g)
     assert solution.converged.all() and (solution.iterations > 0).all()
     z, true_z = torch_loop(W, c, activation, tol=1e-6), exact(W, c, activation)

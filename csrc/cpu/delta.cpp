@@ -16,6 +16,7 @@
 #include "samples.h"
 #include "segments.h"
 #include "threads.h"
+#include "trace.h"
 
 namespace deq {
 namespace {
@@ -173,6 +174,7 @@ class Tile {
     work_.correction_rows += correction_count;
     work_.correction_sweeps += correction_count > 0;
     const auto compute_anchors = skips ? k_.skip_step : k_.step;
+    const Range range(anchors > 0 ? Span::kAnchor : Span::kStep, n);
     team.share([&](int segment, int member) {
       const int64_t from = segments_.start[segment], to = segments_.start[segment + 1];
       if (correction_count > 0)

@@ -146,6 +146,7 @@ class LaneGroup {
     while ((slot.sample = samples_.take(matrix_, queue, c_rows_[lane], other_, y, &slot.scale)) >= 0) {
       slot.record = new_record();
       slot.saved = false;
+      slot.depth = depth_;
       accelerated_ = p_.acceleration == DEQ_ANDERSON ? accelerated_ | bit(lane) : accelerated_ & ~bit(lane);
       const T *c = c_rows_[lane], *d = d_ ? other_ : nullptr;
       Verdict verdict = Verdict::kContinue;
@@ -255,7 +256,7 @@ class LaneGroup {
     newest_ = (newest_ + 1) % depth_;
     int count = 0;
     for (uint32_t rest = now; rest; rest &= rest - 1) {
-      const int lane = __builtin_ctz(rest), held = std::min(static_cast<int>(windows_.held[lane]) + 1, depth_);
+      const int lane = __builtin_ctz(rest), held = std::min(static_cast<int>(windows_.held[lane]) + 1, slots_[lane].depth);
       windows_.held[lane] = static_cast<T>(held);
       count = std::max(count, held);
     }
@@ -263,12 +264,18 @@ class LaneGroup {
     for (int i = 0; i < count; ++i) order[i] = (newest_ - i + depth_) % depth_;
     T *f = z_[current_], *y = z_[1 - current_];
     lane_.take(windows_, order, count, f, y, m_);
+    for (uint32_t rest = p_.acceleration == DEQ_ON_DEMAND ? now : 0; rest; rest &= rest - 1)
+      if (const int lane = __builtin_ctz(rest); windows_.held[lane] == 2)
+        slots_[lane].depth = useful_depth(static_cast<double>(windows_.gram[order[0]][order[1]][lane]),
+                                          static_cast<double>(windows_.gram[order[0]][order[0]][lane]),
+                                          static_cast<double>(windows_.gram[order[1]][order[1]][lane]), depth_);
     if (count > 1) lane_.mix(windows_, order, count, static_cast<T>(10 * rule_.eps), f, m_);
   }
 
   struct Slot {
     Record record;
     bool saved;      // the output row holds the best iterate
+    int depth;       // Anderson: pairs to hold
     int64_t sample;  // flat index s * B + b
     double scale;    // the sample was multiplied by this power of two
   };
@@ -318,9 +325,7 @@ int32_t solve(const DeqProblem& p) {
 
 }  // namespace
 
-bool lanes_serve(const DeqProblem& p) {
-  return p.width <= (p.mask.data || p.activation == kRelu ? kLanesUpToSparse : kLanesUpTo);
-}
+bool lanes_serve(const DeqProblem& p) { return p.width <= kLanesUpTo; }
 
 int32_t lane_solve(const DeqProblem& p) { return p.type == DEQ_FLOAT64 ? solve<double>(p) : solve<float>(p); }
 

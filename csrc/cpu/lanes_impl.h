@@ -108,7 +108,7 @@ uint32_t lane_look(LaneRecords<T>& s, const T* step2, const T* size2, T tol2) {
   M::store(s.best_step2, M::select(common, step, M::load(s.best_step2)));
   M::store(s.best_size2, M::select(common, size, M::load(s.best_size2)));
   M::store(s.left, M::select(common, left - M::set(1.0), left));
-  constexpr uint32_t kAll = (uint32_t{1} << kLanes<T>) - 1;
+  constexpr uint32_t kAll = (uint32_t{1} << kLanes<T>)-1;
   return kAll & ~static_cast<uint32_t>(nonzero_lanes<T>(M::select(common, M::set(1.0), V{})));
 }
 
@@ -177,7 +177,7 @@ void lane_weights(LaneWindows<T>& s, const int* order, int count, double regular
   using V = M::V;
   using I = M::I;
   V low[kMaxDepth][kMaxDepth], inverse[kMaxDepth], a[kMaxDepth];  // low[i][k] holds L[i][k] D[k]
-    I trusted = *open & (widened(s.held + first) >= M::set(count));
+  I trusted = *open & (widened(s.held + first) >= M::set(count));
   for (int i = 0; i < count; ++i) {
     for (int j = 0; j <= i; ++j) {
       V sum = widened(s.gram[order[i]][order[j]] + first);
@@ -206,8 +206,7 @@ void lane_weights(LaneWindows<T>& s, const int* order, int count, double regular
     norm1 += M::abs(a[i]);
   }
   trusted &= norm1 < M::set(deq::kMaxWeight);
-  for (int i = 0; i < count; ++i)
-    store_narrowed(s.weights[i] + first, M::select(trusted, a[i], widened(s.weights[i] + first)));
+  for (int i = 0; i < count; ++i) store_narrowed(s.weights[i] + first, M::select(trusted, a[i], widened(s.weights[i] + first)));
   *open &= ~trusted;
 }
 

@@ -17,6 +17,7 @@
 #include "samples.h"
 #include "segments.h"
 #include "threads.h"
+#include "trace.h"
 
 namespace deq {
 
@@ -48,7 +49,7 @@ struct alignas(64) Slot {
   T *c, *d, *sums;
   int64_t sample;                     // flat index s * B + b
   double scale;                       // the sample was multiplied by this power of two
-  int window, newest;                 // Anderson: pairs held, ring position of the newest
+  int depth, window, newest;          // Anderson: pairs to hold, those held, ring position of the newest
   double gram[kMaxDepth][kMaxDepth];  // by ring position
 };
 
@@ -166,6 +167,7 @@ class Tile {
     work_.native_products += products;
     ++work_.native_sweeps;
     const auto compute = skips ? k_.skip_step : k_.step;
+    const Range range(Span::kStep, n);
     team.share([&](int segment, int member) {
       Step<T> part = step;
       part.segment = segment;
@@ -185,6 +187,7 @@ class Tile {
       slot.saved = false;
       slot.accelerated = p_.acceleration == DEQ_ANDERSON;
       slot.window = 0;
+      slot.depth = depth_;
       if (p_.start.data) return true;
       // From zero the first evaluation is act(c): no product. Its step and its size are the same.
       double size2 = k_.first(p_.activation, slot.c, slot.d, y, m_);
@@ -256,6 +259,7 @@ class Tile {
 
   // Anderson: replaces f by the mixture of the window. One new row of the Gram matrix; the rest is remembered.
   void accelerate(Slot<T>& slot, T* f, const T* y) {
+    const Range range(Span::kAnderson, std::min(slot.window + 1, depth_));
     if (!window_) {
       window_ = static_cast<T*>(window_arena.get(size_ * depth_ * 2 * stride_ * static_cast<int64_t>(sizeof(T))));
       if (!window_) {
@@ -264,7 +268,7 @@ class Tile {
       }
     }
     slot.newest = slot.window ? (slot.newest + 1) % depth_ : 0;
-    slot.window = std::min(slot.window + 1, depth_);
+    slot.window = std::min(slot.window + 1, slot.depth);
     k_.residual(f, y, window_row(slot, slot.newest, 0), window_row(slot, slot.newest, 1), padded_);
     int ring[kMaxDepth];
     const T *F[kMaxDepth], *G[kMaxDepth];
@@ -276,6 +280,8 @@ class Tile {
     double dots[kMaxDepth];
     k_.dots(G[0], G, slot.window, padded_, dots);
     for (int i = 0; i < slot.window; ++i) slot.gram[slot.newest][ring[i]] = slot.gram[ring[i]][slot.newest] = dots[i];
+    if (slot.window == 2 && p_.acceleration == DEQ_ON_DEMAND)
+      slot.depth = useful_depth(dots[1], dots[0], slot.gram[ring[1]][ring[1]], depth_);
     double gram[kMaxDepth][kMaxDepth], weights[kMaxDepth];
     for (int i = 0; i < slot.window; ++i)
       for (int j = 0; j < slot.window; ++j) gram[i][j] = slot.gram[ring[i]][ring[j]];

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "capacity.h"
 #include "launch.h"
 
 namespace deq {
@@ -66,6 +67,11 @@ int32_t check_cuda(cudaError_t error, const char* what) {
 }  // namespace deq
 
 const char* deq_cuda_why(void) { return deq::why; }
+
+int32_t deq_cuda_kernel(int32_t regime, int64_t width, int64_t batch, int32_t processors, int64_t shared) {
+  if (width < 1) return -1;
+  return regime == DEQ_GRID ? deq::grid_kernel(width, batch, processors, shared) : deq::block_kernel(width, shared);
+}
 
 int32_t deq_cuda_plan(int64_t weights, int64_t batch, int64_t width, int32_t device, int32_t regime, DeqCudaPlan* plan) {
   using namespace deq;

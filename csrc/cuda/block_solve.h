@@ -152,7 +152,7 @@ class BlockSolve {
   DEQ_GPU void anchor(uint32_t slots, State& state) {
     state.publish(slots, x_);
     Gpu::sync();
-    constexpr int kRows = HELD > 0 ? 2 : 4;  // more sums would not fit into the registers beside held weights
+    constexpr int kRows = HELD > 0 ? 1 : 4;  // more sums would not fit into the registers beside held weights
     for (int first = warp_ * RT * kTileRows; first < (warp_ + 1) * RT * kTileRows && first < call_.width; first += kRows)
       exact_rows_of<Gpu, kRows>(call_, weight_, slots, first, x_, y_);
     Gpu::sync_warp();

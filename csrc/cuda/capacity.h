@@ -1,5 +1,11 @@
-// Which kernel serves which width, by what it needs of a multiprocessor. The C++ side of deq/gpu_plan.py's capacities.
+// Which kernel serves which width, by what it needs of a multiprocessor; deq/cuda_capacity.py has the same in Python.
+//
+// There is no kernel that spreads W over a cluster of 8 or 16 multiprocessors. It could hold widths up to 928 or 1296, where the
+// grid needs at most one flag barrier an evaluation more than it; whether that pays is told by "cluster_barrier" at or below
+// 0.2 us with "flag_barrier" above 1 us (deq_cuda_measure), on a device that keeps 16 such clusters at work.
 #pragma once
+#include <initializer_list>
+
 #include "block_solve.h"
 #include "grid_solve.h"
 

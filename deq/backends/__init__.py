@@ -21,13 +21,17 @@ from types import ModuleType
 from . import cpu, reference
 from .outcome import Deferred, Outcome
 
-__all__ = ["Deferred", "Outcome", "get_backend"]
+__all__ = ["Deferred", "Outcome", "get_backend", "load"]
 
 _MODULES = {"cpu": cpu, "reference": reference}
 
 
 def get_backend(name: str) -> ModuleType:
     """The module of a backend that :func:`deq.plan.make_plan` chose."""
-    if name not in _MODULES:  # Triton takes a second to import
-        _MODULES[name] = importlib.import_module(f".{name}", __name__)
     return _MODULES[name]
+
+
+def load(name: str) -> None:
+    """Import a backend that is not always there, or takes a second to import, before it is planned with."""
+    if name not in _MODULES:
+        _MODULES[name] = importlib.import_module(f".{name}", __name__)

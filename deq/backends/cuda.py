@@ -1,43 +1,40 @@
 """The compiled CUDA engine (csrc/cuda): whole solves of float32 and 16-bit problems whose weight stays on the chip.
 
 Increments are multiplied in bfloat16 on tensor cores; samples are judged in float32 alone. 16-bit tensors are widened
-first and the result is rounded once. Nothing here waits for the device.
+first and the result is rounded once. Nothing here waits for the device. What the kernels do not hold, or what another
+is expected to solve sooner (:mod:`deq.gpu_plan`), goes to the Triton backend; a launch that fails does too, with one
+warning.
 """
 
+import warnings
+import weakref
+from ctypes import byref, c_double
 from functools import lru_cache
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from .. import _library, stats
+from .. import _library, _triton, stats
 from ..activations import ACTIVATIONS
+from ..gpu_device import find_device
+from ..gpu_plan import expected
 from ..plan import Plan
+from ..solution import Status
 from . import reference
 from .cpu import _options
-from .outcome import Outcome
+from .outcome import Deferred, Outcome
+from .reference import outer
+
+__all__ = ["derivative", "masked_linear", "measure", "outer", "plan_launch", "regime_for", "solve"]
 
 REGIMES = {"block": 0, "grid": 1}  # DeqCudaRegime of csrc/cuda_kernels.h
+_PLANNED = {"resident cuda": "block", "grid": "grid"}  # their names in deq.gpu_plan
+_told: set[str] = set()  # reasons that were warned of
 
 
 class Refused(RuntimeError):
     """The kernels cannot serve a problem; the message says why."""
-
-
-@lru_cache(maxsize=1024)
-def plan_launch(weights: int, batch: int, width: int, device: int, regime: str | None = None) -> _library.CudaPlan:
-    """Kernel, grid and scratch memory for S weights of so many samples each; raises Refused where there is none.
-
-    device: index of the CUDA device. regime: "block" (W in one multiprocessor), "grid" (in all of them together) or
-    None for whichever serves.
-    """
-    library = _library.compiled
-    if not _library.has_cuda:
-        raise Refused(_library.build.get("why_not_cuda") or _library.reason or "the library was built without CUDA")
-    chosen = _library.CudaPlan()
-    number = -1 if regime is None else REGIMES[regime]
-    if library.deq_cuda_plan(weights, batch, width, device, number, chosen):
-        raise Refused(library.deq_cuda_why().decode())
-    return chosen
 
 
 def solve(
@@ -50,8 +47,13 @@ def solve(
     out: Tensor | None = None,
     reflected: bool = False,
 ) -> Outcome:
-    number = ACTIVATIONS[activation].number
-    return _run(torch.ops.deq.cuda_solve_.default, W, (c,), z0, number, plan, out, reflected)
+    regime = None if reflected else _regime(c, plan)
+    if regime is not None:
+        try:
+            return _run("cuda_solve_", W, (c,), z0, ACTIVATIONS[activation].number, plan, out, regime)
+        except Refused as error:
+            _tell(str(error))
+    return _elsewhere(c).solve(W, c, z0, activation, plan, out=out, reflected=reflected)
 
 
 def masked_linear(
@@ -65,55 +67,140 @@ def masked_linear(
     out: Tensor | None = None,
     reflected: bool = False,
 ) -> Outcome:
-    number = -1 if value_of is None else ACTIVATIONS[value_of].number
-    return _run(torch.ops.deq.cuda_masked_linear_.default, A, (g, d), u0, number, plan, out, reflected)
+    regime = None if reflected else _regime(g, plan)
+    if regime is not None:
+        number = -1 if value_of is None else ACTIVATIONS[value_of].number
+        try:
+            return _run("cuda_masked_linear_", A, (g, d), u0, number, plan, out, regime)
+        except Refused as error:
+            _tell(str(error))
+    return _elsewhere(g).masked_linear(A, g, d, value_of, plan, u0=u0, out=out, reflected=reflected)
 
 
 def derivative(W: Tensor, c: Tensor, z: Tensor, activation: str) -> Tensor:
-    return reference.derivative(W, c, z, activation)
+    return _elsewhere(c).derivative(W, c, z, activation)
+
+
+@lru_cache(maxsize=1024)
+def regime_for(width: int, batch: int, device: int) -> str | None:
+    """The regime that a solve runs in, or None where Triton's kernels are expected to be faster or W fits nowhere.
+
+    device: index of the CUDA device.
+    """
+    name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+    constants = find_device(name, capability)
+
+    def seconds(regime: str, precision: str, increments: str) -> float:
+        found = expected(regime, width, batch, constants, precision, increments)
+        return float("inf") if found is None else found.solve
+
+    ours = min(_PLANNED, key=lambda regime: seconds(regime, "ieee", "bfloat16"))
+    theirs = min(seconds(r, "tf32x3", i) for r in ("resident", "cell") for i in ("native", "bfloat16"))
+    return _PLANNED[ours] if seconds(ours, "ieee", "bfloat16") < theirs else None
+
+
+@lru_cache(maxsize=1024)
+def plan_launch(weights: int, batch: int, width: int, device: int, regime: str | None = None) -> _library.CudaPlan:
+    """Kernel, grid and scratch memory for S weights of so many samples each; raises Refused where there is none.
+
+    device: index of the CUDA device. regime: "block" (W in one multiprocessor), "grid" (in all of them together) or
+    None for whichever serves.
+    """
+    if not _library.has_cuda:
+        raise Refused(_library.build.get("why_not_cuda") or _library.reason or "the library was built without CUDA")
+    chosen, number = _library.CudaPlan(), -1 if regime is None else REGIMES[regime]
+    if _library.compiled.deq_cuda_plan(weights, batch, width, device, number, byref(chosen)):
+        raise Refused(_library.compiled.deq_cuda_why().decode())
+    return chosen
+
+
+def measure(name: str, device: int = 0) -> float:
+    """A constant of the device, measured: its names and units are those of deq_cuda_measure in csrc/cuda_kernels.h.
+
+    Waits for the device. Raises Refused where it cannot be measured.
+    """
+    if not _library.has_cuda:
+        raise Refused("the library was built without CUDA")
+    result = c_double()
+    if _library.compiled.deq_cuda_measure(name.encode(), device, byref(result)):
+        raise Refused(_library.compiled.deq_cuda_why().decode())
+    return result.value
+
+
+class _Report(Deferred):
+    """A report that is still on the GPU: one plus the least index of what is not finite, -1 where there is nothing."""
+
+    def __init__(self, report: Tensor, status: Tensor, W: Tensor):
+        self.report, self.status, self.weight = report, status, weakref.ref(W)
+
+    def read(self) -> list[int]:
+        _, *bad = self.report.tolist()
+        return [int((self.status != Status.CONVERGED).sum()), *(max(place, 0) for place in bad)]
+
+
+def _regime(c: Tensor, plan: Plan) -> str | None:
+    """None for what goes elsewhere: traced graphs, what Triton is expected to solve sooner, and the plain solver, whose
+    path rounded increments would leave."""
+    if plan.acceleration == "none" or c.numel() == 0 or c.dtype == torch.float64 or torch.compiler.is_compiling():
+        return None
+    return regime_for(c.shape[-1], c.shape[-2], c.device.index)
+
+
+def _elsewhere(c: Tensor) -> ModuleType:
+    if c.dtype == torch.float64 or _triton.why_not(c.device.type):
+        return reference
+    from . import triton  # takes a second to import
+
+    return triton
+
+
+def _tell(reason: str) -> None:
+    if reason not in _told:
+        _told.add(reason)
+        warnings.warn(f"the CUDA engine could not run, another backend solves: {reason}", RuntimeWarning, stacklevel=4)
 
 
 def _run(
-    operator,
+    operator: str,
     W: Tensor,
     batch: tuple[Tensor, ...],
     start: Tensor | None,
     number: int,
     plan: Plan,
     out: Tensor | None,
-    reflected: bool,
+    regime: str | None,
 ) -> Outcome:
+    """One call of an operator of csrc/torch_cuda_ops.cpp; raises Refused where it cannot be launched."""
     c = batch[0]
-    weights = W.shape[0] if W.dim() == 3 else 1
-    samples, m = c.shape[-2:]
-    wide = torch.empty_like(c, dtype=torch.float32, memory_format=torch.contiguous_format)
-    said = stats.allocate(wide)
+    launch = plan_launch(W.shape[0] if W.dim() == 3 else 1, *c.shape[-2:], c.device.index, regime)
+    z = torch.empty_like(c, dtype=torch.float32, memory_format=torch.contiguous_format)
+    said = stats.allocate(z)
     report = torch.full((4,), -1, dtype=torch.int64, device=c.device)
-    if weights * samples:
-        launch = plan_launch(weights, samples, m, c.device.index)
-        operator(
-            W.float().contiguous(),
+    try:
+        getattr(torch.ops.deq, operator).default(
+            W.detach().float().contiguous(),
             *(t.float() for t in batch),
-            wide.new_empty((0,) * c.dim()) if start is None else start.float(),
-            wide,
+            z.new_empty((0,) * c.dim()) if start is None else start.float(),
+            z,
             said,
             report,
             torch.empty(launch.scratch, dtype=torch.uint8, device=c.device),
             number,
-            *_options(plan, reflected),
+            *_options(plan, False),
             launch.regime,
             launch.kernel,
             launch.blocks,
         )
-    z, said = _rounded(wide, said, c.dtype)
-    return Outcome(z if out is None else out.copy_(z), said, report)
+    except RuntimeError as error:
+        raise Refused(str(error)) from error
+    if c.dtype != torch.float32:
+        z = _rounded(z, said, c.dtype)
+    return Outcome(z if out is None else out.copy_(z), said, _Report(report, stats.status(z, said), W))
 
 
-def _rounded(z: Tensor, said: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _rounded(z: Tensor, said: Tensor, dtype: torch.dtype) -> Tensor:
     """z in the dtype of the injection; a sample that leaves its range is held at its edge and has diverged."""
-    if dtype == torch.float32:
-        return z, said
-    status, largest = stats.status(z, said), torch.finfo(dtype).max
+    largest = torch.finfo(dtype).max
     held = z.clamp(-largest, largest)
-    status.masked_fill_((held != z).any(-1) & z.isfinite().all(-1), 3)
-    return held.to(dtype), said
+    stats.status(z, said).masked_fill_(((held != z) & z.isfinite()).any(-1), int(Status.DIVERGED))
+    return held.to(dtype)

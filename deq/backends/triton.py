@@ -52,8 +52,14 @@ def masked_linear(
 
 
 def derivative(W: Tensor, c: Tensor, z: Tensor, activation: str) -> Tensor:
+    if torch.compiler.is_compiling():
+        return torch.ops.deq.triton_derivative.default(W, c, z, activation)
+    return _derivative(W, c, z, activation)
+
+
+def _derivative(W: Tensor, c: Tensor, z: Tensor, activation: str) -> Tensor:
     if c.dim() == 3:
-        return torch.stack([derivative(*part, activation) for part in zip(W, c, z, strict=True)])
+        return torch.stack([_derivative(*part, activation) for part in zip(W, c, z, strict=True)])
     d = cell.derivative(z.float(), W.float(), c.float(), activation, precision=PRECISION)
     return d.to(c.dtype)
 
@@ -68,22 +74,63 @@ def is_deferred(c: Tensor) -> bool:
 
 
 def _run(kind: Kind, W: Tensor, c: Tensor, d: Tensor | None, start: Tensor | None, out: Tensor | None) -> Outcome:
+    if torch.compiler.is_compiling():
+        z = torch.empty_like(c, memory_format=torch.contiguous_format)
+        said = stats.allocate(z)
+        plan = kind.plan
+        how = plan.acceleration, plan.depth, plan.criterion, plan.tol, plan.max_iter
+        torch.ops.deq.triton_solve_.default(W, c, d, start, z, said, kind.reflects, kind.activation.name, *how)
+        return Outcome(z, said, None)
     z = torch.empty(c.shape, dtype=c.dtype, device=c.device) if out is None else out
     said = stats.allocate(z)
+    report = Deferred(_write(kind, W, c, d, start, z, said), W)
+    return Outcome(z, said, report if is_deferred(c) else report.read())
+
+
+def _solve_operator(
+    W: Tensor,
+    c: Tensor,
+    d: Tensor | None,
+    start: Tensor | None,
+    z: Tensor,
+    said: Tensor,
+    reflects: bool,
+    activation: str,
+    acceleration: str,
+    depth: int,
+    criterion: str,
+    tol: float,
+    max_iter: int,
+) -> None:
+    plan = Plan("triton", "plain", "float32", acceleration, depth, tol, max_iter, criterion)
+    _write(Kind(d is not None, reflects, ACTIVATIONS[activation], plan), W, c, d, start, z, said)
+
+
+# What torch.compile calls: it need not look into the kernels.
+_library = torch.library.Library("deq", "FRAGMENT")
+_library.define(
+    "triton_solve_(Tensor W, Tensor c, Tensor? d, Tensor? start, Tensor(a!) z, Tensor(b!) said, bool reflects, "
+    "str activation, str acceleration, int depth, str criterion, float tol, int max_iter) -> ()"
+)
+_library.define("triton_derivative(Tensor W, Tensor c, Tensor z, str activation) -> Tensor")
+
+
+def _write(
+    kind: Kind, W: Tensor, c: Tensor, d: Tensor | None, start: Tensor | None, z: Tensor, said: Tensor
+) -> list[tuple[Tensor, int, int]]:
+    """Write z, of the shape of c, and what is said of its samples; the parts of a Deferred."""
     parts: list[tuple[Tensor, int, int]] = []
     # The interpreter's numpy warns of overflows that the rule of judgement is there for.
     quiet = numpy.errstate(all="ignore") if cell.INTERPRETED.value else contextlib.nullcontext()
     with torch.no_grad(), torch.cuda.device_of(c), quiet:
         fields = [field(z, said) for field in (stats.residual, stats.iterations, stats.status)]
         if c.dim() == 2:
-            parts += _solve_matrix(kind, W, c, d, start, z, fields)
-        else:
-            for s in range(c.shape[0]):
-                ds, starts = (None if t is None else t[s] for t in (d, start))
-                more = _solve_matrix(kind, W[s], c[s], ds, starts, z[s], [field[s] for field in fields])
-                parts += [(counters, first + s * c.shape[1], samples) for counters, first, samples in more]
-    report = Deferred(parts, W)
-    return Outcome(z, said, report if is_deferred(c) else report.read())
+            return _solve_matrix(kind, W, c, d, start, z, fields)
+        for s in range(c.shape[0]):
+            ds, starts = (None if t is None else t[s] for t in (d, start))
+            more = _solve_matrix(kind, W[s], c[s], ds, starts, z[s], [field[s] for field in fields])
+            parts += [(counters, first + s * c.shape[1], samples) for counters, first, samples in more]
+    return parts
 
 
 def _solve_matrix(
@@ -117,3 +164,12 @@ def _solve_matrix(
             z[part] = wide
         parts.append((counters, first, cs.shape[0]))
     return parts
+
+
+for _key in ("CPU", "CUDA"):
+    _library.impl("triton_solve_", _solve_operator, _key)
+    _library.impl("triton_derivative", _derivative, _key)
+torch.library.register_fake("deq::triton_solve_", lambda *_: None, lib=_library)
+torch.library.register_fake(
+    "deq::triton_derivative", lambda W, c, *_: torch.empty_like(c, memory_format=torch.contiguous_format), lib=_library
+)

@@ -55,11 +55,15 @@ class Kind(NamedTuple):
     def depth(self) -> int:
         return self.plan.depth if self.accelerates else 1
 
+    @property
+    def may_round_increments(self) -> bool:
+        """Increments leave a tight tolerance nothing to do but wait for anchors, and samples that are all accelerated
+        need an anchor at every turn."""
+        return self.plan.tol >= INCREMENTS_TOL and self.acceleration != "anderson"
+
     def gpu_plan(self, B: int, m: int, device: torch.device) -> GpuPlan:
-        """Regime, tiles and increments for B samples of width m. Increments leave a tight tolerance nothing to do but
-        wait for anchors, and samples that are all accelerated need an anchor at every turn."""
-        pays = self.plan.tol >= INCREMENTS_TOL and self.acceleration != "anderson"
-        increments = ("native", "bfloat16") if pays else ("native",)
+        """Regime, tiles and increments for B samples of width m."""
+        increments = ("native", "bfloat16") if self.may_round_increments else ("native",)
         return choose(m, B, dtype="float32", device=_constants(device), increments=increments, precision=PRECISION)
 
 

@@ -21,14 +21,14 @@ def solve_rows(
 ) -> Tensor:
     """Write z (B, m) float32, contiguous, and residual, iterations, status (B,); returns the counters."""
     (B, m), plan = c.shape, kind.plan
-    M, block = solve_resident.padded(m), solve_resident.BLOCK_B
+    width, block = solve_resident.padded(m), solve_resident.BLOCK_B
     programs = triton.cdiv(B, block)
     counters = torch.zeros(records.HEADER, dtype=torch.int32, device=c.device)
-    by_increments = solve_resident.WHOLE.value < M
+    by_increments = width > solve_resident.WHOLE.value and kind.may_round_increments
     each = solve_resident.scratch_floats(m, kind.depth if kind.accelerates else 0)
     scratch = torch.empty(programs * each, device=c.device)
-    if m < M:
-        W = torch.nn.functional.pad(W, (0, M - m, 0, M - m))
+    if m < width:
+        W = torch.nn.functional.pad(W, (0, width - m, 0, width - m))
     if B > 0:
         solve_resident.solve_kernel[(programs,)](
             W,
@@ -53,9 +53,9 @@ def solve_rows(
             PRECISION=PRECISION,
             INCREMENTS=by_increments,
             SCRATCH=each,
-            M=M,
+            M=width,
             BLOCK_B=block,
-            num_warps=solve_resident.WARPS[M],
+            num_warps=solve_resident.WARPS[width],
             num_stages=1,
             enable_fp_fusion=True,
         )

@@ -14,12 +14,11 @@ from ..gpu_plan import GpuPlan
 from . import chunks
 from .triton_kind import PRECISION, Kind
 
+FUSES = {"enable_fp_fusion": True}  # Triton is about to change its default, and warns of it
 ROW = 1024  # elements of a row that start and finish look at at a time
 MIX = (4, 256)  # samples and units of a tile of the next accelerated iterates
-LEAST_CHUNK = (
-    8  # turns between two looks at the samples at work; of turns by increments, which are five kernels each, 2
-)
-DELTA_CHUNK = 2
+LEAST_CHUNK = 8  # turns between two looks at the samples at work
+DELTA_CHUNK = 2  # the same of turns by increments, which are five kernels each
 
 
 def solve_rows(
@@ -37,8 +36,10 @@ def solve_rows(
     (B, m), plan, device = c.shape, kind.plan, c.device
     by_increments = how.increments == "bfloat16"
     tiles, splits = iteration.step_tiles(B, m)
-    if by_increments:  # both count the samples of the same rows of tiles
-        tiles, splits = next((t for t in iteration.STEP_TILES if t.samples == how.tiles.samples), tiles), 1
+    if by_increments:  # rows of tiles of both are the same samples
+        rows = how.tiles.samples
+        tiles, splits = next(t for t in iteration.STEP_TILES if t.samples == rows), 1
+        steps = _Grid(B, m, next(t for t in delta.DELTA_TILES if t.samples == rows))
     grid = _Grid(B, m, tiles)
     free_first = start is None and plan.acceleration != "anderson"
     state, addresses = _memory(kind, by_increments, grid, splits, W, c, d)
@@ -52,9 +53,9 @@ def solve_rows(
         "SPLITS": splits,
         **grid.options,
     }
-    key = (B, m, W.stride(), *strides.values(), *rule.values(), *step.values(), str(how.tiles))
+    key = (B, m, W.stride(), *strides.values(), *rule.values(), *step.values())
     loop = chunks.loop_of(key, device)
-    advance = _delta_steps(kind, _Grid(B, m, how.tiles), loop, strides["stride_d"], rule) if by_increments else None
+    advance = _delta_steps(kind, steps, loop, strides["stride_d"], rule) if by_increments else None
     mix_grid = (triton.cdiv(B, MIX[0]) * triton.cdiv(m, MIX[1]),)
 
     def turn(t: int) -> None:
@@ -63,14 +64,14 @@ def solve_rows(
         iteration.step_kernel[(grid.programs * splits,)](loop.table, t, B, m, *W.stride(), **strides, **rule, **step)
         if kind.accelerates:
             iteration.mix_kernel[mix_grid](
-                loop.table, t, B, m, DEPTH=kind.depth, INCREMENTS=by_increments, BLOCK_B=MIX[0], BLOCK_N=MIX[1]
+                loop.table, t, B, m, DEPTH=kind.depth, INCREMENTS=by_increments, BLOCK_B=MIX[0], BLOCK_N=MIX[1], **FUSES
             )
 
     row = min(ROW, triton.next_power_of_2(m))
     period = 2 * kind.depth if kind.depth % 2 else kind.depth
     chunk = DELTA_CHUNK if by_increments else -(-LEAST_CHUNK // period) * period
     with loop.lock:
-        records.bind_kernel[(1,)](loop.table, *addresses)
+        records.bind_kernel[(1,)](loop.table, *addresses, **FUSES)
         if B > 0:
             ends.start_kernel[(B,)](
                 loop.table,
@@ -85,10 +86,20 @@ def solve_rows(
                 INCREMENTS=by_increments,
                 TILE_B=tiles.samples,
                 BLOCK=row,
+                **FUSES,
             )
             loop.repeat(turn, plan.max_iter - int(free_first), period, chunk, state["COUNTERS"][:1])
             ends.finish_kernel[(B,)](
-                loop.table, z, *fields, B, m, largest, HOMOGENEOUS=kind.homogeneous, MASKED=kind.masked, BLOCK=row
+                loop.table,
+                z,
+                *fields,
+                B,
+                m,
+                largest,
+                HOMOGENEOUS=kind.homogeneous,
+                MASKED=kind.masked,
+                BLOCK=row,
+                **FUSES,
             )
     return state["COUNTERS"]
 
@@ -123,7 +134,7 @@ class _Grid:
             "BLOCK_K": self.tiles.depth,
             "num_warps": self.tiles.warps,
             "num_stages": self.tiles.stages,
-            "enable_fp_fusion": True,
+            **FUSES,
         }
 
 

@@ -150,8 +150,8 @@ def _choose(
         inverts = m <= B or (not is_trained and m <= FACTOR_PAYS_BELOW * B)
         return Linear(W, inverts, tol=plan.tol), None
     if isinstance(W, weights.LowerTriangular):
-        if not forced and plan.backend != "cpu":
-            return None, "substitution is compiled for the CPU only"
+        if not forced and plan.backend not in ("cpu", "triton"):
+            return None, "in plain PyTorch substitution takes longer than iterating"
         return Triangular(W.W, W.strict), None
     if isinstance(W, weights.Diagonal):
         return Diagonal(W.d), None

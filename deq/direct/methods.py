@@ -21,7 +21,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _library, cache
+from .. import _library, _triton, cache
 from ..activations import ACTIVATIONS
 from . import roots
 
@@ -59,6 +59,11 @@ def relative_residual(f: Tensor, z: Tensor) -> Tensor:
 
 def is_compiled(like: Tensor) -> bool:
     return _library.compiled is not None and like.device.type == "cpu"
+
+
+def has_kernels(like: Tensor) -> bool:
+    """Whether the Triton kernels for structured weights take such a tensor."""
+    return like.is_cuda and like.dtype == torch.float32 and _triton.why_not("cuda") == ""
 
 
 def rows_contiguous(t: Tensor) -> Tensor:
@@ -194,6 +199,10 @@ class Triangular:
         return why_not_unique("the diagonal of W", activation, least, most)
 
     def solve(self, c: Tensor, activation: str, start: Tensor | None = None) -> Result:
+        if has_kernels(c):
+            from deq.kernels import triangular  # Triton takes a second to import
+
+            return Result(*triangular.substitute(self.W.detach(), c, activation, strict=self.strict))
         if not is_compiled(c):
             refuse_non_finite("W", self._lower)
             z = roots.substitute(self._lower, c, activation)
@@ -203,6 +212,11 @@ class Triangular:
         return self._run(c, None, entry.number, derives=entry.derivative_of_value is None)
 
     def masked(self, s: Tensor, g: Tensor) -> Result:
+        if has_kernels(g):
+            from deq.kernels import triangular
+
+            A, upper = (self.W.detach().mT, True) if self.is_transposed else (self.W.detach(), False)
+            return Result(*triangular.substitute(A, g, None, mask=s, strict=self.strict, upper=upper))
         if is_compiled(g):
             return self._run(g, s, -1)
         triangle = self._lower.mT if self.is_transposed else self._lower
@@ -276,6 +290,11 @@ class Diagonal:
 def solve_diagonal(d: Tensor, x: Tensor, activation: str, derives: bool = False) -> Result:
     """``z = act(d z + x)`` of every element of x (B, m); with ``derives`` also ``act'(d z + x)``."""
     entry = ACTIVATIONS[activation]
+    if has_kernels(x):
+        from deq.kernels import diagonal
+
+        z, residual, derivative = diagonal.solve_diagonal(d, x, activation, derives)
+        return Result(z, residual, derivative=derivative)
     if is_compiled(x):
         return _substitute(x.new_empty(0), d.contiguous(), x, None, entry.number, derives, False)
     z, p = roots.scalar_root(d, x, activation)

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from ..fixed_point import StateSolution, fixed_point, unknown_option
 from ..state import State
+from .compiled import equilibrium, register
+from .dropout import reset_dropout
 
 OPTIONS = tuple(
     name
@@ -27,7 +29,9 @@ class Equilibrium(nn.Module):
     ``layer(*inputs, z0=None)`` solves from z0. Gradients reach the inputs, the parameters of block and whatever else it
     uses, and follow ``torch.is_grad_enabled()``, in training and evaluation alike. ``layer.solution`` is the last
     Solution, detached; it is neither saved nor copied with the layer. Under autocast the block runs in the precision of
-    its state: inputs of lower precision are cast to it.
+    its state: inputs of lower precision are cast to it. Under torch.compile(fullgraph=True) and torch.export the layer
+    is one operator of its inputs and its block's parameters; what else the block uses gets no gradient there, and an
+    exported program serves in the process that made it.
 
     Raises TypeError for an unknown option.
     """
@@ -43,17 +47,36 @@ class Equilibrium(nn.Module):
         self.init = init
         self.options = options
         self.solution: StateSolution | None = None
+        self._number = register(self)
 
     def forward(self, *inputs: Tensor, z0: State | None = None) -> State:
+        reset_dropout(self)
         if z0 is None:
             z0 = self._start(inputs)
         if torch.is_autocast_enabled(_device_type(z0)):
             dtype = (z0 if isinstance(z0, Tensor) else z0[0]).dtype
             wide = lambda x: isinstance(x, Tensor) and x.is_floating_point()  # noqa: E731
             inputs = tuple(x.to(dtype) if wide(x) else x for x in inputs)
-        solution = fixed_point(lambda z: self.block(z, *inputs), z0, **self.options)
+        if torch.compiler.is_compiling():
+            return self._compiled(inputs, z0)
+        return self.solve(lambda z: self.block(z, *inputs), z0).z
+
+    def solve(self, f: Callable[[State], State], z0: State) -> StateSolution:
+        """:func:`deq.fixed_point` with the layer's options; ``solution`` keeps it, detached."""
+        solution = fixed_point(f, z0, **self.options)
         self.solution = solution.detach()
-        return solution.z
+        return solution
+
+    def _compiled(self, inputs: tuple[Tensor, ...], z0: State) -> State:
+        if self.options.get("backward") == "unrolled":
+            raise ValueError("backward='unrolled' is not available inside torch.compile")
+        if not all(isinstance(x, Tensor) for x in inputs):
+            raise TypeError("inside torch.compile every input of deq.nn.Equilibrium must be a tensor")
+        is_tuple = not isinstance(z0, Tensor)
+        parameters = list(self.block.parameters()) if isinstance(self.block, nn.Module) else []
+        start = [part.detach() for part in (z0 if is_tuple else (z0,))]
+        parts = equilibrium(self._number, is_tuple, start, list(inputs), parameters)
+        return tuple(parts) if is_tuple else parts[0]
 
     def _start(self, inputs: tuple[Tensor, ...]) -> State:
         if self.init is not None:
@@ -68,6 +91,10 @@ class Equilibrium(nn.Module):
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "solution": None}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._number = register(self)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())

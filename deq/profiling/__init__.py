@@ -5,7 +5,8 @@ from .flops import register as _register
 from .profile import profile
 from .ranges import phase, record
 from .report import Report
+from .timeline import timeline
 
 _register()
 
-__all__ = ["Ceilings", "Report", "ceilings", "phase", "profile", "record"]
+__all__ = ["Ceilings", "Report", "ceilings", "phase", "profile", "record", "timeline"]

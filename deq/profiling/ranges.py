@@ -12,6 +12,7 @@ experiment its phases (:func:`phase`). The message of a range holds m and B, its
 the most evaluations of any sample as payload, for tensors of the CPU: those of a GPU are not waited for.
 """
 
+import ctypes
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from .. import stats
+from .. import _library, stats
 from ..plan import Plan
 
 try:
@@ -33,6 +34,7 @@ except ImportError:  # ranges then reach recorders only
 
 T = TypeVar("T")
 
+INSIDE = ("pack", "step", "anchor", "Anderson")  # by number in csrc/cpu/trace.h
 COLOURS = {"solve": "blue", "adjoint": "green", "dW": "yellow"}
 _domain = nvtx.get_domain("deq") if nvtx else None
 _has_tool = nvtx is not None and isinstance(_domain, nvtx.Domain)  # else a dummy that does nothing
@@ -44,17 +46,18 @@ listening = _has_tool
 class Event:
     """One range that has ended. ``start`` and ``end`` in nanoseconds of time.perf_counter_ns; ``shape`` (..., B, m) of
     what was solved, or None, and ``element``, bytes of an element of it; ``iterations`` (...) of its samples, or None;
-    ``plan`` of a solve; ``thread`` as threading.get_native_id; ``depth``: ranges of the same thread around it."""
+    ``plan`` of a solve; ``thread`` as threading.get_native_id; ``payload`` of a range in the compiled library: rows of
+    a step or anchor, pairs of Anderson's window, m of what was packed."""
 
     name: str
     start: int
     end: int
     thread: int
-    depth: int
     shape: tuple[int, ...] | None = None
     iterations: Tensor | None = None
     element: int = 0
     plan: Plan | None = None
+    payload: int | None = None
 
 
 @dataclass
@@ -64,21 +67,42 @@ class Recorder:
     events: list[Event] = field(default_factory=list)
 
 
+class _Span(ctypes.Structure):
+    """DeqSpan of csrc/kernels.h."""
+
+    _fields_ = (
+        ("kind", ctypes.c_int32),
+        ("thread", ctypes.c_int32),
+        ("payload", ctypes.c_int64),
+        ("start", ctypes.c_int64),
+        ("end", ctypes.c_int64),
+    )
+
+
 @contextmanager
-def record() -> Iterator[Recorder]:
-    """Everything that is done inside, in any thread, is recorded."""
+def record(inside: bool = False) -> Iterator[Recorder]:
+    """Everything that is done inside, in any thread, is recorded; with ``inside`` what the compiled library does within
+    a solve too, which then costs a microsecond a range. Of several at once only one may look inside."""
     global _recorders, listening
+    library = _library.compiled if inside else None
     recorder = Recorder()
     _recorders = (*_recorders, recorder)
     listening = True
+    if library:
+        library.deq_trace_start()
     try:
         yield recorder
     finally:
+        if library:
+            recorder.events += _spans(library)
         _recorders = tuple(r for r in _recorders if r is not recorder)
         listening = _has_tool or bool(_recorders)
 
 
-_depth = threading.local()
+def _spans(library: ctypes.CDLL) -> list[Event]:
+    spans = (_Span * library.deq_trace_stop())()
+    library.deq_trace_read(ctypes.addressof(spans), len(spans))
+    return [Event(INSIDE[s.kind], s.start, s.end, s.thread, payload=s.payload) for s in spans]
 
 
 def call(name: str, function: Callable[..., T], *arguments) -> T:
@@ -107,8 +131,6 @@ def phase(name: str) -> Iterator[None]:
 @contextmanager
 def _range(name: str, injection: Tensor | None) -> Iterator[dict]:
     """Yields what its event will hold beside names and times."""
-    depth = getattr(_depth, "value", 0)
-    _depth.value = depth + 1
     about = {} if injection is None else {"shape": tuple(injection.shape), "element": injection.element_size()}
     if _has_tool:
         _domain.push_range(_attributes(name, about.get("shape")))
@@ -117,7 +139,6 @@ def _range(name: str, injection: Tensor | None) -> Iterator[dict]:
         yield about
     finally:
         end = time.perf_counter_ns()
-        _depth.value = depth
         if _has_tool:
             _domain.pop_range()
             iterations = about.get("iterations")
@@ -125,7 +146,7 @@ def _range(name: str, injection: Tensor | None) -> Iterator[dict]:
                 most = int(iterations.max())
                 _domain.mark(_domain.get_event_attributes(message=f"{name} iterations", payload=most))
         if _recorders:
-            event = Event(name, start, end, threading.get_native_id(), depth, **about)
+            event = Event(name, start, end, threading.get_native_id(), **about)
             for recorder in _recorders:
                 recorder.events.append(event)
 

@@ -1,6 +1,7 @@
 """Fixed points of any function of a matrix (B, D), every row a sample: plain, Anderson, Broyden, Newton-Krylov."""
 
-from .loop import Result, run
+from .loop import run
+from .result import Result
 from .rule import CRITERIA, METHODS, Rule
 
 __all__ = ["CRITERIA", "METHODS", "Result", "Rule", "run"]

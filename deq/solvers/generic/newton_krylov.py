@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...solution import Status
+from .result import Result
 from .rule import Rule
 from .torch_steps import RUNNING, TorchSteps, norm
 
@@ -20,11 +21,18 @@ FORCING, GROSSEST = 0.9, 0.1  # gamma of choice 2, and the share of the residual
 
 
 def newton_krylov(
-    f: Callable[[Tensor], Tensor], y0: Tensor, rule: Rule, *, first: Tensor | None = None, keep: Sequence[int] = ()
-) -> tuple[TorchSteps, list[Tensor | None]]:
-    """The finished steps and the trajectory, see :func:`deq.solvers.generic.run`; products count as evaluations."""
+    f: Callable[[Tensor], Tensor],
+    y0: Tensor,
+    rule: Rule,
+    *,
+    first: Tensor | None = None,
+    keep: Sequence[int] = (),
+    traced: bool = False,
+) -> Result:
+    """See :func:`deq.solvers.generic.run`; products count as evaluations, but have no place in the trace."""
     steps = TorchSteps(y0, replace(rule, method="plain", damping=1.0))
     trajectory: list[Tensor | None] = [None] * len(keep)
+    trace: list[Tensor] = []
     point, direction = y0.clone(), torch.zeros_like(y0)
     best = torch.full_like(steps.residual, torch.inf)  # measure at point
     share = torch.zeros_like(best)  # of the direction that was taken; none before the first
@@ -39,6 +47,8 @@ def newton_krylov(
         steps.restarted_at.fill_(-1)
         image = f(trial) if first is None or steps.evaluations else first
         steps.advance(image)
+        if traced:
+            trace.append(steps.norms.clone())
         for i, k in enumerate(keep):
             if trajectory[i] is None and steps.evaluations + products >= k:
                 trajectory[i] = steps.z.clone()
@@ -66,7 +76,7 @@ def newton_krylov(
         steps.y = torch.where(running.unsqueeze(1), following, steps.y)
     steps.status = torch.where(steps.status == RUNNING, int(Status.MAX_ITER), steps.status)
     steps.iterations += charged
-    return steps, trajectory
+    return Result.of(steps, trajectory, trace)
 
 
 def _product(f, y: Tensor, zero: Tensor | None, g: Tensor) -> Callable[[Tensor], Tensor]:

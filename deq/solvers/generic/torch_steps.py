@@ -22,6 +22,7 @@ class TorchSteps:
     def __init__(self, y: Tensor, rule: Rule):
         B, D = y.shape
         self.rule = rule
+        self.mixes = rule.method in ("anderson", "auto")
         self.y = y.clone()
         self.z = y.clone()
         self.eps = torch.finfo(y.dtype).eps
@@ -31,6 +32,7 @@ class TorchSteps:
         self.residual = torch.full((B,), torch.inf, **wide)  # of the best image
         self.measure = torch.full((B,), torch.inf, **wide)  # what the best image was chosen by
         self.status = torch.full((B,), RUNNING, dtype=torch.uint8, device=y.device)
+        self.norms = torch.zeros(B, 2, **wide)  # ||f(y) - y|| and ||f(y)|| of the last evaluation that was judged
         self.steps = torch.full((2, B), torch.inf, **wide)  # last two ||f(y) - y||
         self.limit = torch.zeros(B, **wide)
         self.best_at = torch.zeros(B, dtype=torch.int32, device=y.device)
@@ -41,7 +43,11 @@ class TorchSteps:
         self.F = y.new_zeros(B, depth, D)  # Anderson: images; Broyden: steps
         self.G = y.new_zeros(B, depth if rule.method != "broyden" else 0, D)
         self.gram = torch.zeros(B, depth, depth, **wide)
-        self.head = torch.zeros(B, dtype=torch.int64, device=y.device)  # slot of the newest pair
+        self.head = torch.full((B,), depth - 1, device=y.device)  # slot of the newest pair
+        self.pairs = self.count  # without this evaluation's
+
+    def collect(self) -> None:
+        """z is always complete."""
 
     def is_running(self) -> bool:
         return bool((self.status == RUNNING).any())
@@ -51,12 +57,13 @@ class TorchSteps:
         self.evaluations += 1
         k = self.evaluations
         active = self.status == RUNNING
-        g = fy - y
-        step, size = norm(g), norm(fy)
+        pushing = active & self.accelerated if self.mixes else None
+        step, size, start = self._remember(fy, pushing)
         r = torch.where(step > 0, step / size, step)
+        self.norms = torch.where(active.unsqueeze(1), torch.stack((step, size), 1), self.norms)
         measure = step if rule.criterion == "absolute" else r
         if k == 1:
-            self.limit = torch.maximum(size, norm(y)) / self.eps**2
+            self.limit = torch.maximum(size, start) / self.eps**2
         finite = torch.isfinite(step) & torch.isfinite(size)
         better = active & finite & (measure < self.measure)
 
@@ -80,7 +87,7 @@ class TorchSteps:
         lost = ~finite | (size > self.limit)
         # An accelerated sample that went astray goes on from its best image, once until it finds a better one.
         astray = lost | (measure > SAFEGUARD * self.measure)
-        restart = active & (self.count > 1) & astray & (self.restarted_at < self.best_at) & ~stalled
+        restart = active & (self.pairs > 1) & astray & (self.restarted_at < self.best_at) & ~stalled
         lost = lost & ~restart
         verdict = torch.full_like(self.status, RUNNING)
         if k >= rule.max_iter:
@@ -93,46 +100,58 @@ class TorchSteps:
         self.restarted_at = torch.where(restart, k, self.restarted_at)
         self.count = torch.where(restart, 0, self.count)
 
-        if rule.method == "auto" and k >= SLOW_AFTER:
+        going = active & (self.status == RUNNING)
+        after = torch.lerp(y, fy, rule.damping) if rule.damping != 1.0 else fy
+        if self.mixes:
+            weights, used = self._weights()
+            after = self._combine(weights, pushing & going & ~restart & (used > 1), after)
+        elif rule.method == "broyden":
+            after = self._broyden(fy - y, y, going & ~restart)
+        after = torch.where(restart.unsqueeze(1), self.z, after)
+        if rule.method == "auto" and k >= SLOW_AFTER:  # from the next evaluation on
             self.accelerated |= torch.minimum(step / self.steps[0], self.steps[0] / self.steps[1]) > SLOW_CONTRACTION
         self.steps = torch.stack((step, self.steps[0]))
-        going = active & (self.status == RUNNING)
-        after = y + rule.damping * g if rule.damping != 1.0 else fy
-        mixing = going & ~restart & self.accelerated
-        if rule.method in ("anderson", "auto"):
-            after = torch.where(mixing.unsqueeze(1), self._mix(fy, g, after, mixing), after)
-        elif rule.method == "broyden":
-            after = self._broyden(g, y, mixing)
-        after = torch.where(restart.unsqueeze(1), self.z, after)
         lost_point = active & (self.status != RUNNING) & ~finite  # f is not asked there again
         self.y = torch.where(going.unsqueeze(1), after, torch.where(lost_point.unsqueeze(1), self.z, y))
 
-    def _push(self, new: Tensor, mask: Tensor) -> Tensor:
-        """Move the head of the samples in mask one slot on and count the pair; index (B, 1, 1) of the slot."""
-        depth = self.F.shape[1]
-        self.head = torch.where(mask, (self.head + 1) % depth, self.head)
-        self.count = torch.where(mask, (self.count + 1).clamp(max=depth), self.count)
-        return self.head.view(-1, 1, 1)
+    def _remember(self, fy: Tensor, pushing: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """The norms of fy - y, fy and y (B,); the pairs of the samples in ``pushing`` enter their history."""
+        g = fy - self.y
+        norms = norm(g), norm(fy), norm(self.y)
+        self.pairs = self.count
+        if pushing is None:
+            return norms
+        slot = self._next_slot(pushing)
+        finite = (pushing & torch.isfinite(norms[0]) & torch.isfinite(norms[1])).unsqueeze(1)
+        index = slot.view(-1, 1, 1).expand(-1, 1, fy.shape[1])
+        for history, new in ((self.F, fy), (self.G, g)):
+            history.scatter_(1, index, torch.where(finite, new, history.gather(1, index).squeeze(1)).unsqueeze(1))
+        dots = (self.G.double() @ torch.where(finite, g, 0.0).double().unsqueeze(2)).squeeze(2)
+        self._enter(slot, dots, pushing)
+        return norms
 
-    def _mix(self, fy: Tensor, g: Tensor, after: Tensor, mask: Tensor) -> Tensor:
-        """``sum_i a_i (x_i + beta g_i)`` with a minimising ``||sum_i a_i g_i||``, ``sum_i a_i = 1`` (Anderson 1965)."""
-        slot = self._push(g, mask)
-        wide = mask.view(-1, 1, 1)
-        index = slot.expand(-1, 1, fy.shape[1])
-        safe = torch.where(mask.unsqueeze(1), g, 0.0)
-        image = torch.where(mask.unsqueeze(1), fy, 0.0).unsqueeze(1)
-        self.F.scatter_(1, index, torch.where(wide, image, self.F.gather(1, index)))
-        self.G.scatter_(1, index, torch.where(wide, safe.unsqueeze(1), self.G.gather(1, index)))
-        dots = (self.G.double() @ safe.double().unsqueeze(2)).squeeze(2)
-        row = slot.expand(-1, 1, self.gram.shape[2])
-        self.gram.scatter_(1, row, torch.where(wide, dots.unsqueeze(1), self.gram.gather(1, row)))
-        column = slot.expand(-1, self.gram.shape[1], 1)
-        self.gram.scatter_(2, column, torch.where(wide, dots.unsqueeze(2), self.gram.gather(2, column)))
-        a, size = self._weights()
+    def _next_slot(self, pushing: Tensor) -> Tensor:
+        """(B,) where the new pair goes, counted in."""
+        depth = self.F.shape[1]
+        self.head = torch.where(pushing, (self.head + 1) % depth, self.head)
+        self.count = torch.where(pushing, (self.count + 1).clamp(max=depth), self.count)
+        return self.head
+
+    def _enter(self, slot: Tensor, dots: Tensor, rows: Tensor) -> None:
+        """Put dots (B, depth) into the slot's row and column of the Gram matrices of ``rows``."""
+        depth = self.gram.shape[1]
+        rows = rows.view(-1, 1, 1)
+        for dim, new in ((1, dots.unsqueeze(1)), (2, dots.unsqueeze(2))):
+            index = slot.view(-1, 1, 1).expand(-1, *((1, depth) if dim == 1 else (depth, 1)))
+            self.gram.scatter_(dim, index, torch.where(rows, new, self.gram.gather(dim, index)))
+
+    def _combine(self, a: Tensor, mixing: Tensor, after: Tensor) -> Tensor:
+        """``sum_i a_i (x_i + beta g_i)`` for the samples in ``mixing``, with a minimising ``||sum_i a_i g_i||`` and
+        ``sum_i a_i = 1`` (Anderson 1965); ``after`` for the others."""
         mixed = (a.unsqueeze(1) @ self.F.double()).squeeze(1)
         if self.rule.damping != 1.0:
             mixed = mixed - (1 - self.rule.damping) * (a.unsqueeze(1) @ self.G.double()).squeeze(1)
-        return torch.where((size > 1).unsqueeze(1), mixed.to(fy.dtype), after)
+        return torch.where(mixing.unsqueeze(1), mixed.to(after.dtype), after)
 
     def _weights(self) -> tuple[Tensor, Tensor]:
         """Weights (B, depth) by slot and how many pairs they use (B,): the oldest are dropped until the normal
@@ -160,9 +179,9 @@ class TorchSteps:
         """The next point of the good Broyden method started from the plain iteration (Kelley 1995, chapter 7).
 
         The history holds the steps s_0..s_{n-1} since the last restart, oldest in slot 0. With ``p_0 = g`` and
-        ``p_{j+1} = p_j + s_{j+1} (s_j . p_j) / |s_j|^2`` the new step is ``p_{n-1} / (1 - s_{n-1} . p_{n-1} /
-        |s_{n-1}|^2)``: only dots of the steps with g and among themselves are needed. A full history, or a denominator
-        that cannot be trusted, starts it afresh.
+        ``p_{j+1} = p_j + s_{j+1} q_j``, ``q_j = s_j . p_j / |s_j|^2``, the new step is ``p_{n-1} / (1 - q_{n-1})``:
+        only dots of the steps with g and among themselves are needed. A full history, or a denominator that cannot be
+        trusted, starts it afresh.
         """
         depth = self.F.shape[1]
         n = self.count
@@ -191,10 +210,7 @@ class TorchSteps:
         kept = torch.where(mask.unsqueeze(1), s, 0.0).unsqueeze(1)
         self.F.scatter_(1, index, torch.where(wide, kept, self.F.gather(1, index)))
         new = (self.F.double() @ kept.double().transpose(1, 2)).squeeze(2)
-        row = slot.view(-1, 1, 1).expand(-1, 1, depth)
-        self.gram.scatter_(1, row, torch.where(wide, new.unsqueeze(1), self.gram.gather(1, row)))
-        column = slot.view(-1, 1, 1).expand(-1, depth, 1)
-        self.gram.scatter_(2, column, torch.where(wide, new.unsqueeze(2), self.gram.gather(2, column)))
+        self._enter(slot, new, mask)
         return y + s
 
 

@@ -1,0 +1,166 @@
+"""``deq bench peers``: equilibria of convolution and attention blocks, forward + backward, against torchdeq.
+
+Both run the same block to the same relative tolerance with the same method on both sides. ``block`` is the block alone:
+as many evaluations and vector-Jacobian products as deq needs, judged by nobody. Where that is less than half of
+torchdeq's time, deq must be twice as fast, and never slower.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from deq import torchdeq as drop_in
+from deq.nn import Equilibrium
+
+from .timing import interleave, thread_clock
+from .timing import threads as use_threads
+
+TOL, LIMIT = 1e-4, 200
+METHODS = {"plain": "fixed_point_iter", "anderson": "anderson"}
+
+
+class Convolution(nn.Module):
+    """The residual block of a multiscale DEQ: two convolutions, group norms, an injection between them."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.first, self.second = (nn.Conv2d(channels, channels, 3, padding=1, bias=False) for _ in range(2))
+        self.norms = nn.ModuleList(nn.GroupNorm(4, channels) for _ in range(2))
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        y = torch.relu(self.norms[0](self.first(z)))
+        return torch.relu(self.norms[1](0.3 * z + x + 0.3 * self.second(y)))
+
+
+class Attention(nn.Module):
+    """A pre-norm transformer layer that contracts: attention and a small net, damped, with the input injected."""
+
+    def __init__(self, width: int, heads: int = 4):
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.net = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        B, T, D = z.shape
+        q, k, v = self.qkv(z + x).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        attended = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, T, D)
+        y = self.norm(x + 0.3 * z + 0.5 * self.out(attended))
+        return y + 0.3 * self.net(y)
+
+
+@dataclass(frozen=True)
+class PeerCase:
+    """A block and the shape of its state."""
+
+    name: str
+    make: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+
+    def problem(self) -> tuple[nn.Module, Tensor, Tensor]:
+        """The block, its input and the gradient of a loss."""
+        generator = torch.Generator().manual_seed(0)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            block = self.make()
+        x, g = (torch.randn(self.shape, generator=generator) for _ in range(2))
+        return block, x.requires_grad_(), g
+
+
+CASES = (
+    PeerCase("conv-8x16x8x8", lambda: Convolution(16), (8, 16, 8, 8)),
+    PeerCase("conv-16x32x16x16", lambda: Convolution(32), (16, 32, 16, 16)),
+    PeerCase("attention-4x16x32", lambda: Attention(32), (4, 16, 32)),
+    PeerCase("attention-16x32x64", lambda: Attention(64), (16, 32, 64)),
+)
+
+
+def competitors(case: PeerCase, method: str) -> tuple[dict[str, Callable[[], Tensor]], dict[str, int]]:
+    """Calls that solve and differentiate once and return z, by name; and deq's evaluations forward and backward."""
+    from torchdeq import get_deq
+
+    block, x, g = case.problem()
+    wanted = (x, *block.parameters())
+    layer = Equilibrium(block, solver=method, backward_solver=method, tol=TOL, max_iter=LIMIT)
+    options = {"ift": True, "f_max_iter": LIMIT, "b_max_iter": LIMIT, "f_tol": TOL, "b_tol": TOL}
+    options |= {"f_stop_mode": "rel", "b_stop_mode": "rel", "f_solver": METHODS[method], "b_solver": METHODS[method]}
+
+    def through(model: nn.Module) -> Tensor:
+        z = model(lambda z: block(z, x), torch.zeros_like(x))[0][-1]
+        torch.autograd.grad(z, wanted, g)
+        return z
+
+    def engine() -> Tensor:
+        z = layer(x)
+        torch.autograd.grad(z, wanted, g)
+        return z
+
+    products: list[dict] = []
+    z = drop_in.get_deq(**options)(lambda z: block(z, x), torch.zeros_like(x), backward_writer=products.append)[0][-1]
+    torch.autograd.grad(z, wanted, g)
+    engine()
+    counts = {"forward": int(layer.solution.iterations.max()), "backward": int(products[0]["nstep"].max())}
+
+    def bare() -> Tensor:
+        with torch.no_grad():
+            z = torch.zeros_like(x)
+            for _ in range(counts["forward"]):
+                z = block(z, x)
+        point = z.requires_grad_()
+        image = block(point, x)
+        u = g
+        for _ in range(counts["backward"]):
+            (u,) = torch.autograd.grad(image, point, u, retain_graph=True)
+        torch.autograd.grad(image, wanted, u)
+        return image
+
+    theirs, ours = get_deq(**options), drop_in.get_deq(**options)
+    return {
+        "deq": engine,
+        "deq.torchdeq": lambda: through(ours),
+        "torchdeq": lambda: through(theirs),
+        "block": bare,
+    }, counts
+
+
+def measure(case: PeerCase, method: str, threads: int, seconds: float) -> list[dict]:
+    """One row a competitor, with ``ratio`` over deq's time and ``residual``, the worst of the answer."""
+    with use_threads(threads):
+        runs, counts = competitors(case, method)
+        block, x, _ = case.problem()
+        residuals = {}
+        for name, run in runs.items():
+            z = run().detach()
+            with torch.no_grad():
+                residuals[name] = float(((block(z, x) - z).flatten(1).norm(dim=1) / z.flatten(1).norm(dim=1)).max())
+        timings = interleave(runs, seconds, clock=thread_clock(threads))
+    share = timings["block"].median / timings["torchdeq"].median
+    must = 2.0 if share < 0.5 else 1.0
+    return [
+        {
+            "case": case.name,
+            "method": method,
+            "variant": name,
+            "threads": threads,
+            "median": timing.median,
+            "turns": len(timing.turns),
+            "ratio": (ratio := timing.ratio(timings["deq"])),
+            "block_share": share,
+            "must": must if name == "torchdeq" else None,
+            "reached": ratio >= must if name == "torchdeq" else None,
+            "residual": residuals[name],
+            **counts,
+        }
+        for name, timing in timings.items()
+    ]
+
+
+def steps(threads: tuple[int, ...], seconds: float) -> Iterator[tuple[str, Callable[[], list[dict]]]]:
+    """What there is to measure, with a name each."""
+    for count in threads:
+        for case in CASES:
+            for method in METHODS:
+                yield f"{case.name} {method}", lambda c=case, m=method, t=count: measure(c, m, t, seconds)

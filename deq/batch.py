@@ -1,0 +1,43 @@
+"""A batch of problems of torch.vmap as one problem of deq: more samples of one weight, or more weights."""
+
+import torch
+from torch import Tensor
+
+from . import stats as layout
+
+
+class Batch:
+    """N problems with weights (m, m) or (S, m, m) and samples (B, m) or (S, B, m), each of them batched or not."""
+
+    def __init__(self, size: int, weight_dim: int | None, weight: Tensor):
+        self.size, self.weight_dim = size, weight_dim
+        self.stacked = weight.dim() - (weight_dim is not None) == 3
+
+    def weight(self, W: Tensor) -> Tensor:
+        """One weight for all, or a stack."""
+        return W if self.weight_dim is None else W.movedim(self.weight_dim, 0).reshape(-1, *W.shape[-2:])
+
+    def samples(self, c: Tensor, dim: int | None) -> Tensor:
+        """The samples of all problems, where :meth:`weight` wants them."""
+        c = c.expand(self.size, *c.shape) if dim is None else c.movedim(dim, 0)
+        if self.weight_dim is not None:
+            return c.reshape(-1, *c.shape[-2:])
+        if self.stacked:
+            return c.transpose(0, 1).reshape(c.shape[1], -1, c.shape[-1])
+        return c.reshape(-1, c.shape[-1])
+
+    def apart(self, z: Tensor) -> Tensor:
+        """(N, ..., m) of the problems out of their common solution, or (N, ...) out of numbers of its samples."""
+        return self._apart(z, z.shape[-1:])
+
+    def stats(self, z: Tensor, stats: Tensor) -> Tensor:
+        """(N, bytes): every problem's buffer of :mod:`deq.stats`."""
+        fields = (read(z, stats) for read in (layout.residual, layout.iterations, layout.status))
+        return torch.cat([self._apart(field, ()).reshape(self.size, -1).view(torch.uint8) for field in fields], 1)
+
+    def _apart(self, t: Tensor, tail) -> Tensor:
+        if self.weight_dim is None and self.stacked:
+            return t.reshape(t.shape[0], self.size, -1, *tail).transpose(0, 1)
+        if self.stacked:
+            return t.reshape(self.size, -1, t.shape[1], *tail)
+        return t.reshape(self.size, -1, *tail)

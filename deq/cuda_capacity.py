@@ -1,0 +1,42 @@
+"""What the CUDA kernels hold on the chip: csrc/cuda/capacity.h in Python, for plans made without the library.
+
+W is rounded to bfloat16 and cut into tiles of 16 x 16. tests/test_cuda_capacity.py holds the two languages together.
+"""
+
+TILE, TILE_BYTES, INCREMENT_BYTES = 16, 512, 256  # a fragment of W, and one of the increments of eight samples
+SLOTS = 8  # samples that one column tile of a product holds
+SLOT_BYTES = 280 + 136 + 48  # Mixture, SlotControl and Action
+NORMS_BYTES = 7 * 8  # of one slot and warp
+ACTIVE_BYTES = 16
+
+# (tiles of a warp, k-steps held in registers, warps that multiply at most)
+BLOCK_KERNELS = ((1, 0, 8), (2, 0, 10), (2, 2, 11))
+# (tiles of a block, eights of slots, k-steps of a warp held in registers)
+GRID_KERNELS = ((1, 1, 0), (1, 4, 0), (2, 1, 7))
+GRID_WARPS = 8
+
+
+def block_kernel(width: int, shared: int) -> int | None:
+    """The kernel whose block holds W in ``shared`` bytes and in registers, None if none does."""
+    tiles = -(-width // TILE)
+    for i, (rows, held, most) in enumerate(BLOCK_KERNELS):
+        warps = -(-tiles // rows)
+        weights = tiles * (tiles - held) * TILE_BYTES
+        states = tiles * INCREMENT_BYTES + warps * SLOTS * NORMS_BYTES + SLOTS * SLOT_BYTES + ACTIVE_BYTES
+        if tiles > held and warps <= most and weights + states <= shared:
+            return i
+    return None
+
+
+def grid_kernel(width: int, batch: int, processors: int, shared: int) -> int | None:
+    """The kernel that spreads W over ``processors`` blocks of ``shared`` bytes, None if none does."""
+    steps = -(-width // TILE)
+    fits = []
+    for rows, columns, held in GRID_KERNELS:
+        weights = (steps - held * GRID_WARPS) * rows * TILE_BYTES
+        sums = GRID_WARPS * rows * TILE * columns * SLOTS * 4
+        needed = weights + sums + columns * SLOTS * SLOT_BYTES + ACTIVE_BYTES
+        fits.append(-(-steps // rows) <= processors and steps // GRID_WARPS >= held and needed <= shared)
+    if batch > SLOTS and fits[1]:
+        return 1
+    return next((i for i in (0, 2) if fits[i]), None)

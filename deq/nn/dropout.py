@@ -1,0 +1,53 @@
+"""Dropout whose mask stays the same through a solve: otherwise there would be no fixed point."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class VariationalDropout(nn.Module):
+    """Multiplies x (B, ...) by a Bernoulli mask over its expectation, drawn once and kept until :meth:`reset_mask`.
+
+    p: probability of zero, in [0, 1]; 1 gives zeros. shared: dimensions of x along which the mask is constant, such as
+    (1,) to drop whole features of (B, tokens, features). In evaluation, and for p = 0, x itself is returned.
+
+    :class:`deq.nn.Equilibrium` draws new masks at every call; in a loop of your own call :func:`reset_dropout`.
+    """
+
+    def __init__(self, p: float = 0.5, shared: Sequence[int] = ()):
+        super().__init__()
+        if not 0 <= p <= 1:
+            raise ValueError(f"p must lie in [0, 1]; got {p!r}")
+        self.p = p
+        self.shared = tuple(shared)
+        self.mask: Tensor | None = None
+
+    def reset_mask(self) -> None:
+        """Forget the mask: the next call draws one for its shape, dtype and device."""
+        self.mask = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0:
+            return x
+        if self.mask is None:
+            shape = list(x.shape)
+            for dim in self.shared:
+                shape[dim] = 1
+            keep = 1 - self.p
+            mask = torch.zeros(shape, dtype=x.dtype, device=x.device)
+            self.mask = mask.bernoulli_(keep).div_(keep) if keep else mask
+        return x * self.mask
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "mask": None}
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}" + (f", shared={self.shared}" if self.shared else "")
+
+
+def reset_dropout(model: nn.Module) -> None:
+    """Forget the masks of every VariationalDropout in ``model``."""
+    for module in model.modules():
+        if isinstance(module, VariationalDropout):
+            module.reset_mask()

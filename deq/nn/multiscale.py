@@ -1,0 +1,73 @@
+"""Several resolutions as one equilibrium (Bai, Koltun and Kolter 2020, "Multiscale deep equilibrium models")."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class _Branch(nn.Module):
+    """A residual block at one resolution: two convolutions with group norms."""
+
+    def __init__(self, channels: int, groups: int):
+        super().__init__()
+        self.first, self.second = (nn.Conv2d(channels, channels, 3, padding=1, bias=False) for _ in range(2))
+        self.norms = nn.ModuleList(nn.GroupNorm(groups, channels) for _ in range(2))
+
+    def forward(self, z: Tensor, x: Tensor | None) -> Tensor:
+        y = torch.relu(self.norms[0](self.first(z)))
+        y = self.second(y) + z
+        return torch.relu(self.norms[1](y if x is None else y + x))
+
+
+class MultiscaleBlock(nn.Module):
+    """``block(z, x)`` for a state of feature maps at halving resolutions, fused with each other.
+
+    channels: of every resolution, the finest first; the i-th map of z is (B, channels[i], H / 2^i, W / 2^i). x (B,
+    channels[0], H, W) enters the finest. H and W must be divisible by ``2^(len(channels) - 1)``. gain: slope of the
+    last activation, ``tanh(gain norm(...))``, in (0, 1]: smaller contracts more.
+
+    ``deq.nn.Equilibrium(block, init=block.start)`` solves for all resolutions together.
+    """
+
+    def __init__(self, channels: Sequence[int], groups: int = 4, gain: float = 0.5):
+        super().__init__()
+        if not channels or any(c % groups for c in channels):
+            raise ValueError(f"channels must be multiples of groups = {groups}; got {tuple(channels)}")
+        if not 0 < gain <= 1:
+            raise ValueError(f"gain must lie in (0, 1]; got {gain!r}")
+        self.channels, self.gain = tuple(channels), gain
+        self.branches = nn.ModuleList(_Branch(c, groups) for c in channels)
+        n = len(self.channels)
+        self.fusions = nn.ModuleList(nn.ModuleList(self._path(j, i) for j in range(n)) for i in range(n))  # [to][from]
+        self.norms = nn.ModuleList(nn.GroupNorm(groups, c) for c in channels)
+
+    def _path(self, source: int, target: int) -> nn.Module:
+        into, out = self.channels[source], self.channels[target]
+        if source == target:
+            return nn.Identity()
+        if source > target:  # coarser: fewer pixels, repeated
+            scale = 2 ** (source - target)
+            return nn.Sequential(nn.Conv2d(into, out, 1, bias=False), nn.Upsample(scale_factor=scale, mode="nearest"))
+        steps = [
+            nn.Conv2d(into if k == 0 else out, out, 3, stride=2, padding=1, bias=False) for k in range(target - source)
+        ]
+        return nn.Sequential(*steps)
+
+    def start(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Zeros of the shapes of the state for x."""
+        B, _, H, W = x.shape
+        coarsest = 2 ** (len(self.channels) - 1)
+        if H % coarsest or W % coarsest:
+            raise ValueError(f"x must have height and width divisible by {coarsest}; got {H} and {W}")
+        return tuple(x.new_zeros(B, c, H >> i, W >> i) for i, c in enumerate(self.channels))
+
+    def forward(self, z: tuple[Tensor, ...], x: Tensor) -> tuple[Tensor, ...]:
+        maps = [
+            branch(part, x if i == 0 else None) for i, (branch, part) in enumerate(zip(self.branches, z, strict=True))
+        ]
+        fused = []
+        for paths, norm in zip(self.fusions, self.norms, strict=True):
+            total = sum(path(part) for path, part in zip(paths, maps, strict=True))
+            fused.append(torch.tanh(self.gain * norm(total)))
+        return tuple(fused)

@@ -1,0 +1,144 @@
+"""Weight and spectral normalisation of a whole model, as torch parametrisations.
+
+``W = W' min(clip, target / ||W'||)``: computed when it is read, once a solve (torch caches it there), so that nothing
+has to be reset between training steps; state dicts, copies and pickles are torch's own.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+# The weight's name and its output dimension.
+MODULES: dict[type[nn.Module], tuple[str, int]] = {
+    nn.Linear: ("weight", 0),
+    nn.Conv1d: ("weight", 0),
+    nn.Conv2d: ("weight", 0),
+    nn.Conv3d: ("weight", 0),
+    nn.ConvTranspose1d: ("weight", 1),
+    nn.ConvTranspose2d: ("weight", 1),
+    nn.ConvTranspose3d: ("weight", 1),
+}
+KINDS = ("weight", "spectral")
+
+
+class _Normalised(nn.Module):
+    """What both have in common: the factor of a weight of norm ``size``."""
+
+    def __init__(self, learned: bool, target: float, clip: float | None):
+        super().__init__()
+        self.learned, self.target, self.clip = learned, target, clip
+
+    def factor(self, size: Tensor, scale: Tensor | float) -> Tensor:
+        factor = scale / torch.where(size > 0, size, 1.0)
+        return factor if self.clip is None else factor.clamp(max=self.clip)
+
+
+class WeightNorm(_Normalised):
+    """Every slice of the weight along ``dim`` has norm g, learned, or ``target`` (Salimans and Kingma 2016)."""
+
+    def __init__(self, dim: int, learned: bool, target: float, clip: float | None):
+        super().__init__(learned, target, clip)
+        self.dim = dim
+
+    def _size(self, v: Tensor) -> Tensor:
+        others = [d for d in range(v.dim()) if d != self.dim]
+        return torch.linalg.vector_norm(v, dim=others, keepdim=True) if others else v.abs()
+
+    def forward(self, v: Tensor, g: Tensor | None = None) -> Tensor:
+        return v * self.factor(self._size(v), g if self.learned else self.target)
+
+    def right_inverse(self, weight: Tensor):
+        return (weight, self._size(weight)) if self.learned else weight
+
+
+class SpectralNorm(_Normalised):
+    """The weight as a matrix (outputs, rest) has 2-norm ``target``, or 2-norm 1 before its rows are scaled by g.
+
+    The norm is estimated by power iteration: ``iterations`` of them whenever training reads it, and at the start enough
+    to be right from the first forward pass on (Miyato et al. 2018).
+    """
+
+    def __init__(self, weight: Tensor, dim: int, learned: bool, target: float, clip: float | None, iterations: int):
+        super().__init__(learned, target, clip)
+        self.dim, self.iterations = dim, iterations
+        matrix = self._matrix(weight.detach())
+        self.register_buffer("u", nn.functional.normalize(torch.randn_like(matrix[:, 0]), dim=0))
+        self.register_buffer("v", nn.functional.normalize(torch.randn_like(matrix[0]), dim=0))
+        self._iterate(matrix, 30)
+
+    def _matrix(self, weight: Tensor) -> Tensor:
+        return weight.movedim(self.dim, 0).flatten(1) if weight.dim() > 1 else weight.unsqueeze(1)
+
+    @torch.no_grad()
+    def _iterate(self, matrix: Tensor, iterations: int) -> None:
+        for _ in range(iterations):
+            self.v.copy_(nn.functional.normalize(matrix.mT @ self.u, dim=0))
+            self.u.copy_(nn.functional.normalize(matrix @ self.v, dim=0))
+
+    def forward(self, weight: Tensor, g: Tensor | None = None) -> Tensor:
+        matrix = self._matrix(weight)
+        if self.training and torch._C._current_graph_task_id() == -1:  # a backward pass reads the weight as it was
+            self._iterate(matrix.detach(), self.iterations)
+        size = self.u.clone() @ (matrix @ self.v.clone())
+        return weight * self.factor(size, g if self.learned else self.target)
+
+    def right_inverse(self, weight: Tensor):
+        if not self.learned:
+            return weight
+        shape = [1] * weight.dim()
+        shape[self.dim] = weight.shape[self.dim]
+        return weight, torch.full(shape, self.target, dtype=weight.dtype, device=weight.device)
+
+
+def normalise(
+    model: nn.Module,
+    kind: str = "weight",
+    *,
+    skip: Sequence[str] = (),
+    learned: bool = True,
+    target: float = 1.0,
+    clip: float | None = None,
+    iterations: int = 1,
+) -> nn.Module:
+    """Normalise the weights of all linear and convolutional layers of ``model`` in place, and return it.
+
+    kind: "weight" or "spectral". skip: layers whose name contains one of these are left out. learned: whether the norm
+    is a parameter that starts at the weight's own ("spectral": at ``target``); else it is ``target``. clip: bound of
+    the factor that a weight is multiplied by. iterations: of the spectral norm in every training step.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(map(repr, KINDS))}; got {kind!r}")
+    for name, module in list(model.named_modules()):
+        if type(module) in MODULES and not any(part in name for part in skip):
+            normalise_layer(module, *MODULES[type(module)], kind, learned, target, clip, iterations)
+    return model
+
+
+def normalise_layer(
+    module: nn.Module,
+    name: str,
+    dim: int,
+    kind: str,
+    learned: bool = True,
+    target: float = 1.0,
+    clip: float | None = None,
+    iterations: int = 1,
+) -> None:
+    """:func:`normalise` for the parameter ``name`` of one layer, whose outputs lie along ``dim``."""
+    if kind == "weight":
+        norm: nn.Module = WeightNorm(dim, learned, target, clip)
+    else:
+        norm = SpectralNorm(getattr(module, name), dim, learned, target, clip, iterations)
+    parametrize.register_parametrization(module, name, norm)
+
+
+def denormalise(model: nn.Module) -> nn.Module:
+    """Make every normalised weight of ``model`` a plain parameter again, with the value it has."""
+    for module in list(model.modules()):
+        if parametrize.is_parametrized(module):
+            for name in list(module.parametrizations):
+                if isinstance(module.parametrizations[name][0], _Normalised):
+                    parametrize.remove_parametrizations(module, name)
+    return model

@@ -1,0 +1,252 @@
+"""torchdeq's modules: ``deq(func, z_init) -> (states, info)``."""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from ..closures import watched
+from ..implicit_function import Equation, closed_over
+from ..implicit_function import fixed_point as implicit
+from ..solvers import generic
+from ..state import Layout, layout_of
+from .arguments import OPTIONS, gather, refuse
+from .dropout import reset_dropout
+from .loss import power_method
+from .norm import reset_norm
+from .solver import SolverStat, get_solver
+
+
+class DEQBase(nn.Module):
+    """The options of get_deq, checked, and what both cores share.
+
+    Raises TypeError for an unknown option and ValueError for a value that cannot be.
+    """
+
+    def __init__(self, args=None, no_stat: bool | None = None, **kwargs):
+        super().__init__()
+        config = gather("get_deq", args, kwargs)
+        self.args = {name: config.get(name, option.default) for name, option in OPTIONS.items()}
+        config = self.args
+        for name in ("f_max_iter", "b_max_iter", "n_states"):
+            if config[name] != int(config[name]) or config[name] < 1:
+                raise ValueError(f"{name} must be a positive integer; got {config[name]!r}")
+            config[name] = int(config[name])
+        for name in ("f_stop_mode", "b_stop_mode"):
+            if config[name] not in ("abs", "rel"):
+                raise ValueError(f"{name} must be 'abs' or 'rel'; got {config[name]!r}")
+        self.f_solver, self.b_solver = get_solver(config["f_solver"]), get_solver(config["b_solver"])
+        self.no_stat = config["f_solver"] == "simple_fixed_point_iter" if no_stat is None else no_stat
+        grad = config["grad"]
+        self.grad = [grad] if isinstance(grad, int) else list(grad)
+        if not self.grad or any(not isinstance(steps, int) or steps < 1 for steps in self.grad):
+            raise ValueError(f"grad must be positive integers; got {grad!r}")
+        self.ift = bool(config["ift"] or config["hook_ift"])
+        self.f_max_iter = config["f_max_iter"]
+        self.eval_f_max_iter = config["eval_f_max_iter"] or int(self.f_max_iter * config["eval_factor"])
+        self.steps = self._steps(self.f_max_iter)
+        if len(self.grad) not in (1, len(self.steps)):
+            raise ValueError(f"grad must have one number or {len(self.steps)}, one a state; got {grad!r}")
+
+    def _steps(self, f_max_iter: int) -> list[int]:
+        """The evaluations that belong to every state."""
+        raise NotImplementedError
+
+    def _states(self, problem: "_Problem", limit: int | None, options: dict) -> tuple[list, dict]:
+        """The solved states (B, D) of a training step with their gradients, and the statistics."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        func: Callable,
+        z_init: Tensor | Sequence[Tensor],
+        solver_kwargs: dict | None = None,
+        sradius_mode: bool = False,
+        backward_writer: Callable[[dict], None] | None = None,
+    ) -> tuple[list, dict]:
+        """Solve ``z = func(z)``, or ``(a, b) = func(a, b)`` for several tensors.
+
+        solver_kwargs: options of the solver for this call, and f_max_iter. sradius_mode: in evaluation, estimate the
+        spectral radius into ``info["sradius"]``. backward_writer: told the statistics of the backward solve.
+
+        Returns the states that carry gradients, the last one solved (tensors, or lists of tensors), and the statistics.
+        In evaluation that is one state; where gradients are enabled it carries the implicit gradient.
+        """
+        options = dict(solver_kwargs or {})
+        limit = options.pop("f_max_iter", None)
+        problem = _Problem(self, func, z_init, backward_writer)
+        if self.training:
+            states, info = self._states(problem, limit, options)
+        else:
+            z, _, info = problem.solve(problem.start, limit or self.eval_f_max_iter, options)
+            states = [problem.implicit(z, advance=False) if torch.is_grad_enabled() else z]
+            info["sradius"] = problem.spectral_radius(z) if sradius_mode else torch.zeros(1, device=problem.device)
+        return [problem.unflatten(state) for state in states], info
+
+    def _with_gradient(self, problem: "_Problem", z: object, state: int) -> list:
+        """Gradient steps from z, the state of that number: implicit for the last where asked for, else phantom."""
+        if self.ift and state == len(self.steps) - 1:
+            return [problem.implicit(z)]
+        steps = self.grad[state] if len(self.grad) > 1 else self.grad[0]
+        gap, places = self.args["sup_gap"], self.args["sup_loc"]
+        found = []
+        for k in range(1, steps + 1):
+            z = problem(z, self.args["tau"])
+            if k == steps or (gap > 0 and k % gap == 0) or (gap <= 0 and k in places):
+                found.append(z)
+        return found
+
+
+class DEQIndexing(DEQBase):
+    """One solve; the states asked for are taken out of it, and gradient steps are attached to each."""
+
+    def _steps(self, f_max_iter: int) -> list[int]:
+        n = min(f_max_iter, self.args["n_states"])
+        if n > 1:
+            gap = f_max_iter // n
+            return [f_max_iter - (n - k - 1) * gap for k in range(n)]
+        return [*self.args["indexing"], f_max_iter]
+
+    def _states(self, problem, limit, options):
+        steps = self.steps if limit is None else self._steps(int(limit))
+        _, trajectory, info = problem.solve(problem.start, steps[-1], options, indexing=steps)
+        states = []
+        for i, z in enumerate(trajectory):
+            states += self._with_gradient(problem, problem.detach(z), i)
+        return states, info
+
+
+class DEQSliced(DEQBase):
+    """As many solves as states; each goes on from the gradient steps of the last."""
+
+    def _steps(self, f_max_iter: int) -> list[int]:
+        n = min(f_max_iter, self.args["n_states"])
+        if n > 1:
+            return [f_max_iter // n + (k < f_max_iter % n) for k in range(n)]
+        edges = [0, *self.args["indexing"], f_max_iter]
+        return [after - before for before, after in pairwise(edges)]
+
+    def _states(self, problem, limit, options):
+        steps = self.steps if limit is None else self._steps(int(limit))
+        states, z, info = [], problem.start, SolverStat()
+        for i, evaluations in enumerate(steps):
+            z, _, info = problem.solve(problem.detach(z), evaluations, options)
+            states += self._with_gradient(problem, problem.detach(z), i)
+            z = states[-1]
+        return states, info
+
+
+class _Problem:
+    """One call: the function on the state in the form that the solver takes, a matrix or with no_stat a list."""
+
+    def __init__(self, model: DEQBase, func: Callable, z_init, writer):
+        self.model, self.func, self.writer = model, func, writer
+        self.several = not isinstance(z_init, Tensor)
+        z_init = list(z_init) if self.several else z_init
+        first = z_init[0] if self.several else z_init
+        self.device = first.device
+        self.layout: Layout = layout_of(z_init, min(1, first.dim()))
+        self.listed = self.several and model.no_stat
+        self.start = z_init if self.listed or not self.several else self.layout.flatten(z_init, "z_init")
+
+    def __call__(self, z, tau: float = 1.0):
+        if self.listed:
+            new = list(self.func(*z))
+            return new if tau == 1.0 else [torch.lerp(a, b, tau) for a, b in zip(z, new, strict=True)]
+        new = self.func(z) if not self.several else self.layout.flatten(list(self.func(*self.layout.unflatten(z))))
+        return new if tau == 1.0 else torch.lerp(z, new, tau)
+
+    def detach(self, z):
+        return [part.detach() for part in z] if self.listed else z.detach()
+
+    def unflatten(self, z):
+        return self.layout.unflatten(z) if self.several and not self.listed else z
+
+    def solve(self, z, limit: int, options: dict, indexing=None):
+        config = self.model.args
+        options = {"tol": config["f_tol"], "stop_mode": config["f_stop_mode"]} | options
+        if indexing is not None:
+            options["indexing"] = indexing
+        with torch.no_grad(), parametrize.cached():  # weights are computed once a solve
+            z, trajectory, info = self.model.f_solver(self, self.detach(z), max_iter=limit, **options)
+        if indexing is not None:  # what the solver did not reach is its last state
+            trajectory = list(trajectory) + [z] * (len(indexing) - len(trajectory))
+        return z, trajectory, info
+
+    def implicit(self, z, advance: bool = True):
+        """z, or one evaluation on from it, with the exact gradient of the fixed point."""
+        layout = self.layout
+
+        def f(flat: Tensor) -> Tensor:
+            state = layout.unflatten(flat)
+            return layout.flatten(list(self.func(*state)) if self.several else self.func(state))
+
+        flat = layout.flatten(z) if self.listed or not self.several else z
+        image, tensors = watched(lambda: f(flat))
+        value = image if advance else flat
+        equation = Equation(closed_over(f, tensors), _known, self._adjoint)
+        out = implicit(equation, flat, tensors, value)[0]
+        return layout.unflatten(out) if self.listed or not self.several else out
+
+    def _adjoint(self, f, g: Tensor, first: Tensor | None) -> generic.Result:
+        """The backward solve by torchdeq's solver functions, its tolerance relative to the incoming gradient."""
+        config = self.model.args
+
+        def adjoint(u: Tensor, tau: float = 1.0) -> Tensor:
+            return f(u) if tau == 1.0 else torch.lerp(u, f(u), tau)
+
+        solve = self.model.b_solver
+        u, _, info = solve(adjoint, g, max_iter=config["b_max_iter"], tol=config["b_tol"], stop_mode="rel")
+        if self.writer is not None:
+            self.writer(info)
+        return generic.Result(u, *_said(u))
+
+    def spectral_radius(self, z) -> Tensor:
+        with torch.enable_grad():
+            point = self.layout.flatten(self.layout.unflatten(z) if self.several and not self.listed else z)
+            point = point.detach().requires_grad_()
+            state = self.layout.unflatten(point)
+            image = self.layout.flatten(list(self.func(*state)) if self.several else self.func(state))
+        return power_method(image, point)[1].detach()
+
+
+def _known(f, z0: Tensor, first: Tensor) -> generic.Result:
+    return generic.Result(first, *_said(first))
+
+
+def _said(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    B = z.shape[0]
+    zero = z.new_zeros(B)
+    return zero.int(), zero.double(), zero.to(torch.uint8)
+
+
+_cores: dict[str, type[nn.Module]] = {"indexing": DEQIndexing, "sliced": DEQSliced}
+
+
+def register_deq(deq_type: str, core: type[nn.Module]) -> None:
+    """Make ``core(args)`` known to get_deq as ``core=deq_type``."""
+    _cores[deq_type] = core
+
+
+def get_deq(args=None, **kwargs) -> nn.Module:
+    """The module that solves: ``states, info = deq(func, z_init)``.
+
+    args: a Namespace, dict or None with options of :data:`~deq.torchdeq.arguments.OPTIONS`; kwargs win over it. Neither
+    is changed. Raises TypeError for an unknown option in a dict or keyword, naming the closest known one.
+    """
+    no_stat = kwargs.pop("no_stat", None)
+    config = gather("get_deq", args, kwargs)
+    core = config.get("core", OPTIONS["core"].default)
+    if core not in _cores:
+        refuse("get_deq", "core", core, [f"core={name!r}" for name in _cores])
+    if issubclass(_cores[core], DEQBase):
+        return _cores[core](config, no_stat=no_stat)
+    return _cores[core](config)
+
+
+def reset_deq(model: nn.Module) -> None:
+    """Begin a training step: new dropout masks, and weights normalised anew."""
+    reset_norm(model)
+    reset_dropout(model)

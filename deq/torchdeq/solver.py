@@ -1,0 +1,163 @@
+"""torchdeq's solver functions: ``solver(func, x0, max_iter, tol, stop_mode, ...) -> (z, trajectory, info)``."""
+
+import warnings
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..solvers import generic
+from ..solvers.generic import Rule
+from ..state import layout_of
+from .arguments import refuse
+
+Solver = Callable[..., tuple[Tensor, list[Tensor], dict]]
+
+_CRITERIA = {"abs": "absolute", "rel": "residual"}
+# Options of torchdeq's solvers that change nothing here, and why.
+_WITHOUT_EFFECT = {
+    "lam": "the regulariser is relative to the residuals",
+    "ls": "an iterate that goes astray is replaced by the best one",
+}
+
+
+class SolverStat(dict):
+    """What a solve says of every sample: abs_lowest, rel_lowest (B,), abs_trace, rel_trace (B, evaluations) with each
+    sample's last value repeated once it is done, nstep (B,), sradius."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        for name in ("abs_lowest", "rel_lowest", "nstep", "sradius"):
+            self.setdefault(name, torch.tensor([-1.0]))
+        for name in ("abs_trace", "rel_trace"):
+            self.setdefault(name, torch.tensor([[-1.0]]))
+
+
+def _make(method: str, options: dict[str, str]) -> Solver:
+    def solver(
+        func: Callable[[Tensor], Tensor],
+        x0: Tensor,
+        max_iter: int = 50,
+        tol: float = 1e-3,
+        stop_mode: str = "abs",
+        indexing: Sequence[int] | None = None,
+        return_final: bool = False,
+        **given,
+    ) -> tuple[Tensor, list[Tensor], dict]:
+        rule_options = {}
+        for name, value in given.items():
+            if name in options:
+                rule_options[options[name]] = value
+            elif name in _WITHOUT_EFFECT and value:
+                warnings.warn(f"{name} has no effect in deq: {_WITHOUT_EFFECT[name]}", UserWarning, stacklevel=2)
+            elif name not in _WITHOUT_EFFECT:
+                known = ("max_iter", "tol", "stop_mode", "indexing", "return_final", *options, *_WITHOUT_EFFECT)
+                refuse(f"the solver {method!r}", name, value, known)
+        if stop_mode not in _CRITERIA:
+            raise ValueError(f"stop_mode must be 'abs' or 'rel'; got {stop_mode!r}")
+        layout = layout_of(x0, min(1, x0.dim()))
+        rule_options = {name: value for name, value in rule_options.items() if value is not None}
+        if "depth" in rule_options:
+            rule_options["depth"] = int(rule_options["depth"])
+        limit = max(1, int(max_iter))
+        last = []
+
+        def f(flat: Tensor) -> Tensor:
+            image = layout.flatten(func(layout.unflatten(flat)))
+            if return_final:
+                last[:] = [image]
+            return image
+
+        rule = Rule(
+            method,
+            0.0 if return_final else tol,
+            limit,
+            criterion=_CRITERIA[stop_mode],
+            margin=False,
+            **({"depth": 12 if method == "broyden" else 6} | rule_options),
+        )
+        keep = tuple(sorted(set(indexing or ())))
+        result = generic.run(f, layout.flatten(x0), rule, keep=keep, traced=True)
+        z = layout.unflatten(last[0] if last else result.z)
+        trajectory = [z if state is None else layout.unflatten(state) for state in result.trajectory]
+        return z, trajectory, _stat(result, x0.dtype)
+
+    solver.__name__ = f"{method}_solver"
+    solver.__doc__ = (
+        f"deq's {method} solver in torchdeq's shape. stop_mode 'abs' bounds ||f(z) - z||, 'rel' that over ||f(z)||, "
+        f"of every sample by itself. Other options: {', '.join(options) or 'none'}. indexing: evaluations after which "
+        "the best states are returned, one for each; what was not reached is the last."
+    )
+    return solver
+
+
+def _stat(result: generic.Result, dtype: torch.dtype) -> SolverStat:
+    trace = result.trace
+    if trace is None or not trace.numel():
+        return SolverStat(nstep=result.iterations.to(torch.float32))
+    step, size = trace.unbind(2)  # (evaluations, B)
+    ratio = torch.where(step > 0, step / size, step)
+    pick = lambda t: t.nan_to_num(nan=torch.inf).amin(0).to(torch.float32)  # noqa: E731
+    return SolverStat(
+        abs_lowest=pick(step),
+        rel_lowest=pick(ratio),
+        abs_trace=step.T.to(torch.float32),
+        rel_trace=ratio.T.to(torch.float32),
+        nstep=result.iterations.to(torch.float32),
+    )
+
+
+def simple_fixed_point_iter(
+    func: Callable, x0, max_iter: int = 50, tau: float = 1.0, indexing: Sequence[int] | None = None, **ignored
+) -> tuple[object, list, dict]:
+    """Exactly ``max_iter`` damped evaluations, nothing judged; x0 may be a list, with ``func(list, tau=)``."""
+    trajectory = []
+    x = fx = x0
+    for k in range(1, int(max_iter) + 1):
+        x = fx
+        fx = func(x, tau=tau)
+        if indexing and k in indexing:
+            trajectory.append(fx)
+    return fx, trajectory, solver_stat_from_final_step(x, fx, max_iter)
+
+
+def solver_stat_from_final_step(z, fz, nstep: int = 0) -> SolverStat:
+    """The statistics of one pair (z, f(z)), tensors or lists of tensors."""
+    if not isinstance(z, Tensor):
+        z, fz = (torch.cat([part.flatten(1) for part in parts], 1) for parts in (z, fz))
+    z, fz = (t.detach().flatten(1) if t.dim() >= 2 else t.detach().reshape(-1, 1) for t in (z, fz))
+    lowest = (fz - z).norm(dim=1)
+    relative = lowest / (fz.norm(dim=1) + 1e-8)
+    return SolverStat(
+        abs_lowest=lowest,
+        rel_lowest=relative,
+        abs_trace=lowest.unsqueeze(1),
+        rel_trace=relative.unsqueeze(1),
+        nstep=torch.full_like(lowest, float(nstep)),
+    )
+
+
+fixed_point_iter = _make("plain", {"tau": "damping"})
+anderson_solver = _make("anderson", {"tau": "damping", "m": "depth"})
+broyden_solver = _make("broyden", {"LBFGS_thres": "depth"})
+newton_krylov_solver = _make("newton_krylov", {"m": "depth"})
+
+_solvers: dict[str, Solver] = {
+    "fixed_point_iter": fixed_point_iter,
+    "anderson": anderson_solver,
+    "broyden": broyden_solver,
+    "newton_krylov": newton_krylov_solver,
+    "simple_fixed_point_iter": simple_fixed_point_iter,
+}
+
+
+def get_solver(key: str) -> Solver:
+    """The solver of that name; ValueError naming the known ones otherwise."""
+    if key not in _solvers:
+        raise ValueError(f"solver must be one of {', '.join(map(repr, _solvers))}; got {key!r}")
+    return _solvers[key]
+
+
+def register_solver(solver_type: str, solver: Solver) -> None:
+    """Make ``solver`` known to get_deq as ``f_solver=solver_type`` or ``b_solver=solver_type``."""
+    _solvers[solver_type] = solver

@@ -1,0 +1,121 @@
+"""Diagonal W: every element of ``z = act(d z + x)`` is a scalar equation, solved in one kernel with its residual."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from deq.activations import LEAKY_SLOPE, get_activation
+
+from . import activations
+from .activations import IDENTITY, LEAKY_RELU, RELU
+
+BLOCK = 1024
+_MOST_STEPS = tl.constexpr(60)  # of Newton or bisection; Newton alone takes four to six
+_TIGHT = tl.constexpr(2.0 * 2.0**-23)
+_LEAKY = tl.constexpr(LEAKY_SLOPE)
+
+
+@triton.jit
+def root(d, x, ACTIVATION: tl.constexpr):
+    """``p`` with ``p = d act(p) + x``, elementwise, float32; ``1 - d act'`` must be positive everywhere, as
+    :func:`deq.direct.roots.has_unique_root` says. Closed for the piecewise linear activations, else Newton's method
+    within a bracket that it keeps."""
+    if ACTIVATION == IDENTITY:
+        p = x / (1.0 - d)
+    elif ACTIVATION == RELU:
+        p = tl.where(x > 0, x / (1.0 - d), x)
+    elif ACTIVATION == LEAKY_RELU:
+        p = x / tl.where(x > 0, 1.0 - d, 1.0 - _LEAKY * d)
+    else:
+        p = x
+        h = -d * activations.value(p, ACTIVATION)
+        # h increases with p: it has its root on the side that it points to, and growing steps find the other end.
+        other = x
+        reach = tl.abs(h) * 2.0
+        k = 0
+        open_ended = tl.abs(h) > 0
+        while (k < _MOST_STEPS) & (tl.max(open_ended.to(tl.int32)) > 0):
+            other = tl.where(open_ended, x - tl.where(h > 0, reach, -reach), other)
+            beyond = other - d * activations.value(other, ACTIVATION) - x
+            open_ended = open_ended & (beyond * h > 0)
+            reach = reach * 2.0
+            k += 1
+        low, high = tl.minimum(x, other), tl.maximum(x, other)
+        scale = tl.abs(x)
+        busy = tl.abs(h) > _TIGHT * (tl.abs(p) + scale)
+        k = 0
+        while (k < _MOST_STEPS) & (tl.max(busy.to(tl.int32)) > 0):
+            low = tl.where(h < 0, p, low)
+            high = tl.where(h > 0, p, high)
+            following = p - h / (1.0 - d * activations.derivative(p, ACTIVATION))
+            following = tl.where((following > low) & (following < high), following, 0.5 * low + 0.5 * high)
+            p = tl.where(busy, following, p)
+            a = d * activations.value(p, ACTIVATION)
+            h = p - a - x
+            busy = busy & (tl.abs(h) > _TIGHT * (tl.abs(p) + tl.abs(a) + scale))
+            k += 1
+        following = p - h / (1.0 - d * activations.derivative(p, ACTIVATION))  # to the last bit
+        p = tl.where((following >= low) & (following <= high), following, p)
+    return p
+
+
+def solve_diagonal(
+    d: Tensor, x: Tensor, activation: str, derives: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``z = act(d z + x)`` of d (m,) and x (B, m), float32, any strides: z (B, m), the residual
+    ``||act(d z + x) - z|| / ||act(d z + x)||`` (B,), and with ``derives`` also ``act'(d z + x)`` (B, m), else None.
+
+    A row that is not finite has the residual NaN. Raises ValueError for wrong shapes, dtypes and devices.
+    """
+    number = get_activation(activation).number
+    B, m = x.shape
+    if d.shape != (m,) or d.dtype != torch.float32 or x.dtype != torch.float32 or d.device != x.device:
+        raise ValueError(
+            f"d must be ({m},) float32 on {x.device} beside x {tuple(x.shape)} float32; "
+            f"got d {tuple(d.shape)} {d.dtype} on {d.device}, x {x.dtype}"
+        )
+    d, x = d.contiguous(), x.contiguous()
+    z = torch.empty_like(x)
+    residual = x.new_empty(B)
+    slope = torch.empty_like(x) if derives else None
+    if B > 0:
+        with torch.cuda.device_of(x):
+            block = min(BLOCK, triton.next_power_of_2(m))
+            diagonal_kernel[(B,)](d, x, z, slope, residual, m, ACTIVATION=number, BLOCK=block, enable_fp_fusion=True)
+    return z, residual, slope
+
+
+@triton.jit
+def diagonal_kernel(d_ptr, x_ptr, z_ptr, slope_ptr, residual_ptr, m, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
+    """One row. Its sums are of elements times a power of two that brings the largest near 1."""
+    row = tl.program_id(0).to(tl.int64) * m
+    largest = 0.0
+    at = 0
+    while at < m:
+        j = at + tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + row + j, mask=j < m, other=0.0)
+        p = root(tl.load(d_ptr + j, mask=j < m, other=0.0), x, ACTIVATION)
+        z = activations.value(p, ACTIVATION)
+        tl.store(z_ptr + row + j, z, mask=j < m)
+        if slope_ptr is not None:
+            tl.store(slope_ptr + row + j, activations.derivative(p, ACTIVATION), mask=j < m)
+        largest = tl.maximum(largest, tl.max(tl.where((tl.abs(x) < float("inf")) & (j < m), tl.abs(z), 0.0)))
+        at += BLOCK
+    tl.debug_barrier()
+    unit = 1.0 / tl.maximum(largest, 1e-30)
+    step2, size2 = 0.0, 0.0
+    at = 0
+    while at < m:
+        j = at + tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + row + j, mask=j < m, other=0.0)
+        z = tl.load(z_ptr + row + j, mask=j < m, other=0.0)
+        f = activations.value(tl.load(d_ptr + j, mask=j < m, other=0.0) * z + x, ACTIVATION)
+        f = tl.where(j < m, f * unit, 0.0)
+        step = f - tl.where(j < m, z * unit, 0.0)
+        step2 += tl.sum(step * step)
+        size2 += tl.sum(f * f)
+        at += BLOCK
+    residual = tl.where(step2 == 0.0, 0.0, tl.sqrt(step2 / tl.where(size2 == 0.0, 1.0, size2)))
+    residual = tl.where((step2 > 0.0) & (size2 == 0.0), float("inf"), residual)
+    tl.store(residual_ptr + tl.program_id(0), residual)

@@ -1,0 +1,233 @@
+"""The CUDA engine on a GPU: accuracy over hundreds of shapes, every promise of a solve, and NVIDIA's sanitizers.
+
+Without a GPU the same kernel bodies run in tests/cpp/test_gpu_solve.cpp, thread by thread.
+"""
+
+import os
+import random
+import shutil
+import subprocess
+import sys
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from close import assert_as_accurate
+from problems import exact, gaussian, torch_adjoint, torch_loop
+
+import deq
+from deq import Status, _cuda, stats
+from deq.activations import ACTIVATIONS
+from deq.plan import make_plan
+
+WHY_NOT = _cuda.why_not("cuda")
+needs_gpu = pytest.mark.skipif(WHY_NOT != "", reason=f"the CUDA engine cannot run here: {WHY_NOT}")
+SANITIZER = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
+
+
+def plan(solver="auto", dtype="float32", **options):
+    return make_plan(
+        dtype=dtype, device="cuda", solver=solver, backend="cuda", compiled=True, why_no_cuda="", **options
+    )
+
+
+class Solved:
+    """One call of the engine in a regime, and what each sample says, on the CPU."""
+
+    def __init__(self, regime, W, c, activation="relu", z0=None, mask=None, value_of=None, **options):
+        from deq.backends import cuda
+
+        W, c, z0, mask = (None if t is None else t.cuda() for t in (W, c, z0, mask))
+        made = plan(**options)
+        if mask is None:
+            outcome = cuda._run("cuda_solve_", W, (c,), z0, ACTIVATIONS[activation].number, made, None, regime)
+        else:
+            number = -1 if value_of is None else ACTIVATIONS[value_of].number
+            outcome = cuda._run("cuda_masked_linear_", W, (c, mask), z0, number, made, None, regime)
+        self.z, self.report = outcome.z.cpu(), outcome.report.read()
+        self.iterations, self.residual, self.status = (
+            read(outcome.z, outcome.stats).cpu() for read in (stats.iterations, stats.residual, stats.status)
+        )
+
+
+def shapes(count, widest, most, seed):
+    """Random widths and batches, small ones more often, of every remainder."""
+    draw = random.Random(seed)
+    return [(int(widest ** draw.random()), int(most ** draw.random())) for _ in range(count)]
+
+
+@needs_gpu
+@pytest.mark.parametrize("part", range(10))
+def test_blocks_are_as_accurate_as_a_torch_loop(part):
+    names = list(ACTIVATIONS)
+    for i, (m, B) in enumerate(shapes(30, 336, 600, part)):
+        activation = names[i % len(names)]
+        W, c, g = gaussian(m, B, seed=i, scale=0.3 + 0.03 * (i % 20))
+        solved = Solved("block", W, c, activation)
+        z64 = exact(W, c, activation)
+        assert (solved.status == Status.CONVERGED).all() and (solved.residual <= 1e-5).all(), (m, B, activation)
+        assert_as_accurate(solved.z, torch_loop(W, c, activation), z64)
+        d = ACTIVATIONS[activation].derivative(z64 @ W.double().mT + c.double()).float()
+        back = Solved("block", W.mT, g, mask=d)
+        u64 = torch_adjoint(W.double(), c.double(), z64, g.double(), activation, tol=4e-15)
+        assert_as_accurate(back.z, torch_adjoint(W, c, z64.float(), g, activation), u64)
+
+
+@needs_gpu
+@pytest.mark.parametrize("part", range(5))
+def test_grids_are_as_accurate_as_a_torch_loop(part):
+    for i, (m, B) in enumerate(shapes(20, 4000, 40, 100 + part)):
+        W, c, g = gaussian(m, B, seed=i)
+        solved = Solved("grid", W, c)
+        z64 = exact(W, c)
+        assert (solved.status == Status.CONVERGED).all(), (m, B)
+        assert_as_accurate(solved.z, torch_loop(W, c), z64)
+        back = Solved("grid", W.mT, g, mask=z64.float(), value_of="relu")
+        u64 = torch_adjoint(W.double(), c.double(), z64, g.double(), tol=4e-15)
+        assert_as_accurate(back.z, torch_adjoint(W, c, z64.float(), g), u64)
+
+
+@needs_gpu
+@pytest.mark.parametrize(
+    ("regime", "m"), [("block", 100), ("block", 333), ("grid", 1000), ("grid", 2048), ("grid", 3000)]
+)
+def test_bits_do_not_depend_on_the_batch_nor_on_the_run(regime, m):
+    W, c, _ = gaussian(m, 20, scale=0.9)
+    whole = Solved(regime, W, c)
+    assert torch.equal(whole.z, Solved(regime, W, c).z)
+    for rows in (slice(0, 1), slice(3, 8)):
+        part = Solved(regime, W, c[rows])
+        assert torch.equal(part.z, whole.z[rows]) and torch.equal(part.iterations, whole.iterations[rows])
+
+
+@needs_gpu
+@pytest.mark.parametrize("regime", ["block", "grid"])
+def test_slow_samples_are_accelerated(regime):
+    W, c, _ = gaussian(200, 16, scale=1.15)
+    plain = Solved(regime, W, c, "tanh", solver="plain", max_iter=5000)
+    assert Solved(regime, W, c, "tanh").iterations.sum() < plain.iterations.sum()
+
+
+@needs_gpu
+@pytest.mark.parametrize("regime", ["block", "grid"])
+def test_failures_are_named_and_leave_others_alone(regime):
+    W, c, _ = gaussian(70, 9)
+    good = Solved(regime, W, c)
+    bad = c.clone()
+    bad[2, 5], bad[7, 0] = torch.nan, torch.inf
+    solved = Solved(regime, W, bad)
+    assert solved.report[2] == 3 and solved.report[0] == 2
+    keep = [i for i in range(9) if i not in (2, 7)]
+    assert torch.equal(solved.z[keep], good.z[keep]) and (solved.status[[2, 7]] == Status.NONFINITE).all()
+    late = Solved(regime, W, c, max_iter=2)
+    assert (late.status == Status.MAX_ITER).all() and (late.iterations == 2).all()
+    W[3, 4] = torch.nan
+    assert Solved(regime, W, c).report[1] == 1 + 3 * 70 + 4
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_front_door_and_its_gradients(dtype):
+    for m, B in ((300, 64), (2048, 8)):
+        W, c, g = (t.to(dtype).cuda() for t in gaussian(m, B))
+        W.requires_grad_(), c.requires_grad_()
+        z = deq.solve(W, c, "tanh", backend="cuda").z
+        z.backward(g)
+        plain = [t.detach().double().requires_grad_() for t in (W, c)]
+        deq.solve(*plain, "tanh", backend="reference").z.backward(g.double())
+        for ours, theirs in zip((W, c), plain, strict=True):
+            assert (ours.grad.double() - theirs.grad).norm() <= 20 * max(
+                1e-5, torch.finfo(dtype).eps
+            ) * theirs.grad.norm()
+
+
+@needs_gpu
+def test_solves_wait_for_nothing():
+    W, c, _ = (t.cuda() for t in gaussian(300, 64))
+    deq.solve(W, c, backend="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        deq.solve(W, c, backend="cuda")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+SMALL = """
+import torch
+from test_cuda import Solved, gaussian
+for regime in ("block", "grid"):
+    for m, B in ((1, 1), (17, 5), (70, 20)):
+        W, c, g = gaussian(m, B, scale=1.1)
+        Solved(regime, W, c, "tanh")
+        Solved(regime, W, c, "tanh", z0=c)
+        Solved(regime, W, g, mask=torch.rand(B, m))
+"""
+
+
+@needs_gpu
+@pytest.mark.skipif(SANITIZER is None, reason="there is no compute-sanitizer on the path or in /usr/local/cuda")
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck", "initcheck"])
+def test_sanitizers_find_nothing(tool):
+    here = Path(__file__).parent
+    done = subprocess.run(
+        [
+            SANITIZER,
+            "--tool",
+            tool,
+            "--error-exitcode",
+            "9",
+            "--kernel-regex",
+            "kns=solve_",
+            sys.executable,
+            "-c",
+            SMALL,
+        ],
+        capture_output=True,
+        text=True,
+        env=os.environ
+        | {
+            "PYTHONPATH": f"{here}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+            "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
+        },
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+# ---- without a GPU --------------------------------------------------------------------------------------------------
+
+
+def test_backend_cuda_says_why_it_cannot_run():
+    W, c, _ = gaussian(8, 2)
+    with pytest.raises(ValueError, match="backend='cuda' cannot solve cpu tensors here: "):
+        deq.solve(W, c, backend="cuda")
+
+
+def test_a_launch_that_fails_goes_elsewhere_with_one_warning(monkeypatch):
+    from deq.backends import cuda
+
+    W, c, _ = gaussian(16, 4)
+    monkeypatch.setattr(cuda, "_regime", lambda c, plan: "block")
+    monkeypatch.setattr(cuda, "_told", set())
+    monkeypatch.setattr(cuda, "_elsewhere", lambda c: cuda.reference)
+
+    def refuse(*arguments):
+        raise cuda.Refused("no memory")
+
+    monkeypatch.setattr(cuda, "_run", refuse)
+    with pytest.warns(RuntimeWarning, match="the CUDA engine could not run, another backend solves: no memory"):
+        outcome = cuda.solve(W, c, None, "relu", plan())
+    assert_as_accurate(outcome.z, torch_loop(W, c), exact(W, c))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cuda.masked_linear(W.mT, c, torch.rand(4, 16), None, plan())
+
+
+def test_what_the_engine_does_not_serve_goes_elsewhere():
+    from deq.backends import cuda
+
+    _, c, _ = gaussian(16, 4)
+    assert cuda._regime(c, replace(plan(), acceleration="none")) is None
+    assert cuda._regime(c.double(), plan()) is None
+    assert cuda._regime(c[:0], plan()) is None

@@ -1,0 +1,193 @@
+"""Ranges: what is recorded, that it changes nothing, and that it costs nothing where nobody listens."""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+import timeit
+
+import pytest
+import torch
+from problems import gaussian
+
+import deq
+from deq import _library
+from deq.profiling import phase, ranges, record, timeline
+
+needs_library = pytest.mark.skipif(_library.compiled is None, reason=f"no compiled library: {_library.reason}")
+
+
+def step(W, c, **options):
+    solution = deq.solve(W, c, **options)
+    return solution, torch.autograd.grad(solution.z.sum(), (W, c))
+
+
+def leaves(m, B):
+    W, c, _ = gaussian(m, B)
+    return W.requires_grad_(), c.requires_grad_()
+
+
+def test_a_step_has_its_ranges():
+    W, c = leaves(16, 5)
+    with record() as recorder:
+        solution, _ = step(W, c)
+    assert [event.name for event in recorder.events] == ["solve", "adjoint", "dW"]
+    solve, adjoint, dW = recorder.events
+    assert solve.shape == adjoint.shape == dW.shape == (5, 16) and solve.element == 4
+    assert torch.equal(solve.iterations, solution.iterations) and adjoint.iterations.shape == (5,)
+    assert solve.plan == solution.plan and dW.iterations is None
+    assert all(event.start < event.end for event in recorder.events)
+    assert not ranges.listening
+    step(W, c)
+    assert len(recorder.events) == 3
+
+
+def test_recording_changes_no_bit():
+    W, c = leaves(33, 9)
+    plain, gradients = step(W, c)
+    with record(inside=True):
+        recorded, others = step(W, c)
+    assert torch.equal(plain.z, recorded.z) and all(map(torch.equal, gradients, others))
+
+
+def test_recorders_nest_and_see_all_threads():
+    W, c = leaves(8, 3)
+    with record() as outer:
+        with record() as inner:
+            deq.solve(W, c)
+        thread = threading.Thread(target=lambda: deq.solve(W.detach(), c.detach()))
+        thread.start()
+        thread.join()
+    assert len(inner.events) == 1 and len(outer.events) == 2
+    assert len({event.thread for event in outer.events}) == 2
+
+
+def test_a_range_ends_where_a_solve_raises():
+    W, c = leaves(8, 3)
+    with record() as recorder, pytest.raises(deq.ConvergenceError):
+        deq.solve(W, c, max_iter=1, on_failure="raise")
+    assert [event.name for event in recorder.events] == ["solve"] and not ranges.listening
+
+
+@needs_library
+def test_structured_weights_have_a_range():
+    W = deq.weights.LowerTriangular(torch.eye(6) / 2)
+    with record() as recorder:
+        deq.solve(W, torch.ones(2, 6))
+    assert recorder.events[0].name == "solve" and recorder.events[0].iterations.tolist() == [1, 1]
+
+
+def test_a_graph_that_is_compiled_holds_no_ranges(monkeypatch):
+    monkeypatch.setattr("torch.compiler.is_compiling", lambda: True)
+    with record() as recorder:
+        assert ranges.call("solve", lambda W, c: W + c, 1, 2) == 3
+    assert recorder.events == []
+
+
+@needs_library
+def test_inside_the_compiled_library():
+    W, c = leaves(128, 40)
+    _library.compiled.deq_cpu_clear_cache()
+    with record(inside=True) as recorder:
+        solution = deq.solve(W.detach(), c.detach(), solver="anderson")
+    inside = [event for event in recorder.events if event.payload is not None]
+    (solve,) = (event for event in recorder.events if event.name == "solve")
+    assert all(solve.start <= event.start < event.end <= solve.end for event in inside)
+    by = {name: [e.payload for e in inside if e.name == name] for name in ranges.INSIDE}
+    assert by["pack"] == [128]
+    assert sum(by["step"]) == int((solution.iterations - 1).sum())  # the rows of all steps
+    assert len(by["Anderson"]) == int((solution.iterations - 2).sum()) and set(by["Anderson"]) <= {1, 2, 3, 4, 5}
+    with record(inside=True) as recorder:
+        deq.solve(W.detach(), c.detach(), solver="plain")
+    assert not any(event.name in ("pack", "Anderson") for event in recorder.events)
+
+
+@needs_library
+def test_anchors_are_told_from_steps():
+    if not deq.info().increments:
+        pytest.skip("this CPU or build multiplies increments in float32 only")
+    W, c = leaves(256, 32)
+    with record(inside=True) as recorder:
+        deq.solve(W.detach(), c.detach())
+    names = {event.name for event in recorder.events}
+    assert {"solve", "step", "anchor"} <= names
+
+
+@needs_library
+def test_timeline_is_text():
+    W, c = leaves(64, 16)
+    with record(inside=True) as recorder, phase("training"):
+        step(W, c, solver="anderson")
+    lines = timeline(recorder).splitlines()
+    assert max(map(len, lines)) <= 80
+    text = "\n".join(lines)
+    assert "training" in text and "  solve 16 x 64" in text and "Anderson x" in text
+    indent = {word: next(line for line in lines if word in line).index(word) for word in ("training", "solve", "dW")}
+    assert indent["training"] + 2 == indent["solve"] == indent["dW"]
+    assert timeline(ranges.Recorder()) == "nothing was recorded"
+
+
+def best(statement, number=20_000, repeat=9):
+    return min(timeit.repeat(statement, number=number, repeat=repeat)) / number
+
+
+def test_a_range_costs_nothing_where_nobody_listens():
+    """What the hot path does is to read one flag: less than 0.2 us, the time of two empty calls, on any machine."""
+    assert not ranges.listening
+    code = compile("if ranges.listening: pass", "range", "exec")
+    empty = compile("pass", "empty", "exec")
+    names = {"ranges": ranges}
+    cost = best(lambda: exec(code, names)) - best(lambda: exec(empty, names))
+    assert cost < 0.2e-6
+    call = best(lambda: None)
+    assert cost < 4 * call  # whatever the machine
+
+
+@needs_library
+def test_a_range_in_the_library_costs_nothing_where_nobody_listens():
+    """Of a solve with thousands of ranges: nothing that can be told from noise, by processor time in turns."""
+    W, c, _ = gaussian(32, 64, scale=0.9)
+
+    def seconds():
+        start = time.thread_time()
+        deq.solve(W, c, solver="anderson", on_failure="ignore")
+        return time.thread_time() - start
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        silent, heard, spans = [], [], 0
+        for _ in range(15):
+            silent.append(seconds())
+            with record(inside=True) as recorder:
+                heard.append(seconds())
+            spans = len(recorder.events)
+    finally:
+        torch.set_num_threads(before)
+    assert spans > 300
+    assert min(heard) - min(silent) < spans * 2e-6  # recording costs below 2 us a range; silence costs less still
+    assert min(silent) < min(heard)
+
+
+def test_nvtx_is_asked_for_nothing_without_a_tool():
+    nvtx = pytest.importorskip("nvtx", reason="ranges reach NVTX through its package")
+    assert not ranges._has_tool and not isinstance(ranges._domain, nvtx.Domain)
+    cost = best(lambda: (ranges._domain.push_range(None), ranges._domain.pop_range()), number=5000)
+    assert cost < 2e-6
+
+
+def test_ranges_without_the_nvtx_package():
+    code = """
+import sys
+sys.modules["nvtx"] = None
+import torch, deq
+from deq.profiling import record
+with record() as recorder:
+    deq.solve(torch.eye(3) / 2, torch.ones(2, 3))
+assert [event.name for event in recorder.events] == ["solve"]
+"""
+    path = os.pathsep.join(filter(None, sys.path))
+    child = [sys.executable, "-S", "-c", code]
+    done = subprocess.run(child, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

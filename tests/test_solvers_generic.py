@@ -1,0 +1,269 @@
+"""The compiled steps against their definition in PyTorch, and the solvers against scipy on published maps."""
+
+import math
+
+import pytest
+import torch
+
+from deq import Status, _library
+from deq.solvers import generic
+from deq.solvers.generic import Rule
+from deq.solvers.generic.compiled_steps import CompiledSteps, serves
+from deq.solvers.generic.torch_steps import TorchSteps
+
+needs_library = pytest.mark.skipif(_library.compiled is None, reason=f"no compiled library: {_library.reason}")
+
+
+def drive(steps, f, max_iter, keep=()):
+    kept = []
+    for k in range(1, max_iter + 1):
+        steps.advance(f(steps.y))
+        if k in keep:
+            steps.collect()
+            kept.append(steps.z.clone())
+        if not steps.is_running():
+            break
+    steps.collect()
+    return steps, kept
+
+
+def maps(D, dtype):
+    generator = torch.Generator().manual_seed(D)
+    W = torch.randn(D, D, generator=generator, dtype=torch.float64).to(dtype) * (0.4 / D**0.5)
+    c = torch.randn(6, D, generator=generator, dtype=torch.float64).to(dtype)
+    slow = torch.linspace(-1.2, 0.93, D, dtype=dtype)
+    number = torch.arange(6).unsqueeze(1)
+
+    def mixed(z):  # converge, grow, turn NaN, never come near, jump
+        y = torch.tanh(z @ W.T + c)
+        y = torch.where(number == 1, 2 * z.abs() + 1, y)
+        y = torch.where((number == 2) & (z.abs().amax(1, keepdim=True) > 0.3), torch.nan, y)
+        y = torch.where(number == 3, torch.where(z.sum(1, keepdim=True) > 0, -1 + 0 * z, 1 + 0 * z), y)
+        return torch.where(number == 4, z.square() + 1, y)
+
+    return {"contraction": lambda z: torch.relu(z @ W.T + c), "slow": lambda z: z * slow + c, "mixed": mixed}
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("D", [1, 17, 9001])
+@pytest.mark.parametrize("name", ["contraction", "slow", "mixed"])
+@pytest.mark.parametrize("method", ["plain", "anderson", "auto", "broyden"])
+def test_compiled_steps(method, name, D, dtype):
+    """Every step of both from the same point: next points, verdicts and best images agree."""
+    if D > 1000 and name == "contraction":
+        pytest.skip("its matrix has 650 MB")
+    f = maps(D, dtype)[name]
+    rule = Rule(method, 1e-6, 40, depth=4, damping=0.8 if D == 17 else 1.0)
+    start = torch.full((6, D), 0.1, dtype=dtype)
+    ours, theirs = CompiledSteps(start, rule), TorchSteps(start, rule)
+    eps = torch.finfo(dtype).eps
+    for _ in range(40):
+        fy = f(theirs.y)
+        ours.y.copy_(theirs.y)  # so that rounding does not add up
+        ours.advance(fy)
+        theirs.advance(fy)
+        ours.collect()
+        assert torch.equal(ours.status, theirs.status) and torch.equal(ours.iterations, theirs.iterations)
+        assert ours.is_running() == theirs.is_running()
+        torch.testing.assert_close(ours.z, theirs.z, rtol=0, atol=0)
+        torch.testing.assert_close(ours.norms, theirs.norms, rtol=50 * eps, atol=0, equal_nan=True)
+        # Weights come out of normal equations, whose rounding may grow by the inverse of their regulariser, 10 eps.
+        size = theirs.F.abs().nan_to_num(posinf=0).amax() if theirs.F.numel() else fy.abs().nan_to_num(posinf=0).amax()
+        # Sample 1 of "mixed" grows along one direction: its pairs are collinear, and its weights are rounding.
+        rows = [0, 2, 3, 4, 5] if name == "mixed" and method in ("anderson", "auto") else slice(None)
+        torch.testing.assert_close(ours.y[rows], theirs.y[rows], rtol=2e-2, atol=2e-2 * float(size))
+        if not theirs.is_running():
+            break
+
+
+@needs_library
+@pytest.mark.parametrize("method", ["plain", "anderson", "auto", "broyden"])
+def test_whole_solves(method):
+    for dtype, tol in ((torch.float32, 1e-5), (torch.float64, 1e-10)):
+        f = maps(40, dtype)["slow" if method != "plain" else "contraction"]
+        rule = Rule(method, tol, 200, depth=5)
+        start = torch.zeros(6, 40, dtype=dtype)
+        (ours, our_states), (theirs, states) = (
+            drive(kind(start, rule), f, 200, keep=(3, 9)) for kind in (CompiledSteps, TorchSteps)
+        )
+        assert (ours.status == Status.CONVERGED).all() and (theirs.status == Status.CONVERGED).all()
+        assert (ours.iterations - theirs.iterations).abs().max() <= 0.2 * theirs.iterations.max()
+        torch.testing.assert_close(ours.z, theirs.z, rtol=50 * tol, atol=50 * tol)
+        torch.testing.assert_close(our_states[0], states[0], rtol=1e-4, atol=1e-4)
+
+
+@needs_library
+def test_threads_and_pieces_change_nothing():
+    """Bit for bit: sums are taken piece by piece in a fixed order."""
+    f = maps(9001, torch.float32)["slow"]
+    results = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            results.append(generic.run(f, torch.zeros(6, 9001), Rule("anderson", 1e-6, 60)))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0].z, results[1].z) and torch.equal(results[0].residual, results[1].residual)
+
+
+@needs_library
+@pytest.mark.parametrize("power", [-500, 500])
+def test_squares_out_of_range(power):
+    """Norms whose squares leave the range of double are still norms."""
+    c = torch.tensor([[1.0, -2.0], [0.5, 3.0]], dtype=torch.float64) * 2.0**power
+    for method in ("plain", "anderson", "broyden"):
+        result = generic.run(lambda z: 0.5 * z + c, torch.zeros_like(c), Rule(method, 1e-8, 100))
+        assert (result.status == Status.CONVERGED).all()
+        torch.testing.assert_close(result.z, 2 * c, rtol=1e-7, atol=0)
+
+
+@needs_library
+def test_what_is_served():
+    y = torch.zeros(2, 3)
+    assert serves(y, Rule("anderson", 1e-3, 9, depth=8)) and not serves(y, Rule("anderson", 1e-3, 9, depth=9))
+    assert serves(y, Rule("broyden", 1e-3, 9, depth=32)) and not serves(y, Rule("broyden", 1e-3, 9, depth=33))
+    assert not serves(y.half(), Rule("plain", 1e-3, 9)) and not serves(y.to("meta"), Rule("plain", 1e-3, 9))
+    deep = generic.run(lambda z: 0.9 * z + 1, torch.zeros(2, 3), Rule("anderson", 1e-5, 99, depth=12))
+    assert (deep.status == Status.CONVERGED).all()
+
+
+def test_samples_without_elements():
+    for shape in ((0, 3), (2, 0)):
+        result = generic.run(lambda z: z, torch.zeros(shape), Rule("anderson", 1e-3, 9), keep=(2,))
+        assert result.z.shape == shape and (result.status == 0).all() and len(result.trajectory) == 1
+
+
+# Published test maps z = f(z) with a start: More, Garbow and Hillstrom 1981 ("MGH", as z - step F(z) or solved for z),
+# the test set of Walker and Ni 2011 for Anderson acceleration, Kelley 1995, Ortega and Rheinboldt 1970, and textbooks.
+def chandrasekhar(h):
+    n, omega = len(h), 0.9
+    mu = (torch.arange(n, dtype=h.dtype) + 0.5) / n
+    kernel = mu.unsqueeze(1) / (mu.unsqueeze(1) + mu)
+    return 1 / (1 - omega / (2 * n) * kernel @ h)
+
+
+def broyden_tridiagonal(x, step=0.2):  # MGH 30
+    left, right = torch.nn.functional.pad(x, (1, 1)).unfold(0, 3, 1)[:, [0, 2]].T
+    return x - step * ((3 - 2 * x) * x - left - 2 * right + 1)
+
+
+def discrete_boundary_value(x):  # MGH 28, solved for the diagonal
+    n = len(x)
+    h = 1 / (n + 1)
+    t = (torch.arange(n, dtype=x.dtype) + 1) * h
+    padded = torch.nn.functional.pad(x, (1, 1))
+    return 0.5 * (padded[:-2] + padded[2:] - h * h * (x + t + 1) ** 3 / 2)
+
+
+def discrete_integral(x):  # MGH 29
+    n = len(x)
+    h = 1 / (n + 1)
+    t = (torch.arange(n, dtype=x.dtype) + 1) * h
+    cube = (x + t + 1) ** 3
+    below = torch.cumsum(t * cube, 0)
+    above = ((1 - t) * cube).sum() - torch.cumsum((1 - t) * cube, 0)
+    return -h / 2 * ((1 - t) * below + t * above)
+
+
+def trigonometric(x, step=0.02):  # MGH 26
+    n = len(x)
+    i = torch.arange(n, dtype=x.dtype) + 1
+    return x - step * (n - torch.cos(x).sum() + i * (1 - torch.cos(x)) - torch.sin(x))
+
+
+def brown_almost_linear(x, step=0.1):  # MGH 27
+    F = x + x.sum() - (len(x) + 1)
+    return x - step * torch.cat((F[:-1], (x.prod() - 1).unsqueeze(0)))
+
+
+def bratu(u):  # -u'' = e^u, solved for the diagonal of the difference quotient
+    n = len(u)
+    padded = torch.nn.functional.pad(u, (1, 1))
+    return 0.5 * (padded[:-2] + padded[2:] + torch.exp(u) / (n + 1) ** 2)
+
+
+def poisson_jacobi(u):
+    n = len(u)
+    padded = torch.nn.functional.pad(u, (1, 1))
+    return 0.5 * (padded[:-2] + padded[2:] + 1 / (n + 1) ** 2)
+
+
+def mixture_weights(p):  # Walker and Ni's EM example: proportions of three normals with known means
+    data = torch.linspace(-2, 6, 60, dtype=p.dtype)
+    means = torch.tensor([0.0, 2.0, 4.0], dtype=p.dtype)
+    dense = torch.exp(-0.5 * (data.unsqueeze(1) - means) ** 2) * p
+    return (dense / dense.sum(1, keepdim=True)).mean(0)
+
+
+def pagerank(x):
+    n = len(x)
+    links = torch.zeros(n, n, dtype=x.dtype)
+    for i in range(n):
+        links[(2 * i) % n, i] += 0.5
+        links[(i * i + 1) % n, i] += 0.5
+    return 0.85 * links @ x + 0.15 / n
+
+
+def ising(m):  # mean field with coupling 1.4 and field 0.1
+    return torch.tanh(1.4 * m.mean() + 0.1 + 0 * m)
+
+
+V = lambda *values: torch.tensor(values, dtype=torch.float64)  # noqa: E731
+MAPS = {
+    "cosine (Dottie)": (torch.cos, V(1.0)),
+    "Babylonian square root": (lambda z: 0.5 * (z + 2 / z), V(1.0)),
+    "exp(-z) (omega constant)": (lambda z: torch.exp(-z), V(0.5)),
+    "Kepler's equation": (lambda E: 1.0 + 0.6 * torch.sin(E), V(1.0)),
+    "Colebrook's friction": (lambda x: -2 * torch.log10(1e-4 / 3.7 + 2.51 / 1e5 * x), V(7.0)),
+    "logistic map, r = 2.9": (lambda z: 2.9 * z * (1 - z), V(0.4)),
+    "plastic number": (lambda z: (z + 1) ** (1 / 3), V(1.0)),
+    "Conte and de Boor's pair": (
+        lambda z: torch.stack(((z[0] ** 2 + z[1] ** 2 + 8) / 10, (z[0] * z[1] ** 2 + z[0] + 8) / 10)),
+        V(0, 0),
+    ),
+    "Burden and Faires' triple": (
+        lambda z: torch.stack(
+            (
+                torch.cos(z[1] * z[2]) / 3 + 1 / 6,
+                torch.sqrt(z[0] ** 2 + torch.sin(z[2]) + 1.06) / 9 - 0.1,
+                -torch.exp(-z[0] * z[1]) / 20 - (10 * math.pi - 3) / 60,
+            )
+        ),
+        V(0.1, 0.1, -0.1),
+    ),
+    "Chandrasekhar's H-equation": (chandrasekhar, torch.ones(40, dtype=torch.float64)),
+    "MGH 26 trigonometric": (trigonometric, torch.full((6,), 0.02, dtype=torch.float64)),
+    "MGH 27 Brown almost linear": (brown_almost_linear, torch.full((5,), 0.9, dtype=torch.float64)),
+    "MGH 28 discrete boundary value": (discrete_boundary_value, torch.zeros(8, dtype=torch.float64)),
+    "MGH 29 discrete integral equation": (discrete_integral, torch.zeros(10, dtype=torch.float64)),
+    "MGH 30 Broyden tridiagonal": (broyden_tridiagonal, torch.full((10,), -1.0, dtype=torch.float64)),
+    "Bratu": (bratu, torch.zeros(9, dtype=torch.float64)),
+    "Poisson by Jacobi": (poisson_jacobi, torch.zeros(9, dtype=torch.float64)),
+    "mixture weights by EM": (mixture_weights, V(0.2, 0.3, 0.5)),
+    "PageRank": (pagerank, torch.full((12,), 1 / 12, dtype=torch.float64)),
+    "mean-field Ising": (ising, torch.full((3,), 0.5, dtype=torch.float64)),
+}
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_published_maps(name):
+    """scipy.optimize.root finds the same fixed point from the same start, and so does every solver here."""
+    scipy = pytest.importorskip("scipy.optimize", reason="scipy is not installed (bench extra)")
+    f, start = MAPS[name]
+
+    def F(z):
+        z = torch.from_numpy(z)
+        return (f(z) - z).numpy()
+
+    answer = scipy.root(F, start.numpy(), method="hybr", tol=1e-13)
+    assert abs(answer.fun).max() < 1e-10, answer.message
+    expected = torch.from_numpy(answer.x).unsqueeze(0)
+    for method in ("plain", "anderson", "broyden", "newton_krylov", "auto"):
+        rule = Rule(method, 1e-12, 5000, depth=5)
+        result = generic.run(lambda z: f(z[0]).unsqueeze(0), start.unsqueeze(0), rule)
+        assert int(result.status) == Status.CONVERGED, (method, result)
+        torch.testing.assert_close(
+            result.z, expected, rtol=1e-7, atol=1e-9, msg=lambda m, method=method: f"{method}: {m}"
+        )

@@ -1,0 +1,166 @@
+"""What keeps equilibrium models trainable: estimates against dense algebra, guarantees against measured norms."""
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+import deq
+
+
+def test_jacobian_penalty():
+    torch.manual_seed(0)
+    W = torch.randn(6, 6, dtype=torch.float64, requires_grad=True)
+    z = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
+    image = torch.tanh(z @ W.T)
+    true = ((1 - image.square()).unsqueeze(2) * W).square().sum() / z.numel()
+    estimate = deq.nn.jacobian_penalty(image, z, samples=3000)
+    assert abs(float(estimate.detach() / true.detach()) - 1) < 0.1
+    slope, exact = (torch.autograd.grad(t, W, retain_graph=True)[0] for t in (estimate, true))
+    assert float((slope - exact).norm() / exact.norm()) < 0.2
+
+
+def test_spectral_radius():
+    """Real, complex and zero: the modulus of the largest eigenvalue of every sample's own Jacobian."""
+    rotation = torch.tensor([[math.cos(1.3), -math.sin(1.3)], [math.sin(1.3), math.cos(1.3)]])
+    matrices = torch.stack((0.9 * rotation, torch.diag(torch.tensor([0.3, -0.7])), torch.zeros(2, 2)))
+    z = torch.zeros(3, 2, requires_grad=True)
+    radius, vector = deq.nn.spectral_radius((matrices @ z.unsqueeze(2)).squeeze(2), z)
+    torch.testing.assert_close(radius, torch.tensor([0.9, 0.7, 0.0]))
+    assert vector.shape == z.shape
+
+
+def test_correction_loss():
+    states = [torch.full((2, 2), float(k), requires_grad=True) for k in range(3)]
+    loss = deq.nn.correction_loss(lambda z, y: (z - y).abs().sum(), states, torch.zeros(2, 2), decay=0.5)
+    assert float(loss.detach()) == 4 * (0.25 * 0 + 0.5 * 1 + 2)
+    loss.backward()
+    assert states[1].grad.eq(0.5).all()
+    with pytest.raises(ValueError, match="states must not be empty"):
+        deq.nn.correction_loss(torch.sum, [])
+
+
+@pytest.mark.parametrize("kind", ["weight", "spectral"])
+def test_normalised_equilibria(kind):
+    """An equilibrium of a normalised block: one weight for the whole solve, exact gradients, plain again afterwards."""
+    torch.manual_seed(0)
+    inner = nn.Linear(6, 6, dtype=torch.float64)
+    deq.nn.normalise(inner, kind, target=0.8, learned=kind == "weight")
+    x = torch.randn(4, 6, dtype=torch.float64)
+    reads = []
+    parametrized = inner.parametrizations.weight[0]
+    parametrized.register_forward_hook(lambda *_: reads.append(1))
+    layer = deq.nn.Equilibrium(lambda z, x: torch.tanh(0.5 * inner(z) + x), on_failure="raise")
+    z = layer(x)
+    assert len(reads) <= 2 < int(layer.solution.iterations.max())
+    inner.eval()
+    gradient = torch.autograd.grad(layer(x).sum(), list(inner.parameters()))
+    y = torch.zeros_like(x)
+    for _ in range(100):
+        y = torch.tanh(0.5 * inner(y) + x)
+    for a, b in zip(gradient, torch.autograd.grad(y.sum(), list(inner.parameters())), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
+    if kind == "spectral":
+        assert abs(float(torch.linalg.matrix_norm(inner.weight.detach(), 2)) - 0.8) < 1e-2
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(inner).state_dict()))
+    assert set(twin) == set(inner.state_dict())
+    value = inner.weight.detach().clone()
+    deq.nn.denormalise(inner)
+    assert not parametrize.is_parametrized(inner) and torch.equal(inner.weight, value)
+    del z
+    with pytest.raises(ValueError, match="kind must be one of 'weight', 'spectral'"):
+        deq.nn.normalise(inner, "batch")
+
+
+def test_clipped_norm():
+    layer = nn.Linear(4, 4)
+    with torch.no_grad():
+        layer.weight.mul_(0.01)
+    before = layer.weight.detach().clone()
+    deq.nn.normalise(layer, "weight", learned=False, target=1.0, clip=1.0)
+    torch.testing.assert_close(layer.weight, before)  # a factor above 1 is cut
+
+
+def test_dropout_in_an_equilibrium():
+    """The mask is one through the solve and its gradient, and new at the next call; without it there is no solution."""
+    torch.manual_seed(0)
+    drop = deq.nn.VariationalDropout(0.3)
+    inner = nn.Linear(8, 8)
+    layer = deq.nn.Equilibrium(nn.ModuleDict({"drop": drop, "inner": inner}), on_failure="raise")
+    layer.block.forward = lambda z, x: torch.tanh(drop(0.3 * inner(z)) + x)
+    x = torch.randn(4, 8)
+    first = layer(x)
+    mask = drop.mask
+    torch.testing.assert_close(first, torch.tanh(mask * 0.3 * inner(first) + x), rtol=1e-4, atol=1e-4)
+    first.sum().backward()
+    assert drop.mask is mask and inner.weight.grad is not None
+    assert not torch.equal(layer(x), first)
+    assert torch.equal(drop.eval()(x), x)
+    with pytest.raises(ValueError, match=r"p must lie in \[0, 1\]"):
+        deq.nn.VariationalDropout(1.5)
+
+
+def operator(f, shape):
+    """The matrix of a linear map on tensors of that shape."""
+    eye = torch.eye(math.prod(shape), dtype=torch.float64)
+    return f(eye.reshape(-1, *shape)).reshape(len(eye), -1).T
+
+
+@pytest.mark.parametrize(("channels", "kernel"), [(1, 3), (3, 3), (2, 1), (2, 5)])
+def test_contractive_convolution(channels, kernel):
+    torch.manual_seed(channels)
+    layer = nn.Conv2d(channels, channels, kernel, padding=kernel // 2, bias=False, dtype=torch.float64)
+    with torch.no_grad():
+        layer.weight.mul_(5)
+    deq.nn.contractive_convolution(layer, 0.9)
+    norm = torch.linalg.matrix_norm(operator(layer, (channels, 6, 6)).detach(), 2)
+    assert 0.3 < norm <= 0.9 + 1e-12
+    x = torch.randn(2, channels, 6, 6, dtype=torch.float64)
+    solved = deq.nn.Equilibrium(lambda z, x: torch.relu(layer(z) + x), solver="plain", on_failure="raise")(x)
+    solved.sum().backward()
+    assert torch.isfinite(layer.parametrizations.weight.original.grad).all()
+    with pytest.raises(ValueError, match="layer must have stride 1"):
+        deq.nn.contractive_convolution(nn.Conv2d(2, 2, 3, stride=2))
+    with pytest.raises(TypeError, match="layer must be a Conv2d; got Linear"):
+        deq.nn.contractive_convolution(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("mu", [0.1, 1.0])
+def test_monotone_convolution(mu):
+    torch.manual_seed(0)
+    layer = deq.nn.MonotoneConv2d(2, 3, mu, dtype=torch.float64)
+    with torch.no_grad():
+        layer.A.add_(0.5 * torch.randn_like(layer.A))
+        layer.B.add_(0.5 * torch.randn_like(layer.B))
+    W = operator(layer, (2, 5, 5)).detach()
+    least = torch.linalg.eigvalsh(torch.eye(50, dtype=torch.float64) - 0.5 * (W + W.T)).amin()
+    assert least >= mu - 1e-10
+    assert torch.linalg.matrix_norm(W, 2) > 1  # far from a contraction
+    x = torch.randn(3, 2, 5, 5, dtype=torch.float64)
+    solved = deq.nn.Equilibrium(lambda z, x: torch.relu(layer(z) + x), solver="newton_krylov", depth=60)(x)
+    torch.testing.assert_close(solved, torch.relu(layer(solved) + x), rtol=1e-7, atol=1e-8)
+
+
+def test_warm_start():
+    torch.manual_seed(0)
+    layer = deq.nn.Equilibrium(lambda z, x: torch.tanh(0.8 * z.roll(1, 1) + x), on_failure="raise")
+    warm = deq.nn.WarmStart(layer, capacity=6)
+    x = torch.randn(4, 10, dtype=torch.float64)
+    cold = warm(x)
+    steps = layer.solution.iterations
+    torch.testing.assert_close(warm(x + 1e-6), layer(x + 1e-6), rtol=1e-8, atol=1e-8)
+    warm(x + 1e-6)
+    assert (layer.solution.iterations < steps).all()
+    warm.forget()
+    assert torch.equal(warm(x), cold)
+    warm(x, keys=["a", "b", "c", "d"])
+    warm(x[[3, 0]], keys=["d", "new"])
+    assert layer.solution.iterations[0] < steps[3] and layer.solution.iterations[1] == steps[0]
+    assert len(warm._memory) == 6
+    assert len(copy.deepcopy(warm)._memory) == 0
+    with pytest.raises(ValueError, match="keys must name 4 samples; got 1"):
+        warm(x, keys=["a"])

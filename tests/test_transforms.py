@@ -1,0 +1,269 @@
+"""What PyTorch does to functions, done to equilibria: torch.func, forward mode, compile, export, autocast and more."""
+
+import copy
+
+import pytest
+import torch
+from problems import gaussian
+from torch import nn
+from torch.autograd import forward_ad
+from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.utils.checkpoint import checkpoint
+
+import deq
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:torch"),
+    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning"),
+]
+
+
+def any_function(W, c):
+    return deq.fixed_point(lambda z: torch.tanh(z @ W.mT + c), torch.zeros_like(c), tol=1e-13).z
+
+
+def linear(W, c):
+    return deq.solve(W, c, "tanh", tol=1e-13).z
+
+
+SOLVES = pytest.mark.parametrize("solve", [any_function, linear])
+
+
+@pytest.fixture
+def problem():
+    W, c, g = gaussian(5, 3, torch.float64, scale=0.4)
+    return W, c, g
+
+
+def unrolled(W, c):
+    z = torch.zeros_like(c)
+    for _ in range(80):
+        z = torch.tanh(z @ W.mT + c)
+    return z
+
+
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-10)
+
+
+@SOLVES
+def test_grad_vjp_jvp(solve, problem):
+    W, c, g = problem
+    loss = lambda f: lambda W, c: (f(W, c) * g).sum()  # noqa: E731
+    close(grad(loss(solve), (0, 1))(W, c), grad(loss(unrolled), (0, 1))(W, c))
+    close(vjp(solve, W, c)[1](g), vjp(unrolled, W, c)[1](g))
+    close(jvp(solve, (W, c), (c.T @ c, g)), jvp(unrolled, (W, c), (c.T @ c, g)))
+
+
+@SOLVES
+def test_jacobians_and_hessians(solve, problem):
+    W, c, _ = problem
+    close(jacrev(solve, 0)(W, c), jacrev(unrolled, 0)(W, c))
+    close(jacfwd(solve, 1)(W, c), jacfwd(unrolled, 1)(W, c))
+    total = lambda f: lambda c: f(W, c[None]).square().sum()  # noqa: E731
+    close(hessian(total(solve))(c[0]), hessian(total(unrolled))(c[0]))
+
+
+@SOLVES
+def test_vmap(solve, problem):
+    """Over samples, over weights, of gradients, and nested."""
+    W, c, g = problem
+    one = solve  # a state of one dimension is one sample
+    close(vmap(one, (None, 0))(W, c), unrolled(W, c))
+    weights = torch.stack((W, 0.5 * W, -W))
+    close(vmap(one, (0, None))(weights, c), torch.stack([unrolled(w, c) for w in weights]))
+    close(vmap(vmap(one, (None, 0)), (0, None))(weights, c), torch.stack([unrolled(w, c) for w in weights]))
+    each = vmap(grad(lambda W, c, g: (one(W, c) * g).sum()), (None, 0, 0))(W, c, g)
+    close(each, torch.stack([grad(lambda W, i=i: (unrolled(W, c[i : i + 1]) * g[i]).sum())(W) for i in range(3)]))
+    close(grad(lambda W: vmap(one, (None, 0))(W, c).sum())(W), grad(lambda W: unrolled(W, c).sum())(W))
+
+
+@pytest.mark.parametrize("kind", ["tuple", "parameters"])
+def test_transforms_of_modules_and_tuples(kind):
+    torch.manual_seed(0)
+    layer = nn.Linear(4, 4, dtype=torch.float64)
+    x = torch.randn(3, 4, dtype=torch.float64)
+
+    def run(parameters, solve):
+        f = lambda a: torch.tanh(0.4 * torch.func.functional_call(layer, parameters, (a,)) + x)  # noqa: E731
+        if kind == "parameters":
+            return solve(f, torch.zeros_like(x))
+        return solve(lambda z: (f(z[1]), 0.5 * f(z[0])), (torch.zeros_like(x), torch.zeros_like(x)))[0]
+
+    def iterate(f, z):
+        for _ in range(120):
+            z = f(z)
+        return z
+
+    parameters = dict(layer.named_parameters())
+    ours = jacrev(run)(parameters, lambda f, z: deq.fixed_point(f, z, tol=1e-13).z)
+    close(ours, jacrev(run)(parameters, iterate))
+
+
+@SOLVES
+def test_forward_mode(solve, problem):
+    W, c, g = problem
+    with forward_ad.dual_level():
+        z = solve(forward_ad.make_dual(W, W.T.contiguous()), forward_ad.make_dual(c, g))
+        tangent = forward_ad.unpack_dual(z).tangent
+    close(tangent, jvp(unrolled, (W, c), (W.T.contiguous(), g))[1])
+
+
+@SOLVES
+def test_gradcheck(solve, problem):
+    W, c, _ = problem
+    W, c = W.requires_grad_(), c.requires_grad_()
+    assert torch.autograd.gradcheck(solve, (W, c), check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(solve, (W, c))
+
+
+@pytest.mark.parametrize("solver", ["broyden", "newton_krylov"])
+def test_gradgradcheck_of_other_solvers(solver, problem):
+    W, c, _ = problem
+    W, c = W.requires_grad_(), c[:1].requires_grad_()
+
+    def run(W, c):
+        f = lambda z: torch.tanh(z @ W.mT + c)  # noqa: E731
+        return deq.fixed_point(f, torch.zeros_like(c), tol=1e-13, solver=solver).z
+
+    assert torch.autograd.gradcheck(run, (W, c)) and torch.autograd.gradgradcheck(run, (W, c))
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+        self.norm = nn.LayerNorm(6)
+
+    def forward(self, z, x):
+        return torch.tanh(0.5 * self.norm(self.linear(z) + x))
+
+
+class Net(nn.Module):
+    """An equilibrium between two layers."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.encoder = nn.Linear(3, 6)
+        self.equilibrium = (
+            deq.nn.Equilibrium(Block(), tol=1e-6) if kind == "any" else deq.nn.EquilibriumLinear(6, 6, "tanh", tol=1e-6)
+        )
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x):
+        return self.head(self.equilibrium(torch.relu(self.encoder(x))))
+
+
+@pytest.fixture(params=["any", "linear"])
+def net(request):
+    torch.manual_seed(0)
+    return Net(request.param)
+
+
+def gradients(net, z):
+    return torch.autograd.grad(z.square().sum(), list(net.parameters()))
+
+
+def test_compile(net):
+    """fullgraph, with gradients, trained for two steps so that weights change between calls."""
+    x = torch.randn(5, 3)
+    twin = copy.deepcopy(net)
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        expected, z = twin(x), compiled(x)
+        torch.testing.assert_close(z, expected, rtol=1e-5, atol=1e-6)
+        for a, b in zip(gradients(net, z), gradients(twin, expected), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        with torch.no_grad():
+            for p, q in zip(net.parameters(), twin.parameters(), strict=True):
+                p.mul_(0.9)
+                q.mul_(0.9)
+            torch.testing.assert_close(compiled(x), twin(x), rtol=1e-5, atol=1e-6)
+
+
+def test_compile_of_several_states():
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, z, x, y):
+            return torch.tanh(0.4 * self.linear(z[1]) + x), torch.sin(0.5 * z[0] + y)
+
+    layer = deq.nn.Equilibrium(Pair(), init=lambda x, y: (torch.zeros_like(x), torch.zeros_like(y)), tol=1e-6)
+    x, y = torch.randn(3, 4), torch.randn(3, 4, requires_grad=True)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, y), layer(x, y), rtol=1e-5, atol=1e-6)
+    ours, theirs = (torch.autograd.grad(f(x, y)[0].sum(), (y, *layer.parameters())) for f in (compiled, layer))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_fixed_point_in_compiled_code():
+    """A graph break, and with fullgraph an error that says what to use."""
+    x = torch.randn(3, 4)
+    run = lambda x: deq.fixed_point(lambda z: torch.tanh(0.5 * z + x), torch.zeros_like(x)).z + 1  # noqa: E731
+    torch.testing.assert_close(torch.compile(run, backend="aot_eager")(x), run(x))
+    torch.compiler.reset()
+    with pytest.raises(Exception, match=r"deq\.nn\.Equilibrium"):
+        torch.compile(run, fullgraph=True, backend="aot_eager")(x)
+
+
+def test_compiled_block():
+    """What is inside of an equilibrium may be compiled by itself, gradients included."""
+    block = Block()
+    x = torch.randn(4, 6, requires_grad=True)
+    ours, theirs = (
+        torch.autograd.grad(deq.nn.Equilibrium(f, tol=1e-6)(x).sum(), (x, *block.parameters()))
+        for f in (torch.compile(block, backend="aot_eager"), block)
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_export(net):
+    x = torch.randn(5, 3)
+    net.eval()
+    program = torch.export.export(net, (x,))
+    torch.testing.assert_close(program.module()(x), net(x), rtol=1e-5, atol=1e-6)
+    other = torch.randn(5, 3)
+    torch.testing.assert_close(program.module()(other), net(other), rtol=1e-5, atol=1e-6)
+
+
+def test_autocast(net):
+    """The rest of the net runs in bfloat16, the solve to its own tolerance."""
+    x = torch.randn(5, 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        z = net(x)
+        assert z.dtype == torch.bfloat16
+        grads = gradients(net, z.float())
+    assert net.equilibrium.solution.converged.all() and net.equilibrium.solution.residual.max() <= 1e-6
+    for a, b in zip(grads, gradients(net, net(x)), strict=True):
+        torch.testing.assert_close(a, b, rtol=0.05, atol=0.05 * float(b.abs().max()))
+
+
+def test_autocast_around_any_function():
+    W, c, _ = gaussian(8, 3)
+    seen = []
+
+    def f(z):
+        y = torch.tanh(z @ W.mT + c)
+        seen.append((z @ W.mT).dtype)
+        return y
+
+    W = W.requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        z = deq.fixed_point(f, torch.zeros_like(c), on_failure="raise").z
+        torch.autograd.grad(z.sum(), W)
+    assert set(seen) == {torch.float32}
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpoint(net, use_reentrant):
+    x = torch.randn(5, 3, requires_grad=True)
+    expected = torch.autograd.grad(net(x).square().sum(), x)[0]
+    parameters = gradients(net, net(x))
+    z = checkpoint(net, x, use_reentrant=use_reentrant)
+    z.square().sum().backward()
+    torch.testing.assert_close(x.grad, expected)
+    for p, g in zip(net.parameters(), parameters, strict=True):
+        torch.testing.assert_close(p.grad, g, rtol=1e-5, atol=1e-6)
