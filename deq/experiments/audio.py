@@ -17,7 +17,7 @@ from ._sound import RATE, chord, read_wav
 
 CONFIG = {
     "samples": Choice(256, "of sound, a thirty-second of a second of the synthesised chord", quick=128, full=8192),
-    "steps": Choice(400, "of Adam on the full batch: a tenth of a second each for the filter equilibria", quick=10, full=3000),
+    "steps": Choice(400, "of Adam on the full batch: filter equilibria take 30 ms each", quick=10, full=3000),
     "rate": Choice(5e-3, "Adam; 1e-3, as in published code, needs 3000 steps for the same"),
     "clip": Choice(10.0, "2-norm of a seed's gradient"),
     "scale": Choice(
