@@ -16,8 +16,8 @@ from ._run import Choice, Experiment, Part, Run, Tick
 from ._sound import RATE, chord, read_wav
 
 CONFIG = {
-    "samples": Choice(512, "of sound, a sixteenth of a second of the synthesised chord", quick=128, full=8192),
-    "steps": Choice(800, "of Adam on the full batch; explicit nets gain 2 dB more by 3000", quick=10, full=3000),
+    "samples": Choice(256, "of sound, a thirty-second of a second of the synthesised chord", quick=128, full=8192),
+    "steps": Choice(400, "of Adam on the full batch: filter equilibria take 30 ms each", quick=10, full=3000),
     "rate": Choice(5e-3, "Adam; 1e-3, as in published code, needs 3000 steps for the same"),
     "clip": Choice(10.0, "2-norm of a seed's gradient"),
     "scale": Choice(
@@ -170,7 +170,7 @@ EXPERIMENT = Experiment(
     claim="A DEQ represents audio with a noticeably smaller error than a feed-forward net of the same size.",
     function=run_audio,
     width_means="neurons of the DEQs",
-    width=(24, 8, 256),
+    width=(16, 8, 256),
     depth=(3, 3, 4),
     depth_means="weight matrices of the ReLU net with the DEQ's parameters; two more at equal FLOPs",
     seeds=(8, 2, 8),

@@ -109,15 +109,13 @@ def _models(run: Run, width: int, depth: int) -> dict[str, Make]:
 
 
 def _attempts(run: Run, width: int, n: int) -> dict[str, tuple[Make, list[int] | None]]:
-    """Wider monotone weights (in full runs), a curriculum of ever finer sawtooths, and starts near the construction."""
+    """A curriculum of ever finer sawtooths, wider monotone weights in full runs, and starts near the construction."""
     kinks, path = run.config.kinks, list(range(1, n))
     usual = equilibria(width, kinks)
-    made = {}
-    if run.settings.level == "full":  # 60 neurons with slow equilibria take ten minutes of one core
+    made = {f"triangular DEQ {width}, curriculum": (usual[f"triangular DEQ {width}"], path)}
+    if run.settings.level == "full":  # slow equilibria: minutes each
+        made[f"monotone DEQ {width}, curriculum"] = (usual[f"monotone DEQ {width}"], path)
         made |= {k: (v, None) for k, v in equilibria(3 * width, kinks).items() if k.startswith("monotone")}
-    for kind in ("monotone", "triangular"):
-        name = f"{kind} DEQ {width}"
-        made[f"{name}, curriculum"] = (usual[name], path)
     for noise in run.config.noise:
         made[f"construction, noise {noise}"] = (lambda S, g, noise=noise: NearConstruction(S, n, noise, g), None)
     return made
