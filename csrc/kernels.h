@@ -80,6 +80,10 @@ struct DeqOuter {
 
 DEQ_API int32_t deq_cpu_outer(const struct DeqOuter* problem);
 
+// Inverts a matrix of n x n in place without pivoting, its rows contiguous and `stride` elements apart; for n up to about 100,
+// and where every leading block is far from singular. A pivot of zero leaves numbers that are not finite.
+DEQ_API int32_t deq_cpu_invert(void* matrix, int64_t stride, int64_t n, int32_t type);
+
 // 128-bit fingerprint of the bits and the order of the elements of `view` (size (S, rows, columns)), whose rows or columns are
 // contiguous; the same matrix stored the other way round has another. Reads with `threads` threads.
 DEQ_API int32_t deq_cpu_fingerprint(const struct DeqView* view, const int64_t size[3], int32_t type, int32_t threads,
