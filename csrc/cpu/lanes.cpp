@@ -335,7 +335,9 @@ int32_t solve(const DeqProblem& p) {
 
 }  // namespace
 
-bool lanes_serve(const DeqProblem& p) { return p.width <= kLanesUpTo; }
+bool lanes_serve(const DeqProblem& p) {
+  return p.width <= kLaneVectors * (p.type == DEQ_FLOAT64 ? kernels<double>().lanes : kernels<float>().lanes);
+}
 
 int32_t lane_solve(const DeqProblem& p) { return p.type == DEQ_FLOAT64 ? solve<double>(p) : solve<float>(p); }
 
