@@ -31,7 +31,15 @@ BUDGETS = {
     "sm_90": {"registers": 255, "stack": 0, "shared": 227 * 1024},
     "sm_100": {"registers": 255, "stack": 16, "shared": 227 * 1024},
 }
-CUDA_STACK = 64  # nvcc keeps small frames that are no spills, which fail the build of the C++ tests
+# Stacks that are let be, by the beginning of a kernel's name: a resident program that also holds Anderson's equations,
+# or W of 256, has no register to spare, and a few values spill into L1 once an iteration; nvcc keeps small frames that
+# are no spills, which would fail the build of the C++ tests.
+STACKS = {
+    "resident solve, accelerated, native, 64x16": 48,
+    "resident solve, accelerated, bfloat16, 256x16": 184,
+    "resident solve, bfloat16, 256x16": 8,
+    "cuda": 64,
+}
 KEYS = ("registers", "stack", "shared", "instruction")
 
 
@@ -154,9 +162,8 @@ def faults(records: Iterable[dict], golden: dict) -> list[str]:
 
 def over_budget(record: dict) -> list[str]:
     """What a record has more of than its architecture allows, one sentence each."""
-    name, limits = f"{record['kernel']}, {record['architecture']}", BUDGETS[record["architecture"].rstrip("af")]
-    if _kernel(record) == "cuda":
-        limits = limits | {"stack": CUDA_STACK}
+    name, limits = f"{record['kernel']}, {record['architecture']}", dict(BUDGETS[record["architecture"].rstrip("af")])
+    limits["stack"] = max([limits["stack"], *(most for start, most in STACKS.items() if name.startswith(start))])
     return [f"{name}: {key} {record[key]}, allowed {most}" for key, most in limits.items() if record[key] > most]
 
 

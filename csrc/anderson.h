@@ -15,30 +15,33 @@ constexpr double kMaxWeight = 1e3;
 // engine does the same to several samples at once (cpu/lanes_impl.h).
 template <int N, class Gram>
 DEQ_HD bool anderson_weights(const Gram& gram, int count, double regulariser, double* a) {
-  double low[N][N], inverse[N];  // low[i][k] holds L[i][k] D[k]
+  double L[N][N], inverse[N];  // L below its unit diagonal, and 1 / D
   bool is_definite = true;
   DEQ_UNROLL for (int i = 0; i < N; ++i) {
     if (i >= count) break;
-    const double square = gram(i, i);
-    if (!(square > 0)) is_definite = false;
-    DEQ_UNROLL for (int j = 0; j <= i; ++j) {
-      double sum = gram(i, j) + (i == j ? regulariser * square : 0.0);
-      DEQ_UNROLL for (int k = 0; k < j; ++k) sum -= low[i][k] * low[j][k] * inverse[k];
-      low[i][j] = sum;
+    double pivot = gram(i, i), y = 1;
+    if (!(pivot > 0)) is_definite = false;
+    pivot += regulariser * pivot;
+    double scaled[N];  // L[i][j] D[j]
+    DEQ_UNROLL for (int j = 0; j < i; ++j) {
+      scaled[j] = gram(i, j);
+      DEQ_UNROLL for (int k = 0; k < j; ++k) scaled[j] -= scaled[k] * L[j][k];
     }
-    if (!(low[i][i] > 0)) is_definite = false;
-    inverse[i] = 1 / low[i][i];
-    a[i] = 1;
-    DEQ_UNROLL for (int k = 0; k < i; ++k) a[i] -= low[i][k] * a[k];
-    a[i] *= inverse[i];
+    DEQ_UNROLL for (int j = 0; j < i; ++j) {
+      L[i][j] = scaled[j] * inverse[j];
+      pivot -= scaled[j] * L[i][j];
+      y -= L[i][j] * a[j];
+    }
+    if (!(pivot > 0)) is_definite = false;
+    inverse[i] = 1 / pivot;
+    a[i] = y;
   }
   if (!is_definite) return false;
   double total = 0;
   DEQ_UNROLL for (int i = N - 1; i >= 0; --i) {
     if (i >= count) continue;
-    double rest = 0;
-    DEQ_UNROLL for (int k = i + 1; k < N; ++k) if (k < count) rest += low[k][i] * a[k];
-    a[i] -= rest * inverse[i];
+    a[i] *= inverse[i];
+    DEQ_UNROLL for (int k = i + 1; k < N; ++k) if (k < count) a[i] -= L[k][i] * a[k];
     total += a[i];
   }
   const double scale = 1 / total;

@@ -57,7 +57,7 @@ DEQ_API int32_t deq_cpu_solve(const struct DeqProblem* problem);
 // What a solve multiplied, counted by the engine itself. A row is one sample's vector times its W.
 struct DeqWork {
   int64_t native_rows;      // in float32 or float64
-  int64_t native_products;  // multiplications made for them: m x m a row, less where products with zeros are skipped
+  int64_t native_products;  // multiplications made for them: m x m a row; less where zeros are skipped, more where lanes are idle
   int64_t native_sweeps;    // passes over a packed W for them: once for all rows of a tile
   int64_t increment_rows;   // in the precision of the increments
   int64_t correction_rows;  // with what rounding W for the increments has left out, in the same precision
@@ -80,13 +80,18 @@ struct DeqOuter {
 
 DEQ_API int32_t deq_cpu_outer(const struct DeqOuter* problem);
 
+// Inverts a matrix of n x n in place without pivoting, its rows contiguous and `stride` elements apart; for n up to about 100,
+// and where every leading block is far from singular. A pivot of zero leaves numbers that are not finite.
+DEQ_API int32_t deq_cpu_invert(void* matrix, int64_t stride, int64_t n, int32_t type);
+
 // 128-bit fingerprint of the bits and the order of the elements of `view` (size (S, rows, columns)), whose rows or columns are
 // contiguous; the same matrix stored the other way round has another. Reads with `threads` threads.
 DEQ_API int32_t deq_cpu_fingerprint(const struct DeqView* view, const int64_t size[3], int32_t type, int32_t threads,
                                     uint64_t fingerprint[2]);
 
 // A range of what the engine did inside a solve: pack (0, payload m, or bytes of the planes of increments), step (1, rows),
-// anchor (2, rows), Anderson (3, pairs); the system's number of the thread, and nanoseconds of CLOCK_MONOTONIC.
+// anchor (2, rows), Anderson (3, pairs, or samples where several are taken together); the system's number of the thread, and
+// nanoseconds of CLOCK_MONOTONIC.
 struct DeqSpan {
   int32_t kind, thread;
   int64_t payload, start, end;

@@ -4,6 +4,7 @@
 // interface trusts (shapes, dtypes, strides) is checked here: a wrong call raises RuntimeError and never crashes.
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 
@@ -104,6 +105,20 @@ void outer(StableIValue* stack, uint64_t, uint64_t) {
   if (p.left.stride[2] != 1) left.place().fail("must have contiguous rows");
   if (p.right.stride[2] != 1) right.place().fail("must have contiguous rows");
   if (deq_cpu_outer(&p)) left.place().fail("must be float32 or float64; got " + dtype_name(left.dtype()));
+}
+
+constexpr const char* kInvert = "invert_(Tensor(a!) A) -> ()";
+
+void invert(StableIValue* stack, uint64_t, uint64_t) {
+  const Tensor A("invert_", "A", stack[0]);
+  A.expect_dim(2, "(n, n)");
+  const int64_t n = A.sizes()[0];
+  A.expect_shape({n, n});
+  if (n == 0) return;
+  const DeqView view = A.view();
+  if (n > 1 && (view.stride[2] != 1 || view.stride[1] < n)) A.place().fail("must have contiguous rows that do not overlap");
+  if (deq_cpu_invert(view.data, std::max(view.stride[1], n), n, type_of(A.place(), A.dtype())))
+    A.place().fail("must be float32 or float64; got " + dtype_name(A.dtype()));
 }
 
 constexpr const char* kFingerprint = "fingerprint(Tensor W, Tensor(a!) out) -> ()";
@@ -320,6 +335,7 @@ DEQ_API const char* deq_register(void) {
       {"masked_linear_", kMaskedLinear, masked_linear},
       {"derivative_", kDerivative, derivative},
       {"outer_", kOuter, outer},
+      {"invert_", kInvert, invert},
       {"fingerprint", kFingerprint, fingerprint},
       {"pack_triangle_", kPackTriangle, pack_triangle},
       {"substitute_", kSubstitute, substitute},

@@ -18,6 +18,7 @@ OPERATORS = (
     "masked_linear_",
     "derivative_",
     "outer_",
+    "invert_",
     "fingerprint",
     "pack_triangle_",
     "substitute_",

@@ -231,7 +231,10 @@ def _matrix_map(f: Callable[[State], State], layout: Layout) -> Callable[[Tensor
 
     def evaluate(flat: Tensor) -> Tensor:
         version = flat._version
-        with full_precision(flat.device.type):
+        if torch.is_autocast_enabled(flat.device.type):
+            with full_precision(flat.device.type):
+                out = layout.flatten(f(layout.unflatten(flat)))
+        else:
             out = layout.flatten(f(layout.unflatten(flat)))
         if flat._version != version:
             raise RuntimeError("f must not modify its argument in place")

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -26,11 +27,11 @@ class Layout:
     samples: tuple[int, ...]
     dtype: torch.dtype
 
-    @property
+    @cached_property
     def batch(self) -> int:
         return math.prod(self.samples)
 
-    @property
+    @cached_property
     def widths(self) -> list[int]:
         return [math.prod(shape[len(self.samples) :]) for shape in self.shapes]
 
@@ -41,6 +42,13 @@ class Layout:
 
     def flatten(self, state: State, name: str = "f's result") -> Tensor:
         """(B, D); of one tensor a view where its strides allow."""
+        if (
+            type(state) is Tensor
+            and self.kind is Tensor
+            and state.shape == self.shapes[0]
+            and state.dtype == self.dtype
+        ):
+            return state.reshape(self.batch, self.widths[0])
         parts = (state,) if isinstance(state, Tensor) else state
         self._check(state, parts, name)
         batch = self.batch
@@ -51,7 +59,8 @@ class Layout:
     def unflatten(self, flat: Tensor) -> State:
         """The state whose matrix is ``flat``: views of it, but for tensors of 16 bits."""
         if self.kind is Tensor:
-            return flat.view(self.shapes[0]).to(self.dtypes[0])
+            state = flat.view(self.shapes[0])
+            return state if self.dtypes[0] == self.dtype else state.to(self.dtypes[0])
         pieces = flat.split(self.widths, dim=1)
         parts = [
             piece.reshape(shape).to(dtype) for piece, shape, dtype in zip(pieces, self.shapes, self.dtypes, strict=True)

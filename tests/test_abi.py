@@ -106,6 +106,7 @@ def arguments(op: str, dtype=torch.float32, stacked: bool = True) -> list:
         "masked_linear_": [W, c, d, c[..., :0], out, stats(S, B, dtype), report(), -1, *RUN],
         "derivative_": [W, c, d, out, relu],
         "outer_": [c, d, W.clone()],
+        "invert_": [torch.eye(m, dtype=dtype)],
         "fingerprint": [W, torch.zeros(2, dtype=torch.int64)],
         "pack_triangle_": [W[0], *triangle, 0, 0],
         "reduced_": [*factors, triangle[1], c[0], none, q, q.clone(), residual, out[0], relu],
@@ -147,7 +148,7 @@ def test_opcheck(op, dtype):
 
 @needs_library
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("op", ["outer_", "pack_triangle_", "substitute_", "reduced_", "reduced_iterate_"])
+@pytest.mark.parametrize("op", ["outer_", "invert_", "pack_triangle_", "substitute_", "reduced_", "reduced_iterate_"])
 def test_opcheck_of_one_weight(op, dtype):
     torch.library.opcheck(operator(op), tuple(arguments(op, dtype)))
 
@@ -170,6 +171,7 @@ def test_every_operator_has_a_schema_that_names_what_it_writes():
         "masked_linear_": ["u", "stats", "report"],
         "derivative_": ["d"],
         "outer_": ["out"],
+        "invert_": ["A"],
         "fingerprint": ["out"],
         "pack_triangle_": ["packed", "diagonal"],
         "substitute_": ["z", "derivative", "residual"],
@@ -255,6 +257,9 @@ WRONG_TENSORS = {
     "right for another batch": ("outer_", 1, torch.zeros(S, B + 1, m), r"right must have shape \(2, 3, 5\); got"),
     "out with gaps": ("outer_", 2, torch.zeros(S, m, 2 * m)[..., ::2], "out must be contiguous; got strides"),
     "out of another dtype": ("outer_", 2, torch.zeros(S, m, m).double(), "out must be float32; got float64"),
+    "A of a block is not square": ("invert_", 0, torch.zeros(3, 4), r"A must have shape \(3, 3\); got \(3, 4\)"),
+    "A of a block with scattered rows": ("invert_", 0, torch.eye(8)[:, ::2][:4], "A must have contiguous rows"),
+    "A of a block in half precision": ("invert_", 0, torch.eye(3).half(), "A must be float32 or float64; got float16"),
     "z of another dtype": ("derivative_", 2, torch.zeros(S, B, m).double(), "derivative_: z must be float32"),
 }
 WRONG_NUMBERS = {

@@ -62,6 +62,20 @@ def test_matrix_is_as_accurate_as_the_pivoted_inverse(m, dtype, alpha):
         assert_as_accurate(K, pivoted, cayley_matrix(W.double(), alpha))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [1, 2, 15, 16, 33, 64])
+def test_block_is_as_accurate_as_the_pivoted_inverse(n, dtype, isa):
+    A = 2 * torch.eye(n, dtype=dtype) - monotone_problem(n, 0.5)[0].to(dtype)
+    frame = torch.full((n + 2, n + 5), 7.0, dtype=dtype)
+    block = frame[1:-1, 2:-3]
+    block.copy_(A)
+    torch.ops.deq.invert_(block)
+    eye, pivoted = torch.eye(n, dtype=torch.float64), torch.linalg.inv(A)
+    assert_as_accurate(A.double() @ block.double(), A.double() @ pivoted.double(), eye)
+    block.fill_(7.0)
+    assert (frame == 7.0).all()
+
+
 def test_any_strides_stacks_and_halves():
     W, _, _ = gaussian(70, 1)
     K = cayley_matrix(W)

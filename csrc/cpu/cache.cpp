@@ -233,8 +233,8 @@ std::shared_ptr<const Packed> packed_weights(const DeqProblem& p, int threads, D
   if (!packed) packed = make_packed(p.weights, matrix_bytes);
   if (!packed) return nullptr;
   for (Packed::Form& form : packed->forms) form.current = false;
-  const Range range(Span::kPack, p.width);
   const bool derives = derived && reserve_form(*packed, p.weights, *derived);
+  const Range range(Span::kPack, m);
   const bool finite = for_panels(p.weights, m, panels, panel_bytes, threads, [&](int64_t s, int64_t first, int64_t last) {
     const bool finite = k.pack(w + s * stride[0], stride[1], stride[2], m, matrix(*packed, s), first, last);
     if (derives && finite) derive(*packed, s, first, last);

@@ -2,6 +2,7 @@
 #include <string.h>
 
 #include <atomic>
+#include <vector>
 
 #include "../kernels.h"
 #include "cache.h"
@@ -112,6 +113,16 @@ int32_t deq_cpu_fingerprint(const DeqView* view, const int64_t size[3], int32_t 
   if (!deq::fingerprint(*view, sizes, type == DEQ_FLOAT64 ? 8 : type == DEQ_FLOAT32 ? 4 : 2, threads < 1 ? 1 : threads, result))
     return DEQ_BAD_ARGUMENT;
   fingerprint[0] = result[0], fingerprint[1] = result[1];
+  return DEQ_OK;
+}
+
+int32_t deq_cpu_invert(void* matrix, int64_t stride, int64_t n, int32_t type) {
+  if (!matrix || n < 0 || stride < n || type < DEQ_FLOAT32 || type > DEQ_FLOAT64) return DEQ_BAD_ARGUMENT;
+  std::vector<double> work(n * n);
+  if (type == DEQ_FLOAT64)
+    deq::kernels<double>().invert(static_cast<double*>(matrix), stride, n, work.data());
+  else
+    deq::kernels<float>().invert(static_cast<float*>(matrix), stride, n, work.data());
   return DEQ_OK;
 }
 

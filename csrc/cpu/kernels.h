@@ -70,6 +70,8 @@ struct Kernels {
   // of b whatever the rows asked for.
   void (*outer)(const T* u, int64_t u_stride, const T* z, int64_t z_stride, int64_t batch, int64_t columns, T* out, int64_t first,
                 int64_t last);
+  // Inverts the n x n matrix in place, without pivoting; `work` holds n * n numbers.
+  void (*invert)(T* matrix, int64_t stride, int64_t n, double* work);
   // Hash lanes of the weight cache: absorbs blocks of kHashLanes words.
   void (*absorb)(uint64_t* lanes, const void* data, int64_t blocks);
   double (*peak_flops)(int64_t repeats);  // runs FMAs on registers only; returns their flops

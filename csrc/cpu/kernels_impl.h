@@ -5,6 +5,7 @@
 #pragma once
 #include "../activations.h"
 #include "../kernels.h"
+#include "invert_impl.h"
 #include "kernels.h"
 #include "outer_impl.h"
 #include "pack_impl.h"
@@ -472,6 +473,7 @@ const deq::Kernels<T>* table() {
       .dots = dots<T>,
       .mix = mix<T>,
       .outer = outer<T>,
+      .invert = invert<T>,
       .absorb = absorb,
       .peak_flops = peak_flops<T>,
       .lane = lane_table<T>,

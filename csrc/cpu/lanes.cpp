@@ -15,6 +15,7 @@
 #include "lane_engine.h"
 #include "samples.h"
 #include "threads.h"
+#include "trace.h"
 
 namespace deq {
 namespace {
@@ -63,6 +64,7 @@ class LaneGroup {
       }
       if (const uint32_t now = accelerated_ & live_ & ~fresh) accelerate(now);
     }
+    totals_.add(work_);
     lanes_arena.trim();
   }
 
@@ -121,7 +123,12 @@ class LaneGroup {
     const T* z = z_[current_];
     T *out = z_[1 - current_], *x = p_.reflected ? pre_[1 - current_] : out;
     const int count = __builtin_popcount(live_);
-    if (count <= std::min(kFewRows, lanes_ / 4) && m_ >= kFewFrom) {
+    const Range range(Span::kStep, count);
+    const bool by_row = count <= std::min(kFewRows, lanes_ / 4) && m_ >= kFewFrom;
+    work_.native_rows += count;
+    work_.native_products += (by_row ? count : lanes_) * m_ * m_;
+    ++work_.native_sweeps;
+    if (by_row) {
       int lane[kFewRows], n = 0;
       const T* c[kFewRows];
       for (uint32_t rest = live_; rest; rest &= rest - 1, ++n) {
@@ -253,6 +260,7 @@ class LaneGroup {
 
   // Anderson: in these lanes f is replaced by the mixture of the window.
   void accelerate(uint32_t now) {
+    const Range range(Span::kAnderson, __builtin_popcount(now));
     newest_ = (newest_ + 1) % depth_;
     int count = 0;
     for (uint32_t rest = now; rest; rest &= rest - 1) {
@@ -293,6 +301,7 @@ class LaneGroup {
   const int depth_;
   int64_t matrix_ = 0;
   int current_ = 0, newest_ = 0;
+  DeqWork work_{};
   uint32_t live_ = 0, accelerated_ = 0;
   const T* w_ = nullptr;
   T *z_[2], *pre_[2], *c_, *d_, *row_, *other_;
@@ -317,6 +326,7 @@ int32_t solve(const DeqProblem& p) {
   run_divided(p, 1, division, [&](int64_t s, std::atomic<int64_t>& queue, int sharing, Team&) {
     std::make_unique<LaneGroup<T>>(p, *packed, totals)->run(s, queue, sharing);
   });
+  last_work = totals.work;
   p.report->failed = totals.failed;
   p.report->bad_injection = totals.bad_injection;
   p.report->bad_start = totals.bad_start;

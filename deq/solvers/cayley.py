@@ -42,9 +42,10 @@ import math
 import torch
 from torch import Tensor
 
+from .. import _library
 from ..activations import get_activation
 
-BASE = 32  # blocks inverted by LAPACK; below, the calls cost more than the arithmetic (16: 1.1x at m = 512)
+BASE = 64  # blocks inverted by elimination; from 48 to 96 all the same, 32 is 1.1x, 128 twice the time at m = 128
 ACCURATE = 100.0  # machine epsilons of the probe's residual above which the pivoted inverse is tried as well
 TYPICAL_SIZE = 1.5  # root mean square singular value of alpha (I - W) that alpha aims at; choose_alpha says why
 
@@ -57,10 +58,10 @@ def cayley_matrix(W: Tensor, alpha: float = 1.0) -> Tensor | None:
     None where the inverse does not exist, is not finite, or is wrong to half the digits of its dtype; on a GPU, where
     nothing waits for the answer, never None.
     On a CPU a recursive 2 x 2 block inverse without pivoting, stable where ``sym(W) < (1 + 1 / alpha) I``: 2 m^3 flops
-    in matrix products, no temporary but m^2 / 2. In products (m, m) x (m, m) of torch, one thread: 2.3 at m = 256, 1.4
-    at 512 (1.8 from cold caches), 1.2 at 1024, 1.03 at 2048 (torch.linalg.inv: 6.3, 4.3, 3.9, 2.8); two threads: 4.2,
-    1.9, 1.3 and 1.08, as the blocks of 32 are inverted by one. The result is checked on a random vector,
-    and the pivoted inverse takes over when it is not good.
+    in matrix products, no temporary but m^2 / 2. In products (m, m) x (m, m) of torch, one thread, a busy machine: 4.8
+    at m = 128, 2.5 at 256, 1.65 at 512, 1.18 at 1024 (with blocks inverted by LAPACK 7.9, 3.0, 1.9 and 1.26;
+    torch.linalg.inv: 6.3 at 256, 4.3, 3.9). The blocks on the diagonal are inverted by one thread. The result is
+    checked on a random vector, and the pivoted inverse takes over when it is not good.
     """
     _check_weight(W)
     if not (isinstance(alpha, (int, float)) and 0 < alpha < math.inf):
@@ -116,8 +117,7 @@ def _invert_(K: Tensor) -> None:
 
     def invert(at: int, size: int, free: int) -> None:
         if size <= BASE:
-            leaf = block(at, at, size, size)
-            leaf.copy_(torch.linalg.inv_ex(leaf)[0])
+            _invert_block_(block(at, at, size, size))
             return
         head = -(-(size // 2) // BASE) * BASE
         tail, middle = size - head, at + head
@@ -135,6 +135,14 @@ def _invert_(K: Tensor) -> None:
         torch.addmm(C, D, T, beta=0, alpha=-1, out=C)
 
     invert(0, m, 0)
+
+
+def _invert_block_(A: Tensor) -> None:
+    """Invert a block of at most BASE rows in place. With LAPACK and its calls K takes 1.6 times as long at m = 128."""
+    if _library.compiled is not None:
+        torch.ops.deq.invert_.default(A)
+    else:
+        A.copy_(torch.linalg.inv_ex(A)[0])
 
 
 def _probe_error(K: Tensor, W: Tensor, alpha: float) -> float:
