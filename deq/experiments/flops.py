@@ -118,6 +118,7 @@ def draw(rows: list[dict]) -> Figure:
             ax.set_xscale("log")
             ax.set_yscale("log")
             ax.set_xlabel(label)
+            _plot.sparse_ticks(ax.xaxis)
         _plot.sparse_ticks(axes[0].yaxis)
         axes[0].set_ylabel("test MSE, median and quartiles")
         axes[0].set_title("Blue: equilibrium; purple: finite depth")
