@@ -89,4 +89,5 @@ def sparse_ticks(axis: Axis) -> None:
     axis.set_minor_formatter(NullFormatter())
     low, high = axis.get_view_interval()
     if low > 0 and math.floor(math.log10(high)) < math.ceil(math.log10(low)) + 1:
-        axis.set_view_interval(0.9 * 10 ** math.floor(math.log10(low)), high)
+        limits = (0.9 * 10 ** math.floor(math.log10(low)), high)
+        (axis.axes.set_xlim if axis.axis_name == "x" else axis.axes.set_ylim)(limits)  # axes that share it follow

@@ -93,6 +93,9 @@ def train(
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", ConvergenceWarning)
             total.backward()
+        for p in net.parameters:
+            if p.grad is None:  # a weight without influence, such as a strictly triangular one of width 1
+                p.grad = torch.zeros_like(p)
         if caught and log.adjoint is None:
             log.adjoint = (step, str(caught[0].message).partition(". Their")[0])
         if not torch.stack([p.grad.sum() for p in net.parameters]).sum().isfinite():

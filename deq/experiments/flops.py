@@ -14,7 +14,7 @@ from .sawtooth import TRIVIAL, training
 CONFIG = {
     **{name: SAWTOOTH[name] for name in ("steps", "rate", "clip", "grid", "kinks")},
     "pieces": Choice(5, "n of the sawtooth with 2^n pieces", quick=3),
-    "depths": Choice((2, 3, 4, 6, 12), "weight matrices of the feed-forward nets", quick=(3, 6)),
+    "depths": Choice((3, 4, 6, 12), "weight matrices of the feed-forward nets", quick=(3, 6), full=(2, 3, 4, 6, 12)),
     "levels": Choice((1, 4), "FLOPs of the feed-forward nets, in units of the iteration cut off after ten steps"),
 }
 
@@ -118,6 +118,7 @@ def draw(rows: list[dict]) -> Figure:
             ax.set_xscale("log")
             ax.set_yscale("log")
             ax.set_xlabel(label)
+            _plot.sparse_ticks(ax.xaxis)
         _plot.sparse_ticks(axes[0].yaxis)
         axes[0].set_ylabel("test MSE, median and quartiles")
         axes[0].set_title("Blue: equilibrium; purple: finite depth")

@@ -126,11 +126,10 @@ def training(run: Run, n: int, name: str, make: Make, path: list[int] | None = N
 
     def compute(tick: Tick) -> dict:
         config, S = run.config, run.settings.seeds
-        x = (
-            ((torch.arange(config.grid, dtype=F32, device=run.device) + 0.5) / config.grid)
-            .view(1, -1, 1)
-            .expand(S, -1, -1)
-        )
+        x = ((torch.arange(config.grid, dtype=F32, device=run.device) + 0.5) / config.grid).view(1, -1, 1)
+        if 2**n > config.grid / 8:  # midpoints of a grid would alias: 2^10 pieces are constant on 512 of them
+            x = torch.rand(x.shape, generator=run.generator("points"), device=run.device)
+        x = x.expand(S, -1, -1)
         # Random test points: a grid of them would alias with 2^10 pieces.
         test = torch.rand(1, 4096, 1, generator=run.generator("test"), device=run.device).expand(S, -1, -1)
 
