@@ -1,4 +1,4 @@
-"""The lane engine (csrc/cpu/lanes.cpp), which serves widths up to three vectors, 48 at most: the row engine's answers, whoever is there."""
+"""The lane engine (csrc/cpu/lanes.cpp), for widths up to three vectors, 48 at most: the row engine's answers."""
 
 import pytest
 import torch
