@@ -68,7 +68,7 @@ WRONG = {
         c,
         {"backend": "gpu"},
         ValueError,
-        r"backend must be one of 'auto', 'cpu', 'triton', 'reference'; got",
+        r"backend must be one of 'auto', 'cpu', 'triton', 'cuda', 'reference'; got",
     ),
     "unknown keyword": (W, c, {"tolerance": 1e-3}, TypeError, r"no option tolerance=0.001; .*allowed are z0, tol"),
     "misspelt keyword": (W, c, {"max_iters": 5}, TypeError, r"no option max_iters=5; did you mean 'max_iter'\?"),

@@ -61,7 +61,7 @@ print(json.dumps([peak, theory, packed]))
 
 def in_fresh_process(*settings):
     path = os.pathsep.join(filter(None, sys.path))
-    child = [sys.executable, "-S", "-c", PROGRAM, json.dumps(settings)]
+    child = [sys.executable, *(["-S"] if sys.flags.no_site else []), "-c", PROGRAM, json.dumps(settings)]
     done = subprocess.run(child, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

@@ -187,6 +187,6 @@ with record() as recorder:
 assert [event.name for event in recorder.events] == ["solve"]
 """
     path = os.pathsep.join(filter(None, sys.path))
-    child = [sys.executable, "-S", "-c", code]
+    child = [sys.executable, *(["-S"] if sys.flags.no_site else []), "-c", code]
     done = subprocess.run(child, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

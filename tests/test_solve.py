@@ -128,8 +128,9 @@ def test_backends_take_the_same_path():
             a = deq.solve(W, c, solver=solver, backend="cpu", on_failure="ignore")
             b = deq.solve(W, c, solver=solver, backend="reference", on_failure="ignore")
             assert torch.equal(a.status, b.status)
-            # Anderson divides by small numbers: rounding moves its path, but not far
-            slack = 0.0 if solver == "plain" else 0.2
+            # Anderson divides by small numbers: rounding moves its path, but not far. On demand the compiled backend
+            # holds fewer pairs of some samples (csrc/anderson.h), the reference always all.
+            slack = {"plain": 0.0, "anderson": 0.2, "auto": 0.3}[solver]
             assert ((a.iterations - b.iterations).abs() <= slack * b.iterations).all()
             assert_as_accurate(a.z, b.z, exact(W, c))
 
