@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from deq import _library
+from deq.profiling.counter import Counter
 
 from .baselines import engine, has_torchdeq, make_engine, make_gemm_only, torch_loop, torchdeq_makers
 from .cases import KERNEL_MUST, Case
@@ -30,10 +31,15 @@ def measure(case: Case, threads: int, seconds: float) -> list[dict]:
         if has_torchdeq():
             best = fastest(torchdeq_makers(problem), Truth(problem, z, dW))
             labels["torchdeq"], answers["torchdeq"], competitors["torchdeq"] = best.label, best.answer, best.run
-        counts = answers["loop"].iterations, answers["loop"].adjoint_evaluations
-        competitors["gemm"] = make_gemm_only(problem, *counts)
+        evaluations = answers["loop"].iterations, answers["loop"].adjoint_evaluations
+        competitors["gemm"] = make_gemm_only(problem, *evaluations)
         prepare = problem.changer() if case.new_weights else lambda: None
         timings = interleave(competitors, seconds, prepare=prepare, clock=thread_clock(threads))
+        counts = {}
+        for name, run in competitors.items():
+            with Counter() as counter:
+                run()
+            counts[name] = counter.counts
     rows = []
     for name, timing in timings.items():
         answer = answers.get(name)
@@ -51,7 +57,9 @@ def measure(case: Case, threads: int, seconds: float) -> list[dict]:
                 "ratio": (ratio := timing.ratio(timings["deq"])),
                 "must": (must := case.must.get(name)),
                 "reached": None if must is None else ratio >= must,
-                "iterations": answer.iterations if answer else counts[0],
+                "iterations": answer.iterations if answer else evaluations[0],
+                "flops": counts[name].flops,
+                "bytes": counts[name].bytes,
                 "error": worst_error(answer.z, z) if answer else None,
                 "gradient_error": relative_error(answer.dW, dW) if answer else None,
             }

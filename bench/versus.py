@@ -12,6 +12,8 @@ from functools import partial
 
 import torch
 
+from deq.profiling.counter import Counter
+
 from . import jax_baselines
 from .baselines import (
     Answer,
@@ -38,7 +40,8 @@ LOOSER = tuple(TOL * 2 ** (k / 2) for k in range(21))  # up to 1e-2
 
 @dataclass(frozen=True, eq=False)
 class Rival:
-    """A baseline ready to be timed, or the reason why it is not. ``maker`` None: it has but one tolerance, or none."""
+    """A baseline ready to be timed, or the reason why it is not. ``maker`` None: it has but one tolerance, or none.
+    ``flops`` and ``bytes`` of one call, where :func:`counted`."""
 
     label: str
     run: Callable[[], object] | None = None
@@ -47,6 +50,8 @@ class Rival:
     quality: Quality | None = None
     why: str | None = None
     attempts: dict | None = None
+    flops: int | None = None
+    bytes: int | None = None
 
 
 def measure(case: Case, passes: Sequence[str], thread_counts: Sequence[int], seconds: float) -> Iterator[list[dict]]:
@@ -57,8 +62,8 @@ def measure(case: Case, passes: Sequence[str], thread_counts: Sequence[int], sec
     for which in passes:
         with use_threads(min(thread_counts)):
             backward = which == "training"
-            ours = solver("deq", partial(deq_at, problem, backward), truth)
-            rivals = find_rivals(case, truth, backward)
+            ours = counted(solver("deq", partial(deq_at, problem, backward), truth))
+            rivals = {name: counted(rival) for name, rival in find_rivals(case, truth, backward).items()}
             matches = {
                 name: match(ours, rival, truth) for name, rival in rivals.items() if rival.maker and rival.why is None
             }
@@ -93,6 +98,16 @@ def _judged(label: str, run: Callable[[], Answer], maker: Maker | None, answer: 
     count = round(quality.failed * len(answer.z))
     why = f"does not solve {count} of {len(answer.z)} samples" if count else None
     return Rival(label, run, maker, answer, quality, why)
+
+
+def counted(rival: Rival) -> Rival:
+    """The rival with the useful FLOPs and the bytes of one call, as :class:`deq.profiling.counter.Counter` counts them
+    for every competitor alike: an operator reads its inputs and writes its outputs once."""
+    if rival.run is None or rival.why is not None:
+        return rival
+    with Counter() as counter:
+        rival.run()
+    return replace(rival, flops=counter.counts.flops, bytes=counter.counts.bytes)
 
 
 def find_rivals(case: Case, truth: Truth, backward: bool) -> dict[str, Rival]:
@@ -220,6 +235,8 @@ def rows_of(
                 "matched_tol": our_tol,
                 "baseline_tol": tol,
                 **_counts(answer),
+                "flops": rival.flops,
+                "bytes": rival.bytes,
                 **_errors(quality),
             }
         )

@@ -169,6 +169,7 @@ class TestMeasure:
         assert all(0 < row["p20"] <= row["median"] <= row["p80"] for row in rows)
         assert all(row["error"] < 1e-4 for row in rows if row["baseline"] != "gemm")
         assert all(row["gradient_error"] < 1e-4 for row in rows if row["baseline"] != "gemm")
+        assert all(row["flops"] > 0 and row["bytes"] > 0 for row in rows)
         assert by_name["gemm"]["error"] is None
         assert by_name["gemm"]["iterations"] == by_name["loop"]["iterations"]
 

@@ -259,6 +259,9 @@ class TestMeasure:
             assert loop["products"] == loop["iterations"]
             assert loop["matched_ratio"] > 0
             assert gemm["must"] is None
+            if loop["pass"] == "forward":  # the loop multiplies in its first evaluation, at zero, too
+                assert loop["flops"] == gemm["flops"] == 2 * SMALL.m**2 * SMALL.B * loop["iterations"]
+            assert 0 < deq["flops"] <= loop["flops"] * deq["iterations"] / loop["iterations"] and deq["bytes"] > 0
             assert all((row["gradient_error"] is None) == (row["pass"] == "forward") for row in (deq, loop))
             assert json.dumps(rows, allow_nan=False)
 

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..info import info
+from ..profiling import phase
 from ._report import markdown, print_result
 from ._result import Result, number, to_json
 
@@ -198,7 +199,7 @@ class Run:
                 continue
             self._progress.update(task, description=part.label)
             base, start = len(done), time.perf_counter()
-            with self.threads_for(part.entries):
+            with self.threads_for(part.entries), phase(part.label):
                 value = part.compute(lambda share, base=base: self._progress.update(task, completed=base + share))
             self.seconds[part.key] = round(time.perf_counter() - start, 3)
             done[part.key] = self._kept.keep(part.key, value)
