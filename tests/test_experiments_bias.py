@@ -31,7 +31,7 @@ def test_flow_minimiser_and_dual_agree(L, seed, start):
     family, (X, y, _) = Family(L), problem(3, 9, seed)
     beta0 = torch.full((9,), start, dtype=F64)
     dual, newton = family.limit(X, y, beta0), family.minimiser(X, y, beta0)
-    torch.testing.assert_close(dual, newton, rtol=1e-8, atol=1e-9)
+    torch.testing.assert_close(dual, newton, rtol=1e-7, atol=1e-9)  # what the claim asks for
     flow = family.flow(X, y, beta0, tol=1e-7, rtol=1e-9)
     torch.testing.assert_close(flow, dual, rtol=1e-4, atol=1e-5)
     assert off_row_space(X, family.gradient(dual, beta0)) < 1e-7
