@@ -20,7 +20,7 @@ from deq.gpu_device import Device, find_device
 from deq.gpu_plan import INCREMENTS, choose, loop_time
 
 from . import constants
-from .baselines import has_torchdeq, make_gemm_only, torch_loop, torchdeq_makers
+from .baselines import has_torchdeq, torch_loop, torchdeq_makers
 from .cases import GPU_CASES, Case
 from .constants import Sizes
 from .device import clock, device_seconds
@@ -31,7 +31,7 @@ from .record import device_name, environment, folder, write
 from .run import Results, Selection
 from .timing import Timing, interleave
 from .timing import threads as use_threads
-from .versus import Rival, compiled_loop, deq_at, fastest_solver, rows_of, solver
+from .versus import Rival, compiled_loop, deq_at, fastest_solver, gemm_only, rows_of, solver
 
 MIN_TURNS = 3
 COMPILED = ((256, 256), (1024, 256), (4096, 4096))  # shapes with the compiled loop: ten seconds each
@@ -91,11 +91,7 @@ def find_rivals(case: Case, truth: Truth, backward: bool) -> dict[str, Rival]:
         rivals["torchdeq"] = _within_memory("torchdeq", lambda: fastest_solver(makers, truth))
     if compiled := compiled_loop(case, truth, backward, COMPILED):
         rivals["compiled"] = compiled
-    if loop.why is None:
-        counts = loop.answer.iterations, loop.answer.adjoint_evaluations or 0
-        rivals["gemm"] = Rival("GEMM-only", make_gemm_only(problem, *counts))
-    else:
-        rivals["gemm"] = Rival("GEMM-only", why=f"has the loop's count, which {loop.why}")
+    rivals["gemm"] = gemm_only(problem, loop)
     return rivals
 
 

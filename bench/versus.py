@@ -118,13 +118,15 @@ def find_rivals(case: Case, truth: Truth, backward: bool) -> dict[str, Rival]:
         rivals["torchdeq"] = fastest_solver(torchdeq_makers(problem, backward), truth)
     else:
         rivals["torchdeq"] = Rival("torchdeq", why="not installed")
-    loop = rivals["loop"]
-    if loop.why is None:
-        counts = loop.answer.iterations, loop.answer.adjoint_evaluations or 0
-        rivals["gemm"] = Rival("GEMM-only", make_gemm_only(problem, *counts))
-    else:
-        rivals["gemm"] = Rival("GEMM-only", why=f"has the loop's count, which {loop.why}")
+    rivals["gemm"] = gemm_only(problem, rivals["loop"])
     return rivals
+
+
+def gemm_only(problem: Problem, loop: Rival) -> Rival:
+    """The products of the loop and nothing else."""
+    if loop.why is not None:
+        return Rival("GEMM-only", why=f"has the loop's count, which {loop.why}")
+    return Rival("GEMM-only", make_gemm_only(problem, loop.answer.iterations, loop.answer.adjoint_evaluations or 0))
 
 
 def fastest_solver(makers: dict[str, Maker], truth: Truth) -> Rival:

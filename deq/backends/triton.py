@@ -17,7 +17,10 @@ from ..activations import ACTIVATIONS
 from ..plan import Plan
 from . import triton_resident, triton_streaming
 from .outcome import Deferred, Outcome
+from .reference import outer
 from .triton_kind import PRECISION, Kind
+
+__all__ = ["derivative", "is_deferred", "masked_linear", "outer", "solve"]
 
 STATE_BYTES = 1 << 30  # of the iterates and windows that exist at a time; larger batches are solved in stretches
 
@@ -62,10 +65,6 @@ def _derivative(W: Tensor, c: Tensor, z: Tensor, activation: str) -> Tensor:
         return torch.stack([_derivative(*part, activation) for part in zip(W, c, z, strict=True)])
     d = cell.derivative(z.float(), W.float(), c.float(), activation, precision=PRECISION)
     return d.to(c.dtype)
-
-
-def outer(u: Tensor, z: Tensor) -> Tensor:
-    return torch.matmul(u.mT, z)
 
 
 def is_deferred(c: Tensor) -> bool:

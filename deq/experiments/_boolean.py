@@ -1,7 +1,7 @@
 """Boolean functions with an unseen part of the cube: generalisation on the unseen (Abbe et al. 2023)."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from ._dense_nets import DenseDEQ
 from ._fit import Make, fit
 from ._nets import DiagonalDEQ, FeedForward, matching_width
-from ._run import Run, Tick
+from ._run import Part, Run, Tick
 
 F32 = torch.float32
 
@@ -77,6 +77,26 @@ def models(width: int, d: int) -> dict[str, Make]:
         "diagonal DEQ": lambda S, g: DiagonalDEQ(S, d, width, g, dtype=F32),
         "vanilla DEQ": lambda S, g: DenseDEQ(S, d, width, g, "contractive", F32, warm=True),
         f"feed-forward {n}x3": lambda S, g: FeedForward(S, d, n, 3, g, F32),
+    }
+
+
+def training_parts(run: Run, tasks: Iterable[str]) -> dict[str, list[Part]]:
+    """By task: every model of :func:`models` trained on its seen part, with the experiment's own ``dimension``,
+    ``steps`` and ``rate``."""
+    config, width = run.config, run.settings.width
+    return {
+        t: [
+            Part(
+                f"{t}/{name}",
+                f"train {name} on {t}",
+                lambda tick, t=t, name=name, make=make: train_on_seen(
+                    run, TASKS[t], config.dimension, name, make, tick, steps=config.steps, rate=config.rate
+                ),
+                run.settings.seeds * 2**config.dimension * width,
+            )
+            for name, make in models(width, config.dimension).items()
+        ]
+        for t in tasks
     }
 
 

@@ -3,10 +3,10 @@
 import numpy as np
 from matplotlib.figure import Figure
 
-from ._boolean import TASKS, models, train_on_seen
+from ._boolean import TASKS, training_parts
 from ._judge import beats
 from ._result import CONDITIONAL, REPRODUCED, Claim, Result, Table, number, spread
-from ._run import Choice, Experiment, Part, Run
+from ._run import Choice, Experiment, Run
 
 SHOWN = ("linear", "f1", "f2")
 CONFIG = {
@@ -19,21 +19,9 @@ CONFIG = {
 def run_features(run: Run) -> Result:
     """The function of the registry entry."""
     config, width = run.config, run.settings.width
-    nets = [(t, name, make) for t in SHOWN for name, make in models(width, config.dimension).items()]
-    values = run.parts(
-        [
-            Part(
-                f"{t}/{name}",
-                f"train {name} on {t}",
-                lambda tick, t=t, name=name, make=make: train_on_seen(
-                    run, TASKS[t], config.dimension, name, make, tick, steps=config.steps, rate=config.rate
-                ),
-                run.settings.seeds * 2**config.dimension * width,
-            )
-            for t, name, make in nets
-        ]
-    )
-    rows = {t: [values[f"{t}/{name}"] for task, name, _ in nets if task == t] for t in SHOWN}
+    parts = training_parts(run, SHOWN)
+    values = run.parts([part for of_task in parts.values() for part in of_task])
+    rows = {t: [values[part.key] for part in of_task] for t, of_task in parts.items()}
     claims = []
     for t, of_task in rows.items():
         setting = f"{TASKS[t].formula}; d = {config.dimension}, width {width}, {config.steps} steps"

@@ -6,7 +6,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ._boolean import TASKS, cube, models, train_on_seen
+from ._boolean import TASKS, cube, training_parts
 from ._fit import FIT_COLUMNS, fit_table_rows
 from ._flow import F64, Family, integrate
 from ._judge import beats
@@ -37,22 +37,11 @@ CONFIG = {
 def run_gotu(run: Run) -> Result:
     """The function of the registry entry."""
     config, width = run.config, run.settings.width
-    nets = [(t, name, make) for t in TASKS for name, make in models(width, config.dimension).items()]
-    parts = [Part("linear", "closed forms and flows on linear functions", lambda tick: _linear(run, tick))]
-    parts += [
-        Part(
-            f"{t}/{name}",
-            f"train {name} on {t}",
-            lambda tick, t=t, name=name, make=make: train_on_seen(
-                run, TASKS[t], config.dimension, name, make, tick, steps=config.steps, rate=config.rate
-            ),
-            run.settings.seeds * 2**config.dimension * width,
-        )
-        for t, name, make in nets
-    ]
-    values = run.parts(parts)
+    linear = Part("linear", "closed forms and flows on linear functions", lambda tick: _linear(run, tick))
+    parts = training_parts(run, TASKS)
+    values = run.parts([linear, *(part for of_task in parts.values() for part in of_task)])
     linear = values["linear"]
-    trained = {t: [values[f"{t}/{name}"] for task, name, _ in nets if task == t] for t in TASKS}
+    trained = {t: [values[part.key] for part in of_task] for t, of_task in parts.items()}
     claims = [*_linear_claims(linear), *_start_claims(linear)]
     for t, rows in trained.items():
         setting = f"{TASKS[t].formula}; d = {config.dimension}, width {width}, {config.steps} steps"
