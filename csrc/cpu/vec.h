@@ -19,13 +19,6 @@ namespace {
 
 #define DEQ_INLINE static inline __attribute__((always_inline))
 
-// Lanes of a and b by index, b's counted on from a's; `I` is the integer of a lane's size.
-#ifdef __clang__
-#define DEQ_SHUFFLE(I, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define DEQ_SHUFFLE(I, a, b, ...) __builtin_shuffle(a, b, (I __attribute__((vector_size(16)))){__VA_ARGS__})
-#endif
-
 template <class T>
 struct Simd;
 template <>
