@@ -27,6 +27,10 @@ RUNGS = ("cayley", "anderson", "tight cayley", "newton")
 NOT_MONOTONE = ("gelu", "silu")  # the Cayley map needs a nondecreasing activation
 
 
+class LargeWeight(Exception):
+    """A backend found that W is too large for a plan that holds ``unless_large``, and solved nothing."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """What will be run. ``why`` holds one reason per choice, in words."""
@@ -42,6 +46,7 @@ class Plan:
     increments: str = "native"  # of INCREMENTS; float64 and Anderson from the start are always native
     adapts: bool = False  # fit() may still choose the map, the increments and the rungs for a weight
     reflects: bool = False  # the activation is one that the Cayley map can take
+    unless_large: bool = False  # the backend looks at W first, and raises LargeWeight
     rungs: tuple[str, ...] = ()  # of RUNGS, in order: what samples that fail are tried with (deq/solvers/ladder.py)
     why: tuple[str, ...] = ()
 
@@ -144,13 +149,14 @@ def make_plan(
 
 
 @lru_cache(maxsize=1024)
-def fit(plan: Plan, width: int, batch: int, large: bool, frozen: bool, increments: str) -> Plan:
+def fit(plan: Plan, width: int, batch: int, large: bool | None, frozen: bool, increments: str) -> Plan:
     """The plan of an automatic solve for one weight and batch.
 
-    large: whether ``||W||_F / sqrt(m)`` is above ``LARGE_WEIGHT``; frozen: whether W is not being trained, so that what
-    is derived from it will be used again; increments: those that the backend has here, "native" if none. Where the
-    plain map contracts, the Cayley map is not tried first even with K at hand: its fewer int8 steps (26 for 39 at
-    radius 1.0, m = 256) and the three float32 products that it adds take 0.9 to 1.5 times as long.
+    large: whether ``||W||_F / sqrt(m)`` is above ``LARGE_WEIGHT``, None if the backend is to look (LargeWeight);
+    frozen: whether W is not being trained, so that what is derived from it will be used again; increments: those that
+    the backend has here, "native" if none. Where the plain map contracts, the Cayley map is not tried first even with K
+    at hand: its fewer int8 steps (26 for 39 at radius 1.0, m = 256) and the three float32 products that it adds take
+    0.9 to 1.5 times as long.
     """
     why = list(plan.why)
     kind = "plain"
@@ -168,7 +174,14 @@ def fit(plan: Plan, width: int, batch: int, large: bool, frozen: bool, increment
         rungs.append("tight cayley")
     rungs.append("newton")
     why.append(f"samples that fail go on to: {', '.join(rungs)}")
-    return replace(plan, map=kind, increments=increments, rungs=tuple(rungs), why=tuple(why))
+    return replace(
+        plan,
+        map=kind,
+        increments=increments,
+        rungs=tuple(rungs),
+        why=tuple(why),
+        unless_large=large is None and plan.reflects,
+    )
 
 
 def is_cheap(width: int, batch: int, frozen: bool) -> bool:

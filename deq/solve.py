@@ -13,7 +13,7 @@ from .activations import get_activation
 from .backends import Deferred
 from .implicit import Problem, equilibrium, report_gradients
 from .indicators import fitted
-from .plan import DEFAULT_TOL, make_plan
+from .plan import DEFAULT_TOL, LargeWeight, make_plan
 from .profiling import ranges
 from .solution import Solution, report_failures
 from .weights import Structure
@@ -96,8 +96,13 @@ def solve(
         flat = (*shape[: dims - 2], math.prod(shape[dims - 2 : -1]), shape[-1])
         c, z0 = c.reshape(flat), None if z0 is None else z0.reshape(flat)
     if problem.plan.adapts:
-        problem = problem._replace(plan=fitted(problem.plan, W, c))
-    z, stats, report = equilibrium(W, c, z0, problem, backward)
+        general = problem
+        problem = general._replace(plan=fitted(general.plan, W, c))
+    try:
+        z, stats, report = equilibrium(W, c, z0, problem, backward)
+    except LargeWeight:
+        problem = general._replace(plan=fitted(general.plan, W, c, large=True))
+        z, stats, report = equilibrium(W, c, z0, problem, backward)
     solution = Solution(z if canonical else z.reshape(shape), stats, problem.plan)
     if isinstance(report, Deferred):
         solution.when_read = partial(_report_deferred, report, on_failure)

@@ -167,6 +167,7 @@ def _climb(
     problem, start: Tensor | None, plan: Plan, outcome: Outcome | None, out: Tensor | None = None, recompute=None
 ) -> Outcome:
     """``outcome`` is that of the plain map, None where the plan begins with the Cayley map."""
+    plan = replace(plan, unless_large=False)  # that was about W; K is as large as it has to be
     if outcome is None:
         outcome = _first_by_cayley(problem, start, plan, out)
     if outcome is None:
