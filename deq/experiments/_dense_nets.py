@@ -51,6 +51,7 @@ class DenseDEQ(EquilibriumNet):
             self.parameters.append(self.V)
         self.count += width * width  # A and B together reach a set of dimension m^2
         self.warm, self.max_iter = warm, max_iter
+        self.tol: float | None = None  # of the solves; the engine's own if None
         self.last: Solution | None = None
 
     def weight(self) -> Tensor:
@@ -77,7 +78,7 @@ class DenseDEQ(EquilibriumNet):
             warnings.simplefilter(
                 "ignore", ConvergenceWarning
             )  # failed() tells; the adjoint's own warning is not muted
-            sol = solve(self.weight(), c, "relu", z0=start, max_iter=self.max_iter)
+            sol = solve(self.weight(), c, "relu", z0=start, tol=self.tol, max_iter=self.max_iter)
         self.last = sol.detach()
         return sol.z
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import _library
 from ..plan import make_plan
+from ..solution import Solution
 from ..solve import solve
 from ._affine import affine
 
@@ -226,7 +227,11 @@ class TriangularDEQ(EquilibriumNet):
     def equilibrium(self, c: Tensor) -> Tensor:
         if not engine_is_compiled(c.device):  # its reference in PyTorch takes each seed in turn, ten times as long
             return self.closed_form(c)
-        return solve(self.weight(), c, "relu", solver="plain", max_iter=self.width + 2).z
+        return self.solution(c).z
+
+    def solution(self, c: Tensor) -> Solution:
+        """By the engine's plain iteration."""
+        return solve(self.weight(), c, "relu", solver="plain", max_iter=self.width + 2)
 
 
 def engine_is_compiled(device: torch.device) -> bool:
