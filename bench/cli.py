@@ -217,8 +217,8 @@ def seeds(threads: tuple[int, ...], out: Path) -> None:
     console = Console()
     with console.status("Training"):
         rows = [
-            run.measure(run.Case(batch=B, must=must), n)
-            for B, must in run.BATCHES.items()
+            run.measure(run.Case(batch=B, must=run.MUST.get((B, n), run.MUST[B, 2])), n)
+            for B in run.BATCHES
             for n in threads or _default_threads()
         ]
     console.print(report.seeds(rows))
