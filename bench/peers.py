@@ -98,11 +98,7 @@ def competitors(case: PeerCase, method: str) -> tuple[dict[str, Callable[[], Ten
         torch.autograd.grad(z, wanted, g)
         return z
 
-    products: list[dict] = []
-    z = drop_in.get_deq(**options)(lambda z: block(z, x), torch.zeros_like(x), backward_writer=products.append)[0][-1]
-    torch.autograd.grad(z, wanted, g)
-    engine()
-    counts = {"forward": int(layer.solution.iterations.max()), "backward": int(products[0]["nstep"].max())}
+    counts = _counts(block, engine)
 
     def bare() -> Tensor:
         with torch.no_grad():
@@ -124,6 +120,21 @@ def competitors(case: PeerCase, method: str) -> tuple[dict[str, Callable[[], Ten
         "torchdeq": lambda: through(theirs),
         "block": bare,
     }, counts
+
+
+def _counts(block: nn.Module, run: Callable[[], Tensor]) -> dict[str, int]:
+    """Evaluations of ``block`` in ``run`` before the one that is differentiated, and products before the last."""
+    counts = {"forward": -1, "backward": -1}
+
+    def count(module: nn.Module, inputs: tuple, image: Tensor) -> None:
+        counts["forward"] += 1
+        if image.requires_grad:
+            image.register_hook(lambda g: counts.update(backward=counts["backward"] + 1))
+
+    hook = block.register_forward_hook(count)
+    run()
+    hook.remove()
+    return counts
 
 
 def measure(case: PeerCase, method: str, threads: int, seconds: float) -> list[dict]:
