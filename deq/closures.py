@@ -64,7 +64,7 @@ def _from_graph(f: Callable[[Tensor], Tensor], z: Tensor, near: Sequence[Tensor]
     point = z.detach().requires_grad_()
     first = torch._C._autograd._get_sequence_nr()  # nodes of f have this number or one above
     try:
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_forget, _forget):  # its nodes are enough
+        with torch.enable_grad(), _unseen_by_hooks():
             image = f(point)
     except RuntimeError:  # what cannot be done with gradients may be possible without, or fails there again
         return None
@@ -76,24 +76,25 @@ def _from_graph(f: Callable[[Tensor], Tensor], z: Tensor, near: Sequence[Tensor]
     while stack:
         edge = stack.pop()
         node = edge[0]
-        if node is None or edge in visited:
-            continue
-        visited.add(edge)
         if edge in edges:
             found[id(edges[edge])] = edges[edge]
-        elif isinstance(node, _Leaf):
-            found[id(node.variable)] = node.variable
-        elif node not in visited:
-            if node._sequence_nr() < first:
-                return None
+        elif node is not None and node not in visited:
             visited.add(node)
-            stack.extend(node.next_functions)
+            if type(node) is _Leaf:
+                found[id(node.variable)] = node.variable
+            elif node._sequence_nr() < first:
+                return None
+            else:
+                stack.extend(node.next_functions)
     found.pop(id(point), None)
     return image.detach(), list(found.values())
 
 
-def _forget(tensor: Tensor) -> None:
-    """What saves nothing."""
+def _unseen_by_hooks() -> AbstractContextManager:
+    """Hooks on saved tensors do not see what is saved: of this graph only the nodes are wanted."""
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
+        return nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, lambda nothing: nothing)
 
 
 _Leaf = torch._C._functions.AccumulateGrad

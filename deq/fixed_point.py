@@ -178,18 +178,14 @@ def _fixed_point(
         z = layout.unflatten(result.z) if fits else result.z
         report_failures(_solution(z, result, layout if fits else None, rule), on_failure, rule.tol, what)
 
-    equation = Equation(closed_over(evaluate, ()), rule, adjoint, keep=keep, report=report)
+    first = None
     if not (torch.is_grad_enabled() or in_transform() or in_forward_mode()):
-        result = equation.solve(start)
-        return _solution(layout.unflatten(result.z), result, layout, rule)
-    if tensors is None:
+        tensors = ()
+    elif tensors is None:
         first, tensors = watched(evaluate, start, held(f))
     else:
-        first, tensors = None, [t for t in tensors if isinstance(t, Tensor)]
-    if not tensors:
-        result = equation.solve(start, first=first)
-        return _solution(layout.unflatten(result.z), result, layout, rule)
-    if backward in ("implicit", "neumann"):
+        tensors = [t for t in tensors if isinstance(t, Tensor)]
+    if tensors and backward in ("implicit", "neumann"):
         terms = backward_steps if backward == "neumann" else None
 
         def direct(*new: Tensor) -> Callable[[Tensor], Tensor] | None:
@@ -201,8 +197,11 @@ def _fixed_point(
         z, *rest = implicit(equation, start, tensors, hidden)
         result = generic.Result(z, *rest[:3], rest[3:])
         return _solution(layout.unflatten(z), result, layout, rule)
-    result = equation.solve(start)
-    z = _differentiated(evaluate, start, result, backward, damping, backward_steps, backward_damping)
+    equation = Equation(closed_over(evaluate, ()), rule, adjoint, keep=keep, report=report)
+    result = equation.solve(start, first=first)
+    z = result.z
+    if tensors:
+        z = _differentiated(evaluate, start, result, backward, damping, backward_steps, backward_damping)
     return _solution(layout.unflatten(z), result, layout, rule)
 
 

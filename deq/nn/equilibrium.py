@@ -65,7 +65,7 @@ class Equilibrium(nn.Module):
     def solve(self, f: Callable[[State], State], z0: State) -> StateSolution:
         """:func:`deq.fixed_point` with the layer's options; ``solution`` keeps it, detached."""
         solution = fixed_point(f, z0, **self.options)
-        self.solution = solution.detach()
+        self.__dict__["solution"] = solution.detach()  # not by nn.Module, which looks for parameters in it: 8 us
         return solution
 
     def _compiled(self, inputs: tuple[Tensor, ...], z0: State) -> State:

@@ -50,6 +50,9 @@ class TorchSteps:
     def collect(self) -> None:
         """z is always complete."""
 
+    def release(self) -> None:
+        """Nothing waits for another solve."""
+
     def is_running(self) -> bool:
         return bool((self.status == RUNNING).any())
 
