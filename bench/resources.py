@@ -56,7 +56,7 @@ def compilations(modules: Iterable[str] = MODULES) -> list[Compilation]:
 
 def everything(modules: Iterable[str] = MODULES) -> list[tuple[Compilation, str]]:
     """Every variant for every architecture."""
-    return [(variant, name) for name in architectures() for variant in compilations(modules)]
+    return [(v, name) for name in architectures() for v in compilations(modules) if v.runs_on(name)]
 
 
 def guarded(modules: Iterable[str] = MODULES) -> list[tuple[Compilation, str]]:
@@ -70,6 +70,7 @@ def guarded(modules: Iterable[str] = MODULES) -> list[tuple[Compilation, str]]:
         (group[_draw(f"{name} {architecture}", len(group))], architecture)
         for architecture in architectures()
         for name, group in groups.items()
+        if group[0].runs_on(architecture)
         if architecture == "sm_90" or _draw(f"{name} in {architecture}", 4) == 0
     ]
 

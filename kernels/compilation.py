@@ -6,6 +6,8 @@ and guards what comes out.
 
 from dataclasses import dataclass
 
+from .tiles import OLDEST
+
 
 @dataclass(frozen=True)
 class Compilation:
@@ -18,6 +20,7 @@ class Compilation:
     constants: the other arguments.
     aligned: arguments that are multiples of 16 at run time, which the compiler is told.
     chosen: whether a plan can choose it by itself.
+    oldest: the compute capability from which on it can be compiled.
     """
 
     name: str
@@ -29,3 +32,9 @@ class Compilation:
     warps: int
     stages: int
     chosen: bool = True
+    oldest: tuple[int, int] = OLDEST
+
+    def runs_on(self, architecture: str) -> bool:
+        """architecture: such as "sm_90"."""
+        number = int(architecture.removeprefix("sm_"))
+        return (number // 10, number % 10) >= tuple(self.oldest)

@@ -15,6 +15,7 @@ from .records import (
     DUE,
     EVEN,
     FAILED,
+    FLOAT8,
     FRONT,
     HELD,
     ITERATION,
@@ -23,11 +24,13 @@ from .records import (
     LIVE_SAMPLES,
     MARKS,
     MOVED,
+    NEXT_SCALE,
     PLACE,
     RECORD,
     RESIDUAL,
     RING,
     RUN,
+    SCALE,
     STATUS,
     STEP,
     UNIT,
@@ -37,8 +40,10 @@ from .records import (
     X,
     Y,
     floats,
-    halves,
     ints,
+    lows,
+    rounded,
+    scale_of,
     unit_of,
 )
 
@@ -89,7 +94,9 @@ def start_kernel(
             largest_value = tl.maximum(largest_value, tl.max(tl.abs(start)))
         at += BLOCK
     finite = (bad == 0) & (bad_start == 0)
-    unit = unit_of(tl.where(finite, largest if HOMOGENEOUS else largest_value, 1.0))
+    reach = tl.where(finite, largest if HOMOGENEOUS else largest_value, 1.0)
+    unit = unit_of(reach)
+    scale = scale_of(reach * unit if HOMOGENEOUS else reach)  # of a first increment, whose norm is not known yet
 
     front_ptr = floats(table_ptr, FRONT) + b * m
     total = 0.0
@@ -114,7 +121,8 @@ def start_kernel(
                 c = tl.where(finite, c, 0.0)
                 tl.store(floats(table_ptr, X) + b * m + j, c, mask=j < m)
                 tl.store(floats(table_ptr, Y) + b * m + j, tl.zeros((BLOCK,), tl.float32), mask=j < m)
-                tl.store(halves(table_ptr, EVEN) + b * m + j, y.to(tl.bfloat16), mask=j < m)
+                low = tl.reshape(rounded(y[None, :], tl.full((1,), 1.0, tl.float32) * scale, INCREMENTS), (BLOCK,))
+                tl.store(lows(table_ptr, EVEN, INCREMENTS) + b * m + j, low, mask=j < m)
             else:
                 tl.store(floats(table_ptr, Y) + b * m + j, y, mask=j < m)
         if not HOMOGENEOUS:
@@ -149,6 +157,9 @@ def start_kernel(
         tl.store(record_ptr + MOVED * B, tl.where(step < float("inf"), step, 0.0))
         tl.store(marks_ptr + RUN * B, 0)
         tl.store(marks_ptr + DUE * B, 0 if FREE_FIRST else 1)
+        if INCREMENTS == FLOAT8:
+            tl.store(record_ptr + SCALE * B, scale)
+            tl.store(record_ptr + NEXT_SCALE * B, scale_of(size if HOMOGENEOUS else size / unit) if FREE_FIRST else scale)
     counters = ints(table_ptr, COUNTERS)
     if status == LIVE:
         tl.atomic_add(counters + LIVE_SAMPLES, 1)

@@ -77,7 +77,7 @@ def _run(kind: Kind, W: Tensor, c: Tensor, d: Tensor | None, start: Tensor | Non
         z = torch.empty_like(c, memory_format=torch.contiguous_format)
         said = stats.allocate(z)
         plan = kind.plan
-        how = plan.acceleration, plan.depth, plan.criterion, plan.tol, plan.max_iter
+        how = plan.acceleration, plan.depth, plan.criterion, plan.tol, plan.max_iter, plan.increments
         torch.ops.deq.triton_solve_.default(W, c, d, start, z, said, kind.reflects, kind.activation.name, *how)
         return Outcome(z, said, None)
     z = torch.empty(c.shape, dtype=c.dtype, device=c.device) if out is None else out
@@ -100,8 +100,9 @@ def _solve_operator(
     criterion: str,
     tol: float,
     max_iter: int,
+    increments: str,
 ) -> None:
-    plan = Plan("triton", "plain", "float32", acceleration, depth, tol, max_iter, criterion)
+    plan = Plan("triton", "plain", "float32", acceleration, depth, tol, max_iter, criterion, increments)
     _write(Kind(d is not None, reflects, ACTIVATIONS[activation], plan), W, c, d, start, z, said)
 
 
@@ -109,7 +110,7 @@ def _solve_operator(
 _library = torch.library.Library("deq", "FRAGMENT")
 _library.define(
     "triton_solve_(Tensor W, Tensor c, Tensor? d, Tensor? start, Tensor(a!) z, Tensor(b!) said, bool reflects, "
-    "str activation, str acceleration, int depth, str criterion, float tol, int max_iter) -> ()"
+    "str activation, str acceleration, int depth, str criterion, float tol, int max_iter, str increments) -> ()"
 )
 _library.define("triton_derivative(Tensor W, Tensor c, Tensor z, str activation) -> Tensor")
 
@@ -152,7 +153,7 @@ def _solve_matrix(
         how = kind.gpu_plan(cs.shape[0], m, c.device)
         given = W, cs, ds, starts, wide, [field[part] for field in fields], largest
         if how.regime == "resident":
-            counters = triton_resident.solve_rows(kind, *given)
+            counters = triton_resident.solve_rows(kind, how, *given)
         else:
             counters = triton_streaming.solve_rows(kind, how, *given)
         if kind.reflects and how.regime != "resident":  # z is the state; the value of the map is one evaluation away
