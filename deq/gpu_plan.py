@@ -331,7 +331,9 @@ def _reasons(best: Expected, found: list[Expected], dtype: str, device: Device) 
     if best.precision == ACCURATE[dtype]:
         why.append(f"{best.precision}: as accurate as plain PyTorch in {dtype}")
     if best.increments != "native":
-        why.append(f"{best.increments} increments between anchors in {best.precision}, about one in {ANCHOR_EVERY[best.increments]}")
+        why.append(
+            f"{best.increments} increments between anchors in {best.precision}, about one in {ANCHOR_EVERY[best.increments]}"
+        )
     if device.stands_for:
         why.append(f"constants of the {device.stands_for}: those of {device.name} are not known (deq bench constants)")
     return why

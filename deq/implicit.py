@@ -253,8 +253,7 @@ def report_gradients(solution: Solution) -> None:
     while _unread:
         report, problem = _unread.popleft()
         if failed := report.read()[0]:
-            samples = sum(part[2] for part in report.parts)
-            message = f"the gradient of deq.solve: {failed} of {samples} samples did not converge"
+            message = f"the gradient of deq.solve: {failed} of {report.samples} samples did not converge"
             if problem.on_failure == "raise":
                 raise ConvergenceError(message, solution)
             warnings.warn(f"{message}; pass on_failure='ignore' to silence this.", ConvergenceWarning, stacklevel=5)

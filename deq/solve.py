@@ -109,8 +109,10 @@ def solve(
 
 def _report_deferred(deferred: Deferred, on_failure: str, solution: Solution) -> None:
     """What the front door says of a solve that was still on the GPU when it returned."""
-    _, *bad = deferred.read()
+    failed, *bad = deferred.read()
     _refuse_non_finite(bad, deferred.weight(), solution.z.shape[:-1])
+    if failed and deferred.rescue is not None:
+        deferred.rescue()
     report_failures(solution, on_failure, solution.plan.tol, "deq.solve")
     report_gradients(solution)
 

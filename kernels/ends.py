@@ -159,7 +159,9 @@ def start_kernel(
         tl.store(marks_ptr + DUE * B, 0 if FREE_FIRST else 1)
         if INCREMENTS == FLOAT8:
             tl.store(record_ptr + SCALE * B, scale)
-            tl.store(record_ptr + NEXT_SCALE * B, scale_of(size if HOMOGENEOUS else size / unit) if FREE_FIRST else scale)
+            tl.store(
+                record_ptr + NEXT_SCALE * B, scale_of(size if HOMOGENEOUS else size / unit) if FREE_FIRST else scale
+            )
     counters = ints(table_ptr, COUNTERS)
     if status == LIVE:
         tl.atomic_add(counters + LIVE_SAMPLES, 1)

@@ -11,7 +11,11 @@ ENDINGS = {"value": 0, "adjoint": 1, "reflected": 2, "reflected adjoint": 3}
 VALUE, ADJOINT, REFLECTED, REFLECTED_ADJOINT = (tl.constexpr(n) for n in range(4))
 ACCELERATIONS = {"none": 0, "anderson": 1, "on_demand": 2}
 NONE, ANDERSON, ON_DEMAND = (tl.constexpr(n) for n in range(3))
-INCREMENTS = {"native": 0, "bfloat16": 1, "float8": 2}  # what steps between anchors multiply (delta.py); native: no such
+INCREMENTS = {
+    "native": 0,
+    "bfloat16": 1,
+    "float8": 2,
+}  # what steps between anchors multiply (delta.py); native: no such
 NATIVE, BFLOAT16, FLOAT8 = (tl.constexpr(n) for n in range(3))
 
 # The table of addresses (int64). W (m, m), C and D (B, m): weight, injection and mask; FRONT, BACK, BEST (B, m): two

@@ -133,6 +133,14 @@ class _Report(Deferred):
     def __init__(self, report: Tensor, status: Tensor, W: Tensor):
         self.report, self.status, self.weight = report, status, weakref.ref(W)
 
+    @property
+    def samples(self) -> int:
+        return self.status.numel()
+
+    @property
+    def failed(self) -> None:
+        return None
+
     def read(self) -> list[int]:
         _, *bad = self.report.tolist()
         return [int((self.status != Status.CONVERGED).sum()), *(max(place, 0) for place in bad)]

@@ -31,8 +31,9 @@ def solve_rows(
     z: Tensor,
     fields: list[Tensor],
     largest: float,
-) -> Tensor:
-    """Write z (B, m) float32, contiguous, and residual, iterations, status (B,); returns the counters."""
+) -> tuple[Tensor, int | None]:
+    """Write z (B, m) float32, contiguous, and residual, iterations, status (B,); returns the counters, and how many
+    samples failed where the host has seen that."""
     (B, m), plan, device = c.shape, kind.plan, c.device
     by_increments = how.increments != "native"
     tiles, splits = iteration.step_tiles(B, m)
@@ -64,12 +65,21 @@ def solve_rows(
         iteration.step_kernel[(grid.programs * splits,)](loop.table, t, B, m, *W.stride(), **strides, **rule, **step)
         if kind.accelerates:
             iteration.mix_kernel[mix_grid](
-                loop.table, t, B, m, DEPTH=kind.depth, INCREMENTS=step["INCREMENTS"], BLOCK_B=MIX[0], BLOCK_N=MIX[1], **FUSES
+                loop.table,
+                t,
+                B,
+                m,
+                DEPTH=kind.depth,
+                INCREMENTS=step["INCREMENTS"],
+                BLOCK_B=MIX[0],
+                BLOCK_N=MIX[1],
+                **FUSES,
             )
 
     row = min(ROW, triton.next_power_of_2(m))
     period = 2 * kind.depth if kind.depth % 2 else kind.depth
     chunk = DELTA_CHUNK if by_increments else -(-LEAST_CHUNK // period) * period
+    failed = 0
     with loop.lock:
         records.bind_kernel[(1,)](loop.table, *addresses, **FUSES)
         if B > 0:
@@ -88,7 +98,7 @@ def solve_rows(
                 BLOCK=row,
                 **FUSES,
             )
-            loop.repeat(turn, plan.max_iter - int(free_first), period, chunk, state["COUNTERS"][:1])
+            failed = loop.repeat(turn, plan.max_iter - int(free_first), period, chunk, state["COUNTERS"][:2])
             ends.finish_kernel[(B,)](
                 loop.table,
                 z,
@@ -101,7 +111,7 @@ def solve_rows(
                 BLOCK=row,
                 **FUSES,
             )
-    return state["COUNTERS"]
+    return state["COUNTERS"], failed
 
 
 @dataclass(frozen=True)
