@@ -22,7 +22,8 @@ from deq.kernels.compilation import Compilation
 
 from .compile import compile_all, read_instructions, read_usage
 
-MODULES = ("cell", "iteration", "delta", "solve_resident")  # files of deq.kernels that list their compilations
+# Files of deq.kernels that list their compilations.
+MODULES = ("cell", "iteration", "delta", "ends", "solve_resident", "diagonal", "triangular")
 GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "resources.json"
 # Registers and stack bytes per thread, shared bytes per block. A stack is a spill; for sm_100 Triton leaves a few bytes
 # of it in one kernel or the other.

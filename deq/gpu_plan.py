@@ -20,8 +20,8 @@ from .gpu_device import Device
 from .kernels.tiles import DELTA_TILES, FLOAT8_FROM, Tiles, cell_tiles, padded_power, step_tiles
 
 ITERATIONS = 20  # of the solve whose time decides: what loading W on chip costs is spread over as many
-# Iterations of which about one is an anchor, where increments are multiplied in a lower precision. Simulated for Gaussian
-# W of norms 0.9, 1.4 and 1.8: 4.7, 6.7 and 9.7 with bfloat16, 4.7, 5.4 and 7.8 with float8.
+# Iterations of which about one is an anchor, where increments are multiplied in a lower precision. Simulated for
+# Gaussian W of norms 0.9, 1.4 and 1.8: 4.7, 6.7 and 9.7 with bfloat16, 4.7, 5.4 and 7.8 with float8.
 ANCHOR_EVERY = {"bfloat16": 6, "float16": 6, "float8": 5}
 WORTH_IT = 0.95  # increments must take at most this share of the time without them
 
@@ -302,8 +302,8 @@ def choose(
     ]
     if not found:
         raise ValueError(
-            f"allowed must hold a regime that can run m = {m}, B = {B} on {device.name} with increments of {increments}; "
-            f"got {allowed}"
+            f"allowed must hold a regime that can run m = {m}, B = {B} on {device.name} with increments of "
+            f"{increments}; got {allowed}"
         )
     best = min(found, key=lambda option: option.solve)
     native = min((o for o in found if o.increments == "native"), key=lambda o: o.solve, default=best)
@@ -331,9 +331,8 @@ def _reasons(best: Expected, found: list[Expected], dtype: str, device: Device) 
     if best.precision == ACCURATE[dtype]:
         why.append(f"{best.precision}: as accurate as plain PyTorch in {dtype}")
     if best.increments != "native":
-        why.append(
-            f"{best.increments} increments between anchors in {best.precision}, about one in {ANCHOR_EVERY[best.increments]}"
-        )
+        every = ANCHOR_EVERY[best.increments]
+        why.append(f"{best.increments} increments between anchors in {best.precision}, about one in {every}")
     if device.stands_for:
         why.append(f"constants of the {device.stands_for}: those of {device.name} are not known (deq bench constants)")
     return why

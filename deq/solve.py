@@ -85,8 +85,11 @@ def solve(
         problem = _make_problem.__wrapped__(*given)
     if (is_structure or activation == "identity" or solver == "direct") and solver in ("auto", "direct"):
         arguments = W, c, z0, problem, backward, solver == "direct"
-        solution = ranges.call("solve", direct.solve, *arguments) if ranges.listening else direct.solve(*arguments)
-        if solution is not None:
+        found = ranges.call("solve", direct.solve, *arguments) if ranges.listening else direct.solve(*arguments)
+        if found is not None:
+            solution, report = found
+            if report is not None:
+                solution.when_read = partial(_report_deferred, report, on_failure)
             return solution
     if is_structure:
         W = W.dense()

@@ -33,9 +33,10 @@ def entry(p, q, DEPTH: tl.constexpr):
 
 
 @triton.jit
-def _product_of(gram_ptrs, stride, mask, newest, I: tl.constexpr, J: tl.constexpr, DEPTH: tl.constexpr):
-    """<g_i, g_j> of the residuals that are I and J evaluations older than the newest."""
-    place = entry(ring(newest, I, DEPTH), ring(newest, J, DEPTH), DEPTH)
+def _product_of(gram_ptrs, stride, mask, newest, ONE: tl.constexpr, OTHER: tl.constexpr, DEPTH: tl.constexpr):
+    """<g_p, g_q> of the residuals that are ONE and OTHER evaluations older than the newest; loaded here and not before,
+    because registers are few."""
+    place = entry(ring(newest, ONE, DEPTH), ring(newest, OTHER, DEPTH), DEPTH)
     return tl.load(gram_ptrs + place * stride, mask=mask, other=0.0, volatile=True)
 
 
@@ -50,7 +51,7 @@ def mixing_weights(gram_ptrs, stride, mask, count, newest, DEPTH: tl.constexpr):
     zero = tl.zeros(count.shape, tl.float64)
     sound = count > 0
     scale, factor, inverse, known, forward = (), (), (), (), ()
-    for i in tl.static_range(DEPTH):  # a row of the lower triangle at a time, as registers are few; newest first
+    for i in tl.static_range(DEPTH):  # newest first
         present = mask & (i < count)
         square = _product_of(gram_ptrs, stride, present, newest, i, i, DEPTH)
         usable = square > 0

@@ -19,6 +19,7 @@ class Compilation:
     types: of every argument that is no compile-time constant, such as "*fp32", "i32" or "fp32".
     constants: the other arguments.
     aligned: arguments that are multiples of 16 at run time, which the compiler is told.
+    registers: the most that a thread may have, where the launch says so.
     chosen: whether a plan can choose it by itself.
     oldest: the compute capability from which on it can be compiled.
     """
@@ -31,6 +32,7 @@ class Compilation:
     aligned: tuple[str, ...]
     warps: int
     stages: int
+    registers: int | None = None
     chosen: bool = True
     oldest: tuple[int, int] = OLDEST
 

@@ -3,11 +3,11 @@
     x <- x + low(W) q,   y <- y + q,   q <- low(f(x) - y)
 
 low is bfloat16, or float8 (e4m3): W in a power of two for every row, increments in one for every sample, found from the
-norm of the step before. What rounding leaves of an increment, and what a range cuts off, is part of the next one, so
-that y follows f; x drifts from ``W y + c`` by the error of the rounded W. A sample whose step would drown in that drift, or be small enough to leave by, is due: it
-waits for the next anchor, a :func:`.iteration.step_kernel` that forms ``W y + c`` itself, in full precision, and alone
-judges. Whether a sample is due depends on nothing but itself; rows of tiles none of whose samples want a step exit at
-once.
+norm of the step before. What rounding leaves of an increment, and what its range cuts off, is part of the next one, so
+that y follows f; x drifts from ``W y + c`` by the error of the rounded W. A sample whose step would drown in that
+drift, or be small enough to leave by, is due: it waits for the next anchor, a :func:`.iteration.step_kernel` that forms
+``W y + c`` itself, in full precision, and alone judges. Whether a sample is due depends on nothing but itself; rows of
+tiles none of whose samples want a step exit at once.
 
 A turn is STEPS such steps and one anchor. Step s of a turn reads its increments from EVEN if s is even, else from ODD,
 and writes the other; an anchor writes EVEN.
@@ -61,10 +61,10 @@ from .tiles import DELTA_TILES, FLOAT8_FROM, OLDEST, RAGGED_SAMPLES, Tiles
 
 STEPS = 4  # in a turn; even, so that the next turn begins with EVEN
 
-# A sample is due where its step is below SAFE of the tolerance, below DRIFT of all that was moved since its last anchor,
-# or after LONGEST steps. Of DRIFT 2^-6 for float8 (relu, m = 1024, Gaussian W of norms 0.9, 1.4, 1.8 and 2.2, simulated):
-# 3.0, 4.0, 4.0 and 4.7 anchors a sample and 1, 3, 5 and 6 % more steps than W itself would take; 2^-4, about what e4m3
-# resolves, takes no more steps but 4.0, 5.1, 6.0 and 7.5 anchors. bfloat16: 3.0, 3.0, 3.0 and 4.1, and no more steps.
+# A sample is due where its step is below SAFE of the tolerance, below DRIFT of all that was moved since its last
+# anchor, or after LONGEST steps. Simulated (relu, m = 1024, Gaussian W of norms 0.9, 1.4, 1.8 and 2.2): with 2^-6 for
+# float8 3.0, 4.0, 4.0 and 4.7 anchors a sample, and 1, 3, 5 and 6 % more steps than W itself would take; with 2^-4,
+# about what e4m3 resolves, no more steps but 4.0, 5.1, 6.0 and 7.5 anchors. bfloat16: 3.0, 3.0, 3.0 and 4.1.
 SAFE, LONGEST = tl.constexpr(2.0), tl.constexpr(12)
 DRIFT = tl.constexpr(2.0**-7)
 DRIFT_FLOAT8 = tl.constexpr(2.0**-6)
@@ -161,13 +161,13 @@ def delta_kernel(
         next_scale = tl.load(record + NEXT_SCALE * B, mask=steps, other=1.0)
         q = q * scale
         x = x * scale * tl.load(floats(table_ptr, ROW_SCALES) + n, mask=in_n, other=1.0)
-    x += tl.load(floats(table_ptr, X) + at, mask=inside, other=0.0)
     y = q + tl.load(floats(table_ptr, Y) + at, mask=inside, other=0.0)
+    tl.store(floats(table_ptr, Y) + at, y, mask=inside)
+    x += tl.load(floats(table_ptr, X) + at, mask=inside, other=0.0)
+    tl.store(floats(table_ptr, X) + at, x, mask=inside)
     out = ending(x, floats(table_ptr, D) + b[:, None] * stride_d + n, inside, ENDING, ACTIVATION)
     out = tl.where(in_n, out, 0.0)  # act(0) need not be zero
     step = out - y
-    tl.store(floats(table_ptr, X) + at, x, mask=inside)
-    tl.store(floats(table_ptr, Y) + at, y, mask=inside)
     next_ptr = lows(table_ptr, EVEN + (step_of_turn + 1) % 2, INCREMENTS)
     tl.store(next_ptr + at, rounded(step, next_scale, INCREMENTS), mask=inside)
 
@@ -272,5 +272,6 @@ def _compilation(increments: str, tiles: Tiles, end: str, activation: str, width
         aligned=("table_ptr", "m", "stride_d") if width == "aligned" else ("table_ptr",),
         warps=tiles.warps,
         stages=tiles.stages,
+        registers=tiles.registers,
         oldest=FLOAT8_FROM if increments == "float8" else OLDEST,
     )

@@ -423,7 +423,20 @@ def compilations() -> list[Compilation]:
             found.append(_step_compilation(tiles, 1, *dearest, "ragged", "native"))
         if tiles.samples <= 16:
             found.append(_step_compilation(tiles, MOST_SPLITS, *dearest, "aligned", "native"))
-    return found
+    return [*found, _mix_compilation()]
+
+
+def _mix_compilation() -> Compilation:
+    return Compilation(
+        name="mix, 4x256",
+        group="mix, 4x256",
+        function="iteration:mix_kernel",
+        types={"table_ptr": "*i64", "turn": "i32", "B": "i32", "m": "i32"},
+        constants={"DEPTH": 5, "INCREMENTS": 0, "BLOCK_B": 4, "BLOCK_N": 256},
+        aligned=("table_ptr", "m"),
+        warps=4,
+        stages=3,
+    )
 
 
 def _step_compilation(

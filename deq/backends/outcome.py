@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..solution import Status
+
 
 class Outcome(NamedTuple):
     """z or u (..., m); what is said of its samples, a buffer of :mod:`deq.stats`; and the report of the call, four
@@ -87,6 +89,26 @@ class Settled(Deferred):
 
     def read(self) -> list[int]:
         return self._numbers
+
+
+class Counted(Deferred):
+    """The report of a direct method, read from the statuses (...) on the GPU: a sample that is not finite says so."""
+
+    failed = None
+
+    def __init__(self, status: Tensor, W: Tensor):
+        super().__init__([], W)
+        self._status = status
+
+    @property
+    def samples(self) -> int:
+        return self._status.numel()
+
+    def read(self) -> list[int]:
+        W = self.weight()
+        failed = int((self._status != Status.CONVERGED).sum())
+        bad = 0 if W is None or not failed else first_bad(~torch.isfinite(W))
+        return [failed, bad, first_bad(self._status == Status.NONFINITE) if failed else 0, 0]
 
 
 def first_bad(bad: Tensor) -> int:

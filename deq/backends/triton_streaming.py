@@ -8,7 +8,7 @@ import triton
 from torch import Tensor
 
 from deq.kernels import delta, ends, iteration, judge, records
-from deq.kernels.tiles import Tiles
+from deq.kernels.tiles import MOST_REGISTERS, Tiles
 
 from ..gpu_plan import GpuPlan
 from . import chunks
@@ -96,6 +96,7 @@ def solve_rows(
                 INCREMENTS=step["INCREMENTS"],
                 TILE_B=tiles.samples,
                 BLOCK=row,
+                maxnreg=MOST_REGISTERS,
                 **FUSES,
             )
             failed = loop.repeat(turn, plan.max_iter - int(free_first), period, chunk, state["COUNTERS"][:2])
@@ -158,7 +159,15 @@ def _delta_steps(
     def advance() -> None:
         for s in range(delta.STEPS):
             delta.delta_kernel[(grid.programs,)](
-                loop.table, s, grid.B, grid.m, stride_d, **rule, **constants, **grid.options
+                loop.table,
+                s,
+                grid.B,
+                grid.m,
+                stride_d,
+                **rule,
+                **constants,
+                **grid.options,
+                maxnreg=grid.tiles.registers,
             )
 
     return advance

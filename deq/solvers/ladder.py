@@ -14,9 +14,9 @@ never by its batch mates.
 
 On a GPU nothing waits for the device to learn that all is well. A solve of many launches sees on the way how many
 samples failed (deq/backends/chunks.py), and takes them up the ladder at once. One whose host has not seen it (a single
-launch, the CUDA kernels) is rescued when its status is first read: what the rungs reach is then written into z, and
-whoever used z before has used the best iterates of the samples that failed. The gradient's adjoint is rescued at once or
-not at all, and nothing is inside a capture of the caller's.
+launch, the CUDA kernels) is rescued when its status is first read: what the rungs reach is then written into z, and who
+used z before has used the best iterates of the samples that failed. The gradient's adjoint is rescued at once or not at
+all, and nothing is inside a capture of the caller's.
 """
 
 from collections.abc import Callable
@@ -121,9 +121,9 @@ def solve(W: Tensor, c: Tensor, z0: Tensor | None, activation: str, plan: Plan) 
     if plan.map == "plain":
         outcome = backend.solve(W, c, z0, activation, plan)
         if _is_final(outcome, plan):  # nearly always: what the rungs need is not even made, 8 us less
-            return _postponed(outcome, W, c, activation, plan)
+            return postpone(outcome, W, c, activation, plan)
     problem = _Equilibria(W, c, activation, backend, partial(_matrix, W, activation))
-    return _postponed(_climb(problem, z0, plan, outcome), W, c, activation, plan)
+    return postpone(_climb(problem, z0, plan, outcome), W, c, activation, plan)
 
 
 def masked_linear(
@@ -162,8 +162,8 @@ def _is_final(outcome: Outcome, plan: Plan) -> bool:
     return not (report.failed if isinstance(report, Deferred) else report[0])
 
 
-def _postponed(outcome: Outcome, W: Tensor, c: Tensor, activation: str, plan: Plan) -> Outcome:
-    """The outcome; where its host does not know yet whether samples failed, with their rescue for later."""
+def postpone(outcome: Outcome, W: Tensor, c: Tensor, activation: str, plan: Plan) -> Outcome:
+    """The outcome, canonical; where its host does not know yet whether samples failed, with their rescue for later."""
     report = outcome.report
     if not plan.rungs or not isinstance(report, Deferred) or report.failed is not None:
         return outcome
