@@ -23,7 +23,7 @@ ITERATIONS = 20  # of the solve whose time decides: what loading W on chip costs
 # Iterations of which about one is an anchor, where increments are multiplied in a lower precision. Simulated for
 # Gaussian W of norms 0.9, 1.4 and 1.8: 4.7, 6.7 and 9.7 with bfloat16, 4.7, 5.4 and 7.8 with float8.
 ANCHOR_EVERY = {"bfloat16": 6, "float16": 6, "float8": 5}
-WORTH_IT = 0.95  # increments must take at most this share of the time without them
+WORTH_IT = 0.95  # coarser increments must take at most this share of the time of finer ones, or of none
 
 # Of a resident program: the widest W in 16 bits, the widest in float32, and its samples; more of any of them spill.
 TRITON_WIDEST, TRITON_WHOLE, TRITON_SAMPLES = 256, 64, 16
@@ -65,6 +65,7 @@ PRECISIONS = {
     "float64": Precision(8, 1, "matmul_float64"),
 }
 INCREMENTS = ("native", "bfloat16", "float16", "float8")  # what iterations between two anchors multiply in
+TRITON_INCREMENTS = ("native", "bfloat16", "float8")  # those that the Triton backend has kernels for
 # What multiplies as accurately as plain PyTorch in a dtype. 16-bit problems are solved in float32 and rounded once.
 ACCURATE = {"float64": "float64", "float32": "tf32x3", "bfloat16": "tf32x3", "float16": "tf32x3"}
 
@@ -284,7 +285,8 @@ def choose(
     increments: tuple[str, ...] = ("native",),
     precision: str | None = None,
 ) -> GpuPlan:
-    """The regime and increments with the least expected time for a solve of :data:`ITERATIONS` iterations.
+    """The regime and increments with the least expected time for a solve of :data:`ITERATIONS` iterations, coarser
+    increments only where they are :data:`WORTH_IT`.
 
     m >= 1, B >= 0: width and batch. dtype: "float32" | "float64" | "bfloat16" | "float16" of the problem. device:
     :func:`deq.gpu_device.find_device`. allowed, increments: of :data:`REGIMES` and :data:`INCREMENTS`, what the backend
@@ -305,10 +307,12 @@ def choose(
             f"allowed must hold a regime that can run m = {m}, B = {B} on {device.name} with increments of "
             f"{increments}; got {allowed}"
         )
-    best = min(found, key=lambda option: option.solve)
-    native = min((o for o in found if o.increments == "native"), key=lambda o: o.solve, default=best)
-    if best.solve > WORTH_IT * native.solve:
-        best = native
+    best = None
+    for kind in INCREMENTS:  # from precise to coarse
+        options = [option for option in found if option.increments == kind]
+        rival = min(options, key=lambda option: option.solve, default=None)
+        if rival is not None and (best is None or rival.solve <= WORTH_IT * best.solve):
+            best = rival
     kept = judging if best.increments == "native" else best.increments
     return GpuPlan(
         regime=best.regime,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -43,9 +43,10 @@ class Deferred:
     passes for finite. rescue: None, or what takes the samples that failed to other means, once (deq/solvers/ladder.py).
     """
 
+    parts: Sequence[Part] = ()
     rescue: Callable[[], None] | None = None
 
-    def __init__(self, parts: list[Part], W: Tensor):
+    def __init__(self, parts: Sequence[Part], W: Tensor):
         self.parts, self.weight = parts, weakref.ref(W)
 
     @property
@@ -56,7 +57,7 @@ class Deferred:
     def failed(self) -> int | None:
         """Samples that failed, None where that is not known without waiting."""
         known = [part.failed for part in self.parts]
-        return None if None in known else sum(known)
+        return None if None in known or not known else sum(known)
 
     def read(self) -> list[int]:
         """The four numbers; waits for the device."""
@@ -93,8 +94,6 @@ class Settled(Deferred):
 
 class Counted(Deferred):
     """The report of a direct method, read from the statuses (...) on the GPU: a sample that is not finite says so."""
-
-    failed = None
 
     def __init__(self, status: Tensor, W: Tensor):
         super().__init__([], W)

@@ -9,7 +9,7 @@ from deq.kernels import judge, records
 
 from ..activations import Activation
 from ..gpu_device import Device, find_device
-from ..gpu_plan import GpuPlan, choose
+from ..gpu_plan import TRITON_INCREMENTS, GpuPlan, choose
 from ..plan import INCREMENTS_TOL, Plan
 
 PRECISION = "tf32x3"  # three products on tensor cores: as exact as float32 multiplied by itself
@@ -63,7 +63,7 @@ class Kind(NamedTuple):
         if self.plan.increments != "native":
             return (self.plan.increments,)
         rounds = self.plan.tol >= INCREMENTS_TOL and self.plan.acceleration == "on_demand"
-        return ("native", "bfloat16", "float8") if rounds else ("native",)
+        return TRITON_INCREMENTS if rounds else ("native",)
 
     def gpu_plan(self, B: int, m: int, device: torch.device) -> GpuPlan:
         """Regime, tiles and increments for B samples of width m. Raises ValueError where the plan's increments are not
