@@ -43,7 +43,8 @@ class Plan:
     tol: float
     max_iter: int
     criterion: str
-    increments: str = "native"  # of INCREMENTS; float64 and Anderson from the start are always native
+    increments: str = "native"  # of INCREMENTS; float64 and Anderson from the start are always native. On a GPU of
+    # those of deq/gpu_plan.py, of which "native" leaves the choice to the plan of the device
     adapts: bool = False  # fit() may still choose the map, the increments and the rungs for a weight
     reflects: bool = False  # the activation is one that the Cayley map can take
     unless_large: bool = False  # the backend looks at W first, and raises LargeWeight
@@ -131,6 +132,12 @@ def make_plan(
         raise ValueError(f"solver='cayley' needs a nondecreasing activation; {activation} is not")
     if solver == "auto":
         why.append("on demand: plain iteration, Anderson per sample where the measured contraction is slow")
+    reflects = activation not in NOT_MONOTONE
+    on_gpu = backend in ("triton", "cuda") and device != "cpu"
+    rungs = ("cayley", "tight cayley") if solver == "cayley" else ()
+    if on_gpu and solver == "auto" and criterion == "residual":
+        rungs = tuple(rung for rung in RUNGS if reflects or "cayley" not in rung)
+        why.append(f"samples that fail go on to: {', '.join(rungs)}; at the latest when the status is read")
     return Plan(
         backend=backend,
         map="cayley" if solver == "cayley" else "plain",
@@ -140,10 +147,9 @@ def make_plan(
         tol=DEFAULT_TOL[dtype] if tol is None else float(tol),
         max_iter=DEFAULT_MAX_ITER if max_iter is None else int(max_iter),
         criterion=criterion,
-        # To adapt, and to climb rungs, the host must read what is still on a GPU.
-        adapts=solver == "auto" and criterion == "residual" and not (backend in ("triton", "cuda") and device != "cpu"),
-        reflects=activation not in NOT_MONOTONE,
-        rungs=("cayley", "tight cayley") if solver == "cayley" else (),
+        adapts=solver == "auto" and criterion == "residual" and not on_gpu,  # the host would read what is on the GPU
+        reflects=reflects,
+        rungs=rungs,
         why=tuple(why),
     )
 

@@ -85,8 +85,11 @@ def solve(
         problem = _make_problem.__wrapped__(*given)
     if (is_structure or activation == "identity" or solver == "direct") and solver in ("auto", "direct"):
         arguments = W, c, z0, problem, backward, solver == "direct"
-        solution = ranges.call("solve", direct.solve, *arguments) if ranges.listening else direct.solve(*arguments)
-        if solution is not None:
+        found = ranges.call("solve", direct.solve, *arguments) if ranges.listening else direct.solve(*arguments)
+        if found is not None:
+            solution, report = found
+            if report is not None:
+                solution.when_read = partial(_report_deferred, report, on_failure)
             return solution
     if is_structure:
         W = W.dense()
@@ -114,8 +117,10 @@ def solve(
 
 def _report_deferred(deferred: Deferred, on_failure: str, solution: Solution) -> None:
     """What the front door says of a solve that was still on the GPU when it returned."""
-    _, *bad = deferred.read()
+    failed, *bad = deferred.read()
     _refuse_non_finite(bad, deferred.weight(), solution.z.shape[:-1])
+    if failed and deferred.rescue is not None:
+        deferred.rescue()
     report_failures(solution, on_failure, solution.plan.tol, "deq.solve")
     report_gradients(solution)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from .. import _library, _triton, stats
 from ..activations import ACTIVATIONS
 from ..gpu_device import find_device
-from ..gpu_plan import expected
+from ..gpu_plan import TRITON_INCREMENTS, expected
 from ..plan import Plan
 from ..solution import Status
 from . import reference
@@ -95,7 +95,7 @@ def regime_for(width: int, batch: int, device: int) -> str | None:
         return float("inf") if found is None else found.solve
 
     ours = min(_PLANNED, key=lambda regime: seconds(regime, "ieee", "bfloat16"))
-    theirs = min(seconds(r, "tf32x3", i) for r in ("resident", "cell") for i in ("native", "bfloat16"))
+    theirs = min(seconds(r, "tf32x3", i) for r in ("resident", "cell") for i in TRITON_INCREMENTS)
     return _PLANNED[ours] if seconds(ours, "ieee", "bfloat16") < theirs else None
 
 
@@ -132,6 +132,10 @@ class _Report(Deferred):
 
     def __init__(self, report: Tensor, status: Tensor, W: Tensor):
         self.report, self.status, self.weight = report, status, weakref.ref(W)
+
+    @property
+    def samples(self) -> int:
+        return self.status.numel()
 
     def read(self) -> list[int]:
         _, *bad = self.report.tolist()
