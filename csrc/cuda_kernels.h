@@ -37,6 +37,26 @@ DEQ_API int32_t deq_cuda_kernel(int32_t regime, int64_t width, int64_t batch, in
 DEQ_API int32_t deq_cuda_solve(const struct DeqProblem* problem, int32_t regime, int32_t kernel, int32_t blocks, void* scratch,
                                int64_t bytes, int32_t device, void* stream);
 
+// z = act(T z + c) by one forward substitution, or with `mask` u = s * (T u + c): T is the lower triangle of W, with `upper` its
+// upper one, with `strict` without its diagonal. Float32. 1 - d act' must be positive for every diagonal element d.
+struct DeqCudaSubstitution {
+  int64_t batch, width;      // B, m
+  int32_t activation;        // of a solve
+  int32_t strict, upper;     // 0 or 1
+  struct DeqView W;          // (1, m, m), any strides
+  struct DeqView injection;  // (1, B, m)
+  struct DeqView mask;       // (1, B, m), data null for a solve
+  struct DeqView out;        // (1, B, m), rows contiguous
+  // (B,) ||f(z) - z|| / ||f(z)|| from the sums at hand; infinity where z leaves the range of float32 (held at its largest
+  // number), NaN where the injection is not finite.
+  float* residual;
+};
+
+// Bytes of scratch that a substitution needs.
+DEQ_API int64_t deq_cuda_substitute_bytes(int64_t batch, int64_t width);
+DEQ_API int32_t deq_cuda_substitute(const struct DeqCudaSubstitution* problem, void* scratch, int64_t bytes, int32_t device,
+                                    void* stream);
+
 // Measures a constant of the device, and waits for it. Seconds: "grid_barrier" (cooperative groups), "flag_barrier" (a flag a
 // block), "word_exchange" (data and flag in one word: 64 words a block, read by all), "cluster_barrier" (8 blocks),
 // "block_barrier" (512 threads), "graph_chain" (one of a chain of empty kernels). Bytes per second: "broadcast" (all blocks read

@@ -20,6 +20,9 @@ from problems import exact, gaussian, torch_adjoint, torch_loop
 import deq
 from deq import Status, _cuda, stats
 from deq.activations import ACTIVATIONS
+from deq.backends import cuda
+from deq.direct import roots
+from deq.direct.methods import Triangular
 from deq.plan import make_plan
 
 WHY_NOT = _cuda.why_not("cuda")
@@ -37,8 +40,6 @@ class Solved:
     """One call of the engine in a regime, and what each sample says, on the CPU."""
 
     def __init__(self, regime, W, c, activation="relu", z0=None, mask=None, value_of=None, **options):
-        from deq.backends import cuda
-
         W, c, z0, mask = (None if t is None else t.cuda() for t in (W, c, z0, mask))
         made = plan(**options)
         if mask is None:
@@ -87,6 +88,31 @@ def test_grids_are_as_accurate_as_a_torch_loop(part):
         back = Solved("grid", W.mT, g, mask=z64.float(), value_of="relu")
         u64 = torch_adjoint(W.double(), c.double(), z64, g.double(), tol=4e-15)
         assert_as_accurate(back.z, torch_adjoint(W, c, z64.float(), g), u64)
+
+
+def triangular(m, B, seed=0):
+    """W whose diagonal lies within 0.5, c and g of :func:`gaussian`, and a mask (B, m) in [0, 1)."""
+    W, c, g = gaussian(m, B, seed=seed)
+    W.diagonal().clamp_(-0.5, 0.5)
+    return W, c, g, torch.rand(B, m, generator=torch.Generator().manual_seed(seed))
+
+
+@needs_gpu
+@pytest.mark.parametrize("part", range(4))
+def test_substitution_is_as_accurate_as_plain_torch(part):
+    names = list(ACTIVATIONS)
+    for i, (m, B) in enumerate(shapes(8, 600, 1500, 200 + part)):
+        W, c, g, s = triangular(m, B, i)
+        strict, activation = bool(i % 2), names[i % len(names)]
+        method = Triangular(W.cuda(), strict, backend="cuda")
+        found = method.solve(c.cuda(), activation)
+        T = torch.tril(W, diagonal=-int(strict))
+        exact = roots.substitute(T.double(), c.double(), activation)
+        assert_as_accurate(found.z.cpu(), roots.substitute(T, c, activation), exact)
+        assert (found.residual < 1e-5).all()
+        back = method.T.masked(s.cuda(), g.cuda())
+        exact = roots.substitute_masked(T.mT.double(), s.double(), g.double(), upper=True)
+        assert_as_accurate(back.z.cpu(), roots.substitute_masked(T.mT, s, g, upper=True), exact)
 
 
 @needs_gpu
@@ -156,13 +182,16 @@ def test_solves_wait_for_nothing():
 
 SMALL = """
 import torch
-from test_cuda import Solved, gaussian
+from test_cuda import Solved, Triangular, gaussian, triangular
 for regime in ("block", "grid"):
     for m, B in ((1, 1), (17, 5), (70, 20)):
         W, c, g = gaussian(m, B, scale=1.1)
         Solved(regime, W, c, "tanh")
         Solved(regime, W, c, "tanh", z0=c)
         Solved(regime, W, g, mask=torch.rand(B, m))
+        W, c, g, s = triangular(m, B)
+        method = Triangular(W.cuda(), False, backend="cuda")
+        method.solve(c.cuda(), "tanh"), method.T.masked(s.cuda(), g.cuda())
 """
 
 
@@ -205,8 +234,6 @@ def test_backend_cuda_says_why_it_cannot_run():
 
 
 def test_a_launch_that_fails_goes_elsewhere_with_one_warning(monkeypatch):
-    from deq.backends import cuda
-
     W, c, _ = gaussian(16, 4)
     monkeypatch.setattr(cuda, "_regime", lambda c, plan: "block")
     monkeypatch.setattr(cuda, "_told", set())
@@ -224,9 +251,51 @@ def test_a_launch_that_fails_goes_elsewhere_with_one_warning(monkeypatch):
         cuda.masked_linear(W.mT, c, torch.rand(4, 16), None, plan())
 
 
-def test_what_the_engine_does_not_serve_goes_elsewhere():
-    from deq.backends import cuda
+@pytest.mark.parametrize("strict", [False, True])
+def test_substitution_is_asked_for_what_the_method_is(monkeypatch, strict):
+    """Forward and adjoint as the kernel is told them, against plain PyTorch."""
+    asked = []
 
+    def substitute(W, c, activation, *, mask, strict, upper):
+        asked.append((activation, upper))
+        T = (torch.triu if upper else torch.tril)(W, diagonal=(1 if upper else -1) * int(strict))
+        z = roots.substitute(T, c, activation) if mask is None else roots.substitute_masked(T, mask, c, upper=upper)
+        return z, torch.zeros(c.shape[0])
+
+    monkeypatch.setattr(cuda, "substitute", substitute)
+    W, c, g, s = triangular(9, 4)
+    ours, plain = Triangular(W, strict, backend="cuda"), Triangular(W, strict)
+    for mine, theirs in ((ours.solve(c, "tanh"), plain.solve(c, "tanh")), (ours.T.masked(s, g), plain.T.masked(s, g))):
+        torch.testing.assert_close(mine.z, theirs.z)
+    assert asked == [("tanh", False), (None, True)]
+    if strict:  # the kernel does not look for it
+        W[3, 1] = torch.nan
+        with pytest.raises(ValueError, match=r"W must be finite; W\[3, 1\]"):
+            Triangular(W, strict, backend="cuda").why_not("tanh")
+
+
+def test_a_substitution_that_fails_goes_elsewhere_with_one_warning(monkeypatch):
+    W, c, _, _ = triangular(9, 4)
+    with pytest.raises(cuda.Refused, match=r"cuda_substitute_|without CUDA"):
+        cuda._substitute(W, c, "tanh", None, False, False)  # on the CPU, for which there is no such operator
+    monkeypatch.setattr(cuda, "_told", set())
+
+    class OnGpu:  # a tensor that says that it is on a GPU
+        is_cuda, dtype = True, torch.float32
+
+    def refuse(*arguments):
+        raise cuda.Refused("no memory")
+
+    monkeypatch.setattr(cuda, "_substitute", refuse)
+    with pytest.warns(RuntimeWarning, match="the CUDA engine could not run, another backend solves: no memory"):
+        assert cuda.substitute(W, OnGpu(), "tanh") is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert cuda.substitute(W, OnGpu(), "tanh") is None
+    assert cuda.substitute(W, c, "tanh") is None  # nor is a tensor on the CPU served
+
+
+def test_what_the_engine_does_not_serve_goes_elsewhere():
     _, c, _ = gaussian(16, 4)
     assert cuda._regime(c, replace(plan(), acceleration="none")) is None
     assert cuda._regime(c.double(), plan()) is None

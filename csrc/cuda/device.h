@@ -45,6 +45,10 @@ struct Device {
   static DEQ_GPU T shuffle_xor(T value, int mask) {
     return __shfl_xor_sync(0xffffffffu, value, mask);
   }
+  template <class T>
+  static DEQ_GPU T shuffle(T value, int lane) {
+    return __shfl_sync(0xffffffffu, value, lane);
+  }
   static DEQ_GPU bool any(bool value) { return __any_sync(0xffffffffu, value); }
   // Two bfloat16, rounded to nearest even: `low` in the lower half.
   static DEQ_GPU uint32_t pack_bfloat16(float low, float high) {

@@ -26,7 +26,7 @@ from .cpu import _options
 from .outcome import Deferred, Outcome
 from .reference import outer
 
-__all__ = ["derivative", "masked_linear", "measure", "outer", "plan_launch", "regime_for", "solve"]
+__all__ = ["derivative", "masked_linear", "measure", "outer", "plan_launch", "regime_for", "solve", "substitute"]
 
 REGIMES = {"block": 0, "grid": 1}  # DeqCudaRegime of csrc/cuda_kernels.h
 _PLANNED = {"resident cuda": "block", "grid": "grid"}  # their names in deq.gpu_plan
@@ -79,6 +79,55 @@ def masked_linear(
 
 def derivative(W: Tensor, c: Tensor, z: Tensor, activation: str) -> Tensor:
     return _elsewhere(c).derivative(W, c, z, activation)
+
+
+def substitute(
+    W: Tensor,
+    c: Tensor,
+    activation: str | None,
+    *,
+    mask: Tensor | None = None,
+    strict: bool = False,
+    upper: bool = False,
+) -> tuple[Tensor, Tensor] | None:
+    """``z = act(T z + c)``, or with ``mask`` s ``u = s * (T u + c)``; T is the lower triangle of W (m, m), with
+    ``upper`` its upper one, either without its diagonal where ``strict``. None where the kernel cannot serve it.
+
+    W, any strides, c and mask (B, m): float32 on one GPU. Returns z (B, m) and its residual (B,), NaN for a row that is
+    not finite and infinity for one that leaves the range. ``1 - w act'`` must be positive for every diagonal element w.
+    """
+    if not c.is_cuda or c.dtype != torch.float32:
+        return None
+    try:
+        return _substitute(W, c, activation, mask, strict, upper)
+    except Refused as error:
+        _tell(str(error))
+        return None
+
+
+def _substitute(
+    W: Tensor, c: Tensor, activation: str | None, mask: Tensor | None, strict: bool, upper: bool
+) -> tuple[Tensor, Tensor]:
+    if not _library.has_cuda:
+        raise Refused(_library.build.get("why_not_cuda") or _library.reason or "the library was built without CUDA")
+    z = torch.empty_like(c, memory_format=torch.contiguous_format)
+    residual = c.new_empty(c.shape[0])
+    bytes_needed = _library.compiled.deq_cuda_substitute_bytes(*c.shape)
+    try:
+        torch.ops.deq.cuda_substitute_.default(
+            W.detach(),
+            c,
+            c.new_empty((0, 0)) if mask is None else mask,
+            z,
+            residual,
+            torch.empty(bytes_needed, dtype=torch.uint8, device=c.device),
+            0 if activation is None else ACTIVATIONS[activation].number,
+            int(strict),
+            int(upper),
+        )
+    except RuntimeError as error:
+        raise Refused(str(error)) from error
+    return z, residual
 
 
 @lru_cache(maxsize=1024)

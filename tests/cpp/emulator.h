@@ -48,6 +48,14 @@ class Emulator {
     memcpy(&other, &lanes[(thread() % kWarp) ^ mask], sizeof other);
     return other;
   }
+  template <class T>
+  static T shuffle(T value, int lane) {
+    static_assert(sizeof(T) <= sizeof(Lane));
+    Lane* lanes = now_->exchange(&value, sizeof value);
+    T other;
+    memcpy(&other, &lanes[lane], sizeof other);
+    return other;
+  }
   static bool any(bool value) {
     Lane* lanes = now_->exchange(&value, sizeof value);
     bool result = false;
@@ -134,7 +142,7 @@ class Emulator {
       Fiber& fiber = fibers_[i];
       fiber.block = &grid_[i / threads];
       fiber.thread = static_cast<int>(i % threads);
-      fiber.stack = std::make_unique<char[]>(kStack);
+      fiber.stack.reset(new char[kStack]);  // left as it is: clearing it took most of the time
       getcontext(&fiber.context);
       fiber.context.uc_stack.ss_sp = fiber.stack.get();
       fiber.context.uc_stack.ss_size = kStack;
