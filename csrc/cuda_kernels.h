@@ -37,6 +37,16 @@ DEQ_API int32_t deq_cuda_kernel(int32_t regime, int64_t width, int64_t batch, in
 DEQ_API int32_t deq_cuda_solve(const struct DeqProblem* problem, int32_t regime, int32_t kernel, int32_t blocks, void* scratch,
                                int64_t bytes, int32_t device, void* stream);
 
+// Takes on the samples that a solve has failed on, in place: `iterations`, `residual`, `status` and `out` are those that the
+// solve wrote, and every sample whose status is neither DEQ_CONVERGED nor DEQ_NONFINITE goes on by semi-smooth Newton in float64
+// until max_iter evaluations or 60 steps are up; one of an adjoint by its linear system. It is converged only on a residual
+// evaluated in float32, and only a smaller residual replaces its own. One block a sample, for at most half a second each.
+// `start`, acceleration and criterion are not looked at. The plan says how many blocks, and what scratch they need;
+// DEQ_NOT_SUPPORTED where W is too wide.
+DEQ_API int32_t deq_cuda_rescue_plan(int64_t weights, int64_t batch, int64_t width, int32_t device, struct DeqCudaPlan* plan);
+DEQ_API int32_t deq_cuda_rescue(const struct DeqProblem* problem, int32_t blocks, void* scratch, int64_t bytes, int32_t device,
+                                void* stream);
+
 // z = act(T z + c) by one forward substitution, or with `mask` u = s * (T u + c): T is the lower triangle of W, with `upper` its
 // upper one, with `strict` without its diagonal. Float32. 1 - d act' must be positive for every diagonal element d.
 struct DeqCudaSubstitution {

@@ -81,6 +81,27 @@ void masked_linear(StableIValue* stack, uint64_t, uint64_t) {
   run(op, p, u, scratch, stack + 9);
 }
 
+constexpr const char* kRescue =
+    "cuda_rescue_(Tensor W, Tensor c, Tensor mask, Tensor(a!) z, Tensor(b!) stats, Tensor(c!) report, Tensor(d!) scratch, "
+    "int activation, int mask_is_value, float tol, int max_iter, int blocks) -> ()";
+
+void rescue(StableIValue* stack, uint64_t, uint64_t) {
+  constexpr const char* op = "cuda_rescue_";
+  const Tensor W(op, "W", stack[0]), c(op, "c", stack[1]), mask(op, "mask", stack[2]), z(op, "z", stack[3]);
+  const Tensor stats(op, "stats", stack[4]), report(op, "report", stack[5]), scratch(op, "scratch", stack[6]);
+  DeqProblem p = problem_of(W, c);
+  p.mask = start_of(p, W, mask);  // without elements: no adjoint
+  p.out = output_of(p, W, z);
+  set_outcome(p, stats, report);
+  p.activation = integer({op, "activation"}, stack[7], 0, INT32_MAX);
+  p.mask_is_value = integer({op, "mask_is_value"}, stack[8], 0, 1);
+  p.tol = tolerance({op, "tol"}, stack[9]);
+  p.max_iter = integer({op, "max_iter"}, stack[10], 1, INT32_MAX);
+  const int32_t blocks = integer({op, "blocks"}, stack[11], 1, INT32_MAX);
+  expect_scratch(scratch, z);
+  if (deq_cuda_rescue(&p, blocks, scratch.data<void>(), scratch.sizes()[0], z.device(), current_stream(z))) fail(op);
+}
+
 constexpr const char* kSubstitute =
     "cuda_substitute_(Tensor W, Tensor c, Tensor mask, Tensor(a!) z, Tensor(b!) residual, Tensor(c!) scratch, int activation, "
     "int strict, int upper) -> ()";
@@ -120,6 +141,7 @@ DEQ_API const char* deq_register_cuda(void) {
     BoxedKernel kernel;
   } operators[] = {{"cuda_solve_", kSolve, solve},
                    {"cuda_masked_linear_", kMaskedLinear, masked_linear},
+                   {"cuda_rescue_", kRescue, rescue},
                    {"cuda_substitute_", kSubstitute, substitute}};
   for (const auto& op : operators)
     if (torch_.aoti_torch_library_def(schemas, op.schema) || torch_.aoti_torch_library_impl(cuda, op.name, op.kernel))

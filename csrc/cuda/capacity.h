@@ -1,8 +1,5 @@
 // Which kernel serves which width, by what it needs of a multiprocessor; deq/cuda_capacity.py has the same in Python.
-//
-// There is no kernel that spreads W over a cluster of 8 or 16 multiprocessors. It could hold widths up to 928 or 1296, where the
-// grid needs at most one flag barrier an evaluation more than it; whether that pays is told by "cluster_barrier" at or below
-// 0.2 us with "flag_barrier" above 1 us (deq_cuda_measure), on a device that keeps 16 such clusters at work.
+// What there is no kernel for, and why, is in README.md beside this file.
 #pragma once
 #include <initializer_list>
 

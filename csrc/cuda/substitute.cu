@@ -49,15 +49,11 @@ int32_t deq_cuda_substitute(const DeqCudaSubstitution* p, void* scratch, int64_t
   if (!p || !is_well_formed(*p)) return failed(DEQ_BAD_ARGUMENT, "an argument is out of range");
   if (p->batch == 0) return DEQ_OK;
   const int64_t needed = deq_cuda_substitute_bytes(p->batch, p->width);
-  if (bytes < needed)
-    return failed(DEQ_BAD_ARGUMENT, "scratch holds %lld bytes, %lld are needed", static_cast<long long>(bytes),
-                  static_cast<long long>(needed));
+  if (bytes < needed) return too_little(bytes, needed);
+  Limits limits{};
+  if (int32_t error = find_limits(device, &limits)) return error;
   const DeviceScope scope(device);
   if (int32_t error = check_cuda(scope.error(), "choosing the device")) return error;
-  int processors = 0;
-  if (int32_t error =
-          check_cuda(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "asking for the device"))
-    return error;
   Substitution call{};
   call.batch = p->batch, call.width = p->width;
   call.W = static_cast<const float*>(p->W.data);
@@ -73,7 +69,7 @@ int32_t deq_cuda_substitute(const DeqCudaSubstitution* p, void* scratch, int64_t
   const unsigned tiles = static_cast<unsigned>(tiles_of(p->width));
   pack_triangle<<<dim3((tiles + kTiles - 1) / kTiles, tiles), kPackThreads, 0, queue>>>(call);
   if (int32_t error = check_cuda(cudaGetLastError(), "the launch of pack_triangle")) return error;
-  const int columns = columns_of(p->batch, processors);
+  const int columns = columns_of(p->batch, limits.processors);
   const auto kernel = columns == 1 ? substitute<1> : substitute<4>;
   kernel<<<static_cast<unsigned>(blocks_of(p->batch, columns)), (columns + kAhead) * kWarp, 0, queue>>>(call);
   return check_cuda(cudaGetLastError(), "the launch of a substitution");

@@ -164,7 +164,7 @@ class Substitute {
       }
       const int64_t sample = first_ + slot(q);
       if (lane_ >= 4 || sample >= call_.batch) continue;
-      float residual = sums[q][0] > 0 ? static_cast<float>(sqrt(sums[q][0] / sums[q][1])) : 0.0f;
+      float residual = sums[q][0] == 0 ? 0.0f : static_cast<float>(sqrt(sums[q][0] / sums[q][1]));
       if (leaves[q] || !(residual < INFINITY)) residual = INFINITY;
       call_.residual[sample] = scales_[slot(q)] == 0 ? NAN : residual;
     }
