@@ -126,6 +126,8 @@ def make_plan(
         raise ValueError(f"solver='cayley' needs a nondecreasing activation; {activation} is not")
     if solver == "auto":
         why.append("on demand: plain iteration, Anderson per sample where the measured contraction is slow")
+        if backend == "cuda" and criterion == "residual":
+            why.append("samples that fail go on to: newton, on the device")
     return Plan(
         backend=backend,
         map="cayley" if solver == "cayley" else "plain",

@@ -18,7 +18,7 @@ from close import assert_as_accurate
 from problems import exact, gaussian, torch_adjoint, torch_loop
 
 import deq
-from deq import Status, _cuda, stats
+from deq import Status, _cuda, _library, stats
 from deq.activations import ACTIVATIONS
 from deq.backends import cuda
 from deq.direct import roots
@@ -134,6 +134,21 @@ def test_slow_samples_are_accelerated(regime):
     W, c, _ = gaussian(200, 16, scale=1.15)
     plain = Solved(regime, W, c, "tanh", solver="plain", max_iter=5000)
     assert Solved(regime, W, c, "tanh").iterations.sum() < plain.iterations.sum()
+
+
+@needs_gpu
+@pytest.mark.parametrize("m", [100, 160, 333, 700])
+def test_samples_that_no_iteration_solves_are_newtons(m):
+    W, c, g = gaussian(m, 6, scale=1.5)
+    iterated = Solved("block" if m < 337 else "grid", W, c, "tanh", solver="anderson", max_iter=400)
+    rescued = Solved("block" if m < 337 else "grid", W, c, "tanh", max_iter=400)
+    assert (iterated.status != Status.CONVERGED).any(), "a problem that shows nothing"
+    solved = rescued.status == Status.CONVERGED
+    assert solved.sum() > (iterated.status == Status.CONVERGED).sum() and rescued.report[0] == int((~solved).sum())
+    residual = (torch.tanh(rescued.z.double() @ W.double().mT + c.double()) - rescued.z.double()).norm(dim=-1)
+    assert (residual[solved] <= 1.1e-5 * rescued.z.double().norm(dim=-1)[solved]).all()
+    back = Solved("block" if m < 337 else "grid", W.mT, g, mask=torch.rand(6, m) * 2, max_iter=400)
+    assert (back.status == Status.CONVERGED).all()
 
 
 @needs_gpu
@@ -293,6 +308,49 @@ def test_a_substitution_that_fails_goes_elsewhere_with_one_warning(monkeypatch):
         warnings.simplefilter("error")
         assert cuda.substitute(W, OnGpu(), "tanh") is None
     assert cuda.substitute(W, c, "tanh") is None  # nor is a tensor on the CPU served
+
+
+def test_which_solves_are_rescued():
+    assert cuda._rescues(plan())
+    for options in ({"solver": "plain"}, {"solver": "anderson"}, {"solver": "cayley"}, {"criterion": "error"}):
+        assert not cuda._rescues(plan(**options))
+
+
+def test_a_rescue_that_cannot_be_launched_changes_nothing(monkeypatch):
+    W, c, _ = gaussian(8, 3)
+    z, said, report = torch.zeros(3, 8), stats.allocate(c), torch.zeros(4, dtype=torch.int64)
+    monkeypatch.setattr(cuda, "_told", set())
+    monkeypatch.setattr(cuda, "plan_rescue", lambda *sizes: _library.CudaPlan(blocks=1))
+    before = said.clone()
+    with pytest.warns(RuntimeWarning, match="could not take on the samples that failed: .*cuda_rescue_"):
+        cuda._rescue(W, (c,), 6, z, said, report, plan())  # on the CPU, for which there is no such operator
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cuda._rescue(W, (c, c), -1, z, said, report, plan())
+        monkeypatch.setattr(cuda, "plan_rescue", lambda *sizes: None)  # too wide
+        monkeypatch.setattr(cuda, "_told", set())
+        cuda._rescue(W, (c,), 6, z, said, report, plan())
+    assert torch.equal(said, before) and not z.any()
+
+
+def test_the_report_counts_failures_after_the_rescue():
+    class Solved(cuda.Deferred):
+        def __init__(self):
+            pass
+
+        def read(self):
+            return [3, 0, 2, 0]
+
+    status = torch.tensor([0, 1, 0], dtype=torch.uint8)
+    report = cuda._Rescued(Solved(), status)
+    status[1] = int(Status.CONVERGED)  # read when it is asked for
+    assert report.read() == [0, 0, 2, 0]
+
+
+def test_what_is_not_on_a_gpu_is_not_rescued():
+    _, c, _ = gaussian(8, 3)
+    outcome = cuda.Outcome(c, stats.allocate(c), [1, 0, 0, 0])
+    assert cuda._rescued(outcome, c, (c,), 6, plan()) is outcome
 
 
 def test_what_the_engine_does_not_serve_goes_elsewhere():

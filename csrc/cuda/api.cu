@@ -74,7 +74,7 @@ int32_t find_limits(int32_t device, Limits* limits) {
   for (const auto& [value, attribute] :
        {std::pair{&major, cudaDevAttrComputeCapabilityMajor}, std::pair{&limits->processors, cudaDevAttrMultiProcessorCount},
         std::pair{&limits->shared, cudaDevAttrMaxSharedMemoryPerBlockOptin},
-        std::pair{&limits->cooperates, cudaDevAttrCooperativeLaunch}})
+        std::pair{&limits->cooperates, cudaDevAttrCooperativeLaunch}, std::pair{&limits->clusters, cudaDevAttrClusterLaunch}})
     if (int32_t error = check_cuda(cudaDeviceGetAttribute(value, attribute, device), "asking for the device")) return error;
   if (major < 8) return failed(DEQ_NOT_SUPPORTED, "the device has compute capability %d, 8 is needed for bfloat16", major);
   return DEQ_OK;
@@ -138,6 +138,8 @@ int32_t deq_cuda_solve(const DeqProblem* p, int32_t regime, int32_t kernel, int3
   using namespace deq;
   if (!p || !is_well_formed(*p)) return failed(DEQ_BAD_ARGUMENT, "an argument is out of range");
   if (p->weights * p->batch == 0) return DEQ_OK;
+  Limits limits{};
+  if (int32_t error = find_limits(device, &limits)) return error;
   const DeviceScope scope(device);
   if (int32_t error = check_cuda(scope.error(), "choosing the device")) return error;
   DeqCudaPlan plan{};
@@ -152,5 +154,5 @@ int32_t deq_cuda_solve(const DeqProblem* p, int32_t regime, int32_t kernel, int3
   const dim3 grid(static_cast<unsigned>((p->batch + kSamples - 1) / kSamples), static_cast<unsigned>(p->weights));
   prepare<<<grid, kPrepareThreads, 0, queue>>>(call);
   if (int32_t error = check_cuda(cudaGetLastError(), "the launch of prepare")) return error;
-  return regime == DEQ_GRID ? launch_grid(call, p->weights, plan, queue) : launch_block(call, p->weights, plan, queue);
+  return regime == DEQ_GRID ? launch_grid(call, p->weights, plan, queue) : launch_block(call, p->weights, plan, limits, queue);
 }

@@ -27,6 +27,24 @@ inline int block_kernel(int64_t width, int64_t shared) {
   return -1;
 }
 
+// Blocks of a cluster, which share one read of W; more are not portable.
+constexpr int kCluster = 8;
+// Bytes of W that all blocks read together from which a cluster pays: 1.5 us at 5.5 TB/s, for two barriers of 0.2 us (estimates).
+constexpr int64_t kSharedFrom = 8 << 20;
+
+// Whether so many blocks are launched in clusters, where the device has any.
+inline bool shares_weight(int64_t width, int64_t blocks) {
+  return blocks % kCluster == 0 && blocks * width * width * static_cast<int64_t>(sizeof(float)) >= kSharedFrom;
+}
+
+// The blocks of a plan for `batch` samples: of so many that could run, those that make whole clusters while that leaves no sample
+// to wait for longer. A batch that comes in many turns needs every multiprocessor.
+inline int64_t block_count(int64_t width, int64_t batch, int64_t possible) {
+  const int64_t blocks = batch < possible ? batch : possible, whole = blocks / kCluster * kCluster;
+  constexpr int64_t kTurns = 4;
+  return shares_weight(width, whole) && batch <= kTurns * kSlots * whole ? whole : blocks;
+}
+
 // The instances of GridSolve: tiles a block, eights of slots, k-steps of a warp held in registers.
 struct GridKernel {
   int rows, columns, held;

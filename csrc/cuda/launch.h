@@ -34,6 +34,7 @@ class DeviceScope {
 struct Limits {
   int processors, shared;  // and dynamic shared memory that a block may have
   int cooperates;          // whether all blocks of a launch can be resident together
+  int clusters;            // whether blocks can be launched in clusters
 };
 
 // Of a device; DEQ_NOT_SUPPORTED for one that is too old for all kernels.
@@ -42,7 +43,7 @@ int32_t find_limits(int32_t device, Limits* limits);
 // Regime A, one weight a row of blocks: completes a plan of its kernel and blocks, chooses both, and launches it.
 int32_t complete_block(int64_t weights, int64_t width, DeqCudaPlan* plan);
 int32_t plan_block(int64_t weights, int64_t batch, int64_t width, const Limits& limits, DeqCudaPlan* plan);
-int32_t launch_block(const Call& call, int64_t weights, const DeqCudaPlan& plan, cudaStream_t stream);
+int32_t launch_block(const Call& call, int64_t weights, const DeqCudaPlan& plan, const Limits& limits, cudaStream_t stream);
 
 // Regime C, one weight after the other.
 int32_t complete_grid(int64_t width, DeqCudaPlan* plan);
