@@ -136,7 +136,7 @@ def constants(update: bool, out: Path) -> None:
     from rich.progress import Progress
 
     from . import report
-    from .constants import Measuring
+    from .constants import Measuring, cluster_verdict
 
     _need_gpu()
     measuring = Measuring()
@@ -146,6 +146,7 @@ def constants(update: bool, out: Path) -> None:
         for done, step in enumerate(measuring.steps()):
             progress.update(task, completed=done, description=step)
     console.print(report.constants(measuring.name, measuring.numbers, measuring.failed))
+    console.print(cluster_verdict(measuring.name, measuring.numbers))
     try:
         path = measuring.write(out, update)
     except OSError as error:

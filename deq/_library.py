@@ -29,7 +29,7 @@ OPERATORS = (
     "reduced_iterate_",
 )
 
-CUDA_OPERATORS = ("cuda_solve_", "cuda_masked_linear_")
+CUDA_OPERATORS = ("cuda_solve_", "cuda_masked_linear_", "cuda_rescue_", "cuda_substitute_")
 
 
 class CudaPlan(ctypes.Structure):
@@ -80,6 +80,8 @@ _CUDA_SIGNATURES = {  # of a library that was built with CUDA
         ctypes.c_int64,
     ),
     "deq_cuda_measure": (ctypes.c_int32, ctypes.c_char_p, ctypes.c_int32, ctypes.POINTER(ctypes.c_double)),
+    "deq_cuda_rescue_plan": (ctypes.c_int32, *(ctypes.c_int64,) * 3, ctypes.c_int32, ctypes.POINTER(CudaPlan)),
+    "deq_cuda_substitute_bytes": (ctypes.c_int64, ctypes.c_int64, ctypes.c_int64),
     "deq_cuda_plan": (ctypes.c_int32, *(ctypes.c_int64,) * 3, *(ctypes.c_int32,) * 2, ctypes.POINTER(CudaPlan)),
 }
 

@@ -137,7 +137,8 @@ def make_plan(
     rungs = ("cayley", "tight cayley") if solver == "cayley" else ()
     if on_gpu and solver == "auto" and criterion == "residual":
         rungs = tuple(rung for rung in RUNGS if reflects or "cayley" not in rung)
-        why.append(f"samples that fail go on to: {', '.join(rungs)}; at the latest when the status is read")
+        first = "newton on the device, then " if backend == "cuda" else ""
+        why.append(f"samples that fail go on to: {first}{', '.join(rungs)}; at the latest when the status is read")
     return Plan(
         backend=backend,
         map="cayley" if solver == "cayley" else "plain",

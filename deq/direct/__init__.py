@@ -172,9 +172,9 @@ def _choose(
         inverts = m <= B or (not is_trained and m <= FACTOR_PAYS_BELOW * B)
         return Linear(W, inverts, tol=plan.tol), None
     if isinstance(W, weights.LowerTriangular):
-        if not forced and plan.backend not in ("cpu", "triton"):
+        if not forced and plan.backend not in ("cpu", "triton", "cuda"):
             return None, "in plain PyTorch substitution takes longer than iterating"
-        return Triangular(W.W, W.strict), None
+        return Triangular(W.W, W.strict, backend=plan.backend), None
     if isinstance(W, weights.Diagonal):
         return Diagonal(W.d), None
     if isinstance(W, weights.DiagonalLowRank):

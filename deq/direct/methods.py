@@ -16,7 +16,7 @@ in float32 or float64:
                                     weight what decides whether its solution is unique, once a version
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar, NamedTuple
 
@@ -177,6 +177,7 @@ class Triangular:
     W: Tensor
     strict: bool
     is_transposed: bool = False
+    backend: str = "auto"
 
     name: ClassVar[str] = "substitution"
     refuses_samples: ClassVar[bool] = True
@@ -190,11 +191,11 @@ class Triangular:
         return (self.W,)
 
     def of(self, W: Tensor) -> "Triangular":
-        return self if W is self.W else Triangular(W, self.strict, self.is_transposed)
+        return self if W is self.W else replace(self, W=W)
 
     @property
     def T(self) -> "Triangular":
-        return Triangular(self.W, self.strict, not self.is_transposed)
+        return replace(self, is_transposed=not self.is_transposed)
 
     @property
     def _lower(self) -> Tensor:
@@ -209,6 +210,8 @@ class Triangular:
 
     def why_not(self, activation: str) -> str | None:
         if self.strict:
+            if has_kernels(self.W) or self.backend == "cuda":  # which do not look for it
+                refuse_non_finite("W", self._lower)
             return None
         if is_compiled(self.W) and self.W.dtype in (torch.float32, torch.float64):
             least, most = self._packed.least, self._packed.most
@@ -222,10 +225,8 @@ class Triangular:
         return least, most
 
     def solve(self, c: Tensor, activation: str, start: Tensor | None = None) -> Result:
-        if has_kernels(c):
-            from deq.kernels import triangular  # Triton takes a second to import
-
-            return Result(*triangular.substitute(self.W.detach(), c, activation, strict=self.strict))
+        if (found := self._on_gpu(c, activation, None)) is not None:
+            return found
         if not is_compiled(c):
             refuse_non_finite("W", self._lower)
             z = roots.substitute(self._lower, c, activation)
@@ -235,16 +236,28 @@ class Triangular:
         return self._run(c, None, entry.number, derives=entry.derivative_of_value is None)
 
     def masked(self, s: Tensor, g: Tensor) -> Result:
-        if has_kernels(g):
-            from deq.kernels import triangular
-
-            A, upper = (self.W.detach().mT, True) if self.is_transposed else (self.W.detach(), False)
-            return Result(*triangular.substitute(A, g, None, mask=s, strict=self.strict, upper=upper))
+        if (found := self._on_gpu(g, None, s)) is not None:
+            return found
         if is_compiled(g):
             return self._run(g, s, -1)
         triangle = self._lower.mT if self.is_transposed else self._lower
         u = roots.substitute_masked(triangle, s, g, upper=self.is_transposed)
         return Result(u, relative_residual(s * (self.apply(u) + g), u))
+
+    def _on_gpu(self, c: Tensor, activation: str | None, mask: Tensor | None) -> Result | None:
+        """By the CUDA kernel where it is the backend, else by Triton's; None where neither takes such a tensor."""
+        A = self.W.detach().mT if self.is_transposed else self.W.detach()
+        how = {"mask": mask, "strict": self.strict, "upper": self.is_transposed}
+        if self.backend == "cuda":
+            from ..backends import cuda
+
+            if (found := cuda.substitute(A, c, activation, **how)) is not None:
+                return Result(*found)
+        if not has_kernels(c):
+            return None
+        from deq.kernels import triangular  # Triton takes a second to import
+
+        return Result(*triangular.substitute(A, c, activation, **how))
 
     def masked_of_value(self, z: Tensor, activation: str, g: Tensor) -> Result:
         """``masked`` with s = act' taken from z = act(.) inside the kernel."""
