@@ -313,7 +313,7 @@ def test_width_zero_raises():
 def test_no_samples_is_no_work(shape):
     S, B, m = shape
     c, said = torch.zeros(shape), report().fill_(1)
-    operator("solve_")(torch.zeros(S, m, m), c, c, c.clone(), stats(S, B), said, 1, *RUN)
+    operator("solve_")(torch.zeros(S, m, m), c, c, c.clone(), stats(S, B), said, 1, *RUN, 0.0)
     assert said.tolist() == [0, 0, 0, 0]
 
 
@@ -340,7 +340,7 @@ def team():
 def solve():
     z = torch.empty(1, 256, 64)
     W, c = torch.full((1, 64, 64), 0.01), torch.ones(1, 256, 64)
-    torch.ops.deq.solve_(W, c, c, z, deq.stats.allocate(z), torch.zeros(4).long(), 1, 0, 5, 0, 1e-5, 100, 0, 0)
+    torch.ops.deq.solve_(W, c, c, z, deq.stats.allocate(z), torch.zeros(4).long(), 1, 0, 5, 0, 1e-5, 100, 0, 0, 0.0)
     return team()
 torch.set_num_threads(1)
 torch.ones(2**20).exp()

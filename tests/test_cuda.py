@@ -335,16 +335,14 @@ def test_a_rescue_that_cannot_be_launched_changes_nothing(monkeypatch):
 
 def test_the_report_counts_failures_after_the_rescue():
     class Solved(cuda.Deferred):
-        def __init__(self):
-            pass
-
         def read(self):
             return [3, 0, 2, 0]
 
-    status = torch.tensor([0, 1, 0], dtype=torch.uint8)
-    report = cuda._Rescued(Solved(), status)
+    status, W = torch.tensor([0, 1, 0], dtype=torch.uint8), torch.eye(2)
+    report = cuda._Rescued(Solved([], W), status)
     status[1] = int(Status.CONVERGED)  # read when it is asked for
     assert report.read() == [0, 0, 2, 0]
+    assert report.failed is None and report.samples == 3 and report.weight() is W  # the ladder asks these
 
 
 def test_what_is_not_on_a_gpu_is_not_rescued():
