@@ -71,15 +71,20 @@ class PeerCase:
 
 
 CASES = (
+    PeerCase("conv-2x8x4x4", lambda: Convolution(8), (2, 8, 4, 4)),
     PeerCase("conv-8x16x8x8", lambda: Convolution(16), (8, 16, 8, 8)),
     PeerCase("conv-16x32x16x16", lambda: Convolution(32), (16, 32, 16, 16)),
+    PeerCase("attention-2x4x16", lambda: Attention(16), (2, 4, 16)),
     PeerCase("attention-4x16x32", lambda: Attention(32), (4, 16, 32)),
     PeerCase("attention-16x32x64", lambda: Attention(64), (16, 32, 64)),
 )
 
 
-def competitors(case: PeerCase, method: str) -> tuple[dict[str, Callable[[], Tensor]], dict[str, int]]:
-    """Calls that solve and differentiate once and return z, by name; and deq's evaluations forward and backward."""
+Answer = tuple[Tensor, tuple[Tensor, ...]]  # z, and the gradients of x and the parameters
+
+
+def competitors(case: PeerCase, method: str) -> tuple[dict[str, Callable[[], Answer]], dict[str, int]]:
+    """Calls that solve and differentiate once, by name; and deq's evaluations forward and products backward."""
     from torchdeq import get_deq
 
     block, x, g = case.problem()
@@ -88,54 +93,77 @@ def competitors(case: PeerCase, method: str) -> tuple[dict[str, Callable[[], Ten
     options = {"ift": True, "f_max_iter": LIMIT, "b_max_iter": LIMIT, "f_tol": TOL, "b_tol": TOL}
     options |= {"f_stop_mode": "rel", "b_stop_mode": "rel", "f_solver": METHODS[method], "b_solver": METHODS[method]}
 
-    def through(model: nn.Module) -> Tensor:
+    def through(model: nn.Module) -> Answer:
         z = model(lambda z: block(z, x), torch.zeros_like(x))[0][-1]
-        torch.autograd.grad(z, wanted, g)
-        return z
+        return z, torch.autograd.grad(z, wanted, g)
 
-    def engine() -> Tensor:
+    def engine() -> Answer:
         z = layer(x)
-        torch.autograd.grad(z, wanted, g)
-        return z
+        return z, torch.autograd.grad(z, wanted, g)
 
-    products: list[dict] = []
-    z = drop_in.get_deq(**options)(lambda z: block(z, x), torch.zeros_like(x), backward_writer=products.append)[0][-1]
-    torch.autograd.grad(z, wanted, g)
-    engine()
-    counts = {"forward": int(layer.solution.iterations.max()), "backward": int(products[0]["nstep"].max())}
-
-    def bare() -> Tensor:
-        with torch.no_grad():
-            z = torch.zeros_like(x)
-            for _ in range(counts["forward"]):
-                z = block(z, x)
-        point = z.requires_grad_()
-        image = block(point, x)
-        u = g
-        for _ in range(counts["backward"]):
-            (u,) = torch.autograd.grad(image, point, u, retain_graph=True)
-        torch.autograd.grad(image, wanted, u)
-        return image
-
+    counts = _counts(block, engine)
     theirs, ours = get_deq(**options), drop_in.get_deq(**options)
     return {
         "deq": engine,
         "deq.torchdeq": lambda: through(ours),
         "torchdeq": lambda: through(theirs),
-        "block": bare,
+        "block": lambda: bare(block, x, g, **counts),
     }, counts
 
 
+def bare(block: nn.Module, x: Tensor, g: Tensor, forward: int, backward: int) -> Answer:
+    """The plain iteration, so many evaluations and products of it, judged by nobody."""
+    with torch.no_grad():
+        z = torch.zeros_like(x)
+        for _ in range(forward):
+            z = block(z, x)
+    point = z.requires_grad_()
+    image = block(point, x)
+    u = g
+    for _ in range(backward):
+        (u,) = torch.autograd.grad(image, point, u, retain_graph=True)
+        u = u + g
+    return image, torch.autograd.grad(image, (x, *block.parameters()), u)
+
+
+def exact(case: PeerCase) -> Answer:
+    """The answer in float64, both iterations run until rounding is all that is left."""
+    block, x, g = case.problem()
+    return bare(block.double(), x.detach().double().requires_grad_(), g.double(), forward=200, backward=200)
+
+
+def _counts(block: nn.Module, run: Callable[[], Answer]) -> dict[str, int]:
+    """Evaluations of ``block`` in ``run`` before the one that is differentiated, and products before the last."""
+    counts = {"forward": -1, "backward": -1}
+
+    def count(module: nn.Module, inputs: tuple, image: Tensor) -> None:
+        counts["forward"] += 1
+        if image.requires_grad:
+            image.register_hook(lambda g: counts.update(backward=counts["backward"] + 1))
+
+    hook = block.register_forward_hook(count)
+    run()
+    hook.remove()
+    return counts
+
+
 def measure(case: PeerCase, method: str, threads: int, seconds: float) -> list[dict]:
-    """One row a competitor, with ``ratio`` over deq's time and ``residual``, the worst of the answer."""
+    """One row a competitor: ``ratio`` over deq's time, ``residual``, the worst sample's of the answer, ``error`` and
+    ``gradient_error``, the distances to the float64 solution of the worst sample and of the worst gradient, relative.
+    """
     with use_threads(threads):
         runs, counts = competitors(case, method)
         block, x, _ = case.problem()
-        residuals = {}
+        quality = {}
+        solution, gradients = exact(case)
         for name, run in runs.items():
-            z = run().detach()
+            z, found = run()
+            z = z.detach()
             with torch.no_grad():
-                residuals[name] = float(((block(z, x) - z).flatten(1).norm(dim=1) / z.flatten(1).norm(dim=1)).max())
+                residual = (block(z, x) - z).flatten(1).norm(dim=1) / z.flatten(1).norm(dim=1)
+            error = (z - solution).flatten(1).norm(dim=1) / solution.flatten(1).norm(dim=1)
+            worst = max(float((a - b).norm() / b.norm()) for a, b in zip(found, gradients, strict=True))
+            quality[name] = {"residual": float(residual.max()), "error": float(error.max()), "gradient_error": worst}
         timings = interleave(runs, seconds, clock=thread_clock(threads))
     share = timings["block"].median / timings["torchdeq"].median
     must = 2.0 if share < 0.5 else 1.0
@@ -151,7 +179,7 @@ def measure(case: PeerCase, method: str, threads: int, seconds: float) -> list[d
             "block_share": share,
             "must": must if name == "torchdeq" else None,
             "reached": ratio >= must if name == "torchdeq" else None,
-            "residual": residuals[name],
+            **quality[name],
             **counts,
         }
         for name, timing in timings.items()

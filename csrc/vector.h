@@ -17,7 +17,7 @@ struct DeqSteps {
   int32_t measure;  // DeqMeasure
   int32_t depth;    // pairs or steps in the history; 0 for the plain method
   int32_t threads;
-  int32_t unused;
+  int32_t affine;  // whether f is: then the residual of a mix of evaluations is known without evaluating there
   double damping, tol, leave;
   int64_t max_iter;
   int64_t evaluations;  // so far; counted by deq_cpu_advance

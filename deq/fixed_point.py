@@ -1,6 +1,7 @@
 """The front door for any function: check the arguments, solve, attach the gradient, report."""
 
 import difflib
+import functools
 import math
 import numbers
 from collections.abc import Callable, Sequence
@@ -8,10 +9,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .closures import in_forward_mode, in_transform, watched
+from .closures import Applied, held, in_forward_mode, in_transform, watched
 from .implicit_function import Equation, closed_over, full_precision
 from .implicit_function import fixed_point as implicit
-from .solution import Solution, Status, report_failures
+from .solution import Solution, report_failures
 from .solvers import generic
 from .solvers.generic import CRITERIA, METHODS, Rule
 from .state import Layout, State, layout_of
@@ -110,7 +111,7 @@ def fixed_point(
         keep: evaluations, counted from 1, after which the best states so far are wanted in ``solution.trajectory``.
         batch_dims: how many leading dimensions count samples, where the rule of z0 does not fit.
         tensors: all tensors that f closes over and that need gradients, where they are known: f is then not watched,
-            which saves the call some 15 us an operator of f.
+            which costs up to 15 us an operator of f where it uses tensors that are no leaves.
         on_failure: "warn", "raise" (:class:`deq.ConvergenceError`) or "ignore" when samples do not converge.
 
     Returns:
@@ -145,6 +146,69 @@ def _fixed_point(
     f: Callable[[State], State],
     z0: State,
     *,
+    backward: str,
+    backward_steps: int,
+    damping: float,
+    backward_damping: float,
+    keep: Sequence[int],
+    batch_dims: int | None,
+    tensors: Sequence[Tensor] | None,
+    on_failure: str,
+    **options,
+) -> StateSolution:
+    if not callable(f):
+        raise TypeError(f"f must be callable; got {type(f).__name__}")
+    layout = layout_of(z0, batch_dims)
+    options |= {"backward": backward, "backward_steps": backward_steps, "on_failure": on_failure, "keep": tuple(keep)}
+    options |= {"damping": damping, "backward_damping": backward_damping}
+    try:
+        rule, adjoint, keep = _rules(layout.coarsest, **options)
+    except TypeError:  # what has no hash is named
+        rule, adjoint, keep = _rules.__wrapped__(layout.coarsest, **options)
+    evaluate = _matrix_map(f, layout)
+    start = layout.flatten(z0, "z0").detach()
+    if not in_transform() and not _is_finite(start):
+        bad = int((~torch.isfinite(start).all(1)).nonzero()[0])
+        raise ValueError(f"z0 must be finite; sample {bad} holds NaN or infinity")
+
+    def report(result: generic.Result, rule: Rule, what: str) -> None:
+        if not bool(result.status.any()):  # CONVERGED is 0
+            return
+        fits = layout.batch == result.z.shape[0]  # not under vmap, where there are more samples
+        z = layout.unflatten(result.z) if fits else result.z
+        report_failures(_solution(z, result, layout if fits else None, rule), on_failure, rule.tol, what)
+
+    first = None
+    if not (torch.is_grad_enabled() or in_transform() or in_forward_mode()):
+        tensors = ()
+    elif tensors is None:
+        first, tensors = watched(evaluate, start, held(f))
+    else:
+        tensors = [t for t in tensors if isinstance(t, Tensor)]
+    if tensors and backward in ("implicit", "neumann"):
+        terms = backward_steps if backward == "neumann" else None
+
+        def direct(*new: Tensor) -> Callable[[Tensor], Tensor] | None:
+            g = f.to(tensors, new) if isinstance(f, Applied) else None
+            return None if g is None else _matrix_map(g, layout)
+
+        equation = Equation(closed_over(evaluate, tensors), rule, adjoint, terms, keep, report, direct=direct)
+        hidden = None if first is None or in_transform() or in_forward_mode() else first
+        z, *rest = implicit(equation, start, tensors, hidden)
+        result = generic.Result(z, *rest[:3], rest[3:])
+        return _solution(layout.unflatten(z), result, layout, rule)
+    equation = Equation(closed_over(evaluate, ()), rule, adjoint, keep=keep, report=report)
+    result = equation.solve(start, first=first)
+    z = result.z
+    if tensors:
+        z = _differentiated(evaluate, start, result, backward, damping, backward_steps, backward_damping)
+    return _solution(layout.unflatten(z), result, layout, rule)
+
+
+@functools.lru_cache(maxsize=256, typed=True)  # 25 us of checks that would be the same in every step of a training
+def _rules(
+    dtype: torch.dtype,
+    *,
     solver: str,
     tol: float | None,
     max_iter: int | None,
@@ -157,26 +221,22 @@ def _fixed_point(
     backward_max_iter: int | None,
     backward_steps: int,
     backward_damping: float,
-    keep: Sequence[int],
-    batch_dims: int | None,
-    tensors: Sequence[Tensor] | None,
+    keep: tuple[int, ...],
     on_failure: str,
     **unknown,
-) -> StateSolution:
+) -> tuple[Rule, Rule, tuple[int, ...]]:
+    """The options, checked: how the fixed point and how its adjoint equation are solved, and what to keep."""
     if unknown:
         raise TypeError(unknown_option("deq.fixed_point", next(iter(unknown.items())), fixed_point.__kwdefaults__))
-    if not callable(f):
-        raise TypeError(f"f must be callable; got {type(f).__name__}")
     _check_choice("solver", solver, METHODS)
     _check_choice("criterion", criterion, CRITERIA)
     _check_choice("backward", backward, BACKWARDS)
     _check_choice("on_failure", on_failure, ON_FAILURE)
     backward_solver = ("anderson" if solver == "plain" else solver) if backward_solver is None else backward_solver
     _check_choice("backward_solver", backward_solver, METHODS)
-    layout = layout_of(z0, batch_dims)
     _check_number("damping", damping, 0, 2)
     _check_number("backward_damping", backward_damping, 0, 2)
-    default = DEFAULT_TOL[layout.coarsest]
+    default = DEFAULT_TOL[dtype]
     tol = default if tol is None else _check_number("tol", tol, 0, math.inf)
     backward_tol = (tol if criterion != "absolute" else default) if backward_tol is None else backward_tol
     _check_number("backward_tol", backward_tol, 0, math.inf)
@@ -184,46 +244,16 @@ def _fixed_point(
     backward_max_iter = max_iter if backward_max_iter is None else _check_count("backward_max_iter", backward_max_iter)
     _check_count("backward_steps", backward_steps)
     depth = DEFAULT_DEPTH[solver] if depth is None else _check_count("depth", depth)
-    keep = tuple(sorted({_check_count("keep", k) for k in keep}))
-
     if backward == "unrolled":
         solver = "plain"
     rule = Rule(solver, tol, max_iter, depth, damping, criterion)
-    adjoint = Rule(backward_solver, backward_tol, backward_max_iter, DEFAULT_DEPTH[backward_solver])
-    evaluate = _matrix_map(f, layout)
-    start = layout.flatten(z0, "z0").detach()
-    if not in_transform() and not bool(torch.isfinite(start).all()):
-        bad = int((~torch.isfinite(start).all(1)).nonzero()[0])
-        raise ValueError(f"z0 must be finite; sample {bad} holds NaN or infinity")
+    adjoint = Rule(backward_solver, backward_tol, backward_max_iter, DEFAULT_DEPTH[backward_solver], affine=True)
+    return rule, adjoint, tuple(sorted({_check_count("keep", k) for k in keep}))
 
-    def report(result: generic.Result, rule: Rule, what: str) -> None:
-        if not bool((result.status != Status.CONVERGED).any()):
-            return
-        fits = layout.batch == result.z.shape[0]  # not under vmap, where there are more samples
-        z = layout.unflatten(result.z) if fits else result.z
-        report_failures(_solution(z, result, layout if fits else None, rule), on_failure, rule.tol, what)
 
-    equation = Equation(closed_over(evaluate, ()), rule, adjoint, keep=keep, report=report)
-    if not (torch.is_grad_enabled() or in_transform() or in_forward_mode()):
-        result = equation.solve(start)
-        return _solution(layout.unflatten(result.z), result, layout, rule)
-    if tensors is None:
-        first, tensors = watched(lambda: evaluate(start))
-    else:
-        first, tensors = None, [t for t in tensors if isinstance(t, Tensor)]
-    if not tensors:
-        result = equation.solve(start, first=first)
-        return _solution(layout.unflatten(result.z), result, layout, rule)
-    if backward in ("implicit", "neumann"):
-        terms = backward_steps if backward == "neumann" else None
-        equation = Equation(closed_over(evaluate, tensors), rule, adjoint, terms, keep, report)
-        hidden = None if first is None or in_transform() or in_forward_mode() else first
-        z, *rest = implicit(equation, start, tensors, hidden)
-        result = generic.Result(z, *rest[:3], rest[3:])
-        return _solution(layout.unflatten(z), result, layout, rule)
-    result = equation.solve(start)
-    z = _differentiated(evaluate, start, result, backward, damping, backward_steps, backward_damping)
-    return _solution(layout.unflatten(z), result, layout, rule)
+def _is_finite(x: Tensor) -> bool:
+    """Whether all elements are: a sum of those that are is, unless it overflows."""
+    return math.isfinite(float(x.sum())) or bool(torch.isfinite(x).all())
 
 
 def _matrix_map(f: Callable[[State], State], layout: Layout) -> Callable[[Tensor], Tensor]:
@@ -244,10 +274,10 @@ def _matrix_map(f: Callable[[State], State], layout: Layout) -> Callable[[Tensor
 
 
 def _solution(z: State, result: generic.Result, layout: Layout | None, rule: Rule) -> StateSolution:
-    samples = result.status.shape if layout is None else layout.samples
-    said = (t.reshape(samples) for t in (result.iterations, result.residual, result.status))
-    trajectory = result.trajectory
+    said, trajectory = (result.iterations, result.residual, result.status), result.trajectory
     if layout is not None:
+        if len(layout.samples) != 1:
+            said = tuple(t.reshape(layout.samples) for t in said)
         trajectory = [None if t is None else layout.unflatten(t) for t in trajectory]
     return StateSolution(z, *said, rule, trajectory)
 

@@ -22,7 +22,7 @@ DEQ_VECTOR_LOOPS(double)
 
 // The rule of deq/solvers/generic/rule.py and torch_steps.py.
 constexpr int64_t kSlowAfter = 12, kPatience = 128, kPatienceAtFloor = 32;
-constexpr double kSlowContraction = 0.8, kFloorEps = 1000.0, kSafeguard = 10.0, kGrown = 1e3, kSmallestPivot = 1e-3;
+constexpr double kSlowContraction = 0.8, kFloorEps = 1000.0, kSafeguard = 10.0, kGrown = 1e3, kSmallestPivot = 1e-3, kGramRounding = 1e-14;
 
 constexpr int64_t kPieceBytes = 16384;
 constexpr int64_t kElementsPerThread = 32768;  // less than this takes no longer than a parallel region's start
@@ -33,6 +33,7 @@ enum Place : int32_t { kSaved, kPoint, kSlot };  // where the best image is: in 
 struct Sample {
   double step[2];  // |f(y) - y| of the last two evaluations
   double best, best_residual, limit;
+  double mixed;  // norm of the mixed residual
   int64_t best_at, restarted_at;
   int32_t count, head;  // pairs in the history, slot of the newest
   int32_t place, slot;  // of the best image
@@ -197,8 +198,13 @@ struct Steps {
       s.restarted_at = k;
       s.count = 0;
       s.action = kReturn;
-    } else if (pushed && weigh(s)) {
+    } else if (pushed && weigh(s, size)) {
       s.action = kMix;
+      if (is_known_to_converge(s, size)) {
+        p.residual[b] = s.mixed / size;
+        p.status[b] = DEQ_CONVERGED;
+        s.place = kPoint;
+      }
     } else if (p.method == DEQ_STEP_BROYDEN) {
       broyden(b, s);
     }
@@ -219,8 +225,15 @@ struct Steps {
     }
   }
 
-  // Anderson's weights by slot; false where the plain step is all that can be trusted.
-  bool weigh(Sample& s) const {
+  // Of an affine f the image of the mixed point is the mix of the images, and its residual that of the residuals.
+  bool is_known_to_converge(const Sample& s, double size) const {
+    if (!p.affine || p.damping != 1.0 || p.measure == DEQ_MEASURE_ERROR) return false;
+    return s.mixed <= p.tol * (p.measure == DEQ_MEASURE_ABSOLUTE ? 1.0 : size);
+  }
+
+  // Anderson's weights by slot, and a bound on the norm of the mixed residual; false where the plain step is all that can be
+  // trusted.
+  bool weigh(Sample& s, double size) const {
     double gram[kMaxDepth][kMaxDepth], a[kMaxDepth];
     const auto slot = [&](int32_t i) { return (s.head - i + p.depth) % p.depth; };
     for (int32_t i = 0; i < s.count; ++i)
@@ -234,6 +247,14 @@ struct Steps {
       s.a[slot(i)] = a[i];
       s.b[slot(i)] = -(1 - p.damping) * a[i];
     }
+    double square = 0, rounded = 0, total = 0;  // the sums' and the elements' rounding is what may be missing
+    for (int32_t i = 0; i < n; ++i) {
+      for (int32_t j = 0; j < n; ++j) square += a[i] * a[j] * gram[i][j];
+      rounded += fabs(a[i]) * sqrt(gram[i][i]);
+      total += fabs(a[i]);
+    }
+    s.mixed = sqrt(std::max(square, 0.0) + kGramRounding * rounded * rounded) +
+              4 * std::numeric_limits<T>::epsilon() * total * size;
     return true;
   }
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from .. import _library, _triton, stats
 from ..activations import ACTIVATIONS
 from ..gpu_device import find_device
-from ..gpu_plan import expected
+from ..gpu_plan import TRITON_INCREMENTS, expected
 from ..plan import Plan
 from ..solution import Status
 from . import reference
@@ -149,7 +149,7 @@ def regime_for(width: int, batch: int, device: int) -> str | None:
         return float("inf") if found is None else found.solve
 
     ours = min(_PLANNED, key=lambda regime: seconds(regime, "ieee", "bfloat16"))
-    theirs = min(seconds(r, "tf32x3", i) for r in ("resident", "cell") for i in ("native", "bfloat16"))
+    theirs = min(seconds(r, "tf32x3", i) for r in ("resident", "cell") for i in TRITON_INCREMENTS)
     return _PLANNED[ours] if seconds(ours, "ieee", "bfloat16") < theirs else None
 
 
@@ -198,6 +198,10 @@ class _Report(Deferred):
     def __init__(self, report: Tensor, status: Tensor, W: Tensor):
         self.report, self.status, self.weight = report, status, weakref.ref(W)
 
+    @property
+    def samples(self) -> int:
+        return self.status.numel()
+
     def read(self) -> list[int]:
         _, *bad = self.report.tolist()
         return [int((self.status != Status.CONVERGED).sum()), *(max(place, 0) for place in bad)]
@@ -207,7 +211,11 @@ class _Rescued(Deferred):
     """The report of another backend, its count of failed samples taken after the rescue."""
 
     def __init__(self, solved: Deferred, status: Tensor):
-        self.solved, self.status = solved, status
+        self.solved, self.status, self.weight = solved, status, solved.weight
+
+    @property
+    def samples(self) -> int:
+        return self.status.numel()
 
     def read(self) -> list[int]:
         _, *bad = self.solved.read()

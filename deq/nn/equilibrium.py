@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ..closures import Applied
 from ..fixed_point import StateSolution, fixed_point, unknown_option
 from ..state import State
 from .compiled import equilibrium, register
@@ -59,12 +60,12 @@ class Equilibrium(nn.Module):
             inputs = tuple(x.to(dtype) if wide(x) else x for x in inputs)
         if torch.compiler.is_compiling():
             return self._compiled(inputs, z0)
-        return self.solve(lambda z: self.block(z, *inputs), z0).z
+        return self.solve(Applied(self.block, inputs), z0).z
 
     def solve(self, f: Callable[[State], State], z0: State) -> StateSolution:
         """:func:`deq.fixed_point` with the layer's options; ``solution`` keeps it, detached."""
         solution = fixed_point(f, z0, **self.options)
-        self.solution = solution.detach()
+        self.__dict__["solution"] = solution.detach()  # not by nn.Module, which looks for parameters in it: 8 us
         return solution
 
     def _compiled(self, inputs: tuple[Tensor, ...], z0: State) -> State:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..closures import watched
+from ..closures import held, watched
 from ..implicit_function import Equation, closed_over
 from ..implicit_function import fixed_point as implicit
 from ..solvers import generic
@@ -184,7 +184,7 @@ class _Problem:
             return layout.flatten(list(self.func(*state)) if self.several else self.func(state))
 
         flat = layout.flatten(z) if self.listed or not self.several else z
-        image, tensors = watched(lambda: f(flat))
+        image, tensors = watched(f, flat, held(self.func))
         value = image if advance else flat
         equation = Equation(closed_over(f, tensors), _known, self._adjoint)
         out = implicit(equation, flat, tensors, value)[0]

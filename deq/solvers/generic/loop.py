@@ -50,6 +50,7 @@ def run(
             if k % every == 0 and not steps.is_running():
                 break
         steps.collect()
+        steps.release()
         return Result.of(steps, trajectory, trace)
 
 

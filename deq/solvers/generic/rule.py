@@ -24,7 +24,8 @@ class Rule:
     damping: beta of ``y + beta (f(y) - y)``, plain or Anderson; Broyden's first step.
     criterion: "residual" stops a sample at ``r = ||f(y) - y|| / ||f(y)|| <= tol``, "error" at ``r q / (1 - q) <= tol``
         with its measured contraction q, "absolute" at ``||f(y) - y|| <= tol``.
-    affine: whether f is known to be affine, as the equations of derivatives are.
+    affine: whether f is known to be affine, as the equations of derivatives are. Anderson then stops a sample where
+        the residual of the next point, a mix of those that it has, is within the tolerance: one evaluation saved.
     margin: whether a sample that contracts fast is taken to ``tol^1.1`` (deq/reference.py says why).
     """
 

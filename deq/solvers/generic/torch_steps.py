@@ -10,6 +10,7 @@ from ...reference import FLOOR_EPS, MAX_WEIGHT, SLOW_AFTER, SLOW_CONTRACTION
 from ...solution import Status
 from .rule import GROWN, PATIENCE, PATIENCE_AT_FLOOR, SAFEGUARD, Rule
 
+GRAM_ROUNDING = 1e-14  # of squares of residuals, summed in float64
 RUNNING = 255  # status of a sample that is not done
 
 
@@ -48,6 +49,9 @@ class TorchSteps:
 
     def collect(self) -> None:
         """z is always complete."""
+
+    def release(self) -> None:
+        """Nothing waits for another solve."""
 
     def is_running(self) -> bool:
         return bool((self.status == RUNNING).any())
@@ -104,7 +108,10 @@ class TorchSteps:
         after = torch.lerp(y, fy, rule.damping) if rule.damping != 1.0 else fy
         if self.mixes:
             weights, used = self._weights()
-            after = self._combine(weights, pushing & going & ~restart & (used > 1), after)
+            mixing = pushing & going & ~restart & (used > 1)
+            after = self._combine(weights, mixing, after)
+            if rule.affine and rule.damping == 1.0 and rule.criterion != "error":
+                going = going & ~self._take_known(weights, mixing, after, size)
         elif rule.method == "broyden":
             after = self._broyden(fy - y, y, going & ~restart)
         after = torch.where(restart.unsqueeze(1), self.z, after)
@@ -152,6 +159,22 @@ class TorchSteps:
         if self.rule.damping != 1.0:
             mixed = mixed - (1 - self.rule.damping) * (a.unsqueeze(1) @ self.G.double()).squeeze(1)
         return torch.where(mixing.unsqueeze(1), mixed.to(after.dtype), after)
+
+    def _take_known(self, a: Tensor, mixing: Tensor, mixed: Tensor, size: Tensor) -> Tensor:
+        """Ends samples whose mixed point is known to satisfy the tolerance; returns which.
+
+        Of an affine f the image of the mixed point is the mix of the images, and its residual that of the residuals:
+        what the next evaluation would say is known before it. What rounding may hide is added to the residual.
+        """
+        diagonal = self.gram.diagonal(dim1=1, dim2=2)
+        square = (a.unsqueeze(1) @ self.gram @ a.unsqueeze(2)).reshape(-1).clamp(min=0)
+        rounded = (a.abs() * diagonal.sqrt()).sum(1).square()
+        residual = (square + GRAM_ROUNDING * rounded).sqrt() + 4 * self.eps * a.abs().sum(1) * size
+        known = mixing & (residual <= self.rule.tol * (1.0 if self.rule.criterion == "absolute" else size))
+        self.z = torch.where(known.unsqueeze(1), mixed, self.z)
+        self.residual = torch.where(known, residual / size, self.residual)
+        self.status = torch.where(known, int(Status.CONVERGED), self.status)
+        return known
 
     def _weights(self) -> tuple[Tensor, Tensor]:
         """Weights (B, depth) by slot and how many pairs they use (B,): the oldest are dropped until the normal
