@@ -335,22 +335,20 @@ def test_a_rescue_that_cannot_be_launched_changes_nothing(monkeypatch):
 
 def test_the_report_counts_failures_after_the_rescue():
     class Solved(cuda.Deferred):
-        def __init__(self):
-            pass
-
         def read(self):
             return [3, 0, 2, 0]
 
     status = torch.tensor([0, 1, 0], dtype=torch.uint8)
-    report = cuda._Rescued(Solved(), status)
+    report = cuda._Rescued(Solved([], status), status)
     status[1] = int(Status.CONVERGED)  # read when it is asked for
-    assert report.read() == [0, 0, 2, 0]
+    assert report.read() == [0, 0, 2, 0] and report.samples == 3
 
 
 def test_what_is_not_on_a_gpu_is_not_rescued():
     _, c, _ = gaussian(8, 3)
-    outcome = cuda.Outcome(c, stats.allocate(c), [1, 0, 0, 0])
-    assert cuda._rescued(outcome, c, (c,), 6, plan()) is outcome
+    for report in ([1, 0, 0, 0], cuda.Deferred([], c)):
+        outcome = cuda.Outcome(c, stats.allocate(c), report)
+        assert cuda._rescued(outcome, c, (c,), 6, plan()) is outcome
 
 
 def test_what_the_engine_does_not_serve_goes_elsewhere():
