@@ -1,4 +1,5 @@
-"""``python -m bench.small_cases``: small ragged problems with every backend of the GPU, forward and backward.
+"""``python -m bench.small_cases``: small ragged problems with every backend of the GPU, forward and backward: by
+iteration, by substitution, and one that does not converge.
 
 Stops at the first that is wrong. Made for compute-sanitizer, under which everything takes a hundred times as long.
 """
@@ -39,7 +40,23 @@ def check(device: str, backend: str) -> int:
                 error = (ours - theirs).norm() / theirs.norm()
                 assert error < 20 * TOL, f"{backend}, m = {m}, B = {B}, {solver}: differs by {error:.1e}"
             count += 1
+        count += _check_triangular(W.detach(), c, backend)
+        failing = deq.solve(30 * W.detach(), c.detach(), "tanh", backend=backend, max_iter=30, on_failure="ignore")
+        assert failing.z.isfinite().all(), f"{backend}, m = {m}, B = {B}: not finite"
     return count
+
+
+def _check_triangular(W: torch.Tensor, c: torch.Tensor, backend: str) -> int:
+    """The same for a lower triangular weight."""
+    results = {}
+    for name in (backend, "reference"):
+        weight = (W / 2).requires_grad_()
+        z = deq.solve(deq.weights.LowerTriangular(weight), c, "tanh", solver="direct", backend=name).z
+        results[name] = z, *torch.autograd.grad(z.sum(), (weight, c))
+    for ours, theirs in zip(results[backend], results["reference"], strict=True):
+        error = (ours - theirs).norm() / theirs.norm()
+        assert error < TOL, f"{backend}, triangular, {tuple(c.shape)}: differs by {error:.1e}"
+    return 1
 
 
 def main(device: str = "cuda") -> None:

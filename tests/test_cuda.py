@@ -347,8 +347,9 @@ def test_the_report_counts_failures_after_the_rescue():
 
 def test_what_is_not_on_a_gpu_is_not_rescued():
     _, c, _ = gaussian(8, 3)
-    outcome = cuda.Outcome(c, stats.allocate(c), [1, 0, 0, 0])
-    assert cuda._rescued(outcome, c, (c,), 6, plan()) is outcome
+    for report in ([1, 0, 0, 0], cuda.Deferred([], c)):
+        outcome = cuda.Outcome(c, stats.allocate(c), report)
+        assert cuda._rescued(outcome, c, (c,), 6, plan()) is outcome
 
 
 def test_what_the_engine_does_not_serve_goes_elsewhere():

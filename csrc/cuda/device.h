@@ -44,7 +44,7 @@ struct Device {
   static DEQ_GPU int cluster_block() { return cluster_register<1>(); }
   static DEQ_GPU void sync_cluster() {
 #if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
 #else
     __syncthreads();
 #endif

@@ -21,13 +21,18 @@ class DeviceScope {
  public:
   explicit DeviceScope(int32_t device) {
     error_ = cudaGetDevice(&before_);
-    if (error_ == cudaSuccess && before_ != device) error_ = cudaSetDevice(device);
+    if (error_ != cudaSuccess || before_ == device) return;
+    error_ = cudaSetDevice(device);
+    has_moved_ = error_ == cudaSuccess;
   }
-  ~DeviceScope() { cudaSetDevice(before_); }
+  ~DeviceScope() {
+    if (has_moved_) cudaSetDevice(before_);
+  }
   cudaError_t error() const { return error_; }
 
  private:
   int before_ = 0;
+  bool has_moved_ = false;
   cudaError_t error_;
 };
 

@@ -21,9 +21,8 @@ int32_t complete_rescue(int64_t width, const Limits& limits, DeqCudaPlan* plan) 
   plan->scratch = is_shared ? 0 : plan->blocks * jacobian_bytes(width);
   if (rescued_by_a_block(width) < 1 || plan->shared > limits.shared)
     return failed(DEQ_NOT_SUPPORTED, "a Newton step of width %lld takes a block too long", static_cast<long long>(width));
-  return check_cuda(
-      cudaFuncSetAttribute(rescue_samples, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(plan->shared)),
-      "asking for shared memory");
+  return check_cuda(cudaFuncSetAttribute(rescue_samples, cudaFuncAttributeMaxDynamicSharedMemorySize, limits.shared),
+                    "asking for shared memory");
 }
 
 int32_t plan_rescue(int64_t samples, int64_t width, const Limits& limits, DeqCudaPlan* plan) {

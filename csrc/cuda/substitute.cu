@@ -30,8 +30,9 @@ int64_t floats_of(int64_t batch, int64_t width, int columns) {
 }
 
 bool is_well_formed(const DeqCudaSubstitution& p) {
-  return p.batch >= 0 && p.width >= 1 && p.activation >= 0 && p.activation < kActivations && p.W.data && p.injection.data &&
-         p.out.data && p.residual && (p.out.stride[2] == 1 || p.width == 1) && tiles_of(p.width) <= 65535;
+  const bool has_all = p.W.data && p.injection.data && p.out.data && p.residual;  // without samples there is nothing to point at
+  return p.batch >= 0 && p.width >= 1 && tiles_of(p.width) <= 65535 && p.activation >= 0 && p.activation < kActivations &&
+         (p.batch == 0 || has_all) && (p.out.stride[2] == 1 || p.width == 1);
 }
 
 }  // namespace

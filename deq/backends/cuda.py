@@ -228,11 +228,12 @@ def _rescues(plan: Plan) -> bool:
 
 
 def _rescued(outcome: Outcome, W: Tensor, batch: tuple[Tensor, ...], number: int, plan: Plan) -> Outcome:
-    """The outcome of another backend, with its failed samples taken on where it is of float32 on a GPU."""
+    """The outcome of another backend, with its failed samples taken on where it is of float32 on a GPU. Where the host
+    knows already how many there are, that is the ladder's task (deq/solvers/ladder.py)."""
     z, said, report = outcome
     if not (_rescues(plan) and isinstance(report, Deferred) and z.dtype == torch.float32 and z.is_contiguous()):
         return outcome
-    if not (z.is_cuda and z.numel() and _library.has_cuda):
+    if report.failed is not None or not (z.is_cuda and z.numel() and _library.has_cuda):
         return outcome
     _rescue(
         W.detach().float().contiguous(),

@@ -210,8 +210,8 @@ class Triangular:
 
     def why_not(self, activation: str) -> str | None:
         if self.strict:
-            if has_kernels(self.W) or self.backend == "cuda":  # which do not look for it
-                refuse_non_finite("W", self._lower)
+            if has_kernels(self.W) or self.backend == "cuda":  # which do not look for NaN
+                cache.remembered(self.W, ("bounds", self.strict), self._bounds)
             return None
         if is_compiled(self.W) and self.W.dtype in (torch.float32, torch.float64):
             least, most = self._packed.least, self._packed.most
