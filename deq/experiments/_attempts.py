@@ -22,8 +22,8 @@ Batch = tuple[Tensor, Tensor]  # x (S, B, d) and y (S, B)
 @dataclass(frozen=True)
 class Attempt:
     """make: the net. longer: times the usual steps. prepare(net, tick): trains beforehand. against: names of the nets
-    that it is compared with, which have its parameters, and were trained as long where it was trained for longer;
-    conditions: of a claim about it."""
+    that it is compared with, which have its parameters, and were trained as long and on the same curriculum where it was; conditions: of a
+    claim about it."""
 
     make: Make
     longer: int = 1
@@ -68,18 +68,20 @@ def attempts(
 
     n = matching_width(inputs, depth, wide * (wide + inputs + 2) + 1)
     longer, larger = f"{name}, {LONGER} x the steps", f"feed-forward {n}x{depth} (params of {wide})"
+    taught = f"{name}, curriculum"
     both, usually = (name, longer), f"contractive DEQ {width}"
     tried = {
         f"{usually}, {LONGER} x the steps": Attempt(deq(), LONGER, against=both),
         f"{usually}, loose solves first": Attempt(deq(), prepare=loosely, against=both),
         f"{usually}, solved from zero": Attempt(deq(warm=False), against=(name,)),
-        f"{usually}, curriculum": Attempt(deq(), prepare=climb, against=both),
+        f"{usually}, curriculum": Attempt(deq(), prepare=climb, against=(*both, taught)),
         f"contractive DEQ {wide}": Attempt(deq(m=wide), against=(larger,)),
     }
     if run.settings.level == "full":
         tried[f"monotone DEQ {wide}"] = Attempt(deq("monotone", wide), against=(larger,))
     return tried | {
         longer: Attempt(net, LONGER),
+        taught: Attempt(net, prepare=climb),
         larger: Attempt(lambda S, g: FeedForward(S, inputs, n, depth, g, F32, kinks)),
     }
 

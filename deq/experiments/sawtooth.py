@@ -134,7 +134,7 @@ def _attempts(run: Run, width: int, n: int) -> dict[str, Attempt]:
     usual = x, triangle(x[..., 0], n)
     made = attempts(run, 1, config.kinks, usual, easier, (rival, nets[rival]), run.settings.depth)
     name = f"triangular DEQ {width}"
-    against = rival, f"{rival}, {LONGER} x the steps"
+    against = rival, f"{rival}, {LONGER} x the steps", f"{rival}, curriculum"
     made[f"{name}, curriculum"] = Attempt(equilibria(width, config.kinks)[name], prepare=climb, against=against)
     for noise in config.noise:
         made[f"construction, noise {noise}"] = Attempt(
