@@ -22,8 +22,8 @@ Batch = tuple[Tensor, Tensor]  # x (S, B, d) and y (S, B)
 @dataclass(frozen=True)
 class Attempt:
     """make: the net. longer: times the usual steps. prepare(net, tick): trains beforehand. against: names of the nets
-    that it is compared with, which have its parameters, and were trained as long and on the same curriculum where it was; conditions: of a
-    claim about it."""
+    that it is compared with: of its parameters, and trained as long and on the same curriculum where it was.
+    conditions: of a claim about it."""
 
     make: Make
     longer: int = 1
