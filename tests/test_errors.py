@@ -170,3 +170,15 @@ def test_the_cache_is_bounded():
         deq.solve(weight, injection)
     assert 0 < library.deq_cpu_cache_bytes() <= 300 << 20
     assert library.deq_cpu_clear_cache() > 0 and library.deq_cpu_cache_bytes() == 0
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="no compiled library")
+def test_the_weight_cache_is_short_however_small_the_weights():
+    library = _library.compiled
+    library.deq_cpu_clear_cache()
+    weights = torch.full((200, 3, 3), 0.1) + torch.arange(200.0).view(-1, 1, 1) / 1000
+    deq.solve(weights[0], torch.ones(2, 3))
+    one = library.deq_cpu_cache_bytes()
+    for W in weights:  # 200 places in memory: none takes another's entry
+        deq.solve(W, torch.ones(2, 3))
+    assert library.deq_cpu_cache_bytes() <= 64 * one

@@ -2,6 +2,7 @@
 
 import math
 import wave
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,11 +14,13 @@ from deq import reference
 from deq.experiments import _lemma2 as lemma2
 from deq.experiments import _precision as precision
 from deq.experiments import _sawtooth as sawtooth
+from deq.experiments._attempts import LONGER, WIDER, attempt_claims, attempt_table, attempts
 from deq.experiments._boolean import TASKS, cube
 from deq.experiments._conv_nets import MultiscaleDEQ, ResidualNet, convolve, grad_cam
 from deq.experiments._dense_nets import ROW_SUM, DenseDEQ, _BoundedRows
 from deq.experiments._filter_nets import FILTERS, FilterDEQ, FilterNet
 from deq.experiments._judge import beats
+from deq.experiments._lineup import feedforward
 from deq.experiments._norm_nets import ScaledFeedForward, SelfLoopDEQ
 from deq.experiments._result import CONDITIONAL, CONFOUNDED, FINITE_DEPTH, NOT_JUDGED, NOT_REPRODUCED, REPRODUCED
 from deq.experiments._run import SettingsError
@@ -294,3 +297,41 @@ def test_bounded_rows_scale_what_is_too_large_and_differentiate(largest):
     assert bool((sums > ROW_SUM).any()) == (largest > 1)
     kept = V.detach()[:, 1:].requires_grad_()  # |v| has no derivative at the zeros of the first row
     assert torch.autograd.gradcheck(_BoundedRows.apply, (kept,))
+
+
+@pytest.mark.parametrize("level", ["default", "full"])
+def test_attempts_are_compared_with_nets_of_their_parameters_trained_as_long(level):
+    run = SimpleNamespace(
+        settings=SimpleNamespace(width=4, level=level),
+        config=SimpleNamespace(steps=4, rate=1e-2, clip=10.0),
+    )
+    x = torch.rand(2, 6, 1, generator=generator())
+    usual = x, x[..., 0].square()
+    nets = feedforward(4, 3, 4.0)
+    rival = next(name for name in nets if "(params)" in name)
+    tried = attempts(run, 1, 4.0, usual, [(x, x[..., 0])], (rival, nets[rival]))
+    made = {name: attempt.make(2, generator()) for name, attempt in tried.items()}
+    known = made | {rival: nets[rival](2, generator())}
+    longest = {rival: 1} | {name: attempt.longer for name, attempt in tried.items()}
+    deqs = {name: attempt for name, attempt in tried.items() if attempt.against}
+    assert all("DEQ" in name for name in deqs) and any(f"DEQ {4 * WIDER}" in name for name in deqs)
+    for name, attempt in deqs.items():
+        assert all(known[other].count >= known[name].count for other in attempt.against)
+        assert max(longest[other] for other in attempt.against) >= attempt.longer
+    assert max(longest.values()) == LONGER
+
+    for name, attempt in deqs.items():
+        if attempt.prepare is not None:
+            before = [p.clone() for p in made[name].parameters]
+            attempt.prepare(made[name], lambda share: None)
+            assert any(not torch.equal(p, q) for p, q in zip(before, made[name].parameters, strict=True))
+            assert made[name].tol is None  # what follows is solved to the engine's own tolerance
+
+    rows = {name: row(name, [0.5] * 8) | {"parameters": 1, "flops": 1.0, "memory": 1} for name in known}
+    rows[rival]["mse"] = [0.25] * 8
+    claims = attempt_claims(tried, rows, str, "Fig.", quick=False)
+    assert [c.statement for c in claims] == list(deqs)
+    zero = "contractive DEQ 4, solved from zero"
+    assert next(c.measured for c in claims if c.statement == zero) == 0.5
+    cells = {r[0]: r for r in attempt_table("x", tried, rows, rows[zero]).rows}
+    assert cells[zero][-2:] == ("1", "0.5") and cells[f"{rival}, curriculum"][-2:] == ("", "")

@@ -24,7 +24,7 @@ def write_ledger(out: Path, names: Iterable[str]) -> list[Path]:
     """Write HTML and MARKDOWN into ``out`` from the records there, in the order of ``names``; those without are left
     out."""
     records = [json.loads((out / f"{n}.json").read_text()) for n in names if (out / f"{n}.json").exists()]
-    context = {"records": records, "counts": _counts(records), "rules": _RULES}
+    context = {"records": records, "counts": _counts(records), "rules": _RULES, "time": _time(records)}
     written = []
     for target, template in ((HTML, "ledger.html"), (MARKDOWN, "ledger.md")):
         text = resources.files(__package__).joinpath("templates", template).read_text(encoding="utf-8")
@@ -56,6 +56,16 @@ def _counts(records: list[dict]) -> dict[str, int]:
     """Verdict -> number of claims, most frequent first."""
     verdicts = [c["verdict"] for r in records for c in r["claims"]]
     return dict(sorted(((v, verdicts.count(v)) for v in set(verdicts)), key=lambda item: -item[1]))
+
+
+def _time(records: list[dict]) -> str:
+    """How long all of it took, where, and of which commits, in a sentence."""
+    origins = [r["provenance"] for r in records]
+    commits = sorted({f"{(p['commit'] or 'none')[:8]}{' modified' if p['modified'] else ''}" for p in origins})
+    threads = max((p["threads"] for p in origins), default=1)
+    minutes = number(sum(p["seconds"] for p in origins) / 60)
+    where = ", ".join(sorted({f"{p['platform']}, {p['device']}, {p['isa']}" for p in origins}))
+    return f"All of it took {minutes} minutes on {where}, {threads} thread(s) at most; commit {', '.join(commits)}."
 
 
 def _settings(record: dict) -> str:

@@ -191,6 +191,7 @@ class Run:
         """Run every part that is not kept from an interrupted run; results by key, in order."""
         done = {p.key: self._kept.values[p.key] for p in parts if p.key in self._kept.values}
         self.resumed += done
+        self.seconds |= {key: self._kept.seconds[key] for key in done}
         if done:
             self._progress.console.print(f"Resuming: {len(done)} of {len(parts)} parts are kept from an earlier run.")
         task = self._progress.add_task("", total=len(parts), completed=len(done))
@@ -202,32 +203,36 @@ class Run:
             with self.threads_for(part.entries), phase(part.label):
                 value = part.compute(lambda share, base=base: self._progress.update(task, completed=base + share))
             self.seconds[part.key] = round(time.perf_counter() - start, 3)
-            done[part.key] = self._kept.keep(part.key, value)
+            done[part.key] = self._kept.keep(part.key, value, self.seconds[part.key])
             self._progress.update(task, completed=len(done))
             self._progress.console.print(f"  {part.label:<58}{self.seconds[part.key]:8.1f} s", highlight=False)
         return {p.key: done[p.key] for p in parts}
 
 
 class KeptParts:
-    """Finished parts in one file, valid for one fingerprint: other settings or other code start afresh."""
+    """Finished parts in one file, with the seconds that they took, valid for one fingerprint: other settings or other
+    code start afresh."""
 
     def __init__(self, path: Path, fingerprint: str):
         self.path = path
         self.fingerprint = fingerprint
         self.values: dict[str, object] = {}
+        self.seconds: dict[str, float] = {}
         try:
             stored = json.loads(path.read_text())
             if stored["fingerprint"] == fingerprint:
-                self.values = stored["parts"]
+                self.values, self.seconds = stored["parts"], stored["seconds"]
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             pass  # nothing kept, or nothing that can be read: compute everything
         if not self.values:
             self.forget()
 
-    def keep(self, key: str, value: object) -> object:
+    def keep(self, key: str, value: object, seconds: float) -> object:
         """Write ``value`` to disk and return it as a resumed run would read it."""
         self.values[key] = json.loads(json.dumps(to_json(value), allow_nan=False))
-        _write(self.path, json.dumps({"fingerprint": self.fingerprint, "parts": self.values}))
+        self.seconds[key] = seconds
+        kept = {"fingerprint": self.fingerprint, "parts": self.values, "seconds": self.seconds}
+        _write(self.path, json.dumps(kept))
         return self.values[key]
 
     def forget(self) -> None:
@@ -272,7 +277,7 @@ def execute(experiment: Experiment, settings: Settings, out: Path, console: Cons
         "provenance": {
             **_provenance(run),
             "started": started.isoformat(timespec="seconds"),
-            "seconds": round(time.perf_counter() - start, 2),
+            "seconds": round(time.perf_counter() - start + sum(run.seconds[key] for key in run.resumed), 2),
             "seconds_per_part": run.seconds,
             "resumed_parts": run.resumed,
         },

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ._attempts import Attempt, attempt_claims, attempt_table, attempts
-from ._boolean import F32, TASKS, cube, seen_part, train_on_seen, training_parts
+from ._boolean import F32, TASKS, cube, models, seen_part, train_on_seen, training_parts
 from ._dense_nets import DenseDEQ
 from ._fit import FIT_COLUMNS, fit_table_rows
 from ._flow import F64, Family, integrate
@@ -45,7 +45,8 @@ def run_gotu(run: Run) -> Result:
     linear = Part("linear", "closed forms and flows on linear functions", lambda tick: _linear(run, tick))
     parts = training_parts(run, TASKS)
     tried = _attempts(run)
-    values = run.parts([linear, *(part for of_task in parts.values() for part in of_task), *tried])
+    tries = [_part(run, name, attempt) for name, attempt in tried.items()]
+    values = run.parts([linear, *(part for of_task in parts.values() for part in of_task), *tries])
     linear = values["linear"]
     trained = {t: [values[part.key] for part in of_task] for t, of_task in parts.items()}
     claims = [*_linear_claims(linear), *_start_claims(linear)]
@@ -54,10 +55,10 @@ def run_gotu(run: Run) -> Result:
         for deq in rows[:2]:
             statement = f"{t}: unseen error, feed-forward / {deq['model']}"
             claims.append(beats(statement, "Fig. 1c,f", deq, rows[2:], quick=run.settings.quick, setting=setting))
-    more, rows = [values[part.key] for part in tried], trained[TRIED]
+    more, usual = {name: values[f"tried/{name}"] for name in tried}, {r["model"]: r for r in trained[TRIED]}
     claims += attempt_claims(
-        more,
-        rows[-1],
+        tried,
+        usual | more,
         lambda model: f"{TRIED}: unseen error, feed-forward / {model}",
         "Fig. 1c,f",
         quick=run.settings.quick,
@@ -67,35 +68,42 @@ def run_gotu(run: Run) -> Result:
         "Linear f = f0 + sum c_i x_i, seen x_k = 1, model 1^T z + b: b - q'(beta_k) / L^2 is conserved, so beta_k is "
         "the root of beta + b0 + q'(beta) / L^2 = f0 + c_k.",
         "Curriculum: points with at most 1, 2, 3, 5 coordinates of -1, as in Abbe et al. 2023.",
-        *(note for rows in (*trained.values(), more) for r in rows for note in r["notes"]),
+        *(note for rows in (*trained.values(), more.values()) for r in rows for note in r["notes"]),
     ]
     tables = [
         _linear_table(linear),
         *(_trained_table(t, rows) for t, rows in trained.items()),
-        attempt_table(f"{TRIED}: unseen error", more, rows[1], rows[-1]),
+        attempt_table(f"{TRIED}: unseen error", tried, usual | more, usual["vanilla DEQ"]),
     ]
     return Result(claims, tables, values, draw(linear, trained), notes)
 
 
-def _attempts(run: Run) -> list[Part]:
+def _attempts(run: Run) -> dict[str, Attempt]:
     """Other ways to train a DEQ on one task."""
-    d, task, config = run.config.dimension, TASKS[TRIED], run.config
+    d, width, task = run.config.dimension, run.settings.width, TASKS[TRIED]
     easier = [seen_part(run, task, d, most) for most in BALLS if most < d]
+    rival = list(models(width, d).items())[-1]
+    monotone = Attempt(lambda S, g: DenseDEQ(S, d, width, g, "monotone", F32, warm=True), against=(rival[0],))
+    return attempts(run, d, None, seen_part(run, task, d), easier, rival) | {f"monotone DEQ {width}": monotone}
 
-    def part(name: str, attempt: Attempt) -> Part:
-        def compute(tick: Tick) -> dict:
-            steps, prepare = config.steps * attempt.longer, attempt.prepare
-            return train_on_seen(run, task, d, name, attempt.make, tick, steps=steps, rate=config.rate, prepare=prepare)
 
-        return Part(
-            f"tried/{name}", f"train {name} on {TRIED}", compute, run.settings.seeds * 2**d * run.settings.width
+def _part(run: Run, name: str, attempt: Attempt) -> Part:
+    d, config = run.config.dimension, run.config
+
+    def compute(tick: Tick) -> dict:
+        return train_on_seen(
+            run,
+            TASKS[TRIED],
+            d,
+            name,
+            attempt.make,
+            tick,
+            steps=config.steps * attempt.longer,
+            rate=config.rate,
+            prepare=attempt.prepare,
         )
 
-    tried = attempts(run, d, None, seen_part(run, task, d), easier)
-    tried[f"monotone DEQ {run.settings.width}"] = Attempt(
-        lambda S, g: DenseDEQ(S, d, run.settings.width, g, "monotone", F32, warm=True)
-    )
-    return [part(name, attempt) for name, attempt in tried.items()]
+    return Part(f"tried/{name}", f"train {name} on {TRIED}", compute, run.settings.seeds * 2**d * run.settings.width)
 
 
 def root(family: Family, total: float, beta0: float, b0: float = 0.0) -> float:

@@ -9,9 +9,8 @@ from torch import Tensor
 
 from .. import weights
 from ..solve import solve
-from ._attempts import Attempt, attempt_table, attempts
+from ._attempts import LONGER, Attempt, attempt_claims, attempt_table, attempts
 from ._fit import FIT_COLUMNS, Make, fit, fit_table_rows
-from ._judge import beats
 from ._lineup import F32, equilibria, feedforward, judge, tied
 from ._nets import SeededNet, TriangularDEQ
 from ._result import Claim, Result, Table, proved_for_all, spread
@@ -94,11 +93,18 @@ def run_sawtooth(run: Run) -> Result:
     values = run.parts(parts)
     trained = {n: [values[f"{n}/{name}"] for k, name, _ in nets if k == n] for n in (*config.pieces, *config.others)}
     more = [values[f"tried/{name}"] for name in tried]
-    claims = _claims(run, values["built"], trained, more, last)
+    by_name = {r["model"]: r for r in (*trained[last], *more)}
+    claims = _claims(run, values["built"], trained)
+    claims += attempt_claims(
+        tried,
+        by_name,
+        lambda model: f"2^{last} pieces: MSE feed-forward / {model}",
+        SOURCE,
+        quick=run.settings.quick,
+        setting=f"2^{last} pieces, {config.steps} steps, {config.grid} points",
+    )
     tables = [_table(f"2^{n} pieces", rows) for n, rows in trained.items()]
-    usual = values[f"{last}/contractive DEQ {width}"]
-    rival = next(r for r in trained[last] if "(params)" in r["model"])
-    tables.append(attempt_table(f"2^{last} pieces", more, usual, rival))
+    tables.append(attempt_table(f"2^{last} pieces", tried, by_name, by_name[f"contractive DEQ {width}"]))
     notes = [
         f"MSE of the best constant: {TRIVIAL:.4f}. x10: median MSE, solved again with ten times the steps.",
         *(note for rows in (*trained.values(), more) for r in rows for note in r["notes"]),
@@ -122,11 +128,20 @@ def _attempts(run: Run, width: int, n: int) -> dict[str, Attempt]:
             train(net, lambda y=y: (x, y), steps=steps, rate=config.rate, clip=config.clip, schedule=cosine(0.3))
 
     coarser = [triangle(x[..., 0], k) for k in range(1, n)]
-    made = attempts(run, 1, config.kinks, (x, triangle(x[..., 0], n)), [(x, y) for y in coarser])
+    nets = feedforward(width, run.settings.depth, config.kinks)
+    rival = next(name for name in nets if "(params)" in name)
+    easier = [(x, y) for y in coarser]
+    usual = x, triangle(x[..., 0], n)
+    made = attempts(run, 1, config.kinks, usual, easier, (rival, nets[rival]), run.settings.depth)
     name = f"triangular DEQ {width}"
-    made[f"{name}, curriculum"] = Attempt(equilibria(width, config.kinks)[name], prepare=climb)
+    against = rival, f"{rival}, {LONGER} x the steps", f"{rival}, curriculum"
+    made[f"{name}, curriculum"] = Attempt(equilibria(width, config.kinks)[name], prepare=climb, against=against)
     for noise in config.noise:
-        made[f"construction, noise {noise}"] = Attempt(lambda S, g, noise=noise: NearConstruction(S, n, noise, g))
+        made[f"construction, noise {noise}"] = Attempt(
+            lambda S, g, noise=noise: NearConstruction(S, n, noise, g),
+            against=(rival,),
+            conditions="training starts near the construction of Theorem 1",
+        )
     return made
 
 
@@ -186,7 +201,7 @@ def _built() -> list[dict]:
     return rows
 
 
-def _claims(run: Run, built: list[dict], trained: dict[int, list[dict]], more: list[dict], last: int) -> list[Claim]:
+def _claims(run: Run, built: list[dict], trained: dict[int, list[dict]]) -> list[Claim]:
     quick = run.settings.quick
     claims = [
         proved_for_all("sup error of Theorem 1's DEQ with a readout", "Thm. 1", built, lambda r: r["error"], "==", 0)
@@ -199,20 +214,6 @@ def _claims(run: Run, built: list[dict], trained: dict[int, list[dict]], more: l
             SOURCE,
             quick=quick,
             setting=setting,
-        )
-    rival = next(r for r in trained[last] if "(params)" in r["model"])
-    for r in more:
-        built_in = r["model"].startswith("construction")
-        claims.append(
-            beats(
-                f"2^{last} pieces: MSE feed-forward / {r['model']}",
-                SOURCE,
-                r,
-                [rival],
-                quick=quick,
-                setting=f"2^{last} pieces, {run.config.steps} steps, against {rival['model']}",
-                conditions="training starts near the construction of Theorem 1" if built_in else "",
-            )
         )
     return claims
 

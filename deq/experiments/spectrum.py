@@ -38,7 +38,8 @@ def run_spectrum(run: Run) -> Result:
     entries = run.settings.seeds * run.config.grid * width
     (x, y), test = _data(run)
     easier = [(x, signal(x[..., 0], run.generator("phases"), count)) for count in range(1, len(TONES))]
-    tried = attempts(run, 1, kinks, (x, y), easier)
+    rival = next(name for name in nets if "(params)" in name)
+    tried = attempts(run, 1, kinks, (x, y), easier, (rival, nets[rival]), depth)
     everything = {name: Attempt(make) for name, make in nets.items()} | tried
     values = run.parts(
         [
@@ -47,25 +48,23 @@ def run_spectrum(run: Run) -> Result:
         ]
     )
     rows, more = [values[name] for name in nets], [values[name] for name in tried]
-    usual = values[f"contractive DEQ {width}"]
-    rival = next(r for r in rows if "(params)" in r["model"])
     notes = [
         f"Error of a tone: |FFT of the residual|^2 / |FFT of the target|^2 there; tones {TONES}, x10: as in sawtooth.",
         *(note for r in (*rows, *more) for note in r["notes"]),
     ]
     claims = _claims(run, rows) + attempt_claims(
-        more,
-        rival,
+        tried,
+        values,
         lambda model: f"tone {TONES[-1]}: error feed-forward / {model}",
         "conclusion",
         "highest",
         quick=run.settings.quick,
-        setting=f"tones {TONES}, {run.config.steps} steps, against {rival['model']}",
+        setting=f"tones {TONES}, {run.config.steps} steps",
     )
     tables = [
         Table("Sum of five tones, unit variance: median [quartiles] over seeds", FIT_COLUMNS, fit_table_rows(rows)),
         _tone_table([*rows, *more]),
-        attempt_table(f"Tone {TONES[-1]}", more, usual, rival, "highest"),
+        attempt_table(f"Tone {TONES[-1]}", tried, values, values[f"contractive DEQ {width}"], "highest"),
     ]
     return Result(claims, tables, values, draw(rows), notes)
 
