@@ -27,7 +27,7 @@ WORTH_IT = 0.95  # coarser increments must take at most this share of the time o
 
 # Of a resident program: the widest W in 16 bits, the widest in float32, and its samples; more of any of them spill.
 TRITON_WIDEST, TRITON_WHOLE, TRITON_SAMPLES = 256, 64, 16
-TRITON_WARPS = {16: 4, 32: 4, 64: 4, 128: 8, 256: 8}  # by the padded width; each thread takes all the registers it may
+TRITON_WARPS = {16: 4, 32: 4, 64: 8, 128: 8, 256: 8}  # by the padded width; each thread takes all the registers it may
 WARP_REGISTERS = 32 * 256 * 4  # bytes
 L2_BYTES_PER_CLOCK = 64  # that one multiprocessor can read
 CUDA_PAD, CUDA_SAMPLES = 16, 8  # of mma.sync: W is padded to multiples of 16, samples come by 8

@@ -199,6 +199,8 @@ def step_kernel(
         c = c * unit
     d_ptrs = floats(table_ptr, D) + b[:, None] * stride_d + n
     x += c
+    if INCREMENTS:
+        tl.store(floats(table_ptr, X) + at, x, mask=inside & live[:, None])
     out = ending(x, d_ptrs, inside, ENDING, ACTIVATION)
     out = tl.where(in_n, out, 0.0)  # act(0) need not be zero
     step = out - tl.load(source + at, mask=inside, other=0.0)
@@ -237,7 +239,6 @@ def step_kernel(
                 tl.store(sums + (2 + r) * field, tl.sum(scaled * other, axis=1), mask=held > 0)
     tl.store(target + at, out, mask=written)
     if INCREMENTS:
-        tl.store(floats(table_ptr, X) + at, x, mask=written)
         scale = tl.load(record + NEXT_SCALE * B, mask=live, other=1.0) if INCREMENTS == FLOAT8 else 1.0
         tl.store(lows(table_ptr, EVEN, INCREMENTS) + at, rounded(step, scale, INCREMENTS), mask=written)
     tl.store(sums, tl.sum(scaled * scaled, axis=1), mask=live)
@@ -483,5 +484,6 @@ def _step_compilation(
         aligned=("table_ptr", "m", across, "stride_c", "stride_d") if width == "aligned" else ("table_ptr",),
         warps=tiles.warps,
         stages=tiles.stages,
+        registers=None if increments == "native" else tiles.registers,
         oldest=FLOAT8_FROM if increments == "float8" else OLDEST,
     )

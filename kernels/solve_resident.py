@@ -51,7 +51,7 @@ from .records import (
 
 WHOLE = tl.constexpr(64)
 BLOCK_B = 16  # samples of a program: the least that tensor cores multiply
-WARPS = {16: 4, 32: 4, 64: 4, 128: 8, 256: 8}  # by M
+WARPS = {16: 4, 32: 4, 64: 8, 128: 8, 256: 8}  # by M; with four warps 64 spills
 _STREAMED = tl.constexpr(16)  # columns of W at a time in a streamed product
 
 

@@ -19,9 +19,9 @@ class Tiles:
 
     @property
     def registers(self) -> int | None:
-        """What a step by increments says that a thread may have: all of them with four warps, where the compiler else
-        spills a few to seat one more block."""
-        return MOST_REGISTERS if self.warps <= 4 else None
+        """What a step by increments, or its anchor, says that a thread may have: all of them for few samples, where the
+        compiler else spills a few to seat one more block."""
+        return MOST_REGISTERS if self.samples <= RAGGED_SAMPLES else None
 
     def __str__(self) -> str:
         return f"{self.samples}x{self.units}x{self.depth}"

@@ -8,6 +8,7 @@ import torch
 import triton
 from close import assert_as_accurate
 from problems import exact, gaussian, torch_adjoint, torch_loop
+from torch.func import grad, jvp, vmap
 
 import deq
 from deq import _triton, reference, stats
@@ -215,10 +216,10 @@ class TestRescue:
     @pytest.fixture
     def problem(self):
         """A monotone W on which the plain iteration cycles for two of three samples; the plan of a GPU."""
-        W = -1.5 * torch.eye(9)
+        W = -1.5 * torch.eye(5)
         W[0, 0] = 0.5
-        c = torch.zeros(3, 9)
-        c[0, 0], c[1, 1:], c[2, 3] = 1.0, torch.arange(1.0, 9.0), 2.0
+        c = torch.zeros(3, 5)
+        c[0, 0], c[1, 1:], c[2, 3] = 1.0, torch.arange(1.0, 5.0), 2.0
         made = make_plan(
             dtype="float32", device="cuda", backend="triton", compiled=True, why_no_triton="", max_iter=400
         )
@@ -234,7 +235,7 @@ class TestRescue:
         d = (exact_of(W, c) > 0).float()
         back = ladder.masked_linear(W.mT, c, d, None, "relu", plan)
         assert back.report.failed == 0
-        eye = torch.eye(9, dtype=torch.float64)
+        eye = torch.eye(5, dtype=torch.float64)
         u = torch.linalg.solve(eye - d.double().unsqueeze(-1) * W.mT.double(), (d * c).double())
         torch.testing.assert_close(back.z, u.float(), rtol=1e-4, atol=1e-5)
 
@@ -274,12 +275,38 @@ def exact_of(W, c):
     return torch.relu(c.double()) / (1 - w)
 
 
+def gradients(f, W, c, g):
+    """f(W, c) and its gradients for g."""
+    W, c = W.clone().requires_grad_(), c.clone().requires_grad_()
+    z = f(W, c)
+    return z.detach(), *torch.autograd.grad(z, (W, c), g)
+
+
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
-def test_inside_torch_compile():
-    W, c, _ = gaussian(9, 3)
-    with torch.no_grad():
-        compiled = torch.compile(lambda W, c: solved(W, c, "gelu").z, fullgraph=True, backend="aot_eager")
-        assert torch.equal(compiled(W, c), solved(W, c, "gelu").z)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+@pytest.mark.parametrize("activation", ["tanh", "gelu"])  # the derivative from z, or from one more product
+def test_inside_torch_compile_with_gradients(activation):
+    W, c, g = gaussian(9, 3)
+    solve = lambda W, c: solved(W, c, activation).z  # noqa: E731
+    compiled = torch.compile(solve, fullgraph=True, backend="aot_eager")
+    for ours, eager in zip(gradients(compiled, W, c, g), gradients(solve, W, c, g), strict=True):
+        assert torch.equal(ours, eager)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+def test_under_the_transforms_of_torch_func():
+    W, c, g = gaussian(7, 3)
+    solve = lambda W, c: solved(W, c, "tanh").z  # noqa: E731
+    z, dW, dc = gradients(solve, W, c, g)
+    assert torch.equal(vmap(solve, (None, 0))(W, torch.stack((c, 2 * c)))[0], z)
+    assert torch.equal(vmap(solve)(torch.stack((W, W / 2)), torch.stack((c, c)))[1], solve(W / 2, c))
+    loss = lambda W, c, g: (solve(W, c) * g).sum()  # noqa: E731
+    for ours, theirs in zip(grad(loss, (0, 1))(W, c, g), (dW, dc), strict=True):
+        assert torch.equal(ours, theirs)
+    of_each_sample = vmap(grad(loss), (None, 0, 0))(W, c, g)
+    torch.testing.assert_close(of_each_sample.sum(0), dW)
+    direction = jvp(solve, (W, c), (torch.zeros_like(W), g))[1]
+    torch.testing.assert_close((direction * g).sum(), (dc * g).sum(), rtol=1e-3, atol=1e-4)
 
 
 def test_without_interpreter_and_gpu_the_error_says_so(monkeypatch):

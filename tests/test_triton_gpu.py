@@ -1,5 +1,7 @@
 """What only a GPU can show: no synchronisation, no allocation that grows with the iterations, captures, streams."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from close import assert_as_accurate
@@ -7,7 +9,10 @@ from problems import exact, gaussian, torch_adjoint, torch_loop
 
 import deq
 from deq import _triton, reference
+from deq.backends import get_backend
 from deq.kernels import cell
+from deq.kernels.tiles import FLOAT8_FROM
+from deq.solvers import ladder
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or bool(_triton.why_not("cuda")) or cell.INTERPRETED.value,
@@ -128,6 +133,45 @@ def test_failures_surface_when_the_status_is_read(m, B):
     with pytest.warns(deq.ConvergenceWarning, match=f"{B} of {B} samples"):
         assert (solution.status == deq.Status.DIVERGED).all()
     assert solution.z.isfinite().all()
+
+
+@pytest.mark.parametrize(("m", "B"), [(333, 40), (1024, 700)])
+@pytest.mark.parametrize("increments", ["bfloat16", "float8"])
+def test_forced_increments(m, B, increments):
+    if increments == "float8" and torch.cuda.get_device_capability() < FLOAT8_FROM:
+        pytest.skip(f"float8 needs compute capability 8.9; this GPU has {torch.cuda.get_device_capability()}")
+    W, c, _ = on_gpu(m, B)
+    plan = replace(deq.solve(W, c, backend="triton").plan, increments=increments)
+    outcome = get_backend("triton").solve(W, c, None, "relu", plan)
+    assert outcome.report.read() == [0, 0, 0, 0]
+    assert_as_accurate(outcome.z.cpu(), torch_loop(W.cpu(), c.cpu()), exact(W.cpu(), c.cpu()))
+
+
+@pytest.mark.parametrize("m", [40, 333])
+def test_samples_on_which_the_plain_map_cycles_are_rescued(m):
+    """At m = 333 at once, at 40 when the status is read (deq/solvers/ladder.py)."""
+    _, c, _ = on_gpu(m, 9)
+    W = -1.5 * torch.eye(m, device="cuda")
+    plan = replace(deq.solve(W, c, backend="triton").plan, acceleration="none")
+    outcome = ladder.solve(W, c, None, "relu", plan)
+    assert (outcome.report.failed is None) == (m == 40)
+    if m == 40:
+        assert outcome.report.read()[0] == 9
+        outcome.report.rescue()
+    torch.testing.assert_close(outcome.z, c.relu() / 2.5, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("B", [8, 300])
+def test_linear_solves_do_not_wait(B, no_sync):
+    W, c, g = on_gpu(256, B)
+    W.requires_grad_()
+    deq.solve(W, c, "identity", solver="direct").z.backward(g)
+    torch.cuda.synchronize()
+    no_sync()
+    solution = deq.solve(W, c, "identity", solver="direct")
+    solution.z.backward(g)
+    torch.cuda.set_sync_debug_mode("default")
+    assert solution.converged.all() and solution.plan.map == "direct"
 
 
 def test_double_precision_goes_to_the_reference():

@@ -44,6 +44,7 @@ class Deferred:
     """
 
     parts: Sequence[Part] = ()
+    weight: Callable[[], Tensor | None] = staticmethod(lambda: None)
     rescue: Callable[[], None] | None = None
 
     def __init__(self, parts: Sequence[Part], W: Tensor):

@@ -53,6 +53,7 @@ def solve_rows(
         "INCREMENTS": records.INCREMENTS[how.increments],
         "SPLITS": splits,
         **grid.options,
+        "maxnreg": tiles.registers if by_increments else None,
     }
     key = (B, m, W.stride(), *strides.values(), *rule.values(), *step.values())
     loop = chunks.loop_of(key, device)
