@@ -355,8 +355,8 @@ def test_gradients_reach_what_f_closes_over():
 
 @pytest.mark.parametrize("kind", ["leaves", "input", "closure", "attribute"])
 def test_every_evaluation_is_used(kind, monkeypatch):
-    """To find what f closes over costs no evaluation where that are leaves, or within reach; and a gradient watches no f
-    that closes over leaves, or takes the rest as inputs."""
+    """Finding what f closes over costs no evaluation where that are leaves, or within reach; a gradient does not watch
+    an f that closes over leaves, or takes the rest as inputs."""
     W, c, g = gaussian(12, 3, torch.float64)
     W, c = W.requires_grad_(), c.requires_grad_()
     x = c if kind == "leaves" else 2 * c
