@@ -91,7 +91,7 @@ def run_multiscale(run: Run) -> Result:
     claims = [
         beats(
             f"error on test images: {rival['model']} / multiscale DEQ",
-            "Bai et al. 2020",
+            source,
             rows[0],
             [rival],
             "error",
@@ -99,7 +99,7 @@ def run_multiscale(run: Run) -> Result:
             setting=setting,
             conditions="small nets on 8 x 8 digits, in place of CIFAR-10",
         )
-        for rival in rows[1:]
+        for rival, source in zip(rows[1:], ("Bai et al. 2020", "Bai et al. 2019"), strict=True)
     ]
     notes = [
         f"Of {alone[0]} channels the single resolution has the closest number of parameters from above.",
