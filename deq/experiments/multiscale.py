@@ -216,7 +216,7 @@ def draw(rows: list[dict]) -> Figure:
         for at, r in enumerate(rows):
             right.plot([at] * len(r["error"]), r["error"], "o", color=_plot.kind_colour(r), ms=4, mew=0, alpha=0.6)
             right.plot([at - 0.25, at + 0.25], [spread(r["error"]).median] * 2, color=_plot.kind_colour(r), lw=2)
-        right.set_xticks(range(len(rows)), [r["model"].split(",")[0] for r in rows])
+        right.set_xticks(range(len(rows)), [r["model"].split(",")[0].replace(" ", "\n", 1) for r in rows])
         right.set_xlim(-0.6, len(rows) - 0.4)
         right.set_ylim(bottom=0)
         right.set_title("error on test images, by seed")
