@@ -136,7 +136,7 @@ def constants(update: bool, out: Path) -> None:
     from rich.progress import Progress
 
     from . import report
-    from .constants import Measuring
+    from .constants import Measuring, cluster_verdict
 
     _need_gpu()
     measuring = Measuring()
@@ -146,6 +146,7 @@ def constants(update: bool, out: Path) -> None:
         for done, step in enumerate(measuring.steps()):
             progress.update(task, completed=done, description=step)
     console.print(report.constants(measuring.name, measuring.numbers, measuring.failed))
+    console.print(cluster_verdict(measuring.name, measuring.numbers))
     try:
         path = measuring.write(out, update)
     except OSError as error:
@@ -217,12 +218,31 @@ def seeds(threads: tuple[int, ...], out: Path) -> None:
     console = Console()
     with console.status("Training"):
         rows = [
-            run.measure(run.Case(batch=B, must=must), n)
-            for B, must in run.BATCHES.items()
+            run.measure(run.Case(batch=B, must=run.MUST.get((B, n), run.MUST[B, 2])), n)
+            for B in run.BATCHES
             for n in threads or _default_threads()
         ]
     console.print(report.seeds(rows))
     _finish(rows, out, "seeds", console)
+
+
+@bench.command()
+@click.option("--width", type=click.IntRange(min=1), default=4096, show_default=True, help="Neurons of the DEQ.")
+@click.option("--threads", type=click.IntRange(min=1), multiple=True, help="Repeatable; 1 and 2 if not given.")
+@out_option
+def steep(width: int, threads: tuple[int, ...], out: Path) -> None:
+    """A training step of the experiment steep at a large width against its matrix products alone. About two minutes."""
+    from rich.console import Console
+
+    from . import report
+    from . import steep as run
+
+    _need_compiled()
+    console = Console()
+    with console.status("Training"):
+        rows = [run.measure(run.Case(width), n) for n in threads or _default_threads()]
+    console.print(report.steep(rows))
+    _finish(rows, out, "steep", console)
 
 
 @bench.command()

@@ -80,7 +80,12 @@ def _compile(variant: Compilation, architecture: str) -> dict:
             attrs={(names.index(name),): [["tt.divisibility", 16]] for name in variant.aligned},
         ),
         target=GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32),
-        options={"num_warps": variant.warps, "num_stages": variant.stages, "enable_fp_fusion": True},
+        options={
+            "num_warps": variant.warps,
+            "num_stages": variant.stages,
+            "maxnreg": variant.registers,
+            "enable_fp_fusion": True,
+        },
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])

@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 
 from deq import _library
-from deq.gpu_device import find_device, key_of, table, write_table
+from deq.gpu_device import Device, find_device, key_of, table, write_table
+from deq.gpu_plan import PRECISIONS, grid_tiles, grid_time
 
 from .device import capture, clock, device_seconds
 from .record import device_name, environment, write
@@ -237,6 +238,38 @@ def of_driver(device: torch.device) -> dict[str, float]:
         "registers_per_processor": 4 * properties.regs_per_multiprocessor,
         "l2_bytes": 0.8 * properties.L2_cache_size,
     }
+
+
+CLUSTER = 16  # multiprocessors: the largest cluster there is
+CLUSTER_WIDTHS = (512, 768, 1024, 1280)  # that one multiprocessor does not hold, and a cluster does
+CLUSTER_PAYS = 0.8  # share of the grid's time below which a kernel of its own is worth having
+
+
+def cluster_verdict(name: str, numbers: dict[str, dict]) -> str:
+    """Whether a kernel that keeps W in a cluster of 16 multiprocessors would pay, by the numbers of one device.
+
+    An iteration there reads its share of W from shared memory and waits for two barriers of the cluster, one for the
+    states and one for the norms; that of the grid is :func:`deq.gpu_plan.grid_time`. One sample, which favours the
+    cluster: a device keeps eight of them at work at most.
+    """
+    if numbers["cluster_barrier"]["value"] is None:
+        return f"Regime B (W in a cluster): the {name} has no clusters."
+    device = Device(name, (9, 0), **{key: number["value"] for key, number in numbers.items()})
+    times = []
+    for m in CLUSTER_WIDTHS:
+        tiles = grid_tiles(m, 1, device, 2)
+        if tiles is None:
+            continue
+        grid = grid_time(m, 1, device, PRECISIONS["bfloat16"], tiles)
+        read = 2 * m * m / CLUSTER / device.shared_bandwidth
+        times.append((m, read + 2 * device.cluster_barrier + device.block_reduction, grid))
+    each = ", ".join(f"{1e6 * cluster:.2f} us against {1e6 * grid:.2f} us at m = {m}" for m, cluster, grid in times)
+    estimated = [key for key in ("cluster_barrier", "grid_barrier") if numbers[key]["basis"] != "measured"]
+    pays = [m for m, cluster, grid in times if cluster < CLUSTER_PAYS * grid]
+    what = f"it would pay at m = {', '.join(map(str, pays))}" if pays else "it would not pay"
+    if estimated:
+        what = f"not decided, {' and '.join(estimated)} being estimated; by those {what}"
+    return f"Regime B (W in a cluster of {CLUSTER}), an iteration against the grid's: {each}: {what}."
 
 
 class Measuring:

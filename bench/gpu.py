@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from deq.gpu_device import Device, find_device
-from deq.gpu_plan import INCREMENTS, choose, loop_time
+from deq.gpu_plan import TRITON_INCREMENTS, choose, loop_time
 
 from . import constants
 from .baselines import has_torchdeq, torch_loop, torchdeq_makers
@@ -123,7 +123,7 @@ def _expected(row: dict, case: Case, plans: Device) -> dict:
     """Microseconds of an iteration, as measured in the forward pass and as the plan's formulas have it."""
     m, B = case.m, case.B
     expected = {
-        "deq": lambda: choose(m, B, dtype=case.dtype, device=plans, increments=INCREMENTS[:2]).expected_us,
+        "deq": lambda: choose(m, B, dtype=case.dtype, device=plans, increments=TRITON_INCREMENTS).expected_us,
         "graphed": lambda: 1e6 * loop_time(m, B, plans, True, "ieee"),
         "loop": lambda: 1e6 * loop_time(m, B, plans, False, "ieee"),
     }

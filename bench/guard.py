@@ -83,14 +83,13 @@ def count_steps() -> dict[str, dict[str, int]]:
 
 @contextmanager
 def _kernels(isa: str) -> Iterator[None]:
-    library = _library.compiled
-    before = library.deq_cpu_isa()
-    if library.deq_cpu_set_isa(isa.encode()):
+    before = _library.compiled.deq_cpu_isa().decode()
+    if not _library.use_isa(isa):
         raise RuntimeError(f"this CPU or build has no {isa} kernels")
     try:
         yield
     finally:
-        library.deq_cpu_set_isa(before)
+        _library.use_isa(before)
 
 
 def _step(m: int, B: int, activation: str, solver: str) -> dict[str, int]:

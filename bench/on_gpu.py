@@ -1,9 +1,9 @@
 """``python -m bench.on_gpu``: all that a machine with a GPU is needed for, by value, within a time.
 
 Builds the library for this GPU, runs the tests of the GPU engines on it, the small cases under compute-sanitizer, then
-measures the constants of plans and the benchmark. Every step has its own limit and keeps what it has written; what it
-printed goes into on_gpu.json beside the results. One step or several can be run alone; the benchmark goes on where it
-was stopped.
+measures the constants of plans, the benchmark and, where ncu is installed, every kernel's roofline. Every step has its
+own limit and keeps what it has written; what it printed goes into on_gpu.json beside the results. One step or several
+can be run alone; the benchmark goes on where it was stopped.
 """
 
 import json
@@ -56,6 +56,7 @@ def plan(capability: tuple[int, int], out: Path) -> tuple[Step, ...]:
         Step("racecheck", 50, (*sanitizer, "racecheck", *small), compiled),
         Step("constants", 50, (*deq, "constants", "--out", str(out))),
         Step("bench", 3600, (*deq, "gpu", "--resume", "--budget", "{left}", "--out", str(out))),
+        Step("ncu", 240, (python, "-m", "bench.ncu", "--out", str(out)), compiled),
         Step("synccheck", 60, (*sanitizer, "synccheck", *small), compiled),
         Step("initcheck", 60, (*sanitizer, "initcheck", *small), compiled),
     )

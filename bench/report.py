@@ -246,6 +246,19 @@ def seeds(rows: list[dict]) -> Table:
     return table
 
 
+def steep(rows: list[dict]) -> Table:
+    """One line a number of threads: seconds of a training step, of its products alone, and their ratio."""
+    table = _table("Forward + backward of a training step of steep, s")
+    table.add_column("")
+    for heading in ("step", "products", "evaluations", "step / products", "at most"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        seconds = (f"{row[key]:.2f}" for key in ("seconds", "gemm_seconds"))
+        mark = "" if row["reached"] else "[red]![/]"
+        table.add_row(row["case"], *seconds, str(row["evaluations"]), f"{row['ratio']:.2f}{mark}", f"{row['most']:g}")
+    return table
+
+
 def summary(rows: list[dict]) -> str:
     """How many of the required figures were reached, and which were not."""
     required = [row for row in rows if row["reached"] is not None]

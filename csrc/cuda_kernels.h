@@ -37,6 +37,36 @@ DEQ_API int32_t deq_cuda_kernel(int32_t regime, int64_t width, int64_t batch, in
 DEQ_API int32_t deq_cuda_solve(const struct DeqProblem* problem, int32_t regime, int32_t kernel, int32_t blocks, void* scratch,
                                int64_t bytes, int32_t device, void* stream);
 
+// Takes on the samples that a solve has failed on, in place: `iterations`, `residual`, `status` and `out` are those that the
+// solve wrote, and every sample whose status is neither DEQ_CONVERGED nor DEQ_NONFINITE goes on by semi-smooth Newton in float64
+// until max_iter evaluations or 60 steps are up; one of an adjoint by its linear system. It is converged only on a residual
+// evaluated in float32, and only a smaller residual replaces its own. One block a sample, for at most half a second each.
+// `start`, acceleration and criterion are not looked at. The plan says how many blocks, and what scratch they need;
+// DEQ_NOT_SUPPORTED where W is too wide.
+DEQ_API int32_t deq_cuda_rescue_plan(int64_t weights, int64_t batch, int64_t width, int32_t device, struct DeqCudaPlan* plan);
+DEQ_API int32_t deq_cuda_rescue(const struct DeqProblem* problem, int32_t blocks, void* scratch, int64_t bytes, int32_t device,
+                                void* stream);
+
+// z = act(T z + c) by one forward substitution, or with `mask` u = s * (T u + c): T is the lower triangle of W, with `upper` its
+// upper one, with `strict` without its diagonal. Float32. 1 - d act' must be positive for every diagonal element d.
+struct DeqCudaSubstitution {
+  int64_t batch, width;      // B, m
+  int32_t activation;        // of a solve
+  int32_t strict, upper;     // 0 or 1
+  struct DeqView W;          // (1, m, m), any strides
+  struct DeqView injection;  // (1, B, m)
+  struct DeqView mask;       // (1, B, m), data null for a solve
+  struct DeqView out;        // (1, B, m), rows contiguous
+  // (B,) ||f(z) - z|| / ||f(z)|| from the sums at hand; infinity where z leaves the range of float32 (held at its largest
+  // number), NaN where the injection is not finite.
+  float* residual;
+};
+
+// Bytes of scratch that a substitution needs.
+DEQ_API int64_t deq_cuda_substitute_bytes(int64_t batch, int64_t width);
+DEQ_API int32_t deq_cuda_substitute(const struct DeqCudaSubstitution* problem, void* scratch, int64_t bytes, int32_t device,
+                                    void* stream);
+
 // Measures a constant of the device, and waits for it. Seconds: "grid_barrier" (cooperative groups), "flag_barrier" (a flag a
 // block), "word_exchange" (data and flag in one word: 64 words a block, read by all), "cluster_barrier" (8 blocks),
 // "block_barrier" (512 threads), "graph_chain" (one of a chain of empty kernels). Bytes per second: "broadcast" (all blocks read

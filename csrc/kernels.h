@@ -16,7 +16,7 @@ enum DeqError : int32_t { DEQ_OK = 0, DEQ_BAD_ARGUMENT = 1, DEQ_NO_MEMORY = 2 };
 // What the fields of DeqReport say about a finished call.
 struct DeqReport {
   int64_t failed;         // samples that did not converge
-  int64_t bad_weight;     // 1 + flat index (s * m + i) * m + j of the first NaN or infinity in W, else 0
+  int64_t bad_weight;     // 1 + flat index (s * m + i) * m + j of the first NaN or infinity in W, else 0; -1: W is too large
   int64_t bad_injection;  // 1 + flat sample index (s * B + b) of the first non-finite injection, else 0
   int64_t bad_start;      // the same for the starting point
 };
@@ -49,6 +49,7 @@ struct DeqProblem {
   // DeqPrecision; native where this CPU, build or problem cannot be served in it. Increments are not accelerated: DEQ_ON_DEMAND
   // ends a sample that contracts slowly or grows as DEQ_MAX_ITER, for the caller to go on with.
   int32_t precision;
+  double largest_weight;  // above 0: a W whose rows have a larger root mean square norm is refused, and nothing is solved
   int32_t reflected;  // 1: iterate y = W s + c, s = 2 act(y) - y (or 2 d y - y) and return act(y); start and residual are of s
 };
 

@@ -23,18 +23,25 @@ void* current_stream(const Tensor& tensor) {
   return stream;
 }
 
+// Memory for the kernels on the device of `out`.
+void expect_scratch(const Tensor& scratch, const Tensor& out) {
+  scratch.expect_dim(1, "(bytes)");
+  scratch.expect_dtype(torch_.dtype.uint8);
+  scratch.expect_contiguous();
+  if (scratch.device() != out.device()) scratch.place().fail("must be on the device of the result");
+}
+
+[[noreturn]] void fail(const char* op) { throw std::runtime_error(std::string("deq::") + op + ": " + deq_cuda_why()); }
+
 // Runs the problem as the plan's three numbers say, which follow the options; tensors must share a device.
 void run(const char* op, DeqProblem& p, const Tensor& out, const Tensor& scratch, const StableIValue* options) {
   set_options(p, op, options);
   const int32_t regime = integer({op, "regime"}, options[7], DEQ_BLOCK, DEQ_GRID);
   const int32_t kernel = integer({op, "kernel"}, options[8], 0, INT32_MAX);
   const int32_t blocks = integer({op, "blocks"}, options[9], 1, INT32_MAX);
-  scratch.expect_dim(1, "(bytes)");
-  scratch.expect_dtype(torch_.dtype.uint8);
-  scratch.expect_contiguous();
-  if (scratch.device() != out.device()) scratch.place().fail("must be on the device of the result");
+  expect_scratch(scratch, out);
   if (deq_cuda_solve(&p, regime, kernel, blocks, scratch.data<void>(), scratch.sizes()[0], out.device(), current_stream(out)))
-    throw std::runtime_error(std::string("deq::") + op + ": " + deq_cuda_why());
+    fail(op);
 }
 
 constexpr const char* kSolve =
@@ -74,6 +81,53 @@ void masked_linear(StableIValue* stack, uint64_t, uint64_t) {
   run(op, p, u, scratch, stack + 9);
 }
 
+constexpr const char* kRescue =
+    "cuda_rescue_(Tensor W, Tensor c, Tensor mask, Tensor(a!) z, Tensor(b!) stats, Tensor(c!) report, Tensor(d!) scratch, "
+    "int activation, int mask_is_value, float tol, int max_iter, int blocks) -> ()";
+
+void rescue(StableIValue* stack, uint64_t, uint64_t) {
+  constexpr const char* op = "cuda_rescue_";
+  const Tensor W(op, "W", stack[0]), c(op, "c", stack[1]), mask(op, "mask", stack[2]), z(op, "z", stack[3]);
+  const Tensor stats(op, "stats", stack[4]), report(op, "report", stack[5]), scratch(op, "scratch", stack[6]);
+  DeqProblem p = problem_of(W, c);
+  p.mask = start_of(p, W, mask);  // without elements: no adjoint
+  p.out = output_of(p, W, z);
+  set_outcome(p, stats, report);
+  p.activation = integer({op, "activation"}, stack[7], 0, INT32_MAX);
+  p.mask_is_value = integer({op, "mask_is_value"}, stack[8], 0, 1);
+  p.tol = tolerance({op, "tol"}, stack[9]);
+  p.max_iter = integer({op, "max_iter"}, stack[10], 1, INT32_MAX);
+  const int32_t blocks = integer({op, "blocks"}, stack[11], 1, INT32_MAX);
+  expect_scratch(scratch, z);
+  if (deq_cuda_rescue(&p, blocks, scratch.data<void>(), scratch.sizes()[0], z.device(), current_stream(z))) fail(op);
+}
+
+constexpr const char* kSubstitute =
+    "cuda_substitute_(Tensor W, Tensor c, Tensor mask, Tensor(a!) z, Tensor(b!) residual, Tensor(c!) scratch, int activation, "
+    "int strict, int upper) -> ()";
+
+void substitute(StableIValue* stack, uint64_t, uint64_t) {
+  constexpr const char* op = "cuda_substitute_";
+  const Tensor W(op, "W", stack[0]), c(op, "c", stack[1]), mask(op, "mask", stack[2]), z(op, "z", stack[3]);
+  const Tensor residual(op, "residual", stack[4]), scratch(op, "scratch", stack[5]);
+  W.expect_dim(2, "(m, m)");
+  const DeqProblem p = problem_of(W, c);
+  c.expect_dtype(torch_.dtype.float32);
+  DeqCudaSubstitution s{};
+  s.batch = p.batch, s.width = p.width, s.W = p.W, s.injection = p.injection;
+  s.mask = start_of(p, W, mask);  // without elements: a solve
+  s.out = output_of(p, W, z);
+  residual.expect_shape({p.batch});
+  residual.expect_dtype(torch_.dtype.float32);
+  residual.expect_contiguous();
+  s.residual = residual.data<float>();
+  s.activation = integer({op, "activation"}, stack[6], 0, INT32_MAX);
+  s.strict = integer({op, "strict"}, stack[7], 0, 1);
+  s.upper = integer({op, "upper"}, stack[8], 0, 1);
+  expect_scratch(scratch, z);
+  if (deq_cuda_substitute(&s, scratch.data<void>(), scratch.sizes()[0], z.device(), current_stream(z))) fail(op);
+}
+
 }  // namespace
 
 // Registers the operators; call once, after deq_register. Returns null, or what went wrong.
@@ -85,7 +139,10 @@ DEQ_API const char* deq_register_cuda(void) {
   const struct {
     const char *name, *schema;
     BoxedKernel kernel;
-  } operators[] = {{"cuda_solve_", kSolve, solve}, {"cuda_masked_linear_", kMaskedLinear, masked_linear}};
+  } operators[] = {{"cuda_solve_", kSolve, solve},
+                   {"cuda_masked_linear_", kMaskedLinear, masked_linear},
+                   {"cuda_rescue_", kRescue, rescue},
+                   {"cuda_substitute_", kSubstitute, substitute}};
   for (const auto& op : operators)
     if (torch_.aoti_torch_library_def(schemas, op.schema) || torch_.aoti_torch_library_impl(cuda, op.name, op.kernel))
       return "torch refused an operator's schema or kernel";

@@ -33,7 +33,8 @@ void run(const char* op, int32_t (*kernel)(const DeqProblem*), const DeqProblem&
 
 constexpr const char* kSolve =
     "solve_(Tensor W, Tensor c, Tensor z0, Tensor(a!) z, Tensor(b!) stats, Tensor(c!) report, int activation, "
-    "int acceleration, int depth, int criterion, float tol, int max_iter, int precision, int reflected) -> ()";
+    "int acceleration, int depth, int criterion, float tol, int max_iter, int precision, int reflected, "
+    "float largest_weight) -> ()";
 
 void solve(StableIValue* stack, uint64_t, uint64_t) {
   constexpr const char* op = "solve_";
@@ -45,6 +46,7 @@ void solve(StableIValue* stack, uint64_t, uint64_t) {
   set_outcome(p, stats, report);
   p.activation = integer({op, "activation"}, stack[6], 0, INT32_MAX);
   set_options(p, op, stack + 7);
+  p.largest_weight = tolerance({op, "largest_weight"}, stack[14]);
   run(op, deq_cpu_solve, p);
 }
 

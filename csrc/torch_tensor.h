@@ -214,7 +214,7 @@ inline void set_outcome(DeqProblem& p, const Tensor& stats, const Tensor& report
   p.report = report.data<DeqReport>();
 }
 
-// How the iteration is run; `options` are the last seven arguments.
+// How the iteration is run, in seven arguments.
 inline void set_options(DeqProblem& p, const char* op, const StableIValue* options) {
   p.acceleration = integer({op, "acceleration"}, options[0], DEQ_PLAIN, DEQ_ON_DEMAND);
   p.depth = integer({op, "depth"}, options[1], 0, INT32_MAX);

@@ -7,11 +7,14 @@ the reference backend. ``path`` is its file and ``build`` what CMake recorded ab
 import ctypes
 import json
 import warnings
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 
 import deq
+
+from .plan import INCREMENTS
 
 OPERATORS = (
     "solve_",
@@ -26,7 +29,7 @@ OPERATORS = (
     "reduced_iterate_",
 )
 
-CUDA_OPERATORS = ("cuda_solve_", "cuda_masked_linear_")
+CUDA_OPERATORS = ("cuda_solve_", "cuda_masked_linear_", "cuda_rescue_", "cuda_substitute_")
 
 
 class CudaPlan(ctypes.Structure):
@@ -77,6 +80,8 @@ _CUDA_SIGNATURES = {  # of a library that was built with CUDA
         ctypes.c_int64,
     ),
     "deq_cuda_measure": (ctypes.c_int32, ctypes.c_char_p, ctypes.c_int32, ctypes.POINTER(ctypes.c_double)),
+    "deq_cuda_rescue_plan": (ctypes.c_int32, *(ctypes.c_int64,) * 3, ctypes.c_int32, ctypes.POINTER(CudaPlan)),
+    "deq_cuda_substitute_bytes": (ctypes.c_int64, ctypes.c_int64, ctypes.c_int64),
     "deq_cuda_plan": (ctypes.c_int32, *(ctypes.c_int64,) * 3, *(ctypes.c_int32,) * 2, ctypes.POINTER(CudaPlan)),
 }
 
@@ -128,3 +133,19 @@ else:
     except ImportError as error:
         reason = str(error)
         warnings.warn(f"deq runs without its compiled library. {reason}", RuntimeWarning, stacklevel=2)
+
+
+@lru_cache(maxsize=1)  # asked at every solve: 10 us where caches are cold
+def increments() -> str:
+    """The increments that go with the instruction set in use: "int8", "bfloat16", or "native" for none."""
+    if compiled is not None:
+        for name in ("int8", "bfloat16"):
+            if compiled.deq_cpu_has_precision(INCREMENTS[name]):
+                return name
+    return "native"
+
+
+def use_isa(name: str) -> bool:
+    """Solve with the instruction set ``name`` from now on ("auto": the best); False if this CPU or build has it not."""
+    increments.cache_clear()
+    return compiled is not None and compiled.deq_cpu_set_isa(name.encode()) == 0

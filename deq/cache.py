@@ -2,6 +2,9 @@
 
 The key is a 128-bit fingerprint of the elements, not an address or a version counter: writing through ``.data``, views,
 freed and reused memory can never bring back what belongs to old weights. Reading W once is what a hit costs.
+
+On a GPU nobody waits for a fingerprint: there the key is the tensor itself and its version counter, which every write
+but one through ``.data`` advances. Who uses such a value must judge what comes of it by W.
 """
 
 import threading
@@ -11,6 +14,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import _library
 
@@ -22,6 +26,7 @@ ALWAYS_KEPT = 4  # the most recently used entries stay however large they are
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _lock = threading.Lock()
 _entries: OrderedDict[Hashable, tuple[object, int]] = OrderedDict()  # key: (value, bytes); most recently used last
+_by_tensor: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # tensor: {what: (version, value)}
 _held = 0  # bytes of all entries
 
 
@@ -34,8 +39,11 @@ def remembered(W: Tensor, what: Hashable, make: Callable[[], T]) -> T:
 
     At most ``BUDGET_BYTES`` are held, and always the last ``ALWAYS_KEPT`` entries. Thread safe; two threads that miss
     together both call ``make``. Nothing is remembered where the content cannot be read: without the compiled library,
-    on other devices, inside torch.func transforms and torch.compile, for subclasses of Tensor.
+    on other devices than CPUs and GPUs, inside torch.func transforms, torch.compile and the capture of a CUDA graph,
+    for subclasses of Tensor.
     """
+    if W.is_cuda and _is_plain(W) and not W.is_inference() and not torch.cuda.is_current_stream_capturing():
+        return by_version(W, what, make)
     key = _key(W, what)
     if key is None:
         with torch.no_grad():
@@ -57,12 +65,27 @@ def remembered(W: Tensor, what: Hashable, make: Callable[[], T]) -> T:
     return value
 
 
+def by_version(W: Tensor, what: Hashable, make: Callable[[], T]) -> T:
+    """:func:`remembered` for as long as the tensor W lives and is not written to; of each ``what`` the newest."""
+    with _lock:
+        known = _by_tensor.setdefault(W, {}).get(what)
+    if known is not None and known[0] == W._version:
+        return known[1]
+    version = W._version
+    with torch.inference_mode(False), torch.no_grad():
+        value = make()
+    with _lock:
+        _by_tensor.setdefault(W, {})[what] = version, value
+    return value
+
+
 def clear() -> int:
-    """Forget everything; returns the bytes that were held."""
+    """Forget everything; returns the bytes that were held, without those of GPUs."""
     global _held
     with _lock:
         forgotten, _held = _held, 0
         _entries.clear()
+        _by_tensor.clear()
     return forgotten
 
 
@@ -71,11 +94,16 @@ def held() -> int:
     return _held
 
 
+def _is_plain(W: Tensor) -> bool:
+    """Whether W is a tensor of its own, and neither traced nor transformed."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    return type(W) in (Tensor, torch.nn.Parameter)
+
+
 def _key(W: Tensor, what: Hashable) -> Hashable | None:
     """None where the content of W cannot be read."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return None
-    if _library.compiled is None or type(W) not in (Tensor, torch.nn.Parameter):
+    if not _is_plain(W) or _library.compiled is None:
         return None
     if W.device.type != "cpu" or W.layout != torch.strided or W.dtype not in _DTYPES:
         return None

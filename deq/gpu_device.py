@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
+from .kernels.tiles import FLOAT8_FROM, OLDEST
+
 PATH = Path(__file__).with_name("gpu_constants.json")
 BASES = ("measured", "estimated")
-OLDEST = (8, 0)  # the kernels use cp.async and bfloat16, which Ampere brought
 KIB = 1024
 # A block's shared memory where it is less than that of the device whose constants stand in.
 SHARED_PER_BLOCK = {(8, 6): 99 * KIB, (8, 7): 163 * KIB, (8, 9): 99 * KIB, (12, 0): 99 * KIB, (12, 1): 99 * KIB}
@@ -114,6 +115,8 @@ def find_device(name: str, capability: tuple[int, int] | None = None) -> Device:
         )
     stand_in = min(entries, key=lambda key: (_distance(entries[key]["capability"], capability), _speed(entries[key])))
     device = _device(name, stand_in)
+    if capability >= FLOAT8_FROM and device.matmul_float8 is None:  # Ada has what Ampere lacks
+        device = replace(device, matmul_float8=2 * device.matmul_bfloat16)
     shared = SHARED_PER_BLOCK.get(capability, device.shared_per_block)
     return replace(device, capability=capability, shared_per_block=shared, stands_for=stand_in)
 

@@ -17,11 +17,13 @@ from math import ceil
 
 from .cuda_capacity import GRID_KERNELS, block_kernel, grid_kernel
 from .gpu_device import Device
-from .kernels.tiles import DELTA_TILES, Tiles, cell_tiles, padded_power, step_tiles
+from .kernels.tiles import DELTA_TILES, FLOAT8_FROM, Tiles, cell_tiles, padded_power, step_tiles
 
 ITERATIONS = 20  # of the solve whose time decides: what loading W on chip costs is spread over as many
-ANCHOR_EVERY = 6  # iterations of which about one is an anchor, where increments are multiplied in a lower precision
-WORTH_IT = 0.95  # increments must take at most this share of the time without them
+# Iterations of which about one is an anchor, where increments are multiplied in a lower precision. Simulated for
+# Gaussian W of norms 0.9, 1.4 and 1.8: 4.7, 6.7 and 9.7 with bfloat16, 4.7, 5.4 and 7.8 with float8.
+ANCHOR_EVERY = {"bfloat16": 6, "float16": 6, "float8": 5}
+WORTH_IT = 0.95  # coarser increments must take at most this share of the time of finer ones, or of none
 
 # Of a resident program: the widest W in 16 bits, the widest in float32, and its samples; more of any of them spill.
 TRITON_WIDEST, TRITON_WHOLE, TRITON_SAMPLES = 256, 64, 16
@@ -63,6 +65,7 @@ PRECISIONS = {
     "float64": Precision(8, 1, "matmul_float64"),
 }
 INCREMENTS = ("native", "bfloat16", "float16", "float8")  # what iterations between two anchors multiply in
+TRITON_INCREMENTS = ("native", "bfloat16", "float8")  # those that the Triton backend has kernels for
 # What multiplies as accurately as plain PyTorch in a dtype. 16-bit problems are solved in float32 and rounded once.
 ACCURATE = {"float64": "float64", "float32": "tf32x3", "bfloat16": "tf32x3", "float16": "tf32x3"}
 
@@ -199,7 +202,8 @@ def tiles_of(regime: str, m: int, B: int, device: Device, precision: str) -> Til
     if PRECISIONS[precision].size >= 4:
         return cell_tiles(B, m, *(("float64",) if precision == "float64" else ("float32", precision)))
     samples = cell_tiles(B, m, "bfloat16").samples
-    return next(tiles for tiles in DELTA_TILES if tiles.samples == samples)
+    ladder = DELTA_TILES.get(precision, DELTA_TILES["bfloat16"])
+    return next(tiles for tiles in ladder if tiles.samples == samples)
 
 
 def time_of(regime: str, m: int, B: int, device: Device, precision: str) -> float | None:
@@ -249,7 +253,10 @@ def expected(
     regime: str, m: int, B: int, device: Device, precision: str, increments: str = "native"
 ) -> Expected | None:
     """With increments an iteration is the mean over them and the anchors in ``precision``. None where that cannot run,
-    and where the chip holds W in ``precision`` itself, which leaves increments nothing to save."""
+    and where the chip holds W in ``precision`` itself, which leaves increments nothing to save. Only the streamed cell
+    has kernels for float8: on chip it would save half of a read that is less than the anchors cost."""
+    if increments == "float8" and (regime != "cell" or device.capability < FLOAT8_FROM):
+        return None
     kept = precision if increments == "native" else increments
     iteration = time_of(regime, m, B, device, kept)
     if iteration is None or PRECISIONS[precision].of(device) is None:
@@ -259,7 +266,7 @@ def expected(
             return None
         tiles = tiles_of(regime, m, B, device, kept)
         anchor = anchor_time(regime, m, B, device, PRECISIONS[precision], tiles)
-        iteration += (anchor - iteration) / ANCHOR_EVERY
+        iteration += (anchor - iteration) / ANCHOR_EVERY[increments]
     solve = device.graph_launch + loading_time(regime, m, B, device, kept) + ITERATIONS * iteration
     return Expected(regime, precision, increments, iteration, solve)
 
@@ -278,7 +285,8 @@ def choose(
     increments: tuple[str, ...] = ("native",),
     precision: str | None = None,
 ) -> GpuPlan:
-    """The regime and increments with the least expected time for a solve of :data:`ITERATIONS` iterations.
+    """The regime and increments with the least expected time for a solve of :data:`ITERATIONS` iterations, coarser
+    increments only where they are :data:`WORTH_IT`.
 
     m >= 1, B >= 0: width and batch. dtype: "float32" | "float64" | "bfloat16" | "float16" of the problem. device:
     :func:`deq.gpu_device.find_device`. allowed, increments: of :data:`REGIMES` and :data:`INCREMENTS`, what the backend
@@ -295,11 +303,16 @@ def choose(
         if (option := expected(regime, m, B, device, judging, kind)) is not None
     ]
     if not found:
-        raise ValueError(f"allowed must hold a regime that can run m = {m}, B = {B} on {device.name}; got {allowed}")
-    best = min(found, key=lambda option: option.solve)
-    native = min((o for o in found if o.increments == "native"), key=lambda o: o.solve, default=best)
-    if best.solve > WORTH_IT * native.solve:
-        best = native
+        raise ValueError(
+            f"allowed must hold a regime that can run m = {m}, B = {B} on {device.name} with increments of "
+            f"{increments}; got {allowed}"
+        )
+    best = None
+    for kind in INCREMENTS:  # from precise to coarse
+        options = [option for option in found if option.increments == kind]
+        rival = min(options, key=lambda option: option.solve, default=None)
+        if rival is not None and (best is None or rival.solve <= WORTH_IT * best.solve):
+            best = rival
     kept = judging if best.increments == "native" else best.increments
     return GpuPlan(
         regime=best.regime,
@@ -322,7 +335,8 @@ def _reasons(best: Expected, found: list[Expected], dtype: str, device: Device) 
     if best.precision == ACCURATE[dtype]:
         why.append(f"{best.precision}: as accurate as plain PyTorch in {dtype}")
     if best.increments != "native":
-        why.append(f"{best.increments} increments between anchors in {best.precision}, about one in {ANCHOR_EVERY}")
+        every = ANCHOR_EVERY[best.increments]
+        why.append(f"{best.increments} increments between anchors in {best.precision}, about one in {every}")
     if device.stands_for:
         why.append(f"constants of the {device.stands_for}: those of {device.name} are not known (deq bench constants)")
     return why

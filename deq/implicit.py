@@ -27,7 +27,7 @@ from .solution import ConvergenceError, ConvergenceWarning, Solution, report_fai
 from .solvers import ladder
 
 # Reports of gradients that are still on a GPU: nobody holds them, so they wait for the next status that is read.
-_unread: deque[tuple[Deferred, "Problem"]] = deque(maxlen=64)
+_unread: deque[tuple[Deferred, str]] = deque(maxlen=64)  # with on_failure
 
 PHANTOM_STEPS, PHANTOM_DAMPING = 5, 0.5  # Geng et al. 2021 use a handful of damped steps
 
@@ -240,7 +240,7 @@ def _solve_masked(A: Tensor, g: Tensor, d: Tensor, value_of: str | None, problem
     u, stats, report = ranges.call("adjoint", solve, *arguments) if ranges.listening else solve(*arguments)
     if isinstance(report, Deferred):
         if problem.on_failure != "ignore":
-            _unread.append((report, problem))
+            report_later(report, problem.on_failure)
     elif report is not None and report[0]:
         report_failures(
             Solution(u, stats, problem.plan), problem.on_failure, problem.plan.tol, "the gradient of deq.solve"
@@ -248,14 +248,18 @@ def _solve_masked(A: Tensor, g: Tensor, d: Tensor, value_of: str | None, problem
     return u
 
 
+def report_later(report: Deferred, on_failure: str) -> None:
+    """Tell what became of a gradient when a status is read next."""
+    _unread.append((report, on_failure))
+
+
 def report_gradients(solution: Solution) -> None:
     """Warn or raise for the gradients computed on a GPU that did not converge; called where a status is read."""
     while _unread:
-        report, problem = _unread.popleft()
+        report, on_failure = _unread.popleft()
         if failed := report.read()[0]:
-            samples = sum(part[2] for part in report.parts)
-            message = f"the gradient of deq.solve: {failed} of {samples} samples did not converge"
-            if problem.on_failure == "raise":
+            message = f"the gradient of deq.solve: {failed} of {report.samples} samples did not converge"
+            if on_failure == "raise":
                 raise ConvergenceError(message, solution)
             warnings.warn(f"{message}; pass on_failure='ignore' to silence this.", ConvergenceWarning, stacklevel=5)
 

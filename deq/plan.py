@@ -27,6 +27,10 @@ RUNGS = ("cayley", "anderson", "tight cayley", "newton")
 NOT_MONOTONE = ("gelu", "silu")  # the Cayley map needs a nondecreasing activation
 
 
+class LargeWeight(Exception):
+    """A backend found that W is too large for a plan that holds ``unless_large``, and solved nothing."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """What will be run. ``why`` holds one reason per choice, in words."""
@@ -39,9 +43,11 @@ class Plan:
     tol: float
     max_iter: int
     criterion: str
-    increments: str = "native"  # of INCREMENTS; float64 and Anderson from the start are always native
+    increments: str = "native"  # of INCREMENTS; float64 and Anderson from the start are always native. On a GPU of
+    # those of deq/gpu_plan.py, of which "native" leaves the choice to the plan of the device
     adapts: bool = False  # fit() may still choose the map, the increments and the rungs for a weight
     reflects: bool = False  # the activation is one that the Cayley map can take
+    unless_large: bool = False  # the backend looks at W first, and raises LargeWeight
     rungs: tuple[str, ...] = ()  # of RUNGS, in order: what samples that fail are tried with (deq/solvers/ladder.py)
     why: tuple[str, ...] = ()
 
@@ -126,6 +132,13 @@ def make_plan(
         raise ValueError(f"solver='cayley' needs a nondecreasing activation; {activation} is not")
     if solver == "auto":
         why.append("on demand: plain iteration, Anderson per sample where the measured contraction is slow")
+    reflects = activation not in NOT_MONOTONE
+    on_gpu = backend in ("triton", "cuda") and device != "cpu"
+    rungs = ("cayley", "tight cayley") if solver == "cayley" else ()
+    if on_gpu and solver == "auto" and criterion == "residual":
+        rungs = tuple(rung for rung in RUNGS if reflects or "cayley" not in rung)
+        first = "newton on the device, then " if backend == "cuda" else ""
+        why.append(f"samples that fail go on to: {first}{', '.join(rungs)}; at the latest when the status is read")
     return Plan(
         backend=backend,
         map="cayley" if solver == "cayley" else "plain",
@@ -135,22 +148,22 @@ def make_plan(
         tol=DEFAULT_TOL[dtype] if tol is None else float(tol),
         max_iter=DEFAULT_MAX_ITER if max_iter is None else int(max_iter),
         criterion=criterion,
-        # To adapt, and to climb rungs, the host must read what is still on a GPU.
-        adapts=solver == "auto" and criterion == "residual" and not (backend in ("triton", "cuda") and device != "cpu"),
-        reflects=activation not in NOT_MONOTONE,
-        rungs=("cayley", "tight cayley") if solver == "cayley" else (),
+        adapts=solver == "auto" and criterion == "residual" and not on_gpu,  # the host would read what is on the GPU
+        reflects=reflects,
+        rungs=rungs,
         why=tuple(why),
     )
 
 
 @lru_cache(maxsize=1024)
-def fit(plan: Plan, width: int, batch: int, large: bool, frozen: bool, increments: str) -> Plan:
+def fit(plan: Plan, width: int, batch: int, large: bool | None, frozen: bool, increments: str) -> Plan:
     """The plan of an automatic solve for one weight and batch.
 
-    large: whether ``||W||_F / sqrt(m)`` is above ``LARGE_WEIGHT``; frozen: whether W is not being trained, so that what
-    is derived from it will be used again; increments: those that the backend has here, "native" if none. Where the
-    plain map contracts, the Cayley map is not tried first even with K at hand: its fewer int8 steps (26 for 39 at
-    radius 1.0, m = 256) and the three float32 products that it adds take 0.9 to 1.5 times as long.
+    large: whether ``||W||_F / sqrt(m)`` is above ``LARGE_WEIGHT``, None if the backend is to look (LargeWeight);
+    frozen: whether W is not being trained, so that what is derived from it will be used again; increments: those that
+    the backend has here, "native" if none. Where the plain map contracts, the Cayley map is not tried first even with K
+    at hand: its fewer int8 steps (26 for 39 at radius 1.0, m = 256) and the three float32 products that it adds take
+    0.9 to 1.5 times as long.
     """
     why = list(plan.why)
     kind = "plain"
@@ -168,7 +181,14 @@ def fit(plan: Plan, width: int, batch: int, large: bool, frozen: bool, increment
         rungs.append("tight cayley")
     rungs.append("newton")
     why.append(f"samples that fail go on to: {', '.join(rungs)}")
-    return replace(plan, map=kind, increments=increments, rungs=tuple(rungs), why=tuple(why))
+    return replace(
+        plan,
+        map=kind,
+        increments=increments,
+        rungs=tuple(rungs),
+        why=tuple(why),
+        unless_large=large is None and plan.reflects,
+    )
 
 
 def is_cheap(width: int, batch: int, frozen: bool) -> bool:

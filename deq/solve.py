@@ -13,7 +13,7 @@ from .activations import get_activation
 from .backends import Deferred
 from .implicit import Problem, equilibrium, report_gradients
 from .indicators import fitted
-from .plan import DEFAULT_TOL, make_plan
+from .plan import DEFAULT_TOL, LargeWeight, make_plan
 from .profiling import ranges
 from .solution import Solution, report_failures
 from .weights import Structure
@@ -85,8 +85,11 @@ def solve(
         problem = _make_problem.__wrapped__(*given)
     if (is_structure or activation == "identity" or solver == "direct") and solver in ("auto", "direct"):
         arguments = W, c, z0, problem, backward, solver == "direct"
-        solution = ranges.call("solve", direct.solve, *arguments) if ranges.listening else direct.solve(*arguments)
-        if solution is not None:
+        found = ranges.call("solve", direct.solve, *arguments) if ranges.listening else direct.solve(*arguments)
+        if found is not None:
+            solution, report = found
+            if report is not None:
+                solution.when_read = partial(_report_deferred, report, on_failure)
             return solution
     if is_structure:
         W = W.dense()
@@ -96,8 +99,13 @@ def solve(
         flat = (*shape[: dims - 2], math.prod(shape[dims - 2 : -1]), shape[-1])
         c, z0 = c.reshape(flat), None if z0 is None else z0.reshape(flat)
     if problem.plan.adapts:
-        problem = problem._replace(plan=fitted(problem.plan, W, c))
-    z, stats, report = equilibrium(W, c, z0, problem, backward)
+        general = problem
+        problem = general._replace(plan=fitted(general.plan, W, c))
+    try:
+        z, stats, report = equilibrium(W, c, z0, problem, backward)
+    except LargeWeight:
+        problem = general._replace(plan=fitted(general.plan, W, c, large=True))
+        z, stats, report = equilibrium(W, c, z0, problem, backward)
     solution = Solution(z if canonical else z.reshape(shape), stats, problem.plan)
     if isinstance(report, Deferred):
         solution.when_read = partial(_report_deferred, report, on_failure)
@@ -109,8 +117,10 @@ def solve(
 
 def _report_deferred(deferred: Deferred, on_failure: str, solution: Solution) -> None:
     """What the front door says of a solve that was still on the GPU when it returned."""
-    _, *bad = deferred.read()
+    failed, *bad = deferred.read()
     _refuse_non_finite(bad, deferred.weight(), solution.z.shape[:-1])
+    if failed and deferred.rescue is not None:
+        deferred.rescue()
     report_failures(solution, on_failure, solution.plan.tol, "deq.solve")
     report_gradients(solution)
 

@@ -33,6 +33,14 @@ def entry(p, q, DEPTH: tl.constexpr):
 
 
 @triton.jit
+def _product_of(gram_ptrs, stride, mask, newest, ONE: tl.constexpr, OTHER: tl.constexpr, DEPTH: tl.constexpr):
+    """<g_p, g_q> of the residuals that are ONE and OTHER evaluations older than the newest; loaded here and not before,
+    because registers are few."""
+    place = entry(ring(newest, ONE, DEPTH), ring(newest, OTHER, DEPTH), DEPTH)
+    return tl.load(gram_ptrs + place * stride, mask=mask, other=0.0, volatile=True)
+
+
+@triton.jit
 def mixing_weights(gram_ptrs, stride, mask, count, newest, DEPTH: tl.constexpr):
     """Weights of the samples whose Gram matrices start at gram_ptrs (n,), entries ``stride`` elements apart (float64).
 
@@ -40,23 +48,20 @@ def mixing_weights(gram_ptrs, stride, mask, count, newest, DEPTH: tl.constexpr):
     Returns a tuple of DEPTH blocks (n,) float64, newest first: 1, 0, 0, ... where no two residuals can be trusted, a
     residual is zero or not finite, or a pivot is too small; absent residuals weigh exactly 0.
     """
-    gram = ()  # row by row of the lower triangle, newest first
-    for i in tl.static_range(DEPTH):
-        for j in tl.static_range(i + 1):
-            place = entry(ring(newest, i, DEPTH), ring(newest, j, DEPTH), DEPTH)
-            gram = gram + (tl.load(gram_ptrs + place * stride, mask=mask & (i < count), other=0.0),)
     zero = tl.zeros(count.shape, tl.float64)
     sound = count > 0
     scale, factor, inverse, known, forward = (), (), (), (), ()
-    for i in tl.static_range(DEPTH):
-        square = gram[_triangle(i, i)]
+    for i in tl.static_range(DEPTH):  # newest first
+        present = mask & (i < count)
+        square = _product_of(gram_ptrs, stride, present, newest, i, i, DEPTH)
         usable = square > 0
         scale = scale + (tl.where(usable, 1.0 / tl.sqrt(tl.where(usable, square, 1.0)), 0.0),)
         right = scale[i]
         for j in tl.static_range(i + 1):
-            rest = gram[_triangle(i, j)] * scale[i] * scale[j]
             if i == j:
-                rest += _REGULARISER
+                rest = square * scale[i] * scale[i] + _REGULARISER
+            else:
+                rest = _product_of(gram_ptrs, stride, present, newest, i, j, DEPTH) * scale[i] * scale[j]
             for k in tl.static_range(j):
                 rest -= factor[_triangle(i, k)] * factor[_triangle(j, k)]
             if i == j:

@@ -6,6 +6,8 @@ and guards what comes out.
 
 from dataclasses import dataclass
 
+from .tiles import OLDEST
+
 
 @dataclass(frozen=True)
 class Compilation:
@@ -17,7 +19,9 @@ class Compilation:
     types: of every argument that is no compile-time constant, such as "*fp32", "i32" or "fp32".
     constants: the other arguments.
     aligned: arguments that are multiples of 16 at run time, which the compiler is told.
+    registers: the most that a thread may have, where the launch says so.
     chosen: whether a plan can choose it by itself.
+    oldest: the compute capability from which on it can be compiled.
     """
 
     name: str
@@ -28,4 +32,11 @@ class Compilation:
     aligned: tuple[str, ...]
     warps: int
     stages: int
+    registers: int | None = None
     chosen: bool = True
+    oldest: tuple[int, int] = OLDEST
+
+    def runs_on(self, architecture: str) -> bool:
+        """architecture: such as "sm_90"."""
+        number = int(architecture.removeprefix("sm_"))
+        return (number // 10, number % 10) >= tuple(self.oldest)

@@ -1,25 +1,28 @@
-"""Steps by increments: ``x = W y + c`` is kept, and a step adds ``W q`` of the rounded increment q of y, in bfloat16.
+"""Steps by increments: ``x = W y + c`` is kept, and a step adds ``W q`` of the rounded increment q of y.
 
-    x <- x + bfloat16(W) q,   y <- y + q,   q <- bfloat16(f(x) - y)
+    x <- x + low(W) q,   y <- y + q,   q <- low(f(x) - y)
 
-What rounding leaves of an increment is part of the next one, so that y follows f; x drifts from ``W y + c`` by the
-error of the rounded W. A sample whose step would drown in that drift, or be small enough to leave by, is due: it
-waits for the next anchor, a :func:`.iteration.step_kernel` that forms ``W y + c`` itself, in full precision, and alone
-judges. Whether a sample is due depends on nothing but itself; rows of tiles none of whose samples want a step exit at
-once.
+low is bfloat16, or float8 (e4m3): W in a power of two for every row, increments in one for every sample, found from the
+norm of the step before. What rounding leaves of an increment, and what its range cuts off, is part of the next one, so
+that y follows f; x drifts from ``W y + c`` by the error of the rounded W. A sample whose step would drown in that
+drift, or be small enough to leave by, is due: it waits for the next anchor, a :func:`.iteration.step_kernel` that forms
+``W y + c`` itself, in full precision, and alone judges. Whether a sample is due depends on nothing but itself; rows of
+tiles none of whose samples want a step exit at once.
 
 A turn is STEPS such steps and one anchor. Step s of a turn reads its increments from EVEN if s is even, else from ODD,
 and writes the other; an anchor writes EVEN.
 """
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from deq.activations import ACTIVATIONS
 
 from .cell import INTERPRETED, multiply_add, tile_of
 from .compilation import Compilation
-from .iteration import ending, is_last, total_of
+from .iteration import advance_scales, ending, is_last, total_of
 from .judge import ERROR, LIVE, judge
 from .records import (
     BEFORE,
@@ -28,15 +31,20 @@ from .records import (
     DUE,
     ENDINGS,
     EVEN,
+    FLOAT8,
+    INCREMENTS,
     ITERATION,
     LIMIT,
     LISTS,
     LOW,
     MARKS,
     MOVED,
+    NEXT_SCALE,
     RECORD,
     RESIDUAL,
+    ROW_SCALES,
     RUN,
+    SCALE,
     STATUS,
     STEP,
     SUMS,
@@ -45,20 +53,39 @@ from .records import (
     X,
     Y,
     floats,
-    halves,
     ints,
+    lows,
+    rounded,
 )
-from .tiles import DELTA_TILES, RAGGED_SAMPLES, Tiles
+from .tiles import DELTA_TILES, FLOAT8_FROM, OLDEST, RAGGED_SAMPLES, Tiles
 
 STEPS = 4  # in a turn; even, so that the next turn begins with EVEN
 
-# A sample is due where its step is below SAFE of the tolerance, below DRIFT (what bfloat16 resolves) of all that was
-# moved since its last anchor, or after LONGEST steps.
-SAFE, DRIFT, LONGEST = tl.constexpr(2.0), tl.constexpr(2.0**-7), tl.constexpr(12)
+# A sample is due where its step is below SAFE of the tolerance, below DRIFT of all that was moved since its last
+# anchor, or after LONGEST steps. Simulated (relu, m = 1024, Gaussian W of norms 0.9, 1.4, 1.8 and 2.2): with 2^-6 for
+# float8 3.0, 4.0, 4.0 and 4.7 anchors a sample, and 1, 3, 5 and 6 % more steps than W itself would take; with 2^-4,
+# about what e4m3 resolves, no more steps but 4.0, 5.1, 6.0 and 7.5 anchors. bfloat16: 3.0, 3.0, 3.0 and 4.1.
+SAFE, LONGEST = tl.constexpr(2.0), tl.constexpr(12)
+DRIFT = tl.constexpr(2.0**-7)
+DRIFT_FLOAT8 = tl.constexpr(2.0**-6)
+FLOAT8_EXPONENT = 8  # rows of W are below 2^8 in their units
+
+
+def low_weight(W: Tensor, increments: str) -> tuple[Tensor, Tensor | None]:
+    """W (m, m) float32 as steps multiply it, contiguous, and for float8 the units (m,) float32 of its rows.
+
+    increments: "bfloat16" or "float8". Does not wait for the device.
+    """
+    if increments == "bfloat16":
+        return W.to(torch.bfloat16, memory_format=torch.contiguous_format), None
+    exponents = (torch.frexp(W.abs().amax(1)).exponent - FLOAT8_EXPONENT).clamp_(-100, 120)
+    units = torch.ldexp(torch.ones_like(W[0]), exponents)
+    low = (W / units[:, None]).to(torch.float8_e4m3fn, memory_format=torch.contiguous_format)
+    return low, units
 
 
 @triton.jit
-def is_due(step, size, ratio, moved, run, k, limit, tol, leave, max_iter, CRITERION: tl.constexpr):
+def is_due(step, size, ratio, moved, run, k, limit, tol, leave, max_iter, DRIFT: tl.constexpr, CRITERION: tl.constexpr):
     """Whether an anchor is called for, at which a step of ``step`` and f of norm ``size`` are expected, (n,) samples.
     ratio: of the last step to the one before, at most 1; moved: the steps since the last anchor; run: how many."""
     goal = leave
@@ -83,6 +110,7 @@ def delta_kernel(
     ACTIVATION: tl.constexpr,
     HOMOGENEOUS: tl.constexpr,
     CRITERION: tl.constexpr,
+    INCREMENTS: tl.constexpr,
     SLOTS: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -107,10 +135,10 @@ def delta_kernel(
     inside = steps[:, None] & in_n
     n = (tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
     at = b[:, None] * m + n
-    q_ptr = halves(table_ptr, EVEN + step_of_turn % 2)
+    q_ptr = lows(table_ptr, EVEN + step_of_turn % 2, INCREMENTS)
     k = tl.arange(0, BLOCK_K).to(tl.int64)
     q_ptrs = q_ptr + b[:, None] * m + k[None, :]
-    w_ptrs = halves(table_ptr, LOW) + n * m + k[:, None]
+    w_ptrs = lows(table_ptr, LOW, INCREMENTS) + n * m + k[:, None]
     x = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
     if INTERPRETED:  # see cell_kernel
         done = 0
@@ -125,17 +153,24 @@ def delta_kernel(
             q_ptrs += BLOCK_K
             w_ptrs += BLOCK_K
 
+    record = floats(table_ptr, RECORD) + b
+    q = tl.load(q_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    next_scale = 1.0
+    if INCREMENTS == FLOAT8:
+        scale = tl.load(record + SCALE * B, mask=steps, other=1.0)[:, None]
+        next_scale = tl.load(record + NEXT_SCALE * B, mask=steps, other=1.0)
+        q = q * scale
+        x = x * scale * tl.load(floats(table_ptr, ROW_SCALES) + n, mask=in_n, other=1.0)
+    y = q + tl.load(floats(table_ptr, Y) + at, mask=inside, other=0.0)
+    tl.store(floats(table_ptr, Y) + at, y, mask=inside)
     x += tl.load(floats(table_ptr, X) + at, mask=inside, other=0.0)
-    y = tl.load(floats(table_ptr, Y) + at, mask=inside, other=0.0)
-    y += tl.load(q_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(floats(table_ptr, X) + at, x, mask=inside)
     out = ending(x, floats(table_ptr, D) + b[:, None] * stride_d + n, inside, ENDING, ACTIVATION)
     out = tl.where(in_n, out, 0.0)  # act(0) need not be zero
     step = out - y
-    tl.store(floats(table_ptr, X) + at, x, mask=inside)
-    tl.store(floats(table_ptr, Y) + at, y, mask=inside)
-    tl.store(halves(table_ptr, EVEN + (step_of_turn + 1) % 2) + at, step.to(tl.bfloat16), mask=inside)
+    next_ptr = lows(table_ptr, EVEN + (step_of_turn + 1) % 2, INCREMENTS)
+    tl.store(next_ptr + at, rounded(step, next_scale, INCREMENTS), mask=inside)
 
-    record = floats(table_ptr, RECORD) + b
     if not HOMOGENEOUS:
         unit = tl.load(record + UNIT * B, mask=steps, other=1.0)[:, None]
         step, out = step * unit, out * unit
@@ -144,7 +179,10 @@ def delta_kernel(
     tl.store(sums, tl.sum(step * step, axis=1), mask=steps)
     tl.store(sums + field, tl.sum(out * out, axis=1), mask=steps)
     if is_last(counters + LISTS + tiles_b + tile_b, tiles_n):
-        _watch(table_ptr, B, tiles_n, b, steps, field, tol, leave, max_iter, patience, CRITERION, SLOTS)
+        _watch(
+            table_ptr, B, tiles_n, b, steps, field, tol, leave, max_iter, patience,
+            HOMOGENEOUS, CRITERION, INCREMENTS, SLOTS,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -159,7 +197,9 @@ def _watch(
     leave,
     max_iter,
     patience,
+    HOMOGENEOUS: tl.constexpr,
     CRITERION: tl.constexpr,
+    INCREMENTS: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
     """Write down the step of samples b (n,), and whether they are due. A sample that is due is evaluated once more at
@@ -181,8 +221,11 @@ def _watch(
         step, size, k, previous, before, best, best_at, limit, tol, leave, max_iter, patience, CRITERION
     )
     ratio = tl.where(previous < float("inf"), tl.minimum(step / previous, 1.0), 1.0)
-    due = slow | is_due(step, size, ratio, moved, run, k, limit, tol, leave, max_iter, CRITERION)
+    drift: tl.constexpr = DRIFT_FLOAT8 if INCREMENTS == FLOAT8 else DRIFT
+    due = slow | is_due(step, size, ratio, moved, run, k, limit, tol, leave, max_iter, drift, CRITERION)
     goes_on = steps & (due == 0)
+    if INCREMENTS == FLOAT8:
+        advance_scales(record, B, step, HOMOGENEOUS, goes_on, steps)
     tl.store(record + STEP * B, step, mask=goes_on)
     tl.store(record + BEFORE * B, previous, mask=goes_on)
     tl.store(record + LIMIT * B, limit, mask=goes_on)
@@ -195,18 +238,20 @@ def _watch(
 def compilations() -> list[Compilation]:
     """Every tile that a step can be launched with, plain and with the dearest activation, ragged with the latter."""
     found = []
-    for tiles in DELTA_TILES:
-        for kind in (("value", "relu"), ("value", "gelu"), ("adjoint", "identity")):
-            found.append(_compilation(tiles, *kind, "aligned"))
-        if tiles.samples <= RAGGED_SAMPLES:
-            found.append(_compilation(tiles, "value", "gelu", "ragged"))
+    for increments, ladder in DELTA_TILES.items():
+        for tiles in ladder:
+            for kind in (("value", "relu"), ("value", "gelu"), ("adjoint", "identity")):
+                found.append(_compilation(increments, tiles, *kind, "aligned"))
+            if tiles.samples <= RAGGED_SAMPLES:
+                found.append(_compilation(increments, tiles, "value", "gelu", "ragged"))
     return found
 
 
-def _compilation(tiles: Tiles, end: str, activation: str, width: str) -> Compilation:
+def _compilation(increments: str, tiles: Tiles, end: str, activation: str, width: str) -> Compilation:
+    group = f"delta step, {increments}, {tiles}"
     return Compilation(
-        name=f"delta step, {tiles}, {end} of {activation}, {width}",
-        group=f"delta step, {tiles}",
+        name=f"{group}, {end} of {activation}, {width}",
+        group=group,
         function="delta:delta_kernel",
         types={
             "table_ptr": "*i64",
@@ -218,6 +263,7 @@ def _compilation(tiles: Tiles, end: str, activation: str, width: str) -> Compila
             "ACTIVATION": ACTIVATIONS[activation].number,
             "HOMOGENEOUS": int(end == "adjoint" or ACTIVATIONS[activation].homogeneous),
             "CRITERION": 0,
+            "INCREMENTS": INCREMENTS[increments],
             "SLOTS": 32,
             "BLOCK_B": tiles.samples,
             "BLOCK_N": tiles.units,
@@ -226,4 +272,6 @@ def _compilation(tiles: Tiles, end: str, activation: str, width: str) -> Compila
         aligned=("table_ptr", "m", "stride_d") if width == "aligned" else ("table_ptr",),
         warps=tiles.warps,
         stages=tiles.stages,
+        registers=tiles.registers,
+        oldest=FLOAT8_FROM if increments == "float8" else OLDEST,
     )

@@ -5,10 +5,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deq.activations import LEAKY_SLOPE, get_activation
+from deq.activations import ACTIVATIONS, LEAKY_SLOPE, get_activation
 
 from . import activations
 from .activations import IDENTITY, LEAKY_RELU, RELU
+from .compilation import Compilation
+from .tiles import MOST_REGISTERS
 
 BLOCK = 1024
 _MOST_STEPS = tl.constexpr(60)  # of Newton or bisection; Newton alone takes four to six
@@ -82,7 +84,8 @@ def solve_diagonal(
     if B > 0:
         with torch.cuda.device_of(x):
             block = min(BLOCK, triton.next_power_of_2(m))
-            diagonal_kernel[(B,)](d, x, z, slope, residual, m, ACTIVATION=number, BLOCK=block, enable_fp_fusion=True)
+            options = {"maxnreg": MOST_REGISTERS, "enable_fp_fusion": True}
+            diagonal_kernel[(B,)](d, x, z, slope, residual, m, ACTIVATION=number, BLOCK=block, **options)
     return z, residual, slope
 
 
@@ -119,3 +122,24 @@ def diagonal_kernel(d_ptr, x_ptr, z_ptr, slope_ptr, residual_ptr, m, ACTIVATION:
     residual = tl.where(step2 == 0.0, 0.0, tl.sqrt(step2 / tl.where(size2 == 0.0, 1.0, size2)))
     residual = tl.where((step2 > 0.0) & (size2 == 0.0), float("inf"), residual)
     tl.store(residual_ptr + tl.program_id(0), residual)
+
+
+def compilations() -> list[Compilation]:
+    """A closed form and Newton's method, with and without the derivative."""
+    return [_compilation(activation, derives) for activation in ("relu", "gelu") for derives in (False, True)]
+
+
+def _compilation(activation: str, derives: bool) -> Compilation:
+    pointers = ("d_ptr", "x_ptr", "z_ptr", "residual_ptr", *(("slope_ptr",) if derives else ()))
+    return Compilation(
+        name=f"diagonal, {activation}{', with its derivative' if derives else ''}",
+        group=f"diagonal, {activation}",
+        function="diagonal:diagonal_kernel",
+        types=dict.fromkeys(pointers, "*fp32") | {"m": "i32"},
+        constants={"ACTIVATION": ACTIVATIONS[activation].number, "BLOCK": BLOCK}
+        | ({} if derives else {"slope_ptr": None}),
+        aligned=(*pointers, "m"),
+        warps=4,
+        stages=3,
+        registers=MOST_REGISTERS,
+    )

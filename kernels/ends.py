@@ -3,9 +3,13 @@
 import triton
 import triton.language as tl
 
+from deq.activations import ACTIVATIONS
+
+from .compilation import Compilation
 from .iteration import ending
 from .judge import CONVERGED, DIVERGED, LIVE, NONFINITE, judge
 from .records import (
+    ACCELERATIONS,
     ANDERSON,
     BAD_INJECTION,
     BAD_START,
@@ -13,21 +17,26 @@ from .records import (
     BEST_AT,
     COUNTERS,
     DUE,
+    ENDINGS,
     EVEN,
     FAILED,
+    FLOAT8,
     FRONT,
     HELD,
+    INCREMENTS,
     ITERATION,
     LIMIT,
     LISTS,
     LIVE_SAMPLES,
     MARKS,
     MOVED,
+    NEXT_SCALE,
     PLACE,
     RECORD,
     RESIDUAL,
     RING,
     RUN,
+    SCALE,
     STATUS,
     STEP,
     UNIT,
@@ -37,10 +46,13 @@ from .records import (
     X,
     Y,
     floats,
-    halves,
     ints,
+    lows,
+    rounded,
+    scale_of,
     unit_of,
 )
+from .tiles import FLOAT8_FROM, MOST_REGISTERS, OLDEST
 
 
 @triton.jit(do_not_specialize=["B", "max_iter", "patience"])
@@ -89,7 +101,9 @@ def start_kernel(
             largest_value = tl.maximum(largest_value, tl.max(tl.abs(start)))
         at += BLOCK
     finite = (bad == 0) & (bad_start == 0)
-    unit = unit_of(tl.where(finite, largest if HOMOGENEOUS else largest_value, 1.0))
+    reach = tl.where(finite, largest if HOMOGENEOUS else largest_value, 1.0)
+    unit = unit_of(reach)
+    scale = scale_of(reach * unit if HOMOGENEOUS else reach)  # of a first increment, whose norm is not known yet
 
     front_ptr = floats(table_ptr, FRONT) + b * m
     total = 0.0
@@ -114,7 +128,8 @@ def start_kernel(
                 c = tl.where(finite, c, 0.0)
                 tl.store(floats(table_ptr, X) + b * m + j, c, mask=j < m)
                 tl.store(floats(table_ptr, Y) + b * m + j, tl.zeros((BLOCK,), tl.float32), mask=j < m)
-                tl.store(halves(table_ptr, EVEN) + b * m + j, y.to(tl.bfloat16), mask=j < m)
+                low = tl.reshape(rounded(y[None, :], tl.full((1,), 1.0, tl.float32) * scale, INCREMENTS), (BLOCK,))
+                tl.store(lows(table_ptr, EVEN, INCREMENTS) + b * m + j, low, mask=j < m)
             else:
                 tl.store(floats(table_ptr, Y) + b * m + j, y, mask=j < m)
         if not HOMOGENEOUS:
@@ -149,6 +164,11 @@ def start_kernel(
         tl.store(record_ptr + MOVED * B, tl.where(step < float("inf"), step, 0.0))
         tl.store(marks_ptr + RUN * B, 0)
         tl.store(marks_ptr + DUE * B, 0 if FREE_FIRST else 1)
+        if INCREMENTS == FLOAT8:
+            tl.store(record_ptr + SCALE * B, scale)
+            tl.store(
+                record_ptr + NEXT_SCALE * B, scale_of(size if HOMOGENEOUS else size / unit) if FREE_FIRST else scale
+            )
     counters = ints(table_ptr, COUNTERS)
     if status == LIVE:
         tl.atomic_add(counters + LIVE_SAMPLES, 1)
@@ -207,3 +227,71 @@ def finish_kernel(
     tl.store(residual_ptr + b, tl.load(record + RESIDUAL * B))
     tl.store(iterations_ptr + b, tl.load(marks + ITERATION * B))
     tl.store(status_ptr + b, status.to(tl.uint8))
+
+
+def compilations() -> list[Compilation]:
+    """The start with every kind of increments and from a point of the caller's, with the dearest activation and as an
+    adjoint; the finish of both."""
+    found = [
+        _start_compilation(end, activation, increments, starts)
+        for end, activation in (("value", "gelu"), ("adjoint", "identity"))
+        for increments in INCREMENTS
+        for starts in (False, True)
+    ]
+    return [*found, _finish_compilation(False), _finish_compilation(True)]
+
+
+_RULE = dict.fromkeys(("tol", "leave"), "fp32") | dict.fromkeys(("max_iter", "patience"), "i32")
+
+
+def _start_compilation(end: str, activation: str, increments: str, starts: bool) -> Compilation:
+    return Compilation(
+        name=f"start, {increments}, {end} of {activation}, {'from a point' if starts else 'from zero'}",
+        group=f"start, {increments}",
+        function="ends:start_kernel",
+        types={
+            "table_ptr": "*i64",
+            **dict.fromkeys(("B", "m", "stride_c", "stride_d", "stride_start"), "i32"),
+            **_RULE,
+            **({"start_ptr": "*fp32"} if starts else {}),
+        },
+        constants={
+            **({} if starts else {"start_ptr": None}),
+            "ENDING": ENDINGS[end],
+            "ACTIVATION": ACTIVATIONS[activation].number,
+            "HOMOGENEOUS": int(end == "adjoint" or ACTIVATIONS[activation].homogeneous),
+            "ACCELERATION": ACCELERATIONS["on_demand"],
+            "CRITERION": 0,
+            "FREE_FIRST": int(not starts),
+            "INCREMENTS": INCREMENTS[increments],
+            "TILE_B": 16,
+            "BLOCK": 1024,
+        },
+        aligned=("table_ptr", "m", "stride_c", "stride_d", *(("start_ptr", "stride_start") if starts else ())),
+        warps=4,
+        stages=3,
+        registers=MOST_REGISTERS,
+        oldest=FLOAT8_FROM if increments == "float8" else OLDEST,
+    )
+
+
+def _finish_compilation(masked: bool) -> Compilation:
+    return Compilation(
+        name=f"finish, {'adjoint' if masked else 'value'}",
+        group="finish",
+        function="ends:finish_kernel",
+        types={
+            "table_ptr": "*i64",
+            "out_ptr": "*fp32",
+            "residual_ptr": "*fp32",
+            "iterations_ptr": "*i32",
+            "status_ptr": "*u8",
+            "B": "i32",
+            "m": "i32",
+            "largest": "fp32",
+        },
+        constants={"HOMOGENEOUS": int(masked), "MASKED": int(masked), "BLOCK": 1024},
+        aligned=("table_ptr", "out_ptr", "m"),
+        warps=4,
+        stages=3,
+    )

@@ -34,7 +34,8 @@ def _measure(
     start = tl.zeros((block,), tl.float64)
     products = tl.zeros((padded, block), tl.float64)
     pair = tl.arange(0, padded)
-    for first in range(0, D, block):
+    first = 0
+    while first < D:  # the interpreter of Triton 3.6 has no run-time range
         i = first + tl.arange(0, block)
         inside = i < D
         point = tl.load(y + row * D + i, mask=inside, other=0.0)
@@ -52,6 +53,7 @@ def _measure(
             places = (row * depth + pair[:, None]) * D + i[None, :]
             old = tl.load(residuals + places, mask=older[:, None] & inside[None, :], other=0.0).to(tl.float64)
             products += tl.where((pair == slot)[:, None], wide[None, :], old) * wide[None, :]
+        first += block
     tl.store(norms + row * 3, tl.sum(step))
     tl.store(norms + row * 3 + 1, tl.sum(size))
     tl.store(norms + row * 3 + 2, tl.sum(start))

@@ -43,15 +43,18 @@ from .records import (
     ENDINGS,
     EVEN,
     FAILED,
+    FLOAT8,
     FRONT,
     GRAM,
     HELD,
+    INCREMENTS,
     ITERATION,
     LIMIT,
     LISTS,
     LIVE_SAMPLES,
     MARKS,
     MOVED,
+    NEXT_SCALE,
     NONE,
     ON_DEMAND,
     PARTS,
@@ -63,6 +66,7 @@ from .records import (
     RING,
     RUN,
     SAVED,
+    SCALE,
     STATUS,
     STEP,
     SUMS,
@@ -77,10 +81,12 @@ from .records import (
     Y,
     doubles,
     floats,
-    halves,
     ints,
+    lows,
+    rounded,
+    scale_of,
 )
-from .tiles import MOST_SPLITS, RAGGED_SAMPLES, STEP_TILES, Tiles, step_tiles
+from .tiles import DELTA_TILES, FLOAT8_FROM, MOST_SPLITS, OLDEST, RAGGED_SAMPLES, STEP_TILES, Tiles, step_tiles
 
 __all__ = ["compilations", "ending", "mix_kernel", "step_kernel", "step_tiles"]
 
@@ -232,13 +238,14 @@ def step_kernel(
     tl.store(target + at, out, mask=written)
     if INCREMENTS:
         tl.store(floats(table_ptr, X) + at, x, mask=written)
-        tl.store(halves(table_ptr, EVEN) + at, step.to(tl.bfloat16), mask=written)
+        scale = tl.load(record + NEXT_SCALE * B, mask=live, other=1.0) if INCREMENTS == FLOAT8 else 1.0
+        tl.store(lows(table_ptr, EVEN, INCREMENTS) + at, rounded(step, scale, INCREMENTS), mask=written)
     tl.store(sums, tl.sum(scaled * scaled, axis=1), mask=live)
     tl.store(sums + field, tl.sum(size * size, axis=1), mask=live)
     if is_last(counters + LISTS + tiles_b + tile_b, tiles_n):
         _advance(
             table_ptr, turn, B, tile_b, tiles_n, b, live, tol, leave, max_iter, patience,
-            ACCELERATION, DEPTH, CRITERION, INCREMENTS, SLOTS,
+            HOMOGENEOUS, ACCELERATION, DEPTH, CRITERION, INCREMENTS, SLOTS,
         )  # fmt: skip
 
 
@@ -286,6 +293,7 @@ def _advance(
     leave,
     max_iter,
     patience,
+    HOMOGENEOUS: tl.constexpr,
     ACCELERATION: tl.constexpr,
     DEPTH: tl.constexpr,
     CRITERION: tl.constexpr,
@@ -332,6 +340,8 @@ def _advance(
             held = tl.where((held == 0) & slow, 1, held)
         tl.store(marks + HELD * B, held, mask=live)
     if INCREMENTS:
+        if INCREMENTS == FLOAT8:
+            advance_scales(record, B, step, HOMOGENEOUS, live, live)
         tl.store(record + MOVED * B, step, mask=live)
         tl.store(marks + RUN * B, 0, mask=live)
         tl.store(marks + DUE * B, (held > 0).to(tl.int32), mask=live)  # an accelerated one goes from anchor to anchor
@@ -349,6 +359,17 @@ def _advance(
         tl.atomic_add(counters + LISTS + tile_b, -left)
         tl.atomic_add(counters + LIVE_SAMPLES, -left)
         tl.atomic_add(counters + FAILED, tl.sum((live & (status != LIVE) & (status != CONVERGED)).to(tl.int32)))
+
+
+@triton.jit
+def advance_scales(record, B, step, HOMOGENEOUS: tl.constexpr, read, written):
+    """After an evaluation whose step has the norm ``step``, as judged: where ``read``, what it wrote is read next; the
+    unit of what is ``written`` after it is known."""
+    if not HOMOGENEOUS:
+        step = step * (1.0 / tl.load(record + UNIT * B, mask=written, other=1.0))
+    scale = tl.load(record + NEXT_SCALE * B, mask=read, other=1.0)
+    tl.store(record + SCALE * B, scale, mask=read)
+    tl.store(record + NEXT_SCALE * B, scale_of(step), mask=written)
 
 
 @triton.jit(do_not_specialize=["turn", "B"])
@@ -393,16 +414,29 @@ def compilations() -> list[Compilation]:
     found = []
     for tiles in STEP_TILES:
         found += [
-            _step_compilation(tiles, 1, *kind, acceleration, "aligned", False)
+            _step_compilation(tiles, 1, *kind, acceleration, "aligned", "native")
             for kind, acceleration in product(_KINDS, ("none", "on_demand"))
         ]
         dearest = (*_KINDS[1], "on_demand")
-        found.append(_step_compilation(tiles, 1, *dearest, "aligned", True))
+        found += [_step_compilation(tiles, 1, *dearest, "aligned", increments) for increments in DELTA_TILES]
         if tiles.samples <= RAGGED_SAMPLES:
-            found.append(_step_compilation(tiles, 1, *dearest, "ragged", False))
+            found.append(_step_compilation(tiles, 1, *dearest, "ragged", "native"))
         if tiles.samples <= 16:
-            found.append(_step_compilation(tiles, MOST_SPLITS, *dearest, "aligned", False))
-    return found
+            found.append(_step_compilation(tiles, MOST_SPLITS, *dearest, "aligned", "native"))
+    return [*found, _mix_compilation()]
+
+
+def _mix_compilation() -> Compilation:
+    return Compilation(
+        name="mix, 4x256",
+        group="mix, 4x256",
+        function="iteration:mix_kernel",
+        types={"table_ptr": "*i64", "turn": "i32", "B": "i32", "m": "i32"},
+        constants={"DEPTH": 5, "INCREMENTS": 0, "BLOCK_B": 4, "BLOCK_N": 256},
+        aligned=("table_ptr", "m"),
+        warps=4,
+        stages=3,
+    )
 
 
 def _step_compilation(
@@ -413,7 +447,7 @@ def _step_compilation(
     weight: str,
     acceleration: str,
     width: str,
-    increments: bool,
+    increments: str,
 ) -> Compilation:
     unit, across = ("stride_wk", "stride_wn") if weight == "rows" else ("stride_wn", "stride_wk")
     accelerates = acceleration != "none"
@@ -426,14 +460,15 @@ def _step_compilation(
         "DEPTH": 5 if accelerates else 1,
         "CRITERION": 0,
         "PRECISION": "tf32x3",
-        "INCREMENTS": int(increments),
+        "INCREMENTS": INCREMENTS[increments],
         "SPLITS": splits,
         "SLOTS": 32,
         "BLOCK_B": tiles.samples,
         "BLOCK_N": tiles.units,
         "BLOCK_K": tiles.depth,
     }
-    what = f"{'anchor' if increments else 'step'}, {'accelerated, ' if accelerates else ''}"
+    what = "step, " if increments == "native" else f"anchor, {increments}, "
+    what += "accelerated, " if accelerates else ""
     group = f"{what}{splits} split{'s' if splits > 1 else ''}, {tiles}"
     return Compilation(
         name=f"{group}, {ending} of {activation}, W by {weight}, {width}",
@@ -448,4 +483,5 @@ def _step_compilation(
         aligned=("table_ptr", "m", across, "stride_c", "stride_d") if width == "aligned" else ("table_ptr",),
         warps=tiles.warps,
         stages=tiles.stages,
+        oldest=FLOAT8_FROM if increments == "float8" else OLDEST,
     )

@@ -11,23 +11,31 @@ ENDINGS = {"value": 0, "adjoint": 1, "reflected": 2, "reflected adjoint": 3}
 VALUE, ADJOINT, REFLECTED, REFLECTED_ADJOINT = (tl.constexpr(n) for n in range(4))
 ACCELERATIONS = {"none": 0, "anderson": 1, "on_demand": 2}
 NONE, ANDERSON, ON_DEMAND = (tl.constexpr(n) for n in range(3))
+INCREMENTS = {
+    "native": 0,
+    "bfloat16": 1,
+    "float8": 2,
+}  # what steps between anchors multiply (delta.py); native: no such
+NATIVE, BFLOAT16, FLOAT8 = (tl.constexpr(n) for n in range(3))
 
 # The table of addresses (int64). W (m, m), C and D (B, m): weight, injection and mask; FRONT, BACK, BEST (B, m): two
 # buffers and the best iterates saved; VALUES, RESIDUALS (DEPTH, B, m): the windows f(y) and f(y) - y; GRAM (DEPTH^2, B)
 # float64; WEIGHTS (DEPTH, B) by ring position; PARTS (SPLITS, B, m); SUMS (2 + DEPTH, tiles, B); RECORD; MARKS int32;
-# COUNTERS int32. With increments LOW (m, m) bfloat16, the W of their steps; Y, X (B, m): the iterate and its W y + c;
-# EVEN, ODD (B, m) bfloat16: increments. All float32 but those.
+# COUNTERS int32. With increments LOW (m, m), the W of their steps; Y, X (B, m): the iterate and its W y + c; EVEN, ODD
+# (B, m): increments, like LOW in bfloat16 or float8 (e4m3), for which ROW_SCALES (m,) are the units of the rows of LOW.
+# All float32 but those.
 TABLE = ("W", "C", "D", "FRONT", "BACK", "BEST", "VALUES", "RESIDUALS", "GRAM", "WEIGHTS", "PARTS", "SUMS", "RECORD")
-TABLE += ("MARKS", "COUNTERS", "LOW", "Y", "X", "EVEN", "ODD")
+TABLE += ("MARKS", "COUNTERS", "LOW", "Y", "X", "EVEN", "ODD", "ROW_SCALES")
 W, C, D, FRONT, BACK, BEST, VALUES, RESIDUALS, GRAM, WEIGHTS, PARTS, SUMS, RECORD, MARKS, COUNTERS = (
     tl.constexpr(n) for n in range(15)
 )
-LOW, Y, X, EVEN, ODD = (tl.constexpr(n) for n in range(15, 20))
-# Fields of RECORD (6, B): the last two steps, the smallest residual, the limit of divergence (before the first
+LOW, Y, X, EVEN, ODD, ROW_SCALES = (tl.constexpr(n) for n in range(15, 21))
+# Fields of RECORD (8, B): the last two steps, the smallest residual, the limit of divergence (before the first
 # evaluation the norm of the start), the power of two that a sample is judged in, homogeneous ones also solved in, and
-# the sum of the steps since the last anchor.
-STEP, BEFORE, RESIDUAL, LIMIT, UNIT, MOVED = (tl.constexpr(n) for n in range(6))
-RECORDS = 6
+# the sum of the steps since the last anchor; the units of the float8 increment to be read next and of the one to be
+# written.
+STEP, BEFORE, RESIDUAL, LIMIT, UNIT, MOVED, SCALE, NEXT_SCALE = (tl.constexpr(n) for n in range(8))
+RECORDS = 8
 # Fields of MARKS (7, B). PLACE of the best iterate: 0 FRONT, 1 BACK, 2 BEST, 3 + r ring position r. HELD: 0 where not
 # accelerated, else the pairs in the window, the one that the next step adds included. RUN: steps since the last anchor;
 # DUE: whether the next evaluation must be one.
@@ -40,6 +48,7 @@ SAVED, RING = tl.constexpr(2), tl.constexpr(3)
 LIVE_SAMPLES, FAILED, BAD_INJECTION, BAD_START = (tl.constexpr(n) for n in range(4))
 HEADER = 4
 LISTS = tl.constexpr(HEADER)
+FLOAT8_MOST = tl.constexpr(448.0)
 NEAR = tl.constexpr(2.0**20)  # magnitudes between 1 / NEAR and NEAR are left as they are
 
 
@@ -54,8 +63,12 @@ def doubles(table_ptr, which):
 
 
 @triton.jit
-def halves(table_ptr, which):
-    return tl.multiple_of(tl.load(table_ptr + which).to(tl.pointer_type(tl.bfloat16)), 16)
+def lows(table_ptr, which, INCREMENTS: tl.constexpr):
+    """LOW, EVEN and ODD."""
+    if INCREMENTS == FLOAT8:
+        return tl.multiple_of(tl.load(table_ptr + which).to(tl.pointer_type(tl.float8e4nv)), 16)
+    else:
+        return tl.multiple_of(tl.load(table_ptr + which).to(tl.pointer_type(tl.bfloat16)), 16)
 
 
 @triton.jit
@@ -64,13 +77,41 @@ def ints(table_ptr, which):
 
 
 @triton.jit
+def exponent_of(x):
+    """floor(log2(x)) of float32 x > 0; -127 for subnormals."""
+    return ((x.to(tl.int32, bitcast=True) >> 23) & 0xFF) - 127
+
+
+@triton.jit
+def power_of_two(exponent):
+    """Float32; the exponent is held within what it and its inverse have."""
+    exponent = tl.minimum(tl.maximum(exponent, -126), 126)
+    return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def unit_of(largest):
     """The power of two that takes ``largest`` (float32, finite) near 1; 1 where it is near enough, or 0."""
-    exponent = ((largest.to(tl.int32, bitcast=True) >> 23) & 0xFF) - 127
-    exponent = tl.minimum(tl.maximum(-exponent, -126), 126)
-    power = ((exponent + 127) << 23).to(tl.float32, bitcast=True)
     far = (largest > 0) & ((largest > NEAR) | (largest < 1.0 / NEAR))
-    return tl.where(far, power, 1.0)
+    return tl.where(far, power_of_two(-exponent_of(largest)), 1.0)
+
+
+@triton.jit
+def scale_of(size):
+    """The unit of a float8 increment, from the 2-norm of the one before it or a bound of its elements: in it they are
+    below 64, so that e4m3, which ends at 448 and resolves 2^-9, has room on both sides. What it cuts off all the same
+    is in the next increment."""
+    return power_of_two(exponent_of(size) - 5)
+
+
+@triton.jit
+def rounded(step, scale, INCREMENTS: tl.constexpr):
+    """The increment (n, k) as it is kept; scale (n,), of float8."""
+    if INCREMENTS == FLOAT8:
+        held = step * (1.0 / scale)[:, None]
+        return tl.minimum(tl.maximum(held, -FLOAT8_MOST), FLOAT8_MOST).to(tl.float8e4nv)
+    else:
+        return step.to(tl.bfloat16)
 
 
 @triton.jit(do_not_specialize=[f"address_{n}" for n in range(len(TABLE))])
@@ -96,6 +137,7 @@ def bind_kernel(
     address_17,
     address_18,
     address_19,
+    address_20,
 ):
     """Fill the table, in the order of TABLE. Launched and not copied, so that no later solve can overtake it."""
     tl.store(table_ptr + 0, address_0)
@@ -118,3 +160,4 @@ def bind_kernel(
     tl.store(table_ptr + 17, address_17)
     tl.store(table_ptr + 18, address_18)
     tl.store(table_ptr + 19, address_19)
+    tl.store(table_ptr + 20, address_20)

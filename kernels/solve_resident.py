@@ -31,7 +31,7 @@ from . import activations
 from .anderson import entry, mixing_weights, ring
 from .cell import INTERPRETED
 from .compilation import Compilation
-from .delta import is_due
+from .delta import DRIFT, is_due
 from .judge import CONVERGED, DIVERGED, LIVE, NONFINITE, judge
 from .records import (
     ACCELERATIONS,
@@ -235,7 +235,7 @@ def solve_kernel(
             ratio = tl.where(previous < float("inf"), tl.minimum(step / previous, 1.0), 1.0)
             moved = tl.where(exact, 0.0, moved) + step
             run = tl.where(exact, 0, run) + 1
-            anchors = is_due(step * ratio, size, ratio, moved, run, k, limit, tol, leave, max_iter, CRITERION)
+            anchors = is_due(step * ratio, size, ratio, moved, run, k, limit, tol, leave, max_iter, DRIFT, CRITERION)
             anchors = anchors | (held > 0)
             q = (onward - y).to(tl.bfloat16)
             if INTERPRETED:  # it would multiply the bit patterns of bfloat16

@@ -17,9 +17,17 @@ class Tiles:
     warps: int
     stages: int
 
+    @property
+    def registers(self) -> int | None:
+        """What a step by increments says that a thread may have: all of them with four warps, where the compiler else
+        spills a few to seat one more block."""
+        return MOST_REGISTERS if self.warps <= 4 else None
+
     def __str__(self) -> str:
         return f"{self.samples}x{self.units}x{self.depth}"
 
+
+MOST_REGISTERS = 255  # of a thread, if a block has eight warps at most
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 PRECISIONS = ("ieee", "tf32x3", "tf32")  # of float32
@@ -98,7 +106,17 @@ def padded_power(n: int) -> int:
 # Those of the cell, with more warps or narrower where the sums and the judgement of a step would spill.
 STEP_TILES = (Tiles(128, 32, 32, 8, 3), Tiles(64, 64, 32, 8, 3), *TILES["tf32"][2:])
 # Of steps by increments, one for each number of samples of STEP_TILES: they share rows of tiles with their anchors.
-DELTA_TILES = (Tiles(128, 64, 64, 8, 3), Tiles(64, 64, 64, 4, 4), *TILES["bfloat16"][3:])
+DELTA_TILES = {
+    "bfloat16": (Tiles(128, 64, 64, 8, 3), Tiles(64, 64, 64, 8, 4), *TILES["bfloat16"][3:]),
+    "float8": (
+        Tiles(128, 64, 128, 8, 3),
+        Tiles(64, 64, 128, 4, 4),
+        Tiles(32, 64, 128, 4, 4),
+        Tiles(16, 64, 256, 4, 3),
+        Tiles(16, 32, 256, 4, 4),
+    ),
+}
+OLDEST, FLOAT8_FROM = (8, 0), (8, 9)  # compute capabilities: of all kernels, of those with float8
 MOST_SPLITS = 8
 LEAST_STEPS = 4  # of the inner dimension, for each split
 

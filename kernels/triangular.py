@@ -11,9 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deq.activations import get_activation
+from deq.activations import ACTIVATIONS, get_activation
 
 from . import activations
+from .compilation import Compilation
 from .diagonal import root
 
 BLOCK_B = 16
@@ -152,3 +153,31 @@ def _place(n, m, UPPER: tl.constexpr):
     if UPPER:
         n = tl.maximum(m - 1 - n, 0)
     return n
+
+
+def compilations() -> list[Compilation]:
+    """The substitution with a closed root and with Newton's method, and the adjoint of a transposed weight."""
+    return [_compilation("relu", False), _compilation("gelu", False), _compilation("identity", True)]
+
+
+def _compilation(activation: str, masked: bool) -> Compilation:
+    pointers = ("w_ptr", "c_ptr", "z_ptr", "residual_ptr", *(("mask_ptr",) if masked else ()))
+    unit, across = ("stride_wn", "stride_wk") if masked else ("stride_wk", "stride_wn")
+    return Compilation(
+        name=f"substitution, {'adjoint' if masked else activation}",
+        group=f"substitution, {'adjoint' if masked else activation}",
+        function="triangular:substitute_kernel",
+        types=dict.fromkeys(pointers, "*fp32") | dict.fromkeys(("B", "m", across), "i32"),
+        constants={
+            unit: 1,
+            "ACTIVATION": ACTIVATIONS[activation].number,
+            "STRICT": 0,
+            "UPPER": int(masked),
+            "BLOCK_B": BLOCK_B,
+            "BLOCK": BLOCK,
+        }
+        | ({} if masked else {"mask_ptr": None}),
+        aligned=(*pointers, "m", across),
+        warps=4,
+        stages=3,
+    )

@@ -25,7 +25,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     wanted = config.getoption("--isa")
-    if wanted != "auto" and (_library.compiled is None or _library.compiled.deq_cpu_set_isa(wanted.encode()) != 0):
+    if wanted != "auto" and not _library.use_isa(wanted):
         raise pytest.UsageError(f"--isa {wanted}: this CPU or build has no such kernels; deq info lists what there is")
 
 
@@ -41,11 +41,11 @@ def isa(request):
     library = _library.compiled
     if library is None:
         pytest.skip(f"no compiled library: {_library.reason}")
-    before = library.deq_cpu_isa()
-    if library.deq_cpu_set_isa(request.param.encode()) != 0:
+    before = library.deq_cpu_isa().decode()
+    if not _library.use_isa(request.param):
         pytest.skip(f"this CPU or build has no {request.param}")
     yield request.param
-    library.deq_cpu_set_isa(before)
+    _library.use_isa(before)
 
 
 @pytest.fixture

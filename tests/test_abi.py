@@ -102,7 +102,7 @@ def arguments(op: str, dtype=torch.float32, stacked: bool = True) -> list:
     factors, q = [torch.zeros(1, 2, 8, dtype=dtype) for _ in range(2)], torch.zeros(B, 2, dtype=dtype)
     residual, none = torch.empty(B, dtype=dtype), torch.empty(0, dtype=dtype)
     call = {
-        "solve_": [W, c, c[..., :0], out, stats(S, B, dtype), report(), relu, *RUN],
+        "solve_": [W, c, c[..., :0], out, stats(S, B, dtype), report(), relu, *RUN, 0.0],
         "masked_linear_": [W, c, d, c[..., :0], out, stats(S, B, dtype), report(), -1, *RUN],
         "derivative_": [W, c, d, out, relu],
         "outer_": [c, d, W.clone()],
@@ -263,6 +263,7 @@ WRONG_TENSORS = {
     "z of another dtype": ("derivative_", 2, torch.zeros(S, B, m).double(), "derivative_: z must be float32"),
 }
 WRONG_NUMBERS = {
+    "a weight smaller than nothing": ("solve_", 14, -1.0, "largest_weight must not be negative or NaN"),
     "activation unknown": ("solve_", 6, 99, "solve_: an argument is out of range .activation 99"),
     "activation negative": ("solve_", 6, -1, "activation must lie in 0"),
     "acceleration": ("solve_", 7, 3, "acceleration must lie in 0..2; got 3"),
@@ -304,7 +305,7 @@ def test_wrong_call_raises_and_names_the_argument(case):
 def test_width_zero_raises():
     empty = torch.zeros(S, B, 0)
     with pytest.raises(RuntimeError, match="width 0"):
-        operator("solve_")(torch.zeros(S, 0, 0), empty, empty, empty.clone(), stats(), report(), 1, *RUN)
+        operator("solve_")(torch.zeros(S, 0, 0), empty, empty, empty.clone(), stats(), report(), 1, *RUN, 0.0)
 
 
 @needs_library
@@ -312,7 +313,7 @@ def test_width_zero_raises():
 def test_no_samples_is_no_work(shape):
     S, B, m = shape
     c, said = torch.zeros(shape), report().fill_(1)
-    operator("solve_")(torch.zeros(S, m, m), c, c, c.clone(), stats(S, B), said, 1, *RUN)
+    operator("solve_")(torch.zeros(S, m, m), c, c, c.clone(), stats(S, B), said, 1, *RUN, 0.0)
     assert said.tolist() == [0, 0, 0, 0]
 
 
@@ -339,7 +340,7 @@ def team():
 def solve():
     z = torch.empty(1, 256, 64)
     W, c = torch.full((1, 64, 64), 0.01), torch.ones(1, 256, 64)
-    torch.ops.deq.solve_(W, c, c, z, deq.stats.allocate(z), torch.zeros(4).long(), 1, 0, 5, 0, 1e-5, 100, 0, 0)
+    torch.ops.deq.solve_(W, c, c, z, deq.stats.allocate(z), torch.zeros(4).long(), 1, 0, 5, 0, 1e-5, 100, 0, 0, 0.0)
     return team()
 torch.set_num_threads(1)
 torch.ones(2**20).exp()

@@ -10,7 +10,7 @@ import torch
 from click.testing import CliRunner
 
 from deq import gpu_device
-from deq.bench import cli, constants, figure, goals, gpu, graphed, on_gpu, record, report, small_cases
+from deq.bench import cli, constants, figure, goals, gpu, graphed, ncu, on_gpu, record, report, small_cases
 from deq.bench.baselines import torch_loop
 from deq.bench.cases import GPU_CASES, TOL, Case
 from deq.bench.cli import bench
@@ -304,6 +304,7 @@ class TestCommands:
         assert re.search(r"^grid_barrier .* failed: the compiled", result.output, re.MULTILINE)
         (path,) = tmp_path.glob("*/constants.json")
         assert len(json.loads(path.read_text())) == len(gpu_device.table()["H200"]["numbers"])
+        assert "Regime B (W in a cluster of 16)" in result.output
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what it says without a GPU")
@@ -314,6 +315,75 @@ def test_without_a_gpu(command):
     assert re.search(
         "nothing to measure without a CUDA GPU: (this torch is a CPU build|torch sees no device)", result.output
     )
+
+
+def test_whether_a_kernel_for_clusters_would_pay():
+    numbers = gpu_device.table()["H200"]["numbers"]
+
+    def verdict(cluster, grid, basis="measured"):
+        barriers = {"cluster_barrier": cluster, "grid_barrier": grid}
+        changed = {key: numbers[key] | {"value": value, "basis": basis} for key, value in barriers.items()}
+        return constants.cluster_verdict("H200", numbers | changed)
+
+    assert verdict(1e-6, 0.5e-6).endswith(": it would not pay.")
+    assert "it would pay at m = 512, 768" in verdict(0.1e-6, 3e-6)
+    assert "not decided, cluster_barrier and grid_barrier being estimated" in verdict(0.2e-6, 1.2e-6, "estimated")
+    assert "has no clusters" in verdict(None, 1e-6)
+
+
+class TestNcu:
+    """Its output, as ncu prints it, and what is made of it."""
+
+    NAMES = ("ID", "Kernel Name", "Block Size", "Grid Size", *ncu.SHARES.values(), ncu.SECONDS)
+    COUNTS = (*(ncu.OPERATION.format(name) for name in ncu.OPERATIONS), ncu.OPERATION_CLOCK, ncu.FFMA_PEAK)
+    CLOCKS = (ncu.FFMA_CLOCK, ncu.DRAM_RATE, ncu.DRAM_PEAK, ncu.DRAM_CLOCK)
+
+    def output(self, *rows):
+        names = (*self.NAMES, *self.COUNTS, *self.CLOCKS)
+        units = [""] * 4 + ["%"] * len(ncu.SHARES) + ["nsecond"] + ["x"] * (len(names) - 5 - len(ncu.SHARES))
+        lines = [",".join(f'"{value}"' for value in line) for line in (names, units, *rows)]
+        return "\n".join(["==PROF== Connected to process 7", *lines, "==PROF== Disconnected"])
+
+    def row(self, kernel, nanoseconds, share="50.0"):
+        counts = ("10", "20", "1,000", "2e9", "4096", "2e9", "3e12", "2048", "2.6e9")
+        return ("0", kernel, "(256, 1, 1)", "(132, 1, 1)", *[share] * len(ncu.SHARES), nanoseconds, *counts)
+
+    def test_reads_one_row_a_kernel_the_longest(self):
+        rows = ncu.read(self.output(self.row("f", "1,500"), self.row("g", "7"), self.row("f", "2,500", "n/a")))
+        longest, other = rows
+        assert (longest["kernel"], longest["launches"], longest["seconds"]) == ("f", 2, pytest.approx(2.5e-6))
+        assert longest["memory_share"] is None and other["memory_share"] == 0.5
+        assert other["float32_flops"] == pytest.approx((10 + 20 + 2 * 1000) * 2e9)
+        assert other["float32_peak"] == pytest.approx(2 * 4096 * 2e9)
+        assert (other["dram_bytes"], other["dram_peak"]) == (3e12, pytest.approx(2048 * 2.6e9))
+
+    def test_output_without_a_table(self):
+        with pytest.raises(ValueError, match="no table"):
+            ncu.read("==ERROR== ERR_NVGPUCTRPERM\n")
+
+    def fake(self, tmp_path, text, code=0):
+        """An ncu that prints this."""
+        tool = tmp_path / "ncu"
+        tool.write_text(
+            f"#!{sys.executable}\nimport sys\nassert '--csv' in sys.argv\nprint({text!r})\nsys.exit({code})\n"
+        )
+        tool.chmod(0o755)
+        return str(tool)
+
+    def test_the_command(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(ncu, "find_ncu", lambda: self.fake(tmp_path, self.output(self.row("solve_grid", "9000"))))
+        monkeypatch.setattr(ncu, "environment", lambda device: {"device": "ACME GPU"})
+        monkeypatch.setattr(record, "device_name", lambda device: "ACME GPU")
+        result = CliRunner().invoke(ncu.main, ["--out", str(tmp_path)], catch_exceptions=False)
+        assert result.exit_code == 0 and re.search(r"9.0 us  solve_grid .* memory 50 %", result.output)
+        (row,) = json.loads((tmp_path / "acme-gpu" / "ncu.json").read_text())
+        assert row["device"] == "ACME GPU" and row["kernel"] == "solve_grid" and row["compute_share"] == 0.5
+        monkeypatch.setattr(ncu, "find_ncu", lambda: self.fake(tmp_path, "==ERROR== ERR_NVGPUCTRPERM", 1))
+        result = CliRunner().invoke(ncu.main, ["--out", str(tmp_path)])
+        assert result.exit_code == 1 and "ended with code 1" in result.output and "NVGPUCTRPERM" in result.output
+        monkeypatch.setattr(ncu, "find_ncu", lambda: None)
+        result = CliRunner().invoke(ncu.main, [])
+        assert result.exit_code == 1 and "ncu (NVIDIA Nsight Compute) is neither on the path" in result.output
 
 
 class TestOnGpu:

@@ -1,6 +1,8 @@
 """What is derived from a weight is found again by content: never stale, never more than the budget."""
 
+import gc
 import threading
+import weakref
 
 import pytest
 import torch
@@ -175,3 +177,18 @@ def test_compiled_graphs_do_not_look_up():
     assert torch.equal(f(matrix(3, 3)), matrix(3, 3) * 2) and torch.equal(
         f(matrix(3, 3, seed=1)), matrix(3, 3, seed=1) * 2
     )
+
+
+def test_on_a_gpu_by_version():
+    """As for CUDA tensors, whose content nobody reads."""
+    W, make = matrix(4, 4), Counted()
+    first = cache.by_version(W, "x", make)
+    assert cache.by_version(W, "x", make) is first and make.calls == 1
+    cache.by_version(W, "y", make)
+    W.add_(1)
+    assert cache.by_version(W, "x", make) is not first and make.calls == 3
+    held = weakref.ref(cache.by_version(W, "x", make))
+    assert held() is not None
+    del W
+    gc.collect()
+    assert held() is None, "what was derived goes with its weight"

@@ -18,8 +18,11 @@ from close import assert_as_accurate
 from problems import exact, gaussian, torch_adjoint, torch_loop
 
 import deq
-from deq import Status, _cuda, stats
+from deq import Status, _cuda, _library, stats
 from deq.activations import ACTIVATIONS
+from deq.backends import cuda
+from deq.direct import roots
+from deq.direct.methods import Triangular
 from deq.plan import make_plan
 
 WHY_NOT = _cuda.why_not("cuda")
@@ -37,8 +40,6 @@ class Solved:
     """One call of the engine in a regime, and what each sample says, on the CPU."""
 
     def __init__(self, regime, W, c, activation="relu", z0=None, mask=None, value_of=None, **options):
-        from deq.backends import cuda
-
         W, c, z0, mask = (None if t is None else t.cuda() for t in (W, c, z0, mask))
         made = plan(**options)
         if mask is None:
@@ -89,6 +90,31 @@ def test_grids_are_as_accurate_as_a_torch_loop(part):
         assert_as_accurate(back.z, torch_adjoint(W, c, z64.float(), g), u64)
 
 
+def triangular(m, B, seed=0):
+    """W whose diagonal lies within 0.5, c and g of :func:`gaussian`, and a mask (B, m) in [0, 1)."""
+    W, c, g = gaussian(m, B, seed=seed)
+    W.diagonal().clamp_(-0.5, 0.5)
+    return W, c, g, torch.rand(B, m, generator=torch.Generator().manual_seed(seed))
+
+
+@needs_gpu
+@pytest.mark.parametrize("part", range(4))
+def test_substitution_is_as_accurate_as_plain_torch(part):
+    names = list(ACTIVATIONS)
+    for i, (m, B) in enumerate(shapes(8, 600, 1500, 200 + part)):
+        W, c, g, s = triangular(m, B, i)
+        strict, activation = bool(i % 2), names[i % len(names)]
+        method = Triangular(W.cuda(), strict, backend="cuda")
+        found = method.solve(c.cuda(), activation)
+        T = torch.tril(W, diagonal=-int(strict))
+        exact = roots.substitute(T.double(), c.double(), activation)
+        assert_as_accurate(found.z.cpu(), roots.substitute(T, c, activation), exact)
+        assert (found.residual < 1e-5).all()
+        back = method.T.masked(s.cuda(), g.cuda())
+        exact = roots.substitute_masked(T.mT.double(), s.double(), g.double(), upper=True)
+        assert_as_accurate(back.z.cpu(), roots.substitute_masked(T.mT, s, g, upper=True), exact)
+
+
 @needs_gpu
 @pytest.mark.parametrize(
     ("regime", "m"), [("block", 100), ("block", 333), ("grid", 1000), ("grid", 2048), ("grid", 3000)]
@@ -108,6 +134,21 @@ def test_slow_samples_are_accelerated(regime):
     W, c, _ = gaussian(200, 16, scale=1.15)
     plain = Solved(regime, W, c, "tanh", solver="plain", max_iter=5000)
     assert Solved(regime, W, c, "tanh").iterations.sum() < plain.iterations.sum()
+
+
+@needs_gpu
+@pytest.mark.parametrize("m", [100, 160, 333, 700])
+def test_samples_that_no_iteration_solves_are_newtons(m):
+    W, c, g = gaussian(m, 6, scale=1.5)
+    iterated = Solved("block" if m < 337 else "grid", W, c, "tanh", solver="anderson", max_iter=400)
+    rescued = Solved("block" if m < 337 else "grid", W, c, "tanh", max_iter=400)
+    assert (iterated.status != Status.CONVERGED).any(), "a problem that shows nothing"
+    solved = rescued.status == Status.CONVERGED
+    assert solved.sum() > (iterated.status == Status.CONVERGED).sum() and rescued.report[0] == int((~solved).sum())
+    residual = (torch.tanh(rescued.z.double() @ W.double().mT + c.double()) - rescued.z.double()).norm(dim=-1)
+    assert (residual[solved] <= 1.1e-5 * rescued.z.double().norm(dim=-1)[solved]).all()
+    back = Solved("block" if m < 337 else "grid", W.mT, g, mask=torch.rand(6, m) * 2, max_iter=400)
+    assert (back.status == Status.CONVERGED).all()
 
 
 @needs_gpu
@@ -156,13 +197,16 @@ def test_solves_wait_for_nothing():
 
 SMALL = """
 import torch
-from test_cuda import Solved, gaussian
+from test_cuda import Solved, Triangular, gaussian, triangular
 for regime in ("block", "grid"):
     for m, B in ((1, 1), (17, 5), (70, 20)):
         W, c, g = gaussian(m, B, scale=1.1)
         Solved(regime, W, c, "tanh")
         Solved(regime, W, c, "tanh", z0=c)
         Solved(regime, W, g, mask=torch.rand(B, m))
+        W, c, g, s = triangular(m, B)
+        method = Triangular(W.cuda(), False, backend="cuda")
+        method.solve(c.cuda(), "tanh"), method.T.masked(s.cuda(), g.cuda())
 """
 
 
@@ -205,8 +249,6 @@ def test_backend_cuda_says_why_it_cannot_run():
 
 
 def test_a_launch_that_fails_goes_elsewhere_with_one_warning(monkeypatch):
-    from deq.backends import cuda
-
     W, c, _ = gaussian(16, 4)
     monkeypatch.setattr(cuda, "_regime", lambda c, plan: "block")
     monkeypatch.setattr(cuda, "_told", set())
@@ -224,9 +266,92 @@ def test_a_launch_that_fails_goes_elsewhere_with_one_warning(monkeypatch):
         cuda.masked_linear(W.mT, c, torch.rand(4, 16), None, plan())
 
 
-def test_what_the_engine_does_not_serve_goes_elsewhere():
-    from deq.backends import cuda
+@pytest.mark.parametrize("strict", [False, True])
+def test_substitution_is_asked_for_what_the_method_is(monkeypatch, strict):
+    """Forward and adjoint as the kernel is told them, against plain PyTorch."""
+    asked = []
 
+    def substitute(W, c, activation, *, mask, strict, upper):
+        asked.append((activation, upper))
+        T = (torch.triu if upper else torch.tril)(W, diagonal=(1 if upper else -1) * int(strict))
+        z = roots.substitute(T, c, activation) if mask is None else roots.substitute_masked(T, mask, c, upper=upper)
+        return z, torch.zeros(c.shape[0])
+
+    monkeypatch.setattr(cuda, "substitute", substitute)
+    W, c, g, s = triangular(9, 4)
+    ours, plain = Triangular(W, strict, backend="cuda"), Triangular(W, strict)
+    for mine, theirs in ((ours.solve(c, "tanh"), plain.solve(c, "tanh")), (ours.T.masked(s, g), plain.T.masked(s, g))):
+        torch.testing.assert_close(mine.z, theirs.z)
+    assert asked == [("tanh", False), (None, True)]
+    if strict:  # the kernel does not look for it
+        W[3, 1] = torch.nan
+        with pytest.raises(ValueError, match=r"W must be finite; W\[3, 1\]"):
+            Triangular(W, strict, backend="cuda").why_not("tanh")
+
+
+def test_a_substitution_that_fails_goes_elsewhere_with_one_warning(monkeypatch):
+    W, c, _, _ = triangular(9, 4)
+    with pytest.raises(cuda.Refused, match=r"cuda_substitute_|without CUDA"):
+        cuda._substitute(W, c, "tanh", None, False, False)  # on the CPU, for which there is no such operator
+    monkeypatch.setattr(cuda, "_told", set())
+
+    class OnGpu:  # a tensor that says that it is on a GPU
+        is_cuda, dtype = True, torch.float32
+
+    def refuse(*arguments):
+        raise cuda.Refused("no memory")
+
+    monkeypatch.setattr(cuda, "_substitute", refuse)
+    with pytest.warns(RuntimeWarning, match="the CUDA engine could not run, another backend solves: no memory"):
+        assert cuda.substitute(W, OnGpu(), "tanh") is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert cuda.substitute(W, OnGpu(), "tanh") is None
+    assert cuda.substitute(W, c, "tanh") is None  # nor is a tensor on the CPU served
+
+
+def test_which_solves_are_rescued():
+    assert cuda._rescues(plan())
+    for options in ({"solver": "plain"}, {"solver": "anderson"}, {"solver": "cayley"}, {"criterion": "error"}):
+        assert not cuda._rescues(plan(**options))
+
+
+def test_a_rescue_that_cannot_be_launched_changes_nothing(monkeypatch):
+    W, c, _ = gaussian(8, 3)
+    z, said, report = torch.zeros(3, 8), stats.allocate(c), torch.zeros(4, dtype=torch.int64)
+    monkeypatch.setattr(cuda, "_told", set())
+    monkeypatch.setattr(cuda, "plan_rescue", lambda *sizes: _library.CudaPlan(blocks=1))
+    before = said.clone()
+    with pytest.warns(RuntimeWarning, match="could not take on the samples that failed: .*cuda_rescue_"):
+        cuda._rescue(W, (c,), 6, z, said, report, plan())  # on the CPU, for which there is no such operator
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cuda._rescue(W, (c, c), -1, z, said, report, plan())
+        monkeypatch.setattr(cuda, "plan_rescue", lambda *sizes: None)  # too wide
+        monkeypatch.setattr(cuda, "_told", set())
+        cuda._rescue(W, (c,), 6, z, said, report, plan())
+    assert torch.equal(said, before) and not z.any()
+
+
+def test_the_report_counts_failures_after_the_rescue():
+    class Solved(cuda.Deferred):
+        def read(self):
+            return [3, 0, 2, 0]
+
+    status, W = torch.tensor([0, 1, 0], dtype=torch.uint8), torch.eye(2)
+    report = cuda._Rescued(Solved([], W), status)
+    status[1] = int(Status.CONVERGED)  # read when it is asked for
+    assert report.read() == [0, 0, 2, 0]
+    assert report.failed is None and report.samples == 3 and report.weight() is W  # the ladder asks these
+
+
+def test_what_is_not_on_a_gpu_is_not_rescued():
+    _, c, _ = gaussian(8, 3)
+    outcome = cuda.Outcome(c, stats.allocate(c), [1, 0, 0, 0])
+    assert cuda._rescued(outcome, c, (c,), 6, plan()) is outcome
+
+
+def test_what_the_engine_does_not_serve_goes_elsewhere():
     _, c, _ = gaussian(16, 4)
     assert cuda._regime(c, replace(plan(), acceleration="none")) is None
     assert cuda._regime(c.double(), plan()) is None

@@ -49,6 +49,8 @@ def test_without_a_gpu_the_reason_is_cudas_own():
         cuda.plan_launch(1, 8, 64, 0)
     with pytest.raises(cuda.Refused, match="CUDA driver"):
         cuda.measure("grid_barrier")
+    with pytest.raises(cuda.Refused, match="asking for the device failed: CUDA driver"):
+        cuda.plan_rescue(1, 8, 64, 0)
 
 
 @needs_kernels
@@ -56,3 +58,14 @@ def test_sizes_that_mean_nothing_are_refused():
     for sizes in ((0, 1, 1), (1, 0, 1), (1, 1, 0), (70000, 1, 1)):
         with pytest.raises(cuda.Refused, match="out of range"):
             cuda.plan_launch(*sizes, 0)
+    for sizes in ((0, 1, 1), (1, 0, 1), (1, 1, 0)):
+        with pytest.raises(cuda.Refused, match="out of range"):
+            cuda.plan_rescue(*sizes, 0)
+
+
+@needs_kernels
+def test_scratch_of_a_substitution():
+    """The triangle in tiles of 16 x 16, and what is solved of every eight samples."""
+    needed = _library.compiled.deq_cuda_substitute_bytes
+    assert needed(0, 1) == 4 * 256 and needed(1, 17) == 4 * (3 * 256 + 4 * 2 * 128)
+    assert needed(-1, 1) == needed(1, 0) == 0

@@ -15,6 +15,7 @@ from deq.experiments import _precision as precision
 from deq.experiments import _sawtooth as sawtooth
 from deq.experiments._boolean import TASKS, cube
 from deq.experiments._conv_nets import MultiscaleDEQ, ResidualNet, convolve, grad_cam
+from deq.experiments._dense_nets import ROW_SUM, DenseDEQ, _BoundedRows
 from deq.experiments._filter_nets import FILTERS, FilterDEQ, FilterNet
 from deq.experiments._judge import beats
 from deq.experiments._norm_nets import ScaledFeedForward, SelfLoopDEQ
@@ -280,3 +281,16 @@ def test_images_are_real_digits_on_real_photographs():
     assert x.min() >= 0 and x.max() <= 1
     again = images.draw(2, 30, generator(), test=True)[0]
     assert torch.equal(x, again)
+
+
+@pytest.mark.parametrize("largest", [0.1, 3.0])
+def test_bounded_rows_scale_what_is_too_large_and_differentiate(largest):
+    V = (torch.randn(2, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * largest / 5).detach()
+    V[0, 0] = 0
+    net = DenseDEQ(2, 1, 5, torch.Generator().manual_seed(0), "contractive")
+    net.V = V.requires_grad_()
+    sums = V.abs().sum(2, keepdim=True)
+    torch.testing.assert_close(net.weight(), V * (ROW_SUM / sums).clamp(max=1))
+    assert bool((sums > ROW_SUM).any()) == (largest > 1)
+    kept = V.detach()[:, 1:].requires_grad_()  # |v| has no derivative at the zeros of the first row
+    assert torch.autograd.gradcheck(_BoundedRows.apply, (kept,))

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deq import reference
-from deq.bench import seeds
+from deq.bench import seeds, steep
 from deq.experiments import _nets as nets
+from deq.experiments._affine import affine
 from deq.experiments._dense_nets import DenseDEQ, TiedNet
 from deq.experiments._equilibria import evidence
 from deq.experiments._judge import kind_of
@@ -235,3 +236,35 @@ def test_the_seeds_benchmark_compares_equal_training():
     row = seeds.measure(case, 1, rounds=1)
     assert row["difference"] < 1e-3 and row["ratio"] == pytest.approx(row["loop_seconds"] / row["seconds"])
     assert row["reached"] == (row["ratio"] >= row["must"])
+
+
+def test_the_steep_benchmark_counts_the_products_of_its_step():
+    row = steep.measure(steep.Case(width=24, batch=8), 1, rounds=1)
+    assert 2 <= row["evaluations"] <= 24 + 1  # nilpotent: exact after 24, and one to see it
+    assert row["ratio"] == row["seconds"] / row["gemm_seconds"]
+    assert row["reached"] == (row["ratio"] <= row["most"])
+
+
+@pytest.mark.parametrize(("inputs", "outputs", "batch"), [(1, 5, 7), (5, 1, 7), (1, 1, 3), (4, 3, 2), (1, 4, 0)])
+def test_affine_is_baddbmm_with_its_gradients(inputs, outputs, batch):
+    def leaf(*shape: int, seed: int) -> torch.Tensor:
+        return torch.randn(shape, dtype=F64, generator=generator(seed)).requires_grad_()
+
+    values = leaf(3, 1, outputs, seed=0), leaf(3, batch, inputs, seed=1), leaf(3, inputs, outputs, seed=2)
+    g = torch.randn(3, batch, outputs, dtype=F64, generator=generator(3))
+    mine, theirs = affine(*values), torch.baddbmm(*values)
+    torch.testing.assert_close(mine, theirs)
+    for a, b in zip(torch.autograd.grad(mine, values, g), torch.autograd.grad(theirs, values, g), strict=True):
+        torch.testing.assert_close(a, b)
+    if batch:
+        assert torch.autograd.gradcheck(affine, values)
+
+
+def test_a_weight_without_influence_has_a_gradient_of_zero():
+    net = DiagonalDEQ(2, 1, 3, generator())
+    unused = torch.ones(2, 1, requires_grad=True)
+    net.parameters.append(unused)
+    x = torch.rand(2, 5, 1, dtype=F64, generator=generator(1))
+    unused.data = unused.data.double()
+    train(net, lambda: (x, x[..., 0]), steps=2)
+    assert unused.grad.abs().sum() == 0 and torch.equal(unused.detach(), torch.ones(2, 1, dtype=F64))

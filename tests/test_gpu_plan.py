@@ -22,7 +22,16 @@ from deq.gpu_plan import (
     tiles_of,
     time_of,
 )
-from deq.kernels.tiles import DELTA_TILES, ENOUGH_PROGRAMS, MOST_SPLITS, STEP_TILES, TILES, programs, step_tiles
+from deq.kernels.tiles import (
+    DELTA_TILES,
+    ENOUGH_PROGRAMS,
+    FLOAT8_FROM,
+    MOST_SPLITS,
+    STEP_TILES,
+    TILES,
+    programs,
+    step_tiles,
+)
 
 H200 = find_device("NVIDIA H200", (9, 0))
 DEVICES = [find_device(name) for name in gpu_device.table()]
@@ -115,7 +124,8 @@ def test_choices_are_inside_capacity_and_no_slower_than_any_other(shape, device,
     assert plan.regime in allowed and plan.increments in increments and plan.precision == ACCURATE[dtype]
     kept = plan.precision if plan.increments == "native" else plan.increments
     if plan.regime == "cell":
-        assert plan.tiles in {*STEP_TILES, *DELTA_TILES, *(tiles for ladder in TILES.values() for tiles in ladder)}
+        ladders = (*TILES.values(), *DELTA_TILES.values())
+        assert plan.tiles in {*STEP_TILES, *(tiles for ladder in ladders for tiles in ladder)}
         assert plan.tiles.samples <= max(16, 2 * B)
     else:
         assert plan.tiles.units * plan.tiles.depth * PRECISIONS[kept].size <= device.shared_per_block + 96 * 1024
@@ -171,6 +181,25 @@ def test_increments_are_chosen_where_they_pay():
     assert (wide.regime, wide.increments, wide.precision) == ("cell", "bfloat16", "tf32x3")
     assert "bfloat16 increments between anchors in tf32x3, about one in 6" in wide.why
     assert choose(4096, 4096, **options | {"dtype": "float64"}).increments == "native"
+
+
+def test_float8_is_chosen_where_it_pays_and_the_device_has_it():
+    options = {"dtype": "float32", "increments": ("native", "bfloat16", "float8")}
+    chosen = {
+        (m, B): choose(m, B, device=H200, **options).increments for m in (64, 256, 1024, 4096) for B in (1, 256, 4096)
+    }
+    assert chosen[64, 1] == "native" and chosen[256, 4096] == "bfloat16"  # on chip
+    assert chosen[4096, 1] == chosen[4096, 4096] == "float8"
+    for device in DEVICES:
+        found = {choose(m, B, device=device, **options).increments for m, B in chosen}
+        assert ("float8" in found) == (device.capability >= FLOAT8_FROM), device.name
+    forced = choose(100, 5, dtype="float32", device=H200, increments=("float8",))
+    assert (forced.regime, forced.increments, forced.precision) == ("cell", "float8", "tf32x3")
+    assert forced.tiles in DELTA_TILES["float8"]
+    ada = find_device("NVIDIA L40S", (8, 9))  # the A100's constants, but with such units
+    assert choose(100, 5, dtype="float32", device=ada, increments=("float8",)).increments == "float8"
+    with pytest.raises(ValueError, match=r"increments of \('float8',\)"):
+        choose(100, 5, dtype="float32", device=find_device("A100"), increments=("float8",))
 
 
 def test_the_resident_kernel_has_these_shapes():

@@ -1,11 +1,14 @@
 """The kernels for weights of known structure, in the interpreter, against deq/direct/roots.py."""
 
+import contextlib
+
 import pytest
 import torch
 from close import assert_as_accurate
 from problems import gaussian
 
 import deq
+from deq import cache
 from deq.activations import ACTIVATIONS
 from deq.direct import methods, roots
 from deq.kernels import diagonal, triangular
@@ -50,6 +53,71 @@ def test_triangular(m, B, strict, upper):
         z, residual = triangular.substitute(W, c, "tanh", strict=strict)
         assert_as_accurate(z, roots.substitute(T, c, "tanh"), roots.substitute(T.double(), c.double(), "tanh"))
         assert (residual < 1e-6).all()
+
+
+@pytest.fixture
+def as_on_gpu(monkeypatch):
+    """Nothing of a sample may be read before the solution is asked; ``as_on_gpu()`` begins that."""
+    monkeypatch.setattr(methods, "is_deferred", lambda like: True)
+    monkeypatch.setattr(cache, "remembered", cache.by_version)
+
+    def refuse(self, *_):
+        raise AssertionError("this would wait for the device")
+
+    @contextlib.contextmanager
+    def nothing_is_read():
+        with monkeypatch.context() as patch:
+            for name in ("__bool__", "__int__", "__float__", "item", "tolist", "nonzero"):
+                patch.setattr(torch.Tensor, name, refuse)
+            yield
+
+    return nothing_is_read
+
+
+@pytest.mark.parametrize("inverts", [True, False])
+def test_linear_without_waiting(inverts, as_on_gpu):
+    W, c, g = gaussian(12, 12 if inverts else 1)
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        weight, injection = (t.clone().to(dtype).requires_grad_() for t in (W, c))
+        with as_on_gpu():
+            solution = deq.solve(weight, injection, "identity", solver="direct")
+            solution.z.backward(g.to(dtype))
+        assert solution.converged.all() and solution.plan.map == "direct"
+        found.append((solution.z.detach(), injection.grad, weight.grad))
+    eye = torch.eye(12)
+    plain = torch.linalg.solve(eye - W, c.mT).mT, torch.linalg.solve((eye - W).mT, g.mT).mT
+    for ours, theirs, exact in zip(found[0], (*plain, plain[1].mT @ plain[0]), found[1], strict=True):
+        assert_as_accurate(ours, theirs, exact)
+
+
+def test_linear_failures_surface_when_the_status_is_read(as_on_gpu):
+    W, c, _ = gaussian(6, 6)
+    with as_on_gpu():
+        singular = deq.solve(torch.eye(6), c, "identity", solver="direct")
+    with pytest.warns(deq.ConvergenceWarning, match="6 of 6 samples did not converge"):
+        singular.status  # noqa: B018
+    assert singular.z.isfinite().all()
+    c[4, 1] = float("inf")
+    with as_on_gpu():
+        wrong = deq.solve(W, c, "identity", solver="direct")
+    with pytest.raises(ValueError, match=r"c must be finite; c\[4\]"):
+        wrong.status  # noqa: B018
+
+
+@pytest.mark.parametrize("structure", [deq.weights.LowerTriangular, deq.weights.Diagonal])
+def test_structured_weights_without_looking_at_samples(structure, as_on_gpu, monkeypatch):
+    """The weight's bounds are read once; afterwards nothing is, forward and backward, with torch's own operations."""
+    W, c, g = gaussian(9, 2)
+    W.diagonal().clamp_(-0.5, 0.5)
+    weight, c = structure(W if structure is deq.weights.LowerTriangular else W.diagonal().clone()), c.requires_grad_()
+    monkeypatch.setattr(methods, "has_kernels", lambda like: True)
+    expected = deq.solve(weight, c, "tanh", backend="reference").z
+    solution = deq.solve(weight, c, "tanh", solver="direct")
+    assert solution.converged.all()
+    torch.testing.assert_close(solution.z, expected, rtol=1e-4, atol=1e-5)
+    solution.z.backward(g)
+    assert c.grad.isfinite().all()
 
 
 def test_structured_weights_are_solved_by_the_kernels(monkeypatch):

@@ -1,8 +1,14 @@
-"""The plan is pure Python: every decision without a tensor."""
+"""The plan is pure Python: every decision without a tensor, but for one look at W."""
 
 import pytest
+import torch
 
-from deq.plan import DEFAULT_MAX_ITER, DEFAULT_TOL, fit, forming_cost, is_cheap, make_plan
+import deq
+from deq import _library, indicators
+from deq.plan import DEFAULT_MAX_ITER, DEFAULT_TOL, LARGE_WEIGHT, fit, forming_cost, is_cheap, make_plan
+from deq.solvers import ladder
+
+needs_library = pytest.mark.skipif(_library.compiled is None, reason=f"no compiled library: {_library.reason}")
 
 
 def plan(**options):
@@ -79,3 +85,26 @@ def test_what_cannot_run_here_is_said():
 def test_words():
     words = plan(solver="anderson", dtype="bfloat16").explain()
     assert "plain map, float32 on cpu, Anderson(5)" in words and "bfloat16" in words
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("m", [1, 7, 100, 700])
+@pytest.mark.parametrize("layout", ["rows", "columns", "apart", "stack"])
+def test_the_engine_refuses_the_weights_that_are_large(dtype, m, layout):
+    """As the torch expression tells them, and every bit of the answer is that of the plan made with open eyes."""
+    torch.manual_seed(m)
+    shape = (2, m, m) if layout == "stack" else (m, m)
+    for size in (0.99 * LARGE_WEIGHT, 1.01 * LARGE_WEIGHT):
+        W = torch.randn(shape, dtype=torch.float64)
+        W = (W * size / W.square().sum(-1, keepdim=True).sqrt()).to(dtype)  # every row as large
+        W = {"columns": W.mT.contiguous().mT, "apart": W.repeat_interleave(2, -1)[..., ::2]}.get(layout, W)
+        c = torch.randn(*shape[:-2], 3, m).to(dtype)
+        large = size > LARGE_WEIGHT
+        assert indicators._is_large(W) == large
+        general = make_plan(dtype=str(dtype).removeprefix("torch."), device="cpu", compiled=True, max_iter=3)
+        chosen = deq.solve(W, c, max_iter=3, on_failure="ignore")
+        assert chosen.plan.map == ("cayley" if large else "plain")
+        told = indicators.fitted(general, W, c, large=large)
+        z = ladder.solve(W, c, None, "relu", told).z
+        assert torch.equal(z, chosen.z)

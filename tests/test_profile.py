@@ -138,7 +138,7 @@ def test_formulas_of_tensors_without_data(batch):
     with FakeTensorMode(), FlopCounterMode(display=False) as mode:
         W, c = torch.empty(16, 16), torch.empty(batch, 16)
         z, said, report = torch.empty_like(c), torch.empty(batch * 9, dtype=torch.uint8), torch.empty(4).long()
-        torch.ops.deq.solve_(W, c, c[:0], z, said, report, 1, 0, 5, 0, 1e-5, 100, 0, 0)
+        torch.ops.deq.solve_(W, c, c[:0], z, said, report, 1, 0, 5, 0, 1e-5, 100, 0, 0, 0.0)
     assert mode.get_total_flops() == 2 * 16 * 16 * batch
 
 

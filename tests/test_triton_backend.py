@@ -1,5 +1,6 @@
 """The Triton backend in the interpreter, in all its regimes, against the reference: the contract of a solve."""
 
+import sys
 from dataclasses import replace
 
 import pytest
@@ -14,11 +15,11 @@ from deq.backends import get_backend, triton_kind
 from deq.gpu_plan import choose
 from deq.kernels import delta, iteration
 from deq.kernels.tiles import Tiles
+from deq.plan import make_plan
 from deq.solve import _make_problem
+from deq.solvers import ladder
 
 SMALL = Tiles(16, 16, 16, 4, 2)  # several tiles in every direction at sizes that the interpreter can bear
-REGIMES = ["resident", "cell", "split", "increments"]
-regimes = pytest.mark.parametrize("regime", REGIMES, indirect=True)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -28,18 +29,19 @@ def is_loaded():
 
 @pytest.fixture
 def regime(request, monkeypatch):
-    """Makes the backend solve in one regime, whatever the plan would choose; "split" shares the inner dimension."""
+    """Makes the backend solve in one regime, whatever the plan would choose; "split" shares the inner dimension,
+    "bfloat16" and "float8" are cells with such increments where they are allowed."""
     allowed = ("resident",) if request.param == "resident" else ("cell",)
+    low = request.param if request.param in delta.DELTA_TILES else "native"
 
     def forced(m, B, *, increments, **given):
-        if request.param in ("cell", "split"):
-            increments = ("native",)
-        how = choose(m, B, increments=increments, **(given | {"allowed": allowed}))
-        return replace(how, increments=increments[-1], tiles=SMALL)
+        if request.param != "resident":
+            increments = (low,) if low in increments else ("native",)
+        return replace(choose(m, B, increments=increments, **(given | {"allowed": allowed})), tiles=SMALL)
 
     monkeypatch.setattr(triton_kind, "choose", forced)
     monkeypatch.setattr(iteration, "STEP_TILES", (SMALL,))
-    monkeypatch.setattr(delta, "DELTA_TILES", (SMALL,))
+    monkeypatch.setattr(delta, "DELTA_TILES", dict.fromkeys(delta.DELTA_TILES, (SMALL,)))
     monkeypatch.setattr(iteration, "step_tiles", lambda B, m: (SMALL, 2 if request.param == "split" else 1))
     return request.param
 
@@ -52,7 +54,7 @@ def solved(W, c, activation="relu", **options):
 
 
 @pytest.mark.parametrize(("m", "B"), [(1, 2), (18, 17)])
-@regimes
+@pytest.mark.parametrize("regime", ["resident", "cell", "split"], indirect=True)
 def test_as_accurate_as_a_torch_loop(m, B, regime):
     W, c, _ = gaussian(m, B)
     solution = solved(W, c, solver="plain")
@@ -60,15 +62,36 @@ def test_as_accurate_as_a_torch_loop(m, B, regime):
     assert_as_accurate(solution.z, torch_loop(W, c), exact(W, c))
 
 
-@pytest.mark.parametrize("regime", ["resident", "increments"], indirect=True)
+@pytest.mark.parametrize("regime", ["resident", "bfloat16", "float8"], indirect=True)
 def test_increments_are_as_accurate(regime):
-    """Above a width of 64 the resident solve goes by increments too."""
+    """Above a width of 64 the resident solve goes by increments too. Rows of W and samples of very different sizes."""
     W, c, _ = gaussian(70 if regime == "resident" else 40, 3, seed=1)
-    assert_as_accurate(solved(W, c).z, torch_loop(W, c), exact(W, c))
+    for rows in (torch.ones(1, dtype=torch.float64), 10.0 ** torch.linspace(-37, 0, W.shape[0], dtype=torch.float64)):
+        wide = (W * rows[:, None]).float()
+        z = solved(wide, c).z
+        assert_as_accurate(z, torch_loop(wide, c), exact(wide, c))
+
+
+@pytest.mark.parametrize("regime", ["float8"], indirect=True)
+def test_steps_multiply_what_the_plan_says(regime, monkeypatch):
+    """Most evaluations are steps in float8 where it is forced, and none are for the plain solver."""
+    steps, turns = [], []
+    count = lambda kernel, calls: {"__getitem__": lambda self, grid: calls.append(grid) or kernel[grid]}  # noqa: E731
+    for module, name, calls in ((delta, "delta_kernel", steps), (iteration, "step_kernel", turns)):
+        kernel = getattr(module, name)
+        monkeypatch.setattr(module, name, type("Counted", (), count(kernel, calls))())
+    W, c, _ = gaussian(33, 2)
+    plain = solved(W, c, solver="plain")
+    assert plain.converged.all() and not steps
+    del turns[:]
+    plan = replace(plain.plan, increments="float8")
+    outcome = get_backend("triton").solve(W, c, None, "relu", plan)
+    assert outcome.report == [0, 0, 0, 0] and len(steps) == delta.STEPS * len(turns)
+    assert_as_accurate(outcome.z, torch_loop(W, c), exact(W, c))
 
 
 @pytest.mark.parametrize("solver", ["auto", "anderson", "cayley"])
-@pytest.mark.parametrize("regime", ["resident", "cell", "increments"], indirect=True)
+@pytest.mark.parametrize("regime", ["resident", "cell", "float8"], indirect=True)
 def test_other_solvers(solver, regime):
     W, c, _ = gaussian(12, 4, scale=0.9)
     solution = solved(W, c, "tanh", solver=solver)
@@ -77,7 +100,7 @@ def test_other_solvers(solver, regime):
 
 
 @pytest.mark.parametrize("acceleration", ["none", "on_demand"])
-@pytest.mark.parametrize("regime", ["resident", "split", "increments"], indirect=True)
+@pytest.mark.parametrize("regime", ["resident", "split", "bfloat16", "float8"], indirect=True)
 def test_every_sample_goes_the_way_of_the_reference(acceleration, regime):
     """Iterations and status one by one: fast, slow, zero, cycling and diverging samples side by side."""
     W = torch.zeros(17, 17)
@@ -86,7 +109,7 @@ def test_every_sample_goes_the_way_of_the_reference(acceleration, regime):
     c[range(6), (0, 1, 2, 4, 10, 16)] = torch.arange(1.0, 7.0)
     c[5] = -1.0
     plan = deq.solve(W, c[:1], solver="plain", max_iter=30, on_failure="ignore").plan
-    plan = replace(plan, backend="triton", acceleration=acceleration, increments="native")
+    plan = replace(plan, acceleration=acceleration, increments=regime if regime in delta.DELTA_TILES else "native")
     expected = get_backend("reference").solve(W, c, None, "relu", plan)
     outcome = get_backend("triton").solve(W, c, None, "relu", plan)
     status = stats.status(outcome.z, outcome.stats)
@@ -94,14 +117,17 @@ def test_every_sample_goes_the_way_of_the_reference(acceleration, regime):
     assert outcome.report == expected.report
     if acceleration == "none":
         assert set(status.tolist()) == {deq.Status.CONVERGED, deq.Status.MAX_ITER, deq.Status.DIVERGED}
-        if regime != "increments":  # those evaluate some points twice
+        if regime in ("resident", "split"):  # those evaluate some points twice
             read = stats.iterations(outcome.z, outcome.stats)
             assert read.tolist() == stats.iterations(expected.z, expected.stats).tolist()
             torch.testing.assert_close(outcome.z[:4], expected.z[:4])
 
 
-@pytest.mark.parametrize("regime", ["resident", "cell", "increments"], indirect=True)
-@pytest.mark.parametrize("activation", ["tanh", "gelu"])
+@pytest.mark.parametrize(
+    ("activation", "regime"),
+    [("tanh", "resident"), ("gelu", "resident"), ("gelu", "cell"), ("gelu", "bfloat16"), ("tanh", "float8")],
+    indirect=["regime"],
+)
 def test_gradients(activation, regime):
     W, c, g = gaussian(19, 5)
     weight, injection = W.clone().requires_grad_(), c.clone().requires_grad_()
@@ -114,7 +140,7 @@ def test_gradients(activation, regime):
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e25])
-@pytest.mark.parametrize("regime", ["resident", "cell", "increments"], indirect=True)
+@pytest.mark.parametrize("regime", ["resident", "cell", "bfloat16", "float8"], indirect=True)
 def test_scale_changes_nothing(scale, regime):
     W, c, _ = gaussian(10, 3)
     scale = 2.0 ** round(torch.tensor(scale).log2().item())
@@ -177,6 +203,75 @@ def test_gradient_of_what_is_not_finite_is_nan_for_its_sample(regime):
     c.requires_grad_()
     deq.solve(W, c, backend="triton", on_failure="ignore").z.backward(g)
     assert torch.isnan(c.grad[1]).all() and torch.isfinite(c.grad[[0, 2]]).all()
+
+
+class TestRescue:
+    """As on a GPU, where the host does not wait to know whether samples failed."""
+
+    @pytest.fixture(autouse=True)
+    def deferred(self, monkeypatch):
+        monkeypatch.setattr(get_backend("triton"), "is_deferred", lambda c: True)
+
+    @pytest.fixture
+    def problem(self):
+        """A monotone W on which the plain iteration cycles for two of three samples; the plan of a GPU."""
+        W = -1.5 * torch.eye(9)
+        W[0, 0] = 0.5
+        c = torch.zeros(3, 9)
+        c[0, 0], c[1, 1:], c[2, 3] = 1.0, torch.arange(1.0, 9.0), 2.0
+        made = make_plan(
+            dtype="float32", device="cuda", backend="triton", compiled=True, why_no_triton="", max_iter=400
+        )
+        assert made.rungs == ("cayley", "anderson", "tight cayley", "newton") and not made.adapts
+        return W, c, replace(made, acceleration="none")
+
+    @pytest.mark.parametrize("regime", ["cell"], indirect=True)
+    def test_what_was_seen_to_fail_is_rescued_at_once(self, regime, problem):
+        W, c, plan = problem
+        outcome = ladder.solve(W, c, None, "relu", plan)
+        assert outcome.report.failed == 0 and outcome.report.read() == [0, 0, 0, 0]
+        torch.testing.assert_close(outcome.z, exact_of(W, c).float(), rtol=1e-4, atol=1e-5)
+        d = (exact_of(W, c) > 0).float()
+        back = ladder.masked_linear(W.mT, c, d, None, "relu", plan)
+        assert back.report.failed == 0
+        eye = torch.eye(9, dtype=torch.float64)
+        u = torch.linalg.solve(eye - d.double().unsqueeze(-1) * W.mT.double(), (d * c).double())
+        torch.testing.assert_close(back.z, u.float(), rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("regime", ["resident"], indirect=True)
+    def test_what_was_not_is_rescued_when_the_status_is_read(self, regime, problem):
+        W, c, plan = problem
+        outcome = ladder.solve(W, c, None, "relu", plan)
+        z = outcome.z.clone()
+        assert outcome.report.failed is None and outcome.report.read()[0] == 2
+        assert stats.status(outcome.z, outcome.stats).tolist()[0] == deq.Status.CONVERGED
+        version = outcome.z._version
+        outcome.report.rescue()
+        assert outcome.z._version == version, "z is saved for the gradient"
+        assert torch.equal(outcome.z[0], z[0])
+        torch.testing.assert_close(outcome.z, exact_of(W, c).float(), rtol=1e-4, atol=1e-5)
+        assert (stats.status(outcome.z, outcome.stats) == deq.Status.CONVERGED).all()
+
+    @pytest.mark.parametrize("regime", ["resident"], indirect=True)
+    def test_the_front_door_says_what_is_left(self, regime, problem, monkeypatch):
+        W, c, plan = problem
+        monkeypatch.setattr(ladder, "get_backend", lambda name: get_backend("triton"))
+        monkeypatch.setattr(sys.modules[deq.solve.__module__], "fitted", lambda made, W, c: plan)
+        for mode in (torch.enable_grad, torch.inference_mode):
+            with mode():
+                weight, injection = W.clone(), c.clone()
+                solution = deq.solve(weight, injection, backend="triton")
+            assert solution.converged.all()  # and no warning
+        gone = deq.solve(weight := W.clone(), c, backend="triton")
+        weight += 1.0  # that equation is gone, and nothing can be rescued
+        with pytest.warns(deq.ConvergenceWarning, match="2 of 3 samples did not converge"):
+            gone.status  # noqa: B018
+
+
+def exact_of(W, c):
+    """The equilibrium of relu for the diagonal W of TestRescue, float64."""
+    w = W.diagonal().double()
+    return torch.relu(c.double()) / (1 - w)
 
 
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")

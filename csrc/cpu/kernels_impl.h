@@ -360,31 +360,23 @@ void mix(const T* const* rows, const T* weights, int count, int64_t n, T* out) {
 template <class T>
 T copy_in(const T* src, int64_t n, int64_t to, T* dst) {
   using M = VecMath<T>;
+  using V = typename M::V;
   using I = typename M::I;
   const int64_t L = kLanes<T>;
-  const I infinite = reinterpret_cast<I>(M::set(INFINITY));
   I largest{};  // magnitudes order like their bit patterns, NaN above infinity
+  auto take = [&](const V& v) __attribute__((always_inline)) {
+    const I bits = reinterpret_cast<I>(M::abs(v));
+    largest = bits > largest ? bits : largest;
+    return v;
+  };
   int64_t j = 0;
-  for (; j + L <= n; j += L) {
-    typename M::V v = M::load(src + j);
-    I bits = reinterpret_cast<I>(M::abs(v));
-    largest = bits > largest ? bits : largest;
-    M::store(dst + j, v);
-  }
-  for (; j < to; j += L) {
-    typename M::V v{};
-    for (int i = 0; i < L; ++i)
-      if (j + i < n) v[i] = src[j + i];
-    I bits = reinterpret_cast<I>(M::abs(v));
-    largest = bits > largest ? bits : largest;
-    M::store(dst + j, v);
-  }
-  T result = 0;
-  for (int i = 0; i < L; ++i) {
-    const T value = largest[i] >= infinite[i] ? static_cast<T>(INFINITY) : reinterpret_cast<typename M::V>(largest)[i];
-    if (value > result) result = value;
-  }
-  return result;
+  for (; j + L <= n; j += L) M::store(dst + j, take(M::load(src + j)));
+  for (; j < to; j += L) M::store(dst + j, take(load_first<T>(src + j, n > j ? n - j : 0)));
+  using E = std::remove_reference_t<decltype(largest[0])>;
+  const E most = LaneMax<E, DEQ_VECTOR_BYTES>::of(largest);
+  T result;
+  memcpy(&result, &most, sizeof result);
+  return result < static_cast<T>(INFINITY) ? result : static_cast<T>(INFINITY);
 }
 
 template <class T>

@@ -39,7 +39,8 @@ class LaneGroup {
         m_(p.width),
         lanes_(lane_.lanes),
         rule_(make_rule(p.tol, p.max_iter, p.criterion, p.width, sizeof(T) == 8)),
-        depth_(std::min<int>(std::max(p.depth, 1), kMaxDepth)) {}
+        depth_(std::min<int>(std::max(p.depth, 1), kMaxDepth)),
+        reach2_(1 / (rule_.eps * rule_.eps * rule_.eps * rule_.eps)) {}
 
   // Solves samples of matrix s taken from `queue`, as `sharing` threads do, until it is empty.
   void run(int64_t s, std::atomic<int64_t>& queue, int sharing) {
@@ -55,7 +56,7 @@ class LaneGroup {
       step();
       current_ = 1 - current_;
       uint32_t fresh = 0;
-      uint32_t look = lane_.look(records_, step2_, size2_, static_cast<T>(rule_.tol2)) & live_;
+      uint32_t look = lane_.look(records_, step2_, size2_, static_cast<T>(rule_.tol2), static_cast<T>(reach2_)) & live_;
       for (; look; look &= look - 1) {
         const int lane = __builtin_ctz(look);
         if (advance(lane)) continue;
@@ -157,6 +158,7 @@ class LaneGroup {
       accelerated_ = p_.acceleration == DEQ_ANDERSON ? accelerated_ | bit(lane) : accelerated_ & ~bit(lane);
       const T *c = c_rows_[lane], *d = d_ ? other_ : nullptr;
       Verdict verdict = Verdict::kContinue;
+      slot.start2 = p_.start.data ? size_of(y, m_) : 0.0;
       if (!p_.start.data) {
         // From zero the first evaluation is act(c): no product. Its step and its size are the same.
         double size2 = k_.first(p_.activation, c, d, y, m_);
@@ -186,16 +188,14 @@ class LaneGroup {
     recall(lane);
     T *f = z_[current_], *y = z_[1 - current_];
     double step2 = static_cast<double>(step2_[lane]), size2 = static_cast<double>(size2_[lane]);
-    if (!in_range<T>(size2) || slot.record.iteration == 0) {
+    if (!in_range<T>(size2)) {
       gather(f, lane, row_);
       gather(y, lane, other_);
-    }
-    if (!in_range<T>(size2)) {
       step2 = distance(row_, other_, m_);
       size2 = size_of(row_, m_);
     }
-    const double start2 = slot.record.iteration == 0 ? size_of(other_, m_) : 0.0, before2 = slot.record.step2[1];
-    const Verdict verdict = judge(rule_, slot.record, step2, size2, start2);
+    const double before2 = slot.record.step2[1];
+    const Verdict verdict = judge(rule_, slot.record, step2, size2, slot.start2);
     const bool is_best = slot.record.best_at == slot.record.iteration;
     if (is_best) {
       slot.saved = false;
@@ -225,7 +225,9 @@ class LaneGroup {
     // A slow one is looked at until it is accelerated, the others only if they gain nothing.
     const bool watched = p_.acceleration == DEQ_ON_DEMAND && !(accelerated_ & bit(lane));
     records_.slowest[lane] = watched ? static_cast<T>(kSlowContraction * kSlowContraction) : T(1);
-    const bool always = p_.criterion != DEQ_RESIDUAL || record.iteration == 0;
+    records_.first2[lane] = static_cast<T>(slots_[lane].start2);
+    const bool always =
+        p_.criterion != DEQ_RESIDUAL || (record.iteration == 0 && slots_[lane].start2 > 0 && !in_range<T>(slots_[lane].start2));
     left_[lane] = always ? 0 : static_cast<int>(std::min<int64_t>(rule_.max_iter - record.iteration, kUnseen));
     records_.left[lane] = static_cast<T>(left_[lane]);
   }
@@ -234,6 +236,7 @@ class LaneGroup {
     const int unseen = left_[lane] - static_cast<int>(records_.left[lane]);
     if (unseen == 0) return;
     slots_[lane].saved = false;
+    if (record.iteration == 0) record.limit2 = reach2_ * static_cast<double>(records_.first2[lane]);
     record.best_at = record.iteration += unseen;
     record.step2[0] = static_cast<double>(records_.step2[lane]);
     record.step2[1] = static_cast<double>(records_.before2[lane]);
@@ -243,12 +246,15 @@ class LaneGroup {
 
   // What is handed out for f(y), a lane of `column`: itself, or for the reflected map the value at its pre-activation.
   bool write(int lane, int which, const T* column) {
+    const Slot& slot = slots_[lane];
+    if (T* out = p_.reflected ? nullptr : samples_.native_row(slot.sample); out)
+      if (lane_.leave(column, lane, static_cast<T>(1 / slot.scale), m_, out)) return true;
     gather(p_.reflected ? pre_[which] : column, lane, row_);
     if (p_.reflected) {
       if (d_) gather(d_, lane, other_);
       k_.first(p_.activation, row_, d_ ? other_ : nullptr, row_, m_);
     }
-    return samples_.write(slots_[lane].sample, slots_[lane].scale, row_);
+    return samples_.write(slot.sample, slot.scale, row_);
   }
 
   // `best` null: the output row already holds the best iterate.
@@ -286,6 +292,7 @@ class LaneGroup {
     int depth;       // Anderson: pairs to hold
     int64_t sample;  // flat index s * B + b
     double scale;    // the sample was multiplied by this power of two
+    double start2;   // |y|^2 of its start
   };
   static constexpr int64_t kUnseen = 1 << 20;  // an integer in every T
 
@@ -299,6 +306,7 @@ class LaneGroup {
   const int lanes_;
   const Rule rule_;
   const int depth_;
+  const double reach2_;  // limit2 of a Record over the size that it follows from
   int64_t matrix_ = 0;
   int current_ = 0, newest_ = 0;
   DeqWork work_{};

@@ -34,6 +34,7 @@ struct LaneMap {
 template <class T>
 struct alignas(64) LaneRecords {
   T step2[kMostLanes], before2[kMostLanes], best_step2[kMostLanes], best_size2[kMostLanes], limit2[kMostLanes];
+  T first2[kMostLanes];   // |y|^2 of a start; after its evaluation, until when step2 is infinite, the larger of it and |f(y)|^2
   T slowest[kMostLanes];  // growth of step2 above which the sample is looked at
   T left[kMostLanes];     // evaluations until it is
 };
@@ -52,10 +53,13 @@ struct LaneKernels {
   int lanes;
   void (*product)(const LaneProduct<T>&);
   void (*map)(const LaneMap<T>&);
-  // progresses() of judge.h for every lane at once: a bit for every lane for which it is false.
-  uint32_t (*look)(LaneRecords<T>&, const T* step2, const T* size2, T tol2);
+  // progresses() of judge.h for every lane at once, also at the first evaluation, which sets limit2 to reach2 x first2: a bit for
+  // every lane for which it is false.
+  uint32_t (*look)(LaneRecords<T>&, const T* step2, const T* size2, T tol2, T reach2);
   // Takes the newest pair into ring position order[0], with its row of Gram's matrix; order[i] is the i-th newest of `count`.
   void (*take)(LaneWindows<T>&, const int* order, int count, const T* f, const T* y, int64_t width);
+  // out[j] = factor x element j of a lane of `column`; false if one is not finite.
+  bool (*leave)(const T* column, int lane, T factor, int64_t width, T* out);
   // f = sum_i weights[i] f_i with anderson_weights() of every accelerated lane.
   void (*mix)(LaneWindows<T>&, const int* order, int count, T regulariser, T* f, int64_t width);
 };

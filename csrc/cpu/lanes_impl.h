@@ -95,14 +95,19 @@ void lane_map(const LaneMap<T>& s) {
 }
 
 template <class T>
-uint32_t lane_look(LaneRecords<T>& s, const T* step2, const T* size2, T tol2) {
+uint32_t lane_look(LaneRecords<T>& s, const T* step2, const T* size2, T tol2, T reach2) {
   using M = VecMath<T>;
   using V = typename M::V;
   using I = typename M::I;
   const V step = M::load(step2), size = M::load(size2), last = M::load(s.step2), left = M::load(s.left);
+  const I is_first = last == M::set(static_cast<double>(INFINITY));
+  const V start = M::load(s.first2), first = M::select(is_first & (size > start), size, start);
+  const V limit = M::select(is_first, first * (reach2 - V{}), M::load(s.limit2));
   const I common = (size > M::set(sizeof(T) == 4 ? 1e-20 : 1e-120)) & (size < M::set(sizeof(T) == 4 ? 1e30 : 1e120)) &
-                   (step > tol2 * size) & (size <= M::load(s.limit2)) & (step <= M::load(s.slowest) * last) &
+                   (step > tol2 * size) & (size <= limit) & (step <= M::load(s.slowest) * last) &
                    (step * M::load(s.best_size2) < M::load(s.best_step2) * size) & (left > M::set(1.0));
+  M::store(s.first2, M::select(common, first, start));
+  M::store(s.limit2, M::select(common, limit, M::load(s.limit2)));
   M::store(s.before2, M::select(common, last, M::load(s.before2)));
   M::store(s.step2, M::select(common, step, last));
   M::store(s.best_step2, M::select(common, step, M::load(s.best_step2)));
@@ -110,6 +115,18 @@ uint32_t lane_look(LaneRecords<T>& s, const T* step2, const T* size2, T tol2) {
   M::store(s.left, M::select(common, left - M::set(1.0), left));
   constexpr uint32_t kAll = (uint32_t{1} << kLanes<T>)-1;
   return kAll & ~static_cast<uint32_t>(nonzero_lanes<T>(M::select(common, M::set(1.0), V{})));
+}
+
+template <class T>
+bool lane_leave(const T* column, int lane, T factor, int64_t width, T* out) {
+  column += lane;
+  bool finite = true;
+  for (int64_t j = 0; j < width; ++j, column += kLanes<T>) {
+    const T value = factor * *column;
+    out[j] = value;
+    finite &= value - value == 0;
+  }
+  return finite;
 }
 
 template <class T, int N>
@@ -254,6 +271,7 @@ const deq::LaneKernels<T>* lane_table() {
       .map = lane_map<T>,
       .look = lane_look<T>,
       .take = lane_take<T>,
+      .leave = lane_leave<T>,
       .mix = lane_mix<T>,
   };
   return &kTable;

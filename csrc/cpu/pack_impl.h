@@ -4,51 +4,66 @@
 #include <stdint.h>
 #include <string.h>
 
+#include <type_traits>
+#include <utility>
+
 #include "vec.h"
 
 namespace {
 
-// Finite numbers times zero add up to zero; infinity and NaN do not.
-template <class T>
-DEQ_INLINE bool all_finite(const T* x, int64_t n) {
-  using M = VecMath<T>;
-  typename M::V sum{};
-  for (int64_t j = 0; j < n; j += kLanes<T>) sum += M::load(x + j) * M::set(0.0);
-  return LaneSum<T, DEQ_VECTOR_BYTES>::of(sum) == T(0);
-}
+// A square of vectors of kBytes, transposed in registers: blocks of one lane change sides, then of two, then of four.
+template <class T, int kBytes>
+struct Square {
+  static constexpr int kSide = kBytes / sizeof(T);
+  typedef T V __attribute__((vector_size(kBytes)));
+  using Integer = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  typedef Integer I __attribute__((vector_size(kBytes)));
 
-// A square of 16-byte vectors, transposed in registers.
+  DEQ_INLINE void transpose(const T* src, int64_t from, T* dst, int64_t to) {
+    V zeros{};
+    transpose(src, from, dst, to, zeros);
+  }
+
+  // Adds zero times every element to `zeros`.
+  DEQ_INLINE void transpose(const T* src, int64_t from, T* dst, int64_t to, V& zeros) {
+    V rows[kSide];
+#pragma GCC unroll 16
+    for (int i = 0; i < kSide; ++i) {
+      memcpy(&rows[i], src + i * from, sizeof(V));
+      zeros += rows[i] * T(0);
+    }
+    exchange<1>(rows);
+#pragma GCC unroll 16
+    for (int i = 0; i < kSide; ++i) memcpy(dst + i * to, &rows[i], sizeof(V));
+  }
+
+ private:
+  template <int step>
+  DEQ_INLINE void exchange(V (&rows)[kSide]) {
+    if constexpr (step < kSide) {
+#pragma GCC unroll 16
+      for (int i = 0; i < kSide; ++i)
+        if (i / step % 2 == 0) {
+          const V a = rows[i], b = rows[i + step];
+          rows[i] = blocks<step, false>(a, b, std::make_integer_sequence<int, kSide>{});
+          rows[i + step] = blocks<step, true>(a, b, std::make_integer_sequence<int, kSide>{});
+        }
+      exchange<2 * step>(rows);
+    }
+  }
+
+  // Of blocks of `step` lanes: the even ones of a and b in turns, or the odd ones.
+  template <int step, bool odd, int... l>
+  DEQ_INLINE V blocks(V a, V b, std::integer_sequence<int, l...>) {
+#ifdef __clang__
+    return __builtin_shufflevector(a, b, (l / step % 2 ? kSide + l - (odd ? 0 : step) : l + (odd ? step : 0))...);
+#else
+    return __builtin_shuffle(a, b, I{(l / step % 2 ? kSide + l - (odd ? 0 : step) : l + (odd ? step : 0))...});
+#endif
+  }
+};
 template <class T>
-struct Quad;
-template <>
-struct Quad<float> {
-  static constexpr int64_t kSide = 4;
-  DEQ_INLINE void transpose(const float* src, int64_t from, float* dst, int64_t to) {
-    typedef float V __attribute__((vector_size(16)));
-    V r[4];
-    for (int i = 0; i < 4; ++i) memcpy(&r[i], src + i * from, 16);
-    const V a = DEQ_SHUFFLE(int32_t, r[0], r[1], 0, 4, 1, 5), b = DEQ_SHUFFLE(int32_t, r[2], r[3], 0, 4, 1, 5);
-    const V c = DEQ_SHUFFLE(int32_t, r[0], r[1], 2, 6, 3, 7), d = DEQ_SHUFFLE(int32_t, r[2], r[3], 2, 6, 3, 7);
-    r[0] = DEQ_SHUFFLE(int32_t, a, b, 0, 1, 4, 5);
-    r[1] = DEQ_SHUFFLE(int32_t, a, b, 2, 3, 6, 7);
-    r[2] = DEQ_SHUFFLE(int32_t, c, d, 0, 1, 4, 5);
-    r[3] = DEQ_SHUFFLE(int32_t, c, d, 2, 3, 6, 7);
-    for (int i = 0; i < 4; ++i) memcpy(dst + i * to, &r[i], 16);
-  }
-};
-template <>
-struct Quad<double> {
-  static constexpr int64_t kSide = 2;
-  DEQ_INLINE void transpose(const double* src, int64_t from, double* dst, int64_t to) {
-    typedef double V __attribute__((vector_size(16)));
-    V a, b;
-    memcpy(&a, src, 16);
-    memcpy(&b, src + from, 16);
-    const V lo = DEQ_SHUFFLE(int64_t, a, b, 0, 2), hi = DEQ_SHUFFLE(int64_t, a, b, 1, 3);
-    memcpy(dst, &lo, 16);
-    memcpy(dst + to, &hi, 16);
-  }
-};
+using Quad = Square<T, 16>;
 
 // W is read in long runs, and asked for some rows ahead: a panel's share of a row is too short for the hardware's prefetcher.
 // 2048 x 2048 out of memory: 2.3 ms against 4.9 ms with one panel at a time.
@@ -78,27 +93,66 @@ bool pack_columns(const T* w, int64_t column_stride, int64_t m, T* packed, int64
   return LaneSum<T, DEQ_VECTOR_BYTES>::of(sum) == T(0);
 }
 
+// dst[k][j] <- w[j][k], by squares of whole vectors, at the edges of 16 bytes, and one by one. Remembers whether all that it saw
+// was finite: asking the elements while they are in registers is free, reading them again took three times as long as the rest.
+template <class T>
+class Transposition {
+ public:
+  inline __attribute__((always_inline)) void run(const T* w, int64_t from, int64_t rows, int64_t columns, T* dst, int64_t to) {
+    cover<DEQ_VECTOR_BYTES>(w, from, rows, columns, dst, to);
+  }
+  bool finite() const {
+    return LaneSum<T, DEQ_VECTOR_BYTES>::of(whole_) == T(0) && LaneSum<T, 16>::of(quad_) == T(0) && single_ == T(0);
+  }
+
+ private:
+  template <int kBytes>
+  inline __attribute__((always_inline)) void cover(const T* w, int64_t from, int64_t rows, int64_t columns, T* dst, int64_t to) {
+    if constexpr (kBytes < 16) {
+      for (int64_t j = 0; j < rows; ++j)
+        for (int64_t k = 0; k < columns; ++k) single_ += T(0) * (dst[k * to + j] = w[j * from + k]);
+    } else {
+      constexpr int64_t kSide = Square<T, kBytes>::kSide, kNext = kBytes > 16 ? 16 : 0;
+      const int64_t whole_rows = rows / kSide * kSide, whole_columns = columns / kSide * kSide;
+      for (int64_t j = 0; j < whole_rows; j += kSide)
+        for (int64_t k = 0; k < whole_columns; k += kSide) {
+          if constexpr (kBytes == DEQ_VECTOR_BYTES)
+            Square<T, kBytes>::transpose(w + j * from + k, from, dst + k * to + j, to, whole_);
+          else
+            Square<T, kBytes>::transpose(w + j * from + k, from, dst + k * to + j, to, quad_);
+        }
+      if (whole_columns < columns)
+        cover<kNext>(w + whole_columns, from, whole_rows, columns - whole_columns, dst + whole_columns * to, to);
+      if (whole_rows < rows) cover<kNext>(w + whole_rows * from, from, rows - whole_rows, columns, dst + whole_rows, to);
+    }
+  }
+
+  // Zero times what was seen: finite numbers add up to zero, infinity and NaN do not.
+  typename Simd<T>::V whole_{};
+  typename Quad<T>::V quad_{};
+  T single_ = 0;
+};
+
 // One panel, `width` columns wide of which `valid` exist, out of any strides.
 template <class T>
 bool pack_panel(const T* w, int64_t row_stride, int64_t column_stride, int64_t m, T* dst, int64_t width, int64_t valid) {
-  constexpr int64_t kBlock = 64, Q = Quad<T>::kSide;  // the block written stays in L1
-  const int64_t whole_j = column_stride == 1 ? valid / Q * Q : 0;
-  bool finite = true;
-  for (int64_t k0 = 0; k0 < m; k0 += kBlock) {
-    const int64_t k1 = m < k0 + kBlock ? m : k0 + kBlock, whole_k = k0 + (k1 - k0) / Q * Q;
-    for (int64_t j = 0; j < whole_j; j += Q) {
-      const T* row = w + j * row_stride;
-      if (k1 + kBlock <= m)
-        for (int64_t i = 0; i < Q; ++i) fetch(row + i * row_stride + k1, kBlock);
-      for (int64_t k = k0; k < whole_k; k += Q) Quad<T>::transpose(row + k, row_stride, dst + k * width + j, width);
-    }
+  constexpr int64_t kBlock = 64;  // asked for ahead; the block written stays in L1
+  for (int64_t k = 0; k < m; ++k)
+    for (int64_t j = valid; j < width; ++j) dst[k * width + j] = T(0);
+  if (column_stride != 1) {
+    T zeros = 0;
     for (int64_t j = 0; j < valid; ++j)
-      for (int64_t k = j < whole_j ? whole_k : k0; k < k1; ++k) dst[k * width + j] = w[j * row_stride + k * column_stride];
-    for (int64_t k = k0; k < k1; ++k)
-      for (int64_t j = valid; j < width; ++j) dst[k * width + j] = T(0);
-    finite = finite && all_finite<T>(dst + k0 * width, (k1 - k0) * width);
+      for (int64_t k = 0; k < m; ++k) zeros += T(0) * (dst[k * width + j] = w[j * row_stride + k * column_stride]);
+    return zeros == T(0);
   }
-  return finite;
+  Transposition<T> transposition;
+  for (int64_t k0 = 0; k0 < m; k0 += kBlock) {
+    const int64_t k1 = m < k0 + kBlock ? m : k0 + kBlock;
+    if (k1 + kBlock <= m)
+      for (int64_t j = 0; j < valid; ++j) fetch(w + j * row_stride + k1, kBlock);
+    transposition.run(w + k0, row_stride, valid, k1 - k0, dst + k0 * width, width);
+  }
+  return transposition.finite();
 }
 
 template <class T>

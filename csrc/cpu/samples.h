@@ -119,6 +119,11 @@ class Samples {
     }
   }
 
+  // Where the sample's result belongs, null if it has to be converted.
+  T* native_row(int64_t sample) const {
+    return native_ ? static_cast<T*>(p_.out.data) + offset(p_.out, sample / p_.batch, sample % p_.batch) : nullptr;
+  }
+
   // Writes row / scale as the sample's result; false if it left the range of the caller's dtype and was held at its edge.
   bool write(int64_t sample, double scale, const T* row) {
     const int64_t first = offset(p_.out, sample / p_.batch, sample % p_.batch);
@@ -178,9 +183,12 @@ bool in_range(double sum) {
 
 template <class T>
 double size_of(const T* y, int64_t m) {
-  double sum = 0;
-  for (int64_t j = 0; j < m; ++j) sum += static_cast<double>(y[j]) * static_cast<double>(y[j]);
-  return sum;
+  double part[4] = {};  // one sum would wait for every addition
+  int64_t j = 0;
+  for (; j + 4 <= m; j += 4)
+    for (int i = 0; i < 4; ++i) part[i] += static_cast<double>(y[j + i]) * static_cast<double>(y[j + i]);
+  for (; j < m; ++j) part[0] += static_cast<double>(y[j]) * static_cast<double>(y[j]);
+  return (part[0] + part[1]) + (part[2] + part[3]);
 }
 
 template <class T>

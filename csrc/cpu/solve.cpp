@@ -14,6 +14,7 @@
 #include "cache.h"
 #include "delta.h"
 #include "lane_engine.h"
+#include "look.h"
 #include "samples.h"
 #include "segments.h"
 #include "threads.h"
@@ -389,6 +390,10 @@ int32_t deq_cpu_solve(const DeqProblem* p) {
   *p->report = DeqReport{0, 0, 0, 0};
   deq::last_work = DeqWork{};
   if (p->weights * p->batch == 0) return DEQ_OK;
+  if (p->largest_weight > 0 && deq::is_larger(*p, p->largest_weight)) {
+    p->report->bad_weight = -1;
+    return DEQ_OK;
+  }
   if (deq::delta_serves(*p)) return deq::delta_solve(*p);
   if (deq::lanes_serve(*p)) return deq::lane_solve(*p);
   return p->type == DEQ_FLOAT64 ? deq::solve<double>(*p) : deq::solve<float>(*p);

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "../activations.h"
+#include "../scalar_root.h"
 #include "../structured.h"
 #include "cache.h"
 #include "kernels.h"
@@ -18,34 +19,6 @@ namespace deq {
 namespace {
 
 constexpr int kMaxSamples = 32;
-
-// Range of the derivative: 1 - d act' > 0 everywhere makes the root of z = act(d z + x) unique.
-struct Slopes {
-  double least, most;
-};
-
-Slopes slopes(int32_t activation) {
-  switch (activation) {
-    case kIdentity:
-      return {1, 1};
-    case kLeakyRelu:
-      return {0.01, 1};
-    case kGelu:
-      return {-0.128904145, 1.128904145};
-    case kSilu:
-      return {-0.09983932, 1.09983932};
-    case kSigmoid:
-      return {0, 0.25};
-    default:
-      return {0, 1};
-  }
-}
-
-// A lower bound of 1 - d act'.
-double least_slope(int32_t activation, double d) {
-  const Slopes s = slopes(activation);
-  return 1 - std::max(d * s.least, d * s.most);
-}
 
 class Memory {
  public:

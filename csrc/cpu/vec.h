@@ -19,13 +19,6 @@ namespace {
 
 #define DEQ_INLINE static inline __attribute__((always_inline))
 
-// Lanes of a and b by index, b's counted on from a's; `I` is the integer of a lane's size.
-#ifdef __clang__
-#define DEQ_SHUFFLE(I, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define DEQ_SHUFFLE(I, a, b, ...) __builtin_shuffle(a, b, (I __attribute__((vector_size(16)))){__VA_ARGS__})
-#endif
-
 template <class T>
 struct Simd;
 template <>
@@ -154,6 +147,28 @@ DEQ_INLINE double lane_sum(const typename Simd<T>::V& v) {
   return static_cast<double>(LaneSum<T, DEQ_VECTOR_BYTES>::of(v));
 }
 
+// Largest lane of integers E by halving.
+template <class E, int kBytes>
+struct LaneMax {
+  typedef E V __attribute__((vector_size(kBytes)));
+  DEQ_INLINE E of(const V& v) {
+    typedef E H __attribute__((vector_size(kBytes / 2)));
+    H lo, hi;
+    memcpy(&lo, &v, sizeof lo);
+    memcpy(&hi, reinterpret_cast<const char*>(&v) + sizeof lo, sizeof hi);
+    return LaneMax<E, kBytes / 2>::of(lo > hi ? lo : hi);
+  }
+};
+template <class E>
+struct LaneMax<E, 16> {
+  typedef E V __attribute__((vector_size(16)));
+  DEQ_INLINE E of(const V& v) {
+    E most = v[0];
+    for (int i = 1; i < static_cast<int>(16 / sizeof(E)); ++i) most = v[i] > most ? v[i] : most;
+    return most;
+  }
+};
+
 template <class T>
 constexpr int kLanes = VecMath<T>::kLanes;
 
@@ -176,6 +191,23 @@ DEQ_INLINE uint64_t nonzero_lanes(const typename Simd<T>::V& v) {
   uint64_t bits = 0;
   for (int i = 0; i < kLanes<T>; ++i) bits |= static_cast<uint64_t>(v[i] != 0) << i;
   return bits;
+#endif
+}
+
+// The first n lanes from p on, the others zero; reads nothing behind them.
+template <class T>
+DEQ_INLINE typename Simd<T>::V load_first(const T* p, int64_t n) {
+  using V = typename Simd<T>::V;
+#if DEQ_VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == 4)
+    return reinterpret_cast<V>(_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p));
+  else
+    return reinterpret_cast<V>(_mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << n) - 1), p));
+#else
+  V v{};
+  for (int i = 0; i < kLanes<T>; ++i)
+    if (i < n) v[i] = p[i];
+  return v;
 #endif
 }
 

@@ -58,10 +58,26 @@ int32_t failed(int32_t code, const char* format, ...) {
   return code;
 }
 
+int32_t too_little(int64_t bytes, int64_t needed) {
+  return failed(DEQ_BAD_ARGUMENT, "scratch holds %lld bytes, %lld are needed", static_cast<long long>(bytes),
+                static_cast<long long>(needed));
+}
+
 int32_t check_cuda(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return DEQ_OK;
   cudaGetLastError();  // an error that is not sticky must not be blamed on the next call
   return failed(DEQ_LAUNCH_FAILED, "%s failed: %s", what, cudaGetErrorString(error));
+}
+
+int32_t find_limits(int32_t device, Limits* limits) {
+  int major = 0;
+  for (const auto& [value, attribute] :
+       {std::pair{&major, cudaDevAttrComputeCapabilityMajor}, std::pair{&limits->processors, cudaDevAttrMultiProcessorCount},
+        std::pair{&limits->shared, cudaDevAttrMaxSharedMemoryPerBlockOptin},
+        std::pair{&limits->cooperates, cudaDevAttrCooperativeLaunch}, std::pair{&limits->clusters, cudaDevAttrClusterLaunch}})
+    if (int32_t error = check_cuda(cudaDeviceGetAttribute(value, attribute, device), "asking for the device")) return error;
+  if (major < 8) return failed(DEQ_NOT_SUPPORTED, "the device has compute capability %d, 8 is needed for bfloat16", major);
+  return DEQ_OK;
 }
 
 }  // namespace deq
@@ -78,13 +94,8 @@ int32_t deq_cuda_plan(int64_t weights, int64_t batch, int64_t width, int32_t dev
   if (!plan || weights < 1 || batch < 1 || width < 1 || weights > 65535 || regime < -1 || regime > DEQ_GRID)
     return failed(DEQ_BAD_ARGUMENT, "an argument is out of range");
   *plan = DeqCudaPlan{};
-  int major = 0;
   Limits limits{};
-  for (const auto& [value, attribute] :
-       {std::pair{&major, cudaDevAttrComputeCapabilityMajor}, std::pair{&limits.processors, cudaDevAttrMultiProcessorCount},
-        std::pair{&limits.shared, cudaDevAttrMaxSharedMemoryPerBlockOptin}})
-    if (int32_t error = check_cuda(cudaDeviceGetAttribute(value, attribute, device), "asking for the device")) return error;
-  if (major < 8) return failed(DEQ_NOT_SUPPORTED, "the device has compute capability %d, 8 is needed for bfloat16", major);
+  if (int32_t error = find_limits(device, &limits)) return error;
   const DeviceScope scope(device);
   if (int32_t error = check_cuda(scope.error(), "choosing the device")) return error;
   int32_t error = regime == DEQ_GRID ? DEQ_NOT_SUPPORTED : plan_block(weights, batch, width, limits, plan);
@@ -94,25 +105,54 @@ int32_t deq_cuda_plan(int64_t weights, int64_t batch, int64_t width, int32_t dev
   return DEQ_OK;
 }
 
+int32_t deq_cuda_rescue_plan(int64_t weights, int64_t batch, int64_t width, int32_t device, DeqCudaPlan* plan) {
+  using namespace deq;
+  if (!plan || weights < 1 || batch < 1 || width < 1) return failed(DEQ_BAD_ARGUMENT, "an argument is out of range");
+  *plan = DeqCudaPlan{};
+  Limits limits{};
+  if (int32_t error = find_limits(device, &limits)) return error;
+  const DeviceScope scope(device);
+  if (int32_t error = check_cuda(scope.error(), "choosing the device")) return error;
+  return plan_rescue(weights * batch, width, limits, plan);
+}
+
+int32_t deq_cuda_rescue(const DeqProblem* p, int32_t blocks, void* scratch, int64_t bytes, int32_t device, void* stream) {
+  using namespace deq;
+  if (!p || !is_well_formed(*p) || blocks < 1) return failed(DEQ_BAD_ARGUMENT, "an argument is out of range");
+  if (p->weights * p->batch == 0) return DEQ_OK;
+  Limits limits{};
+  if (int32_t error = find_limits(device, &limits)) return error;
+  const DeviceScope scope(device);
+  if (int32_t error = check_cuda(scope.error(), "choosing the device")) return error;
+  DeqCudaPlan plan{};
+  plan.blocks = blocks;
+  if (int32_t error = complete_rescue(p->width, limits, &plan)) return error;
+  if (bytes < plan.scratch) return too_little(bytes, plan.scratch);
+  const Rescue rescue{call_of(*p, nullptr), p->weights, p->tol, p->max_iter,
+                      plan.scratch > 0 ? static_cast<double*>(scratch) : nullptr};
+  return launch_rescue(rescue, plan, static_cast<cudaStream_t>(stream));
+}
+
 int32_t deq_cuda_solve(const DeqProblem* p, int32_t regime, int32_t kernel, int32_t blocks, void* scratch, int64_t bytes,
                        int32_t device, void* stream) {
   using namespace deq;
   if (!p || !is_well_formed(*p)) return failed(DEQ_BAD_ARGUMENT, "an argument is out of range");
   if (p->weights * p->batch == 0) return DEQ_OK;
+  Limits limits{};
+  if (int32_t error = find_limits(device, &limits)) return error;
   const DeviceScope scope(device);
   if (int32_t error = check_cuda(scope.error(), "choosing the device")) return error;
   DeqCudaPlan plan{};
   plan.kernel = kernel, plan.blocks = blocks;
   if (int32_t error = regime == DEQ_GRID ? complete_grid(p->width, &plan) : complete_block(p->weights, p->width, &plan))
     return error;
-  if (bytes < plan.scratch + note_bytes(p->weights * p->batch))
-    return failed(DEQ_BAD_ARGUMENT, "scratch holds %lld bytes, %lld are needed", static_cast<long long>(bytes),
-                  static_cast<long long>(plan.scratch + note_bytes(p->weights * p->batch)));
+  const int64_t needed = plan.scratch + note_bytes(p->weights * p->batch);
+  if (bytes < needed) return too_little(bytes, needed);
   const Call call = call_of(*p, scratch);
   const auto queue = static_cast<cudaStream_t>(stream);
   constexpr int64_t kSamples = kPrepareThreads / kWarp;
   const dim3 grid(static_cast<unsigned>((p->batch + kSamples - 1) / kSamples), static_cast<unsigned>(p->weights));
   prepare<<<grid, kPrepareThreads, 0, queue>>>(call);
   if (int32_t error = check_cuda(cudaGetLastError(), "the launch of prepare")) return error;
-  return regime == DEQ_GRID ? launch_grid(call, p->weights, plan, queue) : launch_block(call, p->weights, plan, queue);
+  return regime == DEQ_GRID ? launch_grid(call, p->weights, plan, queue) : launch_block(call, p->weights, plan, limits, queue);
 }

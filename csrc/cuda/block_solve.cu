@@ -47,12 +47,29 @@ int32_t plan_block(int64_t weights, int64_t batch, int64_t width, const Limits& 
   if (resident < 1) return failed(DEQ_NOT_SUPPORTED, "no block of %d threads fits a multiprocessor", plan->threads);
   // Samples are spread over all blocks first: eight in one take no longer than one.
   const int64_t all = static_cast<int64_t>(resident) * limits.processors, share = std::max<int64_t>(1, all / weights);
-  plan->blocks = static_cast<int32_t>(std::min(batch, share));
+  plan->blocks = static_cast<int32_t>(limits.clusters ? block_count(width, batch, share) : std::min(batch, share));
   return complete_block(weights, width, plan);
 }
 
-int32_t launch_block(const Call& call, int64_t weights, const DeqCudaPlan& plan, cudaStream_t stream) {
+int32_t launch_block(const Call& call, int64_t weights, const DeqCudaPlan& plan, const Limits& limits, cudaStream_t stream) {
   const dim3 grid(plan.blocks, static_cast<unsigned>(weights));
+  if (limits.clusters && shares_weight(call.width, plan.blocks)) {
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid;
+    config.blockDim = plan.threads;
+    config.dynamicSmemBytes = static_cast<size_t>(plan.shared);
+    config.stream = stream;
+    cudaLaunchAttribute cluster{};
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = kCluster, cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+    config.attrs = &cluster;
+    config.numAttrs = 1;
+    int together = 0;  // clusters that a device has room for, which depends on how its multiprocessors are grouped
+    const bool fits = cudaOccupancyMaxActiveClusters(&together, kKernels[plan.kernel], &config) == cudaSuccess &&
+                      static_cast<int64_t>(together) * kCluster >= plan.blocks * weights;
+    if (fits && cudaLaunchKernelEx(&config, kKernels[plan.kernel], call) == cudaSuccess) return DEQ_OK;
+    cudaGetLastError();  // then every block reads all of W
+  }
   kKernels[plan.kernel]<<<grid, plan.threads, plan.shared, stream>>>(call);
   return check_cuda(cudaGetLastError(), "the launch of a block solve");
 }

@@ -2,7 +2,8 @@
 // and go. Every compute warp owns RT tiles of 16 outputs; one more warp judges the last evaluation while the others multiply.
 //
 // Per evaluation: increments and norms are written, barrier, y += W_low increment, barrier, the slots' actions are carried out.
-// Anchors read W in float32 from memory. Forward and adjoint differ in evaluate() alone.
+// Anchors read W in float32 from memory. Forward and adjoint differ in evaluate() alone. Blocks of a cluster read a part of W
+// each, and write it, rounded, into the shared memory of all.
 #pragma once
 #include "elements.h"
 
@@ -69,6 +70,7 @@ class BlockSolve {
   }
 
   DEQ_GPU void run() {
+    if (sharers_ > 1) Gpu::sync_cluster();  // all have begun: only then may their memory be written
     if (warp_ < at_.warps) {
       compute();
     } else {
@@ -77,6 +79,15 @@ class BlockSolve {
   }
 
  private:
+  // W is here, and nobody writes it any more.
+  DEQ_GPU void sync_loaded() const {
+    if (sharers_ > 1) {
+      Gpu::sync_cluster();
+    } else {
+      Gpu::sync();
+    }
+  }
+
   // The warp that judges: one lane a slot, whose samples are every 8 blocks-th one.
   DEQ_GPU void control() {
     const int64_t stride = static_cast<int64_t>(kSlots) * Gpu::blocks();
@@ -86,7 +97,7 @@ class BlockSolve {
       actions_[lane_] = slot.begin(call_, weight_, first_solved(call_, weight_, first, stride));
     }
     tell_all(slot);
-    Gpu::sync();
+    sync_loaded();
     while (active_[0]) {
       if (anchored_slots(call_, actions_, kSlots)) Gpu::sync();
       Gpu::sync();
@@ -117,7 +128,7 @@ class BlockSolve {
     Quad held[RT][HELD > 0 ? HELD : 1];
     State state(call_, {warp_ * RT * kTileRows, lane_}, weight_, actions_, mixtures_, kSlots, best_);
     load_weights(held);
-    Gpu::sync();
+    sync_loaded();
     while (active_[0]) {
       state.save();
       if (active_[2]) state.mix();
@@ -142,8 +153,12 @@ class BlockSolve {
           Gpu::sync_warp();  // one after the other: all at once would take more registers than there are
         }
       }
-      for (int k = HELD; k < at_.tiles; ++k)
-        weights_[(tile * (at_.tiles - HELD) + k - HELD) * kWarp + lane_] = weight_fragment<Gpu>(call_, weight_, tile, k, poison);
+      for (int k = HELD + sharer_; k < at_.tiles; k += sharers_) {
+        const Quad fragment = weight_fragment<Gpu>(call_, weight_, tile, k, poison);
+        Quad* own = weights_ + (tile * (at_.tiles - HELD) + k - HELD) * kWarp + lane_;
+        if (sharers_ == 1) *own = fragment;
+        for (int i = 0; sharers_ > 1 && i < sharers_; ++i) *Gpu::in_block(own, i) = fragment;
+      }
     }
     report_weight<Gpu>(call_, weight_, warp_ * RT * kTileRows, (warp_ + 1) * RT * kTileRows, poison);
   }
@@ -235,6 +250,7 @@ class BlockSolve {
   Action* actions_;
   int32_t* active_;
   const int warp_, lane_;
+  const int sharers_ = Gpu::cluster_blocks(), sharer_ = Gpu::cluster_block();
   const int64_t weight_;
   float *x_, *y_, *best_;
 };

@@ -227,38 +227,45 @@ DEQ_GPU void exact_rows(const float* W, int64_t row_stride, int64_t width, int64
   }
 }
 
+// The largest magnitude of `width` numbers, by one warp; infinity if one of them is not finite.
+template <class Gpu>
+DEQ_GPU float reach_of(const float* row, int64_t stride, int64_t width) {
+  float reach = 0;
+  for (int64_t k = Gpu::thread() % kWarp; k < width; k += kWarp) {
+    const float a = fabsf(row[k * stride]);
+    reach = a <= reach ? reach : a;  // keeps a NaN: no comparison with it is true
+    if (reach != reach) reach = INFINITY;
+  }
+  for (int mask = kWarp / 2; mask; mask /= 2) {
+    const float other = Gpu::shuffle_xor(reach, mask);
+    reach = other > reach ? other : reach;
+  }
+  return reach;
+}
+
+constexpr float kNear = 1 << 20;  // that near 1 squares are in range as they are
+
+// A power of two that takes `reach` near 1, or 1 if it is not far from there.
+DEQ_HD float to_unit(float reach) {
+  if (!(reach > 0) || (reach <= kNear && reach >= 1 / kNear)) return 1;
+  const int exponent = -ilogbf(reach);
+  return ldexpf(1, exponent > 126 ? 126 : exponent < -126 ? -126 : exponent);
+}
+
 // What `prepare` writes: notes, and for samples that are not solved their status, residual and output. One warp a sample.
 template <class Gpu>
 DEQ_GPU void prepare_sample(const Call& call, int64_t weight, int64_t sample) {
   const int lane = Gpu::thread() % kWarp;
   const int64_t index = weight * call.batch + sample;
   const float *c = row_of(call.injection, weight, sample), *start = row_of(call.start, weight, sample);
-  float reach[2] = {0, 0};
-  for (int64_t k = lane; k < call.width; k += kWarp) {
-    const float a = fabsf(c[k * call.injection.stride[2]]);
-    reach[0] = a <= reach[0] ? reach[0] : a;  // keeps a NaN: no comparison with it is true
-    if (reach[0] != reach[0]) reach[0] = INFINITY;
-    if (!call.start.data) continue;
-    const float b = fabsf(start[k * call.start.stride[2]]);
-    reach[1] = b <= reach[1] ? reach[1] : b;
-    if (reach[1] != reach[1]) reach[1] = INFINITY;
-  }
-  for (int mask = kWarp / 2; mask; mask /= 2) DEQ_UNROLL for (int i = 0; i < 2; ++i) {
-      const float other = Gpu::shuffle_xor(reach[i], mask);
-      reach[i] = other > reach[i] ? other : reach[i];
-    }
+  const float reach[2] = {reach_of<Gpu>(c, call.injection.stride[2], call.width),
+                          call.start.data ? reach_of<Gpu>(start, call.start.stride[2], call.width) : 0.0f};
   Note note{0, 1, 0};
   const float largest = reach[0] > reach[1] ? reach[0] : reach[1];
-  // Near 1 the squares are in range as they are.
-  constexpr float kNear = 1 << 20;
-  if (largest > 0 && (largest > kNear || largest < 1 / kNear)) {
-    // Linear in the injection up to a positive factor: rescaling by a power of two changes no bit of the path.
-    if (call.mask.data || is_homogeneous(call.activation)) {
-      const int exponent = -ilogbf(largest);
-      note.scale = ldexpf(1, exponent > 126 ? 126 : exponent < -126 ? -126 : exponent);
-    } else {
-      note.is_wide = 1;
-    }
+  if (call.mask.data || is_homogeneous(call.activation)) {
+    note.scale = to_unit(largest);  // linear in the injection up to a positive factor: a power of two changes no bit of the path
+  } else if (largest > 0 && (largest > kNear || largest < 1 / kNear)) {
+    note.is_wide = 1;
   }
   if (!(largest < INFINITY)) {
     note.scale = 0;

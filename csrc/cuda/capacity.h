@@ -1,8 +1,5 @@
 // Which kernel serves which width, by what it needs of a multiprocessor; deq/cuda_capacity.py has the same in Python.
-//
-// There is no kernel that spreads W over a cluster of 8 or 16 multiprocessors. It could hold widths up to 928 or 1296, where the
-// grid needs at most one flag barrier an evaluation more than it; whether that pays is told by "cluster_barrier" at or below
-// 0.2 us with "flag_barrier" above 1 us (deq_cuda_measure), on a device that keeps 16 such clusters at work.
+// What there is no kernel for, and why, is in README.md beside this file.
 #pragma once
 #include <initializer_list>
 
@@ -28,6 +25,24 @@ inline int block_kernel(int64_t width, int64_t shared) {
     if (holds(kBlockKernels[i], width) && block_layout(width, kBlockKernels[i].rows, kBlockKernels[i].held).bytes <= shared)
       return i;
   return -1;
+}
+
+// Blocks of a cluster, which share one read of W; more are not portable.
+constexpr int kCluster = 8;
+// Bytes of W that all blocks read together from which a cluster pays: 1.5 us at 5.5 TB/s, for two barriers of 0.2 us (estimates).
+constexpr int64_t kSharedFrom = 8 << 20;
+
+// Whether so many blocks are launched in clusters, where the device has any.
+inline bool shares_weight(int64_t width, int64_t blocks) {
+  return blocks % kCluster == 0 && blocks * width * width * static_cast<int64_t>(sizeof(float)) >= kSharedFrom;
+}
+
+// The blocks of a plan for `batch` samples: of so many that could run, those that make whole clusters while that leaves no sample
+// to wait for longer. A batch that comes in many turns needs every multiprocessor.
+inline int64_t block_count(int64_t width, int64_t batch, int64_t possible) {
+  const int64_t blocks = batch < possible ? batch : possible, whole = blocks / kCluster * kCluster;
+  constexpr int64_t kTurns = 4;
+  return shares_weight(width, whole) && batch <= kTurns * kSlots * whole ? whole : blocks;
 }
 
 // The instances of GridSolve: tiles a block, eights of slots, k-steps of a warp held in registers.

@@ -171,9 +171,9 @@ class Bench {
     *seconds = INFINITY;
     for (int run = 0; run < 5; ++run) {
       if (int32_t error = check_cuda(cudaMemsetAsync(base_, 0, bytes_, stream_), "clearing")) return error;
-      cudaEventRecord(event_[0], stream_);
+      if (int32_t error = check_cuda(cudaEventRecord(event_[0], stream_), "recording")) return error;
       if (int32_t error = check_cuda(work(), "launching")) return error;
-      cudaEventRecord(event_[1], stream_);
+      if (int32_t error = check_cuda(cudaEventRecord(event_[1], stream_), "recording")) return error;
       if (int32_t error = check_cuda(cudaEventSynchronize(event_[1]), "running")) return error;
       float milliseconds = 0;
       if (int32_t error = check_cuda(cudaEventElapsedTime(&milliseconds, event_[0], event_[1]), "timing")) return error;
@@ -204,9 +204,10 @@ class Bench {
   int32_t time_chain(double* seconds) {
     cudaGraph_t graph = nullptr;
     cudaGraphExec_t chain = nullptr;
-    cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal);
+    if (int32_t error = check_cuda(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal), "capturing")) return error;
     for (int i = 0; i < kSteps; ++i) nothing<<<1, kWarp, 0, stream_>>>(memory_);
-    int32_t error = check_cuda(cudaStreamEndCapture(stream_, &graph), "capturing");
+    int32_t error = check_cuda(cudaGetLastError(), "launching");
+    if (const int32_t end = check_cuda(cudaStreamEndCapture(stream_, &graph), "capturing")) error = end;
     if (!error) error = check_cuda(cudaGraphInstantiate(&chain, graph, 0), "instantiating");
     if (!error) error = time([&] { return cudaGraphLaunch(chain, stream_); }, seconds);
     *seconds /= kSteps;

@@ -39,11 +39,37 @@ struct Device {
   static DEQ_GPU int block() { return blockIdx.x; }
   static DEQ_GPU int blocks() { return gridDim.x; }
   static DEQ_GPU int row() { return blockIdx.y; }  // of blocks
+  // Blocks that were launched as a cluster see each other's shared memory; one alone before Hopper, or launched as usual.
+  static DEQ_GPU int cluster_blocks() { return cluster_register<0>(); }
+  static DEQ_GPU int cluster_block() { return cluster_register<1>(); }
+  static DEQ_GPU void sync_cluster() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+#else
+    __syncthreads();
+#endif
+  }
+  // Where `at` of this block's shared memory lies in that of another block of the cluster.
+  template <class T>
+  static DEQ_GPU T* in_block(T* at, int block) {
+#if __CUDA_ARCH__ >= 900
+    uint64_t there;
+    asm("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(at), "r"(block));
+    return reinterpret_cast<T*>(there);
+#else
+    (void)block;
+    return at;
+#endif
+  }
   static DEQ_GPU void sync() { __syncthreads(); }
   static DEQ_GPU void sync_warp() { __syncwarp(); }
   template <class T>
   static DEQ_GPU T shuffle_xor(T value, int mask) {
     return __shfl_xor_sync(0xffffffffu, value, mask);
+  }
+  template <class T>
+  static DEQ_GPU T shuffle(T value, int lane) {
+    return __shfl_sync(0xffffffffu, value, lane);
   }
   static DEQ_GPU bool any(bool value) { return __any_sync(0xffffffffu, value); }
   // Two bfloat16, rounded to nearest even: `low` in the lower half.
@@ -83,6 +109,22 @@ struct Device {
     return value;
   }
   static DEQ_GPU void pause() { __nanosleep(20); }
+
+ private:
+  template <int RANK>
+  static DEQ_GPU int cluster_register() {
+#if __CUDA_ARCH__ >= 900
+    int value;
+    if constexpr (RANK) {
+      asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(value));
+    } else {
+      asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(value));
+    }
+    return value;
+#else
+    return RANK ? 0 : 1;
+#endif
+  }
 };
 #endif
 

@@ -4,6 +4,7 @@
 
 #include "../cuda_kernels.h"
 #include "call.h"
+#include "newton.h"
 
 namespace deq {
 
@@ -11,6 +12,9 @@ namespace deq {
 int32_t failed(int32_t code, const char* format, ...) __attribute__((format(printf, 2, 3)));
 // DEQ_OK, or DEQ_LAUNCH_FAILED with what CUDA said about `what`.
 int32_t check_cuda(cudaError_t error, const char* what);
+
+// DEQ_BAD_ARGUMENT, saying that scratch holds less than what is needed.
+int32_t too_little(int64_t bytes, int64_t needed);
 
 // The device that a call is for; the one before comes back at the end of the scope.
 class DeviceScope {
@@ -30,16 +34,25 @@ class DeviceScope {
 struct Limits {
   int processors, shared;  // and dynamic shared memory that a block may have
   int cooperates;          // whether all blocks of a launch can be resident together
+  int clusters;            // whether blocks can be launched in clusters
 };
+
+// Of a device; DEQ_NOT_SUPPORTED for one that is too old for all kernels.
+int32_t find_limits(int32_t device, Limits* limits);
 
 // Regime A, one weight a row of blocks: completes a plan of its kernel and blocks, chooses both, and launches it.
 int32_t complete_block(int64_t weights, int64_t width, DeqCudaPlan* plan);
 int32_t plan_block(int64_t weights, int64_t batch, int64_t width, const Limits& limits, DeqCudaPlan* plan);
-int32_t launch_block(const Call& call, int64_t weights, const DeqCudaPlan& plan, cudaStream_t stream);
+int32_t launch_block(const Call& call, int64_t weights, const DeqCudaPlan& plan, const Limits& limits, cudaStream_t stream);
 
 // Regime C, one weight after the other.
 int32_t complete_grid(int64_t width, DeqCudaPlan* plan);
 int32_t plan_grid(int64_t batch, int64_t width, const Limits& limits, DeqCudaPlan* plan);
 int32_t launch_grid(Call call, int64_t weights, const DeqCudaPlan& plan, cudaStream_t stream);
+
+// Samples that failed, after a solve.
+int32_t complete_rescue(int64_t width, const Limits& limits, DeqCudaPlan* plan);
+int32_t plan_rescue(int64_t samples, int64_t width, const Limits& limits, DeqCudaPlan* plan);
+int32_t launch_rescue(const Rescue& rescue, const DeqCudaPlan& plan, cudaStream_t stream);
 
 }  // namespace deq

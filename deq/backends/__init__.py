@@ -19,9 +19,9 @@ import importlib
 from types import ModuleType
 
 from . import cpu, reference
-from .outcome import Deferred, Outcome
+from .outcome import Counted, Deferred, Outcome, Settled
 
-__all__ = ["Deferred", "Outcome", "get_backend", "load"]
+__all__ = ["Counted", "Deferred", "Outcome", "Settled", "get_backend", "load"]
 
 _MODULES = {"cpu": cpu, "reference": reference}
 

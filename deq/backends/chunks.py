@@ -1,8 +1,9 @@
 """Repeats a turn of GPU kernels until the device says that it is done, without waiting for it.
 
-A chunk of turns is captured once in a CUDA graph and replayed. After every chunk the number of samples at work is
-copied to pinned memory, and the host looks at it one chunk later: the device always has a chunk to go on with, and
-chunks beyond the last cost their empty kernels only. Inside a capture of the caller's own nothing can be looked at, and
+A chunk of turns is captured once in a CUDA graph and replayed. After every chunk the numbers of samples at work and of
+those that failed are copied to pinned memory, and the host looks at them one chunk later: the device always has a chunk
+to go on with, and chunks beyond the last cost their empty kernels only. So the host learns without further waiting
+whether all is well (deq/solvers/ladder.py). Inside a capture of the caller's own nothing can be looked at, and
 all turns that are allowed are launched. Triton's interpreter works on the host, which then looks after every turn.
 """
 
@@ -33,32 +34,40 @@ class Loop:
         self._seen: list[tuple[Tensor, torch.cuda.Event]] = []
         self._is_compiled = False
 
-    def repeat(self, turn: Callable[[int], None], turns: int, period: int, chunk: int, working: Tensor) -> None:
-        """Launch ``turn(0)``, ``turn(1)``, ... until ``working`` (int32, one element) is 0 or ``turns`` were launched,
-        and at most a chunk more. Launches of turns that differ by ``period`` are the same: turn gets the remainder."""
-        if working.device.type == "cpu":
+    def repeat(self, turn: Callable[[int], None], turns: int, period: int, chunk: int, counters: Tensor) -> int | None:
+        """Launch ``turn(0)``, ``turn(1)``, ... until no sample is at work or ``turns`` were launched, and at most a
+        chunk more. Launches of turns that differ by ``period`` are the same: turn gets the remainder.
+
+        counters (2,) int32: samples at work, and those that failed. Returns the latter in the end, None where they were
+        not looked at.
+        """
+        if counters.device.type == "cpu":
             for t in range(turns):
-                if int(working) == 0:
-                    return
+                if int(counters[0]) == 0:
+                    break
                 turn(t % period)
-            return
+            return int(counters[1])
         if turns <= chunk or torch.cuda.is_current_stream_capturing():
             for t in range(turns):
                 turn(t % period)
-            return
+            return None
         if not self._seen:
-            pinned = torch.empty(2, dtype=torch.int32, pin_memory=True)
-            self._seen = [(pinned[i : i + 1], torch.cuda.Event()) for i in range(2)]
-        for i, first in enumerate(range(0, turns, chunk)):
-            self._launch(turn, first % period, period, chunk)
-            number, event = self._seen[i % 2]
-            number.copy_(working, non_blocking=True)
-            event.record()
+            pinned = torch.empty(2, 2, dtype=torch.int32, pin_memory=True)
+            self._seen = [(pinned[i], torch.cuda.Event()) for i in range(2)]
+        chunks = -(-turns // chunk)
+        for i in range(chunks + 1):
+            if i < chunks:
+                self._launch(turn, i * chunk % period, period, chunk)
+                numbers, event = self._seen[i % 2]
+                numbers.copy_(counters, non_blocking=True)
+                event.record()
             if i > 0:
-                number, event = self._seen[(i - 1) % 2]
+                numbers, event = self._seen[(i - 1) % 2]
                 event.synchronize()
-                if int(number) == 0:
-                    return
+                working, failed = numbers.tolist()
+                if working == 0:
+                    return failed
+        return None
 
     def _launch(self, turn: Callable[[int], None], first: int, period: int, chunk: int) -> None:
         def launch() -> None:

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from .. import _library, stats
+from .. import stats
 from ..activations import ACTIVATIONS
-from ..plan import INCREMENTS, Plan
+from ..plan import INCREMENTS, LARGE_WEIGHT, LargeWeight, Plan
 from .outcome import Outcome
 
 _ACCELERATION = {"none": 0, "anderson": 1, "on_demand": 2}
@@ -16,15 +16,6 @@ OUTER_UP_TO = 256
 _OUTER_DTYPES = (torch.float32, torch.float64)
 _ZERO = {dim: torch.empty((0,) * dim) for dim in (2, 3)}  # the operator's z0 without elements: start at zero
 _reports: list[Tensor] = []  # those not in use; a list, whose pop and append are safe between threads
-
-
-def increments_here() -> str:
-    """The increments that go with the instruction set in use: "int8", "bfloat16", or "native" for none."""
-    if _library.compiled is not None:
-        for name in ("int8", "bfloat16"):
-            if _library.compiled.deq_cpu_has_precision(INCREMENTS[name]):
-                return name
-    return "native"
 
 
 def solve(
@@ -40,7 +31,11 @@ def solve(
     z = torch.empty_like(c, memory_format=torch.contiguous_format) if out is None else out
     start = _ZERO[c.dim()] if z0 is None else z0
     number = ACTIVATIONS[activation].number
-    return _run(torch.ops.deq.solve_.default, (W, c, start), z, number, plan, reflected)
+    options = *_options(plan, reflected), LARGE_WEIGHT if plan.unless_large else 0.0
+    outcome = _run(torch.ops.deq.solve_.default, (W, c, start), z, number, options)
+    if plan.unless_large and outcome.report[1] < 0:
+        raise LargeWeight
+    return outcome
 
 
 def masked_linear(
@@ -57,7 +52,7 @@ def masked_linear(
     u = torch.empty_like(g, memory_format=torch.contiguous_format) if out is None else out
     start = _ZERO[g.dim()] if u0 is None else u0
     number = -1 if value_of is None else ACTIVATIONS[value_of].number
-    return _run(torch.ops.deq.masked_linear_.default, (A, g, d, start), u, number, plan, reflected)
+    return _run(torch.ops.deq.masked_linear_.default, (A, g, d, start), u, number, _options(plan, reflected))
 
 
 def derivative(W: Tensor, c: Tensor, z: Tensor, activation: str) -> Tensor:
@@ -88,9 +83,8 @@ def _options(plan: Plan, reflected: bool) -> tuple:
     )
 
 
-def _run(operator, inputs: tuple[Tensor, ...], out: Tensor, number: int, plan: Plan, reflected: bool) -> Outcome:
+def _run(operator, inputs: tuple[Tensor, ...], out: Tensor, number: int, options: tuple) -> Outcome:
     said = stats.allocate(out)
-    options = _options(plan, reflected)
     if torch.compiler.is_compiling():
         operator(*inputs, out, said, _new_report(), number, *options)
         return Outcome(out, said, None)

@@ -3,7 +3,8 @@
 Increments are multiplied in bfloat16 on tensor cores; samples are judged in float32 alone. 16-bit tensors are widened
 first and the result is rounded once. Nothing here waits for the device. What the kernels do not hold, or what another
 is expected to solve sooner (:mod:`deq.gpu_plan`), goes to the Triton backend; a launch that fails does too, with one
-warning.
+warning. What an automatic solve leaves unsolved is taken on by Newton's method, on the device too, whichever of the two
+solved.
 """
 
 import warnings
@@ -18,7 +19,7 @@ from torch import Tensor
 from .. import _library, _triton, stats
 from ..activations import ACTIVATIONS
 from ..gpu_device import find_device
-from ..gpu_plan import expected
+from ..gpu_plan import TRITON_INCREMENTS, expected
 from ..plan import Plan
 from ..solution import Status
 from . import reference
@@ -26,8 +27,9 @@ from .cpu import _options
 from .outcome import Deferred, Outcome
 from .reference import outer
 
-__all__ = ["derivative", "masked_linear", "measure", "outer", "plan_launch", "regime_for", "solve"]
+__all__ = ["derivative", "masked_linear", "measure", "outer", "plan_launch", "regime_for", "solve", "substitute"]
 
+NOT_SUPPORTED = 3  # of DeqCudaError in csrc/cuda_kernels.h
 REGIMES = {"block": 0, "grid": 1}  # DeqCudaRegime of csrc/cuda_kernels.h
 _PLANNED = {"resident cuda": "block", "grid": "grid"}  # their names in deq.gpu_plan
 _told: set[str] = set()  # reasons that were warned of
@@ -53,7 +55,8 @@ def solve(
             return _run("cuda_solve_", W, (c,), z0, ACTIVATIONS[activation].number, plan, out, regime)
         except Refused as error:
             _tell(str(error))
-    return _elsewhere(c).solve(W, c, z0, activation, plan, out=out, reflected=reflected)
+    outcome = _elsewhere(c).solve(W, c, z0, activation, plan, out=out, reflected=reflected)
+    return outcome if reflected else _rescued(outcome, W, (c,), ACTIVATIONS[activation].number, plan)
 
 
 def masked_linear(
@@ -68,17 +71,68 @@ def masked_linear(
     reflected: bool = False,
 ) -> Outcome:
     regime = None if reflected else _regime(g, plan)
+    number = -1 if value_of is None else ACTIVATIONS[value_of].number
     if regime is not None:
-        number = -1 if value_of is None else ACTIVATIONS[value_of].number
         try:
             return _run("cuda_masked_linear_", A, (g, d), u0, number, plan, out, regime)
         except Refused as error:
             _tell(str(error))
-    return _elsewhere(g).masked_linear(A, g, d, value_of, plan, u0=u0, out=out, reflected=reflected)
+    aliased = out is not None and out is d  # then the mask is gone when the solve is done
+    outcome = _elsewhere(g).masked_linear(A, g, d, value_of, plan, u0=u0, out=out, reflected=reflected)
+    return outcome if reflected or aliased else _rescued(outcome, A, (g, d), number, plan)
 
 
 def derivative(W: Tensor, c: Tensor, z: Tensor, activation: str) -> Tensor:
     return _elsewhere(c).derivative(W, c, z, activation)
+
+
+def substitute(
+    W: Tensor,
+    c: Tensor,
+    activation: str | None,
+    *,
+    mask: Tensor | None = None,
+    strict: bool = False,
+    upper: bool = False,
+) -> tuple[Tensor, Tensor] | None:
+    """``z = act(T z + c)``, or with ``mask`` s ``u = s * (T u + c)``; T is the lower triangle of W (m, m), with
+    ``upper`` its upper one, either without its diagonal where ``strict``. None where the kernel cannot serve it.
+
+    W, any strides, c and mask (B, m): float32 on one GPU. Returns z (B, m) and its residual (B,), NaN for a row that is
+    not finite and infinity for one that leaves the range. ``1 - w act'`` must be positive for every diagonal element w.
+    """
+    if not c.is_cuda or c.dtype != torch.float32:
+        return None
+    try:
+        return _substitute(W, c, activation, mask, strict, upper)
+    except Refused as error:
+        _tell(str(error))
+        return None
+
+
+def _substitute(
+    W: Tensor, c: Tensor, activation: str | None, mask: Tensor | None, strict: bool, upper: bool
+) -> tuple[Tensor, Tensor]:
+    if not _library.has_cuda:
+        raise Refused(_library.build.get("why_not_cuda") or _library.reason or "the library was built without CUDA")
+    z = torch.empty_like(c, memory_format=torch.contiguous_format)
+    residual = c.new_empty(c.shape[0])
+    bytes_needed = _library.compiled.deq_cuda_substitute_bytes(*c.shape)
+    try:
+        torch.ops.deq.cuda_substitute_.default(
+            W.detach(),
+            c,
+            c.new_empty((0, 0)) if mask is None else mask,
+            z,
+            residual,
+            torch.empty(bytes_needed, dtype=torch.uint8, device=c.device),
+            0 if activation is None else ACTIVATIONS[activation].number,
+            int(strict),
+            int(upper),
+        )
+    except RuntimeError as error:
+        raise Refused(str(error)) from error
+    return z, residual
 
 
 @lru_cache(maxsize=1024)
@@ -95,7 +149,7 @@ def regime_for(width: int, batch: int, device: int) -> str | None:
         return float("inf") if found is None else found.solve
 
     ours = min(_PLANNED, key=lambda regime: seconds(regime, "ieee", "bfloat16"))
-    theirs = min(seconds(r, "tf32x3", i) for r in ("resident", "cell") for i in ("native", "bfloat16"))
+    theirs = min(seconds(r, "tf32x3", i) for r in ("resident", "cell") for i in TRITON_INCREMENTS)
     return _PLANNED[ours] if seconds(ours, "ieee", "bfloat16") < theirs else None
 
 
@@ -112,6 +166,17 @@ def plan_launch(weights: int, batch: int, width: int, device: int, regime: str |
     if _library.compiled.deq_cuda_plan(weights, batch, width, device, number, byref(chosen)):
         raise Refused(_library.compiled.deq_cuda_why().decode())
     return chosen
+
+
+@lru_cache(maxsize=1024)
+def plan_rescue(weights: int, batch: int, width: int, device: int) -> _library.CudaPlan | None:
+    """Blocks and scratch memory of Newton's method for so many samples of S weights each, None where W is too wide for
+    it; raises Refused where it cannot run."""
+    chosen = _library.CudaPlan()
+    code = _library.compiled.deq_cuda_rescue_plan(weights, batch, width, device, byref(chosen))
+    if code and code != NOT_SUPPORTED:
+        raise Refused(_library.compiled.deq_cuda_why().decode())
+    return None if code else chosen
 
 
 def measure(name: str, device: int = 0) -> float:
@@ -133,9 +198,79 @@ class _Report(Deferred):
     def __init__(self, report: Tensor, status: Tensor, W: Tensor):
         self.report, self.status, self.weight = report, status, weakref.ref(W)
 
+    @property
+    def samples(self) -> int:
+        return self.status.numel()
+
     def read(self) -> list[int]:
         _, *bad = self.report.tolist()
         return [int((self.status != Status.CONVERGED).sum()), *(max(place, 0) for place in bad)]
+
+
+class _Rescued(Deferred):
+    """The report of another backend, its count of failed samples taken after the rescue."""
+
+    def __init__(self, solved: Deferred, status: Tensor):
+        self.solved, self.status, self.weight = solved, status, solved.weight
+
+    @property
+    def samples(self) -> int:
+        return self.status.numel()
+
+    def read(self) -> list[int]:
+        _, *bad = self.solved.read()
+        return [int((self.status != Status.CONVERGED).sum()), *bad]
+
+
+def _rescues(plan: Plan) -> bool:
+    """Whether failed samples are Newton's: those of an automatic solve on the map itself, judged by their residual."""
+    return plan.acceleration == "on_demand" and plan.map == "plain" and plan.criterion == "residual"
+
+
+def _rescued(outcome: Outcome, W: Tensor, batch: tuple[Tensor, ...], number: int, plan: Plan) -> Outcome:
+    """The outcome of another backend, with its failed samples taken on where it is of float32 on a GPU."""
+    z, said, report = outcome
+    if not (_rescues(plan) and isinstance(report, Deferred) and z.dtype == torch.float32 and z.is_contiguous()):
+        return outcome
+    if not (z.is_cuda and z.numel() and _library.has_cuda):
+        return outcome
+    _rescue(
+        W.detach().float().contiguous(),
+        batch,
+        number,
+        z,
+        said,
+        torch.empty(4, dtype=torch.int64, device=z.device),
+        plan,
+    )
+    return Outcome(z, said, _Rescued(report, stats.status(z, said)))
+
+
+def _rescue(
+    W: Tensor, batch: tuple[Tensor, ...], number: int, z: Tensor, said: Tensor, report: Tensor, plan: Plan
+) -> None:
+    """Newton's method for the samples that ``said`` calls failed, in place. One that cannot be launched leaves them."""
+    c, *mask = batch
+    try:
+        launch = plan_rescue(W.shape[0] if W.dim() == 3 else 1, *c.shape[-2:], c.device.index)
+        if launch is None:
+            return
+        torch.ops.deq.cuda_rescue_.default(
+            W,
+            c,
+            mask[0] if mask else z.new_empty((0,) * c.dim()),
+            z,
+            said,
+            report,
+            torch.empty(launch.scratch, dtype=torch.uint8, device=c.device),
+            max(number, 0),
+            int(bool(mask) and number >= 0),
+            plan.tol,
+            plan.max_iter,
+            launch.blocks,
+        )
+    except RuntimeError as error:  # Refused is one
+        _tell(str(error), "the CUDA engine could not take on the samples that failed")
 
 
 def _regime(c: Tensor, plan: Plan) -> str | None:
@@ -154,10 +289,10 @@ def _elsewhere(c: Tensor) -> ModuleType:
     return triton
 
 
-def _tell(reason: str) -> None:
+def _tell(reason: str, what: str = "the CUDA engine could not run, another backend solves") -> None:
     if reason not in _told:
         _told.add(reason)
-        warnings.warn(f"the CUDA engine could not run, another backend solves: {reason}", RuntimeWarning, stacklevel=4)
+        warnings.warn(f"{what}: {reason}", RuntimeWarning, stacklevel=4)
 
 
 def _run(
@@ -176,10 +311,11 @@ def _run(
     z = torch.empty_like(c, dtype=torch.float32, memory_format=torch.contiguous_format)
     said = stats.allocate(z)
     report = torch.full((4,), -1, dtype=torch.int64, device=c.device)
+    wide, rows = W.detach().float().contiguous(), tuple(t.float() for t in batch)
     try:
         getattr(torch.ops.deq, operator).default(
-            W.detach().float().contiguous(),
-            *(t.float() for t in batch),
+            wide,
+            *rows,
             z.new_empty((0,) * c.dim()) if start is None else start.float(),
             z,
             said,
@@ -193,6 +329,8 @@ def _run(
         )
     except RuntimeError as error:
         raise Refused(str(error)) from error
+    if _rescues(plan):
+        _rescue(wide, rows, number, z, said, report, plan)
     if c.dtype != torch.float32:
         z = _rounded(z, said, c.dtype)
     return Outcome(z if out is None else out.copy_(z), said, _Report(report, stats.status(z, said), W))

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from ..solution import Status
 
 
 class Outcome(NamedTuple):
@@ -20,28 +23,91 @@ class Outcome(NamedTuple):
     report: list[int] | Deferred | None
 
 
+class Part(NamedTuple):
+    """What a GPU says of a stretch of samples.
+
+    counters: see kernels/records.py. first: index of the first sample. samples: how many. failed: those that failed,
+    where the host has seen it on the way, None where it would have to wait to know.
+    """
+
+    counters: Tensor
+    first: int
+    samples: int
+    failed: int | None
+
+
 class Deferred:
     """A report that is still on a GPU.
 
-    parts: for every stretch of samples (its counters, see kernels/records.py; index of its first sample; its samples).
-    W: (m, m) or (S, m, m); not kept alive, so that a weight that is gone when the report is read passes for finite.
+    parts: of all samples. W: (m, m) or (S, m, m); not kept alive, so that a weight that is gone when the report is read
+    passes for finite. rescue: None, or what takes the samples that failed to other means, once (deq/solvers/ladder.py).
     """
 
-    def __init__(self, parts: list[tuple[Tensor, int, int]], W: Tensor):
+    parts: Sequence[Part] = ()
+    rescue: Callable[[], None] | None = None
+
+    def __init__(self, parts: Sequence[Part], W: Tensor):
         self.parts, self.weight = parts, weakref.ref(W)
+
+    @property
+    def samples(self) -> int:
+        return sum(part.samples for part in self.parts)
+
+    @property
+    def failed(self) -> int | None:
+        """Samples that failed, None where that is not known without waiting."""
+        known = [part.failed for part in self.parts]
+        return None if None in known or not known else sum(known)
 
     def read(self) -> list[int]:
         """The four numbers; waits for the device."""
         W = self.weight()
         bad = [0 if W is None else first_bad(~torch.isfinite(W)), 0, 0]
         failed = 0
-        for counters, first, samples in self.parts:
+        for counters, first, samples, _ in self.parts:
             _, failures, *places = counters[:4].tolist()
             failed += failures
             for i, place in enumerate(places, 1):
                 if place and not bad[i]:
                     bad[i] = first + samples - place + 1
         return [failed, *bad]
+
+
+class Settled(Deferred):
+    """The report of a solve on a GPU that had to be read there: it is told where others are, with the status."""
+
+    def __init__(self, numbers: list[int], samples: int, W: Tensor):
+        super().__init__([], W)
+        self._numbers, self._samples = numbers, samples
+
+    @property
+    def samples(self) -> int:
+        return self._samples
+
+    @property
+    def failed(self) -> int:
+        return self._numbers[0]
+
+    def read(self) -> list[int]:
+        return self._numbers
+
+
+class Counted(Deferred):
+    """The report of a direct method, read from the statuses (...) on the GPU: a sample that is not finite says so."""
+
+    def __init__(self, status: Tensor, W: Tensor):
+        super().__init__([], W)
+        self._status = status
+
+    @property
+    def samples(self) -> int:
+        return self._status.numel()
+
+    def read(self) -> list[int]:
+        W = self.weight()
+        failed = int((self._status != Status.CONVERGED).sum())
+        bad = 0 if W is None or not failed else first_bad(~torch.isfinite(W))
+        return [failed, bad, first_bad(self._status == Status.NONFINITE) if failed else 0, 0]
 
 
 def first_bad(bad: Tensor) -> int:

@@ -16,7 +16,7 @@ from .. import stats
 from ..activations import ACTIVATIONS
 from ..plan import Plan
 from . import triton_resident, triton_streaming
-from .outcome import Deferred, Outcome
+from .outcome import Deferred, Outcome, Part
 from .reference import outer
 from .triton_kind import PRECISION, Kind
 
@@ -77,7 +77,7 @@ def _run(kind: Kind, W: Tensor, c: Tensor, d: Tensor | None, start: Tensor | Non
         z = torch.empty_like(c, memory_format=torch.contiguous_format)
         said = stats.allocate(z)
         plan = kind.plan
-        how = plan.acceleration, plan.depth, plan.criterion, plan.tol, plan.max_iter
+        how = plan.acceleration, plan.depth, plan.criterion, plan.tol, plan.max_iter, plan.increments
         torch.ops.deq.triton_solve_.default(W, c, d, start, z, said, kind.reflects, kind.activation.name, *how)
         return Outcome(z, said, None)
     z = torch.empty(c.shape, dtype=c.dtype, device=c.device) if out is None else out
@@ -100,8 +100,9 @@ def _solve_operator(
     criterion: str,
     tol: float,
     max_iter: int,
+    increments: str,
 ) -> None:
-    plan = Plan("triton", "plain", "float32", acceleration, depth, tol, max_iter, criterion)
+    plan = Plan("triton", "plain", "float32", acceleration, depth, tol, max_iter, criterion, increments)
     _write(Kind(d is not None, reflects, ACTIVATIONS[activation], plan), W, c, d, start, z, said)
 
 
@@ -109,16 +110,16 @@ def _solve_operator(
 _library = torch.library.Library("deq", "FRAGMENT")
 _library.define(
     "triton_solve_(Tensor W, Tensor c, Tensor? d, Tensor? start, Tensor(a!) z, Tensor(b!) said, bool reflects, "
-    "str activation, str acceleration, int depth, str criterion, float tol, int max_iter) -> ()"
+    "str activation, str acceleration, int depth, str criterion, float tol, int max_iter, str increments) -> ()"
 )
 _library.define("triton_derivative(Tensor W, Tensor c, Tensor z, str activation) -> Tensor")
 
 
 def _write(
     kind: Kind, W: Tensor, c: Tensor, d: Tensor | None, start: Tensor | None, z: Tensor, said: Tensor
-) -> list[tuple[Tensor, int, int]]:
+) -> list[Part]:
     """Write z, of the shape of c, and what is said of its samples; the parts of a Deferred."""
-    parts: list[tuple[Tensor, int, int]] = []
+    parts: list[Part] = []
     # The interpreter's numpy warns of overflows that the rule of judgement is there for.
     quiet = numpy.errstate(all="ignore") if cell.INTERPRETED.value else contextlib.nullcontext()
     with torch.no_grad(), torch.cuda.device_of(c), quiet:
@@ -128,13 +129,13 @@ def _write(
         for s in range(c.shape[0]):
             ds, starts = (None if t is None else t[s] for t in (d, start))
             more = _solve_matrix(kind, W[s], c[s], ds, starts, z[s], [field[s] for field in fields])
-            parts += [(counters, first + s * c.shape[1], samples) for counters, first, samples in more]
+            parts += [part._replace(first=part.first + s * c.shape[1]) for part in more]
     return parts
 
 
 def _solve_matrix(
     kind: Kind, W: Tensor, c: Tensor, d: Tensor | None, start: Tensor | None, z: Tensor, fields: list[Tensor]
-) -> list[tuple[Tensor, int, int]]:
+) -> list[Part]:
     """Write z (B, m) and what is said of its samples for one W (m, m); the parts of a Deferred."""
     B, m = c.shape
     W = cell.readable("W", W.float())
@@ -152,16 +153,16 @@ def _solve_matrix(
         how = kind.gpu_plan(cs.shape[0], m, c.device)
         given = W, cs, ds, starts, wide, [field[part] for field in fields], largest
         if how.regime == "resident":
-            counters = triton_resident.solve_rows(kind, *given)
+            counters, failed = triton_resident.solve_rows(kind, how, *given), None
         else:
-            counters = triton_streaming.solve_rows(kind, how, *given)
+            counters, failed = triton_streaming.solve_rows(kind, how, *given)
         if kind.reflects and how.regime != "resident":  # z is the state; the value of the map is one evaluation away
             evaluate = cell.adjoint_cell if kind.masked else cell.cell
             end = {"d": ds, "g": cs} if kind.masked else {"c": cs, "activation": kind.activation.name}
             wide = evaluate(wide, W, **end, precision=PRECISION)[0].nan_to_num_().clamp_(-largest, largest)
         if wide.data_ptr() != z[part].data_ptr():
             z[part] = wide
-        parts.append((counters, first, cs.shape[0]))
+        parts.append(Part(counters, first, cs.shape[0], failed))
     return parts
 
 

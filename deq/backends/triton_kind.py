@@ -9,7 +9,7 @@ from deq.kernels import judge, records
 
 from ..activations import Activation
 from ..gpu_device import Device, find_device
-from ..gpu_plan import GpuPlan, choose
+from ..gpu_plan import TRITON_INCREMENTS, GpuPlan, choose
 from ..plan import INCREMENTS_TOL, Plan
 
 PRECISION = "tf32x3"  # three products on tensor cores: as exact as float32 multiplied by itself
@@ -56,15 +56,19 @@ class Kind(NamedTuple):
         return self.plan.depth if self.accelerates else 1
 
     @property
-    def may_round_increments(self) -> bool:
-        """Increments leave a tight tolerance nothing to do but wait for anchors, and samples that are all accelerated
-        need an anchor at every turn."""
-        return self.plan.tol >= INCREMENTS_TOL and self.acceleration != "anderson"
+    def increments(self) -> tuple[str, ...]:
+        """Those that the device's plan may choose among. The plain solver follows its path in full precision;
+        increments leave a tight tolerance nothing to do but wait for anchors, and samples that are all accelerated need
+        an anchor at every turn."""
+        if self.plan.increments != "native":
+            return (self.plan.increments,)
+        rounds = self.plan.tol >= INCREMENTS_TOL and self.plan.acceleration == "on_demand"
+        return TRITON_INCREMENTS if rounds else ("native",)
 
     def gpu_plan(self, B: int, m: int, device: torch.device) -> GpuPlan:
-        """Regime, tiles and increments for B samples of width m."""
-        increments = ("native", "bfloat16") if self.may_round_increments else ("native",)
-        return choose(m, B, dtype="float32", device=_constants(device), increments=increments, precision=PRECISION)
+        """Regime, tiles and increments for B samples of width m. Raises ValueError where the plan's increments are not
+        to be had on this device."""
+        return choose(m, B, dtype="float32", device=_constants(device), increments=self.increments, precision=PRECISION)
 
 
 @lru_cache(maxsize=16)

@@ -6,11 +6,13 @@ from torch import Tensor
 
 from deq.kernels import judge, records, solve_resident
 
+from ..gpu_plan import GpuPlan
 from .triton_kind import PRECISION, Kind
 
 
 def solve_rows(
     kind: Kind,
+    how: GpuPlan,
     W: Tensor,
     c: Tensor,
     d: Tensor | None,
@@ -24,7 +26,7 @@ def solve_rows(
     width, block = solve_resident.padded(m), solve_resident.BLOCK_B
     programs = triton.cdiv(B, block)
     counters = torch.zeros(records.HEADER, dtype=torch.int32, device=c.device)
-    by_increments = width > solve_resident.WHOLE.value and kind.may_round_increments
+    by_increments = how.increments != "native"
     each = solve_resident.scratch_floats(m, kind.depth if kind.accelerates else 0)
     scratch = torch.empty(programs * each, device=c.device)
     if m < width:

@@ -8,7 +8,7 @@ import triton
 from torch import Tensor
 
 from deq.kernels import delta, ends, iteration, judge, records
-from deq.kernels.tiles import Tiles
+from deq.kernels.tiles import MOST_REGISTERS, Tiles
 
 from ..gpu_plan import GpuPlan
 from . import chunks
@@ -31,31 +31,32 @@ def solve_rows(
     z: Tensor,
     fields: list[Tensor],
     largest: float,
-) -> Tensor:
-    """Write z (B, m) float32, contiguous, and residual, iterations, status (B,); returns the counters."""
+) -> tuple[Tensor, int | None]:
+    """Write z (B, m) float32, contiguous, and residual, iterations, status (B,); returns the counters, and how many
+    samples failed where the host has seen that."""
     (B, m), plan, device = c.shape, kind.plan, c.device
-    by_increments = how.increments == "bfloat16"
+    by_increments = how.increments != "native"
     tiles, splits = iteration.step_tiles(B, m)
     if by_increments:  # rows of tiles of both are the same samples
         rows = how.tiles.samples
         tiles, splits = next(t for t in iteration.STEP_TILES if t.samples == rows), 1
-        steps = _Grid(B, m, next(t for t in delta.DELTA_TILES if t.samples == rows))
+        steps = _Grid(B, m, next(t for t in delta.DELTA_TILES[how.increments] if t.samples == rows))
     grid = _Grid(B, m, tiles)
     free_first = start is None and plan.acceleration != "anderson"
-    state, addresses = _memory(kind, by_increments, grid, splits, W, c, d)
+    state, addresses = _memory(kind, how.increments, grid, splits, W, c, d)
     rule = judge.rule(plan.tol, plan.max_iter, m)
     strides = {"stride_c": c.stride(0), "stride_d": 0 if d is None else d.stride(0)}
     step = {
         **kind.constants,
         "DEPTH": kind.depth,
         "PRECISION": PRECISION,
-        "INCREMENTS": by_increments,
+        "INCREMENTS": records.INCREMENTS[how.increments],
         "SPLITS": splits,
         **grid.options,
     }
     key = (B, m, W.stride(), *strides.values(), *rule.values(), *step.values())
     loop = chunks.loop_of(key, device)
-    advance = _delta_steps(kind, steps, loop, strides["stride_d"], rule) if by_increments else None
+    advance = _delta_steps(kind, how.increments, steps, loop, strides["stride_d"], rule) if by_increments else None
     mix_grid = (triton.cdiv(B, MIX[0]) * triton.cdiv(m, MIX[1]),)
 
     def turn(t: int) -> None:
@@ -64,12 +65,21 @@ def solve_rows(
         iteration.step_kernel[(grid.programs * splits,)](loop.table, t, B, m, *W.stride(), **strides, **rule, **step)
         if kind.accelerates:
             iteration.mix_kernel[mix_grid](
-                loop.table, t, B, m, DEPTH=kind.depth, INCREMENTS=by_increments, BLOCK_B=MIX[0], BLOCK_N=MIX[1], **FUSES
+                loop.table,
+                t,
+                B,
+                m,
+                DEPTH=kind.depth,
+                INCREMENTS=step["INCREMENTS"],
+                BLOCK_B=MIX[0],
+                BLOCK_N=MIX[1],
+                **FUSES,
             )
 
     row = min(ROW, triton.next_power_of_2(m))
     period = 2 * kind.depth if kind.depth % 2 else kind.depth
     chunk = DELTA_CHUNK if by_increments else -(-LEAST_CHUNK // period) * period
+    failed = 0
     with loop.lock:
         records.bind_kernel[(1,)](loop.table, *addresses, **FUSES)
         if B > 0:
@@ -83,12 +93,13 @@ def solve_rows(
                 **rule,
                 **kind.constants,
                 FREE_FIRST=free_first,
-                INCREMENTS=by_increments,
+                INCREMENTS=step["INCREMENTS"],
                 TILE_B=tiles.samples,
                 BLOCK=row,
+                maxnreg=MOST_REGISTERS,
                 **FUSES,
             )
-            loop.repeat(turn, plan.max_iter - int(free_first), period, chunk, state["COUNTERS"][:1])
+            failed = loop.repeat(turn, plan.max_iter - int(free_first), period, chunk, state["COUNTERS"][:2])
             ends.finish_kernel[(B,)](
                 loop.table,
                 z,
@@ -101,7 +112,7 @@ def solve_rows(
                 BLOCK=row,
                 **FUSES,
             )
-    return state["COUNTERS"]
+    return state["COUNTERS"], failed
 
 
 @dataclass(frozen=True)
@@ -138,21 +149,32 @@ class _Grid:
         }
 
 
-def _delta_steps(kind: Kind, grid: _Grid, loop: chunks.Loop, stride_d: int, rule: dict) -> Callable[[], None]:
+def _delta_steps(
+    kind: Kind, increments: str, grid: _Grid, loop: chunks.Loop, stride_d: int, rule: dict
+) -> Callable[[], None]:
     """What launches the steps by increments of a turn."""
     constants = {name: value for name, value in kind.constants.items() if name != "ACCELERATION"}
+    constants["INCREMENTS"] = records.INCREMENTS[increments]
 
     def advance() -> None:
         for s in range(delta.STEPS):
             delta.delta_kernel[(grid.programs,)](
-                loop.table, s, grid.B, grid.m, stride_d, **rule, **constants, **grid.options
+                loop.table,
+                s,
+                grid.B,
+                grid.m,
+                stride_d,
+                **rule,
+                **constants,
+                **grid.options,
+                maxnreg=grid.tiles.registers,
             )
 
     return advance
 
 
 def _memory(
-    kind: Kind, by_increments: bool, grid: _Grid, splits: int, W: Tensor, c: Tensor, d: Tensor | None
+    kind: Kind, increments: str, grid: _Grid, splits: int, W: Tensor, c: Tensor, d: Tensor | None
 ) -> tuple[dict[str, Tensor], list[int]]:
     """The tensors of a solve (kernels/records.py) by name, and their addresses in the order of the table."""
     B, m, depth = grid.B, grid.m, kind.depth
@@ -170,7 +192,7 @@ def _memory(
         "SUMS": (2 + held) * max(most, grid.columns) * B,
         "RECORD": records.RECORDS * B,
     }
-    if by_increments:
+    if increments != "native":
         sizes |= {"Y": B * m, "X": B * m}
     starts, total = {}, 0
     for name, size in sizes.items():
@@ -187,11 +209,10 @@ def _memory(
         "MARKS": torch.empty(records.MARKINGS * B, dtype=torch.int32, **new),
         "COUNTERS": torch.zeros(lists, dtype=torch.int32, **new),
     }
-    if by_increments:
-        state |= {
-            "LOW": W.to(torch.bfloat16, memory_format=torch.contiguous_format),
-            "EVEN": torch.empty(B * m, dtype=torch.bfloat16, **new),
-            "ODD": torch.empty(B * m, dtype=torch.bfloat16, **new),
-        }
+    if increments != "native":
+        low, units = delta.low_weight(W, increments)
+        state |= {"LOW": low, "EVEN": c.new_empty(B * m, dtype=low.dtype), "ODD": c.new_empty(B * m, dtype=low.dtype)}
+        if units is not None:
+            state["ROW_SCALES"] = units
     nowhere = c.data_ptr()  # of what this solve never looks up
     return state, [state[name].data_ptr() if name in state else nowhere for name in records.TABLE]

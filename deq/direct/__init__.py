@@ -20,9 +20,12 @@ from torch import Tensor
 
 from .. import stats, weights
 from ..activations import ACTIVATIONS
-from ..implicit import Problem
+from ..backends import Counted, Deferred, Outcome
+from ..implicit import Problem, report_later
 from ..plan import Plan
 from ..solution import Solution, Status, report_failures
+from ..solvers import ladder
+from . import methods
 from .low_rank import LowRank
 from .methods import Diagonal, Linear, Result, Triangular, is_compiled, is_finite
 
@@ -40,8 +43,10 @@ FACTOR_PAYS_BELOW = 8  # m / B; one LU costs 14 products W z at m = 512, B = 64,
 
 def solve(
     W: Tensor | weights.Structure, c: Tensor, z0: Tensor | None, problem: Problem, backward: str, forced: bool
-) -> Solution | None:
+) -> tuple[Solution, Deferred | None] | None:
     """The equilibrium by the direct method of W, or None where it has none or that is not the way to go.
+
+    On a GPU with the report that is still there, and no sample is looked at here.
 
     Arguments as checked by ``deq.solve``; the plan says precision, tolerance and backend. With ``forced``
     (solver="direct") the method is used whether it pays or not, and samples beyond the tolerance are reported STALLED.
@@ -53,7 +58,8 @@ def solve(
             raise ValueError(f"solver='direct' has the exact gradient alone, backward='implicit'; got {backward!r}")
         return None
     method, why_not = _choose(W, c, activation, plan, forced)
-    if why_not is None and z0 is not None and not is_finite(z0):
+    deferred = method is not None and method.defers and methods.is_deferred(c)
+    if why_not is None and not deferred and z0 is not None and not is_finite(z0):
         why_not = "z0 is not finite"
     if why_not is None:
         why_not = method.why_not(activation)
@@ -72,11 +78,16 @@ def solve(
     else:
         z, residual, iterations = _run(method, activation, plan, on_failure, start, c.reshape(flat).to(precision))
     converged = residual <= plan.tol
+    finite = torch.isfinite(c.detach()).all(-1) if deferred else None
     if c.dtype != precision:
         largest = torch.finfo(c.dtype).max
         converged = converged & (z.detach().abs().amax(-1) <= largest)
         z = z.clamp(-largest, largest).to(c.dtype)
-    if bool(converged.all()):
+    if deferred:
+        f = ACTIVATIONS[activation].value(c.detach().reshape(z.shape))
+        z = torch.where(torch.isfinite(z).all(-1, keepdim=True), z, f)  # a singular system: its only iterate is f(0)
+        status = _status(converged, residual).masked_fill_(~finite.reshape(residual.shape), int(Status.NONFINITE))
+    elif bool(converged.all()):
         status = torch.zeros(residual.shape, dtype=torch.uint8, device=c.device)
     else:
         if not is_finite(c):
@@ -85,13 +96,23 @@ def solve(
             return None
         if not is_finite(z):  # a singular system: its only iterate is f(0)
             z = torch.where(torch.isfinite(z).all(-1, keepdim=True), z, ACTIVATIONS[activation].value(c.reshape(flat)))
-        status = torch.where(residual < torch.inf, int(Status.STALLED), int(Status.DIVERGED))
-        status = torch.where(converged, int(Status.CONVERGED), status).to(torch.uint8)
+        status = _status(converged, residual)
     z = z if z.shape == c.shape else z.reshape(c.shape)
     solution = Solution(z, stats.pack(iterations, residual, status), plan)
+    if deferred:
+        report = Counted(stats.status(z, solution.stats), method.parts[0])
+        if isinstance(method, Linear) and not forced:  # what it does not solve is iterated, when that is known
+            outcome = Outcome(z.detach().reshape(flat), solution.stats, report)
+            ladder.postpone(outcome, method.W, c.reshape(flat), activation, plan)
+        return solution, report
     if forced:  # otherwise every sample has converged
         report_failures(solution, on_failure, plan.tol, "deq.solve")
-    return solution
+    return solution, None
+
+
+def _status(converged: Tensor, residual: Tensor) -> Tensor:
+    status = torch.where(residual < torch.inf, int(Status.STALLED), int(Status.DIVERGED))
+    return torch.where(converged, int(Status.CONVERGED), status).to(torch.uint8)
 
 
 @lru_cache(maxsize=64)
@@ -102,7 +123,8 @@ def _plan_of(plan: Plan, name: str, what: str) -> Plan:
 
 def _run(method: Method, activation: str, plan: Plan, on_failure: str, start: Tensor | None, c: Tensor) -> tuple:
     """z, residual and iterations of canonical rows, in the precision of the plan."""
-    if not (is_compiled(c) and method.refuses_samples) and not is_finite(c):
+    looks = not (is_compiled(c) and method.refuses_samples) and not (method.defers and methods.is_deferred(c))
+    if looks and not is_finite(c):
         return torch.full_like(c, torch.nan), c.new_full(c.shape[:-1], torch.nan), None  # and the caller says which
     parts = tuple(part.to(c.dtype) for part in method.parts)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (c, *parts)):
@@ -150,9 +172,9 @@ def _choose(
         inverts = m <= B or (not is_trained and m <= FACTOR_PAYS_BELOW * B)
         return Linear(W, inverts, tol=plan.tol), None
     if isinstance(W, weights.LowerTriangular):
-        if not forced and plan.backend not in ("cpu", "triton"):
+        if not forced and plan.backend not in ("cpu", "triton", "cuda"):
             return None, "in plain PyTorch substitution takes longer than iterating"
-        return Triangular(W.W, W.strict), None
+        return Triangular(W.W, W.strict, backend=plan.backend), None
     if isinstance(W, weights.Diagonal):
         return Diagonal(W.d), None
     if isinstance(W, weights.DiagonalLowRank):
@@ -234,14 +256,18 @@ def _solve_masked(
 ) -> Tensor:
     """u of every row of g, NaN where g is not finite (a loss scaler looks for it). Reports residuals beyond tol."""
     finite = scale = None
+    deferred = methods.is_deferred(g)
     if not refuses_samples:
-        if not is_finite(g):
+        if deferred or not is_finite(g):
             finite = torch.isfinite(g).all(-1, keepdim=True)
             g = torch.where(finite, g, 0.0)
         scale = _far_from_one(g)  # u is linear in g
     result = masked(g) if scale is None else masked(g * scale)
     u = result.z if scale is None else result.z / scale
-    if on_failure != "ignore" and not bool(((result.residual <= plan.tol) | result.residual.isnan()).all()):
+    if deferred and on_failure != "ignore":
+        status = _status((result.residual <= plan.tol) | result.residual.isnan(), result.residual)
+        report_later(Counted(status, g), on_failure)
+    elif on_failure != "ignore" and not bool(((result.residual <= plan.tol) | result.residual.isnan()).all()):
         status = torch.where(result.residual <= plan.tol, int(Status.CONVERGED), int(Status.STALLED)).to(torch.uint8)
         solution = Solution(u, stats.pack(_counts(result, g), result.residual, status), plan)
         report_failures(solution, on_failure, plan.tol, "the gradient of deq.solve")
@@ -254,7 +280,7 @@ def _far_from_one(rows: Tensor) -> Tensor | None:
         return None
     largest = rows.abs().amax(-1, keepdim=True)
     near = (largest == 0) | ((largest > 2.0**-20) & (largest < 2.0**20))
-    if bool(near.all()):
+    if not methods.is_deferred(rows) and bool(near.all()):
         return None
     limit = 126 if rows.dtype == torch.float32 else 1022
     return torch.where(

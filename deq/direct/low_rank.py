@@ -62,6 +62,7 @@ class LowRank:
 
     name: ClassVar[str] = "reduced to R^r"
     refuses_samples: ClassVar[bool] = False
+    defers: ClassVar[bool] = False
 
     @property
     def what(self) -> str:

@@ -12,9 +12,11 @@ in float32 or float64:
 ``T``                               the method of W^T
 ``refuses_samples``                 the compiled kernels give samples that are not finite a residual of NaN, and are
                                     right at any scale of a sample
+``defers``                          a solve on a GPU reads nothing of the samples there (:func:`is_deferred`), and of a
+                                    weight what decides whether its solution is unique, once a version
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar, NamedTuple
 
@@ -36,8 +38,15 @@ class Result(NamedTuple):
     derivative: Tensor | None = None
 
 
+def is_deferred(like: Tensor) -> bool:
+    """Whether looking at elements would wait for the device: then all is computed that may be needed."""
+    return like.is_cuda
+
+
 def row_norm(z: Tensor) -> Tensor:
     """2-norm of every row, float64."""
+    if is_deferred(z):
+        return torch.linalg.vector_norm(z, dim=-1, dtype=torch.float64)
     norm = torch.linalg.vector_norm(z, dim=-1).double()
     if z.dtype == torch.float32 and not bool(((norm == 0) | ((norm > 1e-15) & (norm < 1e18))).all()):
         norm = torch.linalg.vector_norm(
@@ -84,6 +93,7 @@ class Linear:
 
     name: ClassVar[str] = "direct"
     refuses_samples: ClassVar[bool] = False
+    defers: ClassVar[bool] = True
 
     @property
     def what(self) -> str:
@@ -112,6 +122,12 @@ class Linear:
 
     def solve(self, c: Tensor, activation: str, start: Tensor | None = None) -> Result:
         z = self._divide(c)
+        if is_deferred(c):  # one refinement, of the samples that it makes better
+            f = self.apply(z) + c
+            before, finer = relative_residual(f, z), z + self._divide(f - z)
+            residual = relative_residual(self.apply(finer) + c, finer)
+            better = residual < before
+            return Result(torch.where(better.unsqueeze(-1), finer, z), torch.where(better, residual, before))
         for _ in range(2):
             f = self.apply(z) + c
             residual = relative_residual(f, z)
@@ -134,13 +150,15 @@ class Linear:
         return torch.linalg.lu_solve(lu, pivots, c, left=False, adjoint=not self.is_transposed)
 
     def _factor(self) -> tuple[Tensor, Tensor]:
-        refuse_non_finite("W", self.W)
+        if not is_deferred(self.W):
+            refuse_non_finite("W", self.W)
         eye = torch.eye(self.W.shape[-1], dtype=self.W.dtype, device=self.W.device)
         lu, pivots, _ = torch.linalg.lu_factor_ex(eye - self.W.detach())
         return lu, pivots
 
     def _invert(self) -> Tensor:
-        refuse_non_finite("W", self.W)
+        if not is_deferred(self.W):
+            refuse_non_finite("W", self.W)
         eye = torch.eye(self.W.shape[-1], dtype=self.W.dtype, device=self.W.device)
         return torch.linalg.inv_ex(eye - self.W.detach())[0]
 
@@ -159,9 +177,11 @@ class Triangular:
     W: Tensor
     strict: bool
     is_transposed: bool = False
+    backend: str = "auto"
 
     name: ClassVar[str] = "substitution"
     refuses_samples: ClassVar[bool] = True
+    defers: ClassVar[bool] = True
     what: ClassVar[str] = (
         "substitution: output i of a lower triangular W needs only the outputs before it and one scalar root"
     )
@@ -171,11 +191,11 @@ class Triangular:
         return (self.W,)
 
     def of(self, W: Tensor) -> "Triangular":
-        return self if W is self.W else Triangular(W, self.strict, self.is_transposed)
+        return self if W is self.W else replace(self, W=W)
 
     @property
     def T(self) -> "Triangular":
-        return Triangular(self.W, self.strict, not self.is_transposed)
+        return replace(self, is_transposed=not self.is_transposed)
 
     @property
     def _lower(self) -> Tensor:
@@ -190,19 +210,23 @@ class Triangular:
 
     def why_not(self, activation: str) -> str | None:
         if self.strict:
+            if has_kernels(self.W) or self.backend == "cuda":  # which do not look for it
+                refuse_non_finite("W", self._lower)
             return None
         if is_compiled(self.W) and self.W.dtype in (torch.float32, torch.float64):
             least, most = self._packed.least, self._packed.most
         else:
-            refuse_non_finite("W", self._lower)
-            least, most = (float(bound) for bound in torch.aminmax(self.W.detach().diagonal()))
+            least, most = cache.remembered(self.W, ("bounds", self.strict), self._bounds)
         return why_not_unique("the diagonal of W", activation, least, most)
 
-    def solve(self, c: Tensor, activation: str, start: Tensor | None = None) -> Result:
-        if has_kernels(c):
-            from deq.kernels import triangular  # Triton takes a second to import
+    def _bounds(self) -> tuple[float, float]:
+        refuse_non_finite("W", self._lower)
+        least, most = torch.stack(torch.aminmax(self.W.detach().diagonal())).tolist()
+        return least, most
 
-            return Result(*triangular.substitute(self.W.detach(), c, activation, strict=self.strict))
+    def solve(self, c: Tensor, activation: str, start: Tensor | None = None) -> Result:
+        if (found := self._on_gpu(c, activation, None)) is not None:
+            return found
         if not is_compiled(c):
             refuse_non_finite("W", self._lower)
             z = roots.substitute(self._lower, c, activation)
@@ -212,16 +236,28 @@ class Triangular:
         return self._run(c, None, entry.number, derives=entry.derivative_of_value is None)
 
     def masked(self, s: Tensor, g: Tensor) -> Result:
-        if has_kernels(g):
-            from deq.kernels import triangular
-
-            A, upper = (self.W.detach().mT, True) if self.is_transposed else (self.W.detach(), False)
-            return Result(*triangular.substitute(A, g, None, mask=s, strict=self.strict, upper=upper))
+        if (found := self._on_gpu(g, None, s)) is not None:
+            return found
         if is_compiled(g):
             return self._run(g, s, -1)
         triangle = self._lower.mT if self.is_transposed else self._lower
         u = roots.substitute_masked(triangle, s, g, upper=self.is_transposed)
         return Result(u, relative_residual(s * (self.apply(u) + g), u))
+
+    def _on_gpu(self, c: Tensor, activation: str | None, mask: Tensor | None) -> Result | None:
+        """By the CUDA kernel where it is the backend, else by Triton's; None where neither takes such a tensor."""
+        A = self.W.detach().mT if self.is_transposed else self.W.detach()
+        how = {"mask": mask, "strict": self.strict, "upper": self.is_transposed}
+        if self.backend == "cuda":
+            from ..backends import cuda
+
+            if (found := cuda.substitute(A, c, activation, **how)) is not None:
+                return Result(*found)
+        if not has_kernels(c):
+            return None
+        from deq.kernels import triangular  # Triton takes a second to import
+
+        return Result(*triangular.substitute(A, c, activation, **how))
 
     def masked_of_value(self, z: Tensor, activation: str, g: Tensor) -> Result:
         """``masked`` with s = act' taken from z = act(.) inside the kernel."""
@@ -256,6 +292,7 @@ class Diagonal:
 
     name: ClassVar[str] = "closed form"
     refuses_samples: ClassVar[bool] = True
+    defers: ClassVar[bool] = True
     what: ClassVar[str] = "closed form: a diagonal W leaves one scalar equation an element"
 
     @property
@@ -317,7 +354,7 @@ def _substitute(
 
 
 def why_not_diagonal(d: Tensor, activation: str) -> str | None:
-    least, most = (float(bound) for bound in torch.aminmax(d.detach()))
+    least, most = cache.remembered(d, "bounds", lambda: torch.stack(torch.aminmax(d.detach())).tolist())
     if not (least > -torch.inf and most < torch.inf):
         refuse_non_finite("d", d)
     return why_not_unique("d", activation, least, most)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ._dense_nets import DenseDEQ
 from ._fit import Make, fit
-from ._nets import DiagonalDEQ, FeedForward, matching_width
+from ._nets import DiagonalDEQ, FeedForward, SeededNet, matching_width
 from ._run import Part, Run, Tick
 
 F32 = torch.float32
@@ -100,7 +100,28 @@ def training_parts(run: Run, tasks: Iterable[str]) -> dict[str, list[Part]]:
     }
 
 
-def train_on_seen(run: Run, task: Task, d: int, name: str, make: Make, tick: Tick, *, steps: int, rate: float) -> dict:
+def seen_part(run: Run, task: Task, d: int, most: int | None = None) -> tuple[Tensor, Tensor]:
+    """x (S, B, d) and f(x) of the seen part; with ``most``, of its points with so many -1 at most."""
+    x = cube(d, run.device)
+    kept = ~task.unseen(x)
+    if most is not None:
+        kept &= (x < 0).sum(-1) <= most
+    x = x[kept].expand(run.settings.seeds, -1, -1)
+    return x, task.f(x)
+
+
+def train_on_seen(
+    run: Run,
+    task: Task,
+    d: int,
+    name: str,
+    make: Make,
+    tick: Tick,
+    *,
+    steps: int,
+    rate: float,
+    prepare: Callable[[SeededNet, Tick], None] | None = None,
+) -> dict:
     """Full-batch training on the seen part; "mse" is the error on the unseen part, "seen" that on the seen one.
 
     features: mean |feature| of every unit over the whole cube, largest first, of every seed.
@@ -108,8 +129,7 @@ def train_on_seen(run: Run, task: Task, d: int, name: str, make: Make, tick: Tic
     x = cube(d, run.device)
     hidden = task.unseen(x)
     S = run.settings.seeds
-    seen, unseen = x[~hidden].expand(S, -1, -1), x[hidden].expand(S, -1, -1)
-    y = task.f(seen)
+    (seen, y), unseen = seen_part(run, task, d), x[hidden].expand(S, -1, -1)
 
     def inspect(net) -> dict:
         size = net.features(x.expand(S, -1, -1)).abs().mean(1)
@@ -131,4 +151,5 @@ def train_on_seen(run: Run, task: Task, d: int, name: str, make: Make, tick: Tic
         rate=rate,
         clip=5.0,
         inspect=inspect,
+        prepare=prepare,
     ) | {"task": task.name, "lowest": float((task.lowest(x) - task.f(x))[hidden].square().mean())}

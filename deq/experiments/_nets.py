@@ -10,7 +10,9 @@ from torch import Tensor
 
 from .. import _library
 from ..plan import make_plan
+from ..solution import Solution
 from ..solve import solve
+from ._affine import affine
 
 F64 = torch.float64
 
@@ -85,13 +87,13 @@ class FeedForward(SeededNet):
         return 2.0 * sum(i * o for i, o in pairwise(self.sizes))
 
     def __call__(self, x: Tensor) -> Tensor:
-        return torch.baddbmm(self.biases[-1], self.features(x), self.weights[-1]).squeeze(-1)
+        return affine(self.biases[-1], self.features(x), self.weights[-1]).squeeze(-1)
 
     def features(self, x: Tensor) -> Tensor:
         """(S, B, width) of the last hidden layer."""
         h = x
         for weight, bias in zip(self.weights[:-1], self.biases[:-1], strict=True):
-            h = torch.relu(torch.baddbmm(bias, h, weight))
+            h = torch.relu(affine(bias, h, weight))
         return h
 
     def norms(self) -> Tensor:
@@ -156,10 +158,10 @@ class EquilibriumNet(SeededNet):
         raise NotImplementedError
 
     def injection(self, x: Tensor) -> Tensor:
-        return torch.baddbmm(self.b, x, self.U)
+        return affine(self.b, x, self.U)
 
     def readout(self, z: Tensor) -> Tensor:
-        return torch.baddbmm(self.y0, z, self.a).squeeze(-1)
+        return affine(self.y0, z, self.a).squeeze(-1)
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.readout(self.equilibrium(self.injection(x)))
@@ -225,7 +227,11 @@ class TriangularDEQ(EquilibriumNet):
     def equilibrium(self, c: Tensor) -> Tensor:
         if not engine_is_compiled(c.device):  # its reference in PyTorch takes each seed in turn, ten times as long
             return self.closed_form(c)
-        return solve(self.weight(), c, "relu", solver="plain", max_iter=self.width + 2).z
+        return self.solution(c).z
+
+    def solution(self, c: Tensor) -> Solution:
+        """By the engine's plain iteration."""
+        return solve(self.weight(), c, "relu", solver="plain", max_iter=self.width + 2)
 
 
 def engine_is_compiled(device: torch.device) -> bool:

@@ -79,37 +79,45 @@ def train(
     ``checkpoints``; step ``steps`` is the end. after(): called after every update, for constraints on the weights.
     The losses of the seeds are added, clipping is by seed, and Adam works entry by entry, so that no seed sees another.
     """
-    optimiser = torch.optim.Adam(net.parameters, lr=rate, fused=True)
+    together = _one_vector(net.parameters)
+    optimiser = torch.optim.Adam([together], lr=rate, fused=True)
     factor = schedule or cosine()
-    decay = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: factor(step / steps))
     due, log = set(checkpoints), Log()
     for step in range(steps):
         if step in due:
             with torch.no_grad():
                 observe(step)
         x, y = batch()
-        optimiser.zero_grad()
+        together.grad.zero_()
         total = _well_posed_mean(net, loss(net(x), y), log, step).sum()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", ConvergenceWarning)
             total.backward()
-        for p in net.parameters:
-            if p.grad is None:  # a weight without influence, such as a strictly triangular one of width 1
-                p.grad = torch.zeros_like(p)
         if caught and log.adjoint is None:
             log.adjoint = (step, str(caught[0].message).partition(". Their")[0])
-        if not torch.stack([p.grad.sum() for p in net.parameters]).sum().isfinite():
+        if not together.grad.sum().isfinite():
             _drop_overflow(net, log.overflowed, step)
         if clip is not None:
             _clip(net, clip)
+        optimiser.param_groups[0]["lr"] = rate * factor(step / steps)
         optimiser.step()
-        decay.step()
         if after is not None:
             after()
     if steps in due:
         with torch.no_grad():
             observe(steps)
     return log
+
+
+def _one_vector(parameters: Sequence[Tensor]) -> Tensor:
+    """A vector with a gradient, both of which hold those of ``parameters`` from now on: what is done entry by entry is
+    then done once, not for every small tensor. A gradient is zero until there is one."""
+    together = torch.cat([p.detach().flatten() for p in parameters])
+    together.grad = torch.zeros_like(together)
+    sizes = [p.numel() for p in parameters]
+    for p, values, gradient in zip(parameters, together.split(sizes), together.grad.split(sizes), strict=True):
+        p.data, p.grad = values.view(p.shape), gradient.view(p.shape)
+    return together
 
 
 def _well_posed_mean(net: SeededNet, losses: Tensor, log: Log, step: int) -> Tensor:

@@ -5,8 +5,10 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 
+from ._attempts import Attempt, Batch, attempt_claims, attempt_table, attempts
 from ._filter_nets import FILTERS, FilterDEQ, FilterNet
 from ._fit import FIT_COLUMNS, Make, fit, fit_table_rows
 from ._judge import beats
@@ -15,6 +17,7 @@ from ._result import CONDITIONAL, REPRODUCED, Claim, Result, Table, spread
 from ._run import Choice, Experiment, Part, Run, Tick
 from ._sound import RATE, chord, read_wav
 
+SMOOTHED = (16, 4, 1)  # stages of the curriculum: samples on either side of a mean
 CONFIG = {
     "samples": Choice(256, "of sound, a thirty-second of a second of the synthesised chord", quick=128, full=8192),
     "steps": Choice(400, "of Adam on the full batch: filter equilibria take 30 ms each", quick=10, full=3000),
@@ -33,18 +36,50 @@ def run_audio(run: Run) -> Result:
     nets = {name: make for pair in pairs.values() for name, make in pair.items()} | relu
     sound = _sound(run)
     entries = run.settings.seeds * run.config.samples * run.settings.width
+    x, y = _data(run, sound, 0.0)
+    easier = [(x, _smoothed(y, n)) for n in SMOOTHED]
+    tried = attempts(run, 1, run.config.kinks, (x, y), easier)
+    everything = {name: Attempt(make) for name, make in nets.items()} | tried
     values = run.parts(
-        [Part(name, f"train {name}", _training(run, name, make, sound), entries) for name, make in nets.items()]
+        [
+            Part(name, f"train {name}", _training(run, name, attempt, sound), entries)
+            for name, attempt in everything.items()
+        ]
     )
-    rows = list(values.values())
+    rows, more = [values[name] for name in nets], [values[name] for name in tried]
+    usual = values[f"contractive DEQ {run.settings.width}"]
+    rival = next(r for r in rows if "(params)" in r["model"])
     source = run.settings.input or f"a synthesised chord at {RATE} Hz"
     notes = [
         f"{run.config.samples} samples of {source}, largest amplitude 1. MSE -> dB: -10 log10 MSE. Explicit nets have "
         "the parameters of the equilibrium beside them.",
-        *(note for r in rows for note in r["notes"]),
+        *(note for r in (*rows, *more) for note in r["notes"]),
     ]
-    table = Table("Sound: median [quartiles] over seeds", (*FIT_COLUMNS, "dB"), _cells(rows))
-    return Result(_claims(run, pairs, values, rows), [table], values, draw(rows, sound), notes)
+    claims = _claims(run, pairs, values, rows) + attempt_claims(
+        more,
+        rival,
+        lambda model: f"sound: MSE of {rival['model']} / {model}",
+        "App. B.2",
+        quick=run.settings.quick,
+        setting=f"{run.config.samples} samples, {run.config.steps} steps",
+    )
+    tables = [
+        Table("Sound: median [quartiles] over seeds", (*FIT_COLUMNS, "dB"), _cells(rows)),
+        attempt_table("Sound on raw time", more, usual, rival),
+    ]
+    return Result(claims, tables, values, draw(rows, sound), notes)
+
+
+def _data(run: Run, sound: torch.Tensor, low: float) -> Batch:
+    """Times from ``low`` to 1 and the sound there."""
+    y = sound.to(run.device, F32).expand(run.settings.seeds, -1)
+    x = torch.linspace(low, 1, y.shape[1], dtype=F32, device=run.device)
+    return x.view(1, -1, 1).expand(run.settings.seeds, -1, -1), y
+
+
+def _smoothed(y: torch.Tensor, n: int) -> torch.Tensor:
+    """Means over 2 n + 1 samples, fewer at the ends."""
+    return F.avg_pool1d(y.unsqueeze(1), 2 * n + 1, 1, n, count_include_pad=False).squeeze(1)
 
 
 def _cells(rows: list[dict]) -> list[tuple[str, ...]]:
@@ -82,13 +117,10 @@ def _models(run: Run) -> tuple[dict[str, dict[str, Make]], dict[str, Make]]:
     return pairs, relu
 
 
-def _training(run: Run, name: str, make: Make, sound: torch.Tensor) -> Callable[[Tick], dict]:
+def _training(run: Run, name: str, attempt: Attempt, sound: torch.Tensor) -> Callable[[Tick], dict]:
     def compute(tick: Tick) -> dict:
-        config, S = run.config, run.settings.seeds
-        y = sound.to(run.device, F32).expand(S, -1)
-        filtered = any(name.startswith(f) for f in FILTERS)
-        low = -1.0 if filtered else 0.0
-        x = torch.linspace(low, 1, y.shape[1], dtype=F32, device=run.device).view(1, -1, 1).expand(S, -1, -1)
+        config = run.config
+        x, y = _data(run, sound, -1.0 if name.startswith(tuple(FILTERS)) else 0.0)
 
         def inspect(net) -> dict:
             return {"shown": net(x)[0].tolist()}
@@ -96,14 +128,15 @@ def _training(run: Run, name: str, make: Make, sound: torch.Tensor) -> Callable[
         return fit(
             run,
             name,
-            make,
+            attempt.make,
             lambda: (x, y),
             (x, y),
             tick,
-            steps=config.steps,
+            steps=config.steps * attempt.longer,
             rate=config.rate,
             clip=config.clip,
             inspect=inspect,
+            prepare=attempt.prepare,
         )
 
     return compute

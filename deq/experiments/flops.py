@@ -2,6 +2,7 @@
 
 from matplotlib.figure import Figure
 
+from ._attempts import Attempt
 from ._fit import Make
 from ._judge import beats
 from ._lineup import F32, FINITE, TIED_STEPS, equilibria, tied, width_for_flops
@@ -25,7 +26,7 @@ def run_flops(run: Run) -> Result:
     entries = run.settings.seeds * run.config.grid * run.settings.width
     values = run.parts(
         [
-            Part(name, f"train {name}", training(run, run.config.pieces, name, make), entries)
+            Part(name, f"train {name}", training(run, run.config.pieces, name, Attempt(make)), entries)
             for name, make in nets.items()
         ]
     )

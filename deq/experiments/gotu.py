@@ -6,7 +6,9 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ._boolean import TASKS, cube, training_parts
+from ._attempts import Attempt, attempt_claims, attempt_table, attempts
+from ._boolean import F32, TASKS, cube, seen_part, train_on_seen, training_parts
+from ._dense_nets import DenseDEQ
 from ._fit import FIT_COLUMNS, fit_table_rows
 from ._flow import F64, Family, integrate
 from ._judge import beats
@@ -24,6 +26,8 @@ LINEAR = (
     (0.0, 0.5),
     (-1.0, 1.0),
 )  # f^({}), c_k
+TRIED = "f2"  # the task on which other ways of training are tried
+BALLS = (1, 2, 3, 5)  # largest numbers of -1 in the stages of the curriculum
 CONFIG = {
     "dimension": Choice(10, "of the cube for trained nets: 2^10 points, all of them in every batch", quick=6, full=14),
     "linear_dimension": Choice(8, "of the cube for the linear closed forms; other modes decouple", quick=5),
@@ -31,6 +35,7 @@ CONFIG = {
     "equal": Choice((1.0, 0.1), "beta0 of every model, to tell the model from its start", quick=(1.0,)),
     "steps": Choice(1500, "every net has fitted the seen part to 1e-4 by then", quick=30, full=5000),
     "rate": Choice(3e-3, "Adam; the largest at which no seed of any model fails to fit the seen part"),
+    "clip": Choice(5.0, "2-norm of a seed's gradient"),
 }
 
 
@@ -39,7 +44,8 @@ def run_gotu(run: Run) -> Result:
     config, width = run.config, run.settings.width
     linear = Part("linear", "closed forms and flows on linear functions", lambda tick: _linear(run, tick))
     parts = training_parts(run, TASKS)
-    values = run.parts([linear, *(part for of_task in parts.values() for part in of_task)])
+    tried = _attempts(run)
+    values = run.parts([linear, *(part for of_task in parts.values() for part in of_task), *tried])
     linear = values["linear"]
     trained = {t: [values[part.key] for part in of_task] for t, of_task in parts.items()}
     claims = [*_linear_claims(linear), *_start_claims(linear)]
@@ -48,13 +54,48 @@ def run_gotu(run: Run) -> Result:
         for deq in rows[:2]:
             statement = f"{t}: unseen error, feed-forward / {deq['model']}"
             claims.append(beats(statement, "Fig. 1c,f", deq, rows[2:], quick=run.settings.quick, setting=setting))
+    more, rows = [values[part.key] for part in tried], trained[TRIED]
+    claims += attempt_claims(
+        more,
+        rows[-1],
+        lambda model: f"{TRIED}: unseen error, feed-forward / {model}",
+        "Fig. 1c,f",
+        quick=run.settings.quick,
+        setting=f"{TASKS[TRIED].formula}; d = {config.dimension}, {config.steps} steps",
+    )
     notes = [
         "Linear f = f0 + sum c_i x_i, seen x_k = 1, model 1^T z + b: b - q'(beta_k) / L^2 is conserved, so beta_k is "
         "the root of beta + b0 + q'(beta) / L^2 = f0 + c_k.",
-        *(note for rows in trained.values() for r in rows for note in r["notes"]),
+        "Curriculum: points with at most 1, 2, 3, 5 coordinates of -1, as in Abbe et al. 2023.",
+        *(note for rows in (*trained.values(), more) for r in rows for note in r["notes"]),
     ]
-    tables = [_linear_table(linear), *(_trained_table(t, rows) for t, rows in trained.items())]
+    tables = [
+        _linear_table(linear),
+        *(_trained_table(t, rows) for t, rows in trained.items()),
+        attempt_table(f"{TRIED}: unseen error", more, rows[1], rows[-1]),
+    ]
     return Result(claims, tables, values, draw(linear, trained), notes)
+
+
+def _attempts(run: Run) -> list[Part]:
+    """Other ways to train a DEQ on one task."""
+    d, task, config = run.config.dimension, TASKS[TRIED], run.config
+    easier = [seen_part(run, task, d, most) for most in BALLS if most < d]
+
+    def part(name: str, attempt: Attempt) -> Part:
+        def compute(tick: Tick) -> dict:
+            steps, prepare = config.steps * attempt.longer, attempt.prepare
+            return train_on_seen(run, task, d, name, attempt.make, tick, steps=steps, rate=config.rate, prepare=prepare)
+
+        return Part(
+            f"tried/{name}", f"train {name} on {TRIED}", compute, run.settings.seeds * 2**d * run.settings.width
+        )
+
+    tried = attempts(run, d, None, seen_part(run, task, d), easier)
+    tried[f"monotone DEQ {run.settings.width}"] = Attempt(
+        lambda S, g: DenseDEQ(S, d, run.settings.width, g, "monotone", F32, warm=True)
+    )
+    return [part(name, attempt) for name, attempt in tried.items()]
 
 
 def root(family: Family, total: float, beta0: float, b0: float = 0.0) -> float:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import weights
 from ..solve import solve
+from ._attempts import Attempt, attempt_table, attempts
 from ._fit import FIT_COLUMNS, Make, fit, fit_table_rows
 from ._judge import beats
 from ._lineup import F32, equilibria, feedforward, judge, tied
@@ -83,24 +84,26 @@ def run_sawtooth(run: Run) -> Result:
     parts = [Part("built", "Theorem 1's DEQ with a linear readout", lambda tick: _built())]
     entries = run.settings.seeds * config.grid * width
     parts += [
-        Part(f"{n}/{name}", f"train {name}, 2^{n} pieces", training(run, n, name, make), entries)
+        Part(f"{n}/{name}", f"train {name}, 2^{n} pieces", training(run, n, name, Attempt(make)), entries)
         for n, name, make in nets
     ]
     parts += [
-        Part(f"tried/{name}", f"train {name}", training(run, last, name, make, path), entries)
-        for name, (make, path) in tried.items()
+        Part(f"tried/{name}", f"train {name}", training(run, last, name, attempt), entries)
+        for name, attempt in tried.items()
     ]
     values = run.parts(parts)
     trained = {n: [values[f"{n}/{name}"] for k, name, _ in nets if k == n] for n in (*config.pieces, *config.others)}
-    attempts = [values[f"tried/{name}"] for name in tried]
-    claims = _claims(run, values["built"], trained, attempts, last)
+    more = [values[f"tried/{name}"] for name in tried]
+    claims = _claims(run, values["built"], trained, more, last)
     tables = [_table(f"2^{n} pieces", rows) for n, rows in trained.items()]
-    tables.append(_table(f"2^{last} pieces, what else was tried with true equilibria", attempts))
+    usual = values[f"{last}/contractive DEQ {width}"]
+    rival = next(r for r in trained[last] if "(params)" in r["model"])
+    tables.append(attempt_table(f"2^{last} pieces", more, usual, rival))
     notes = [
         f"MSE of the best constant: {TRIVIAL:.4f}. x10: median MSE, solved again with ten times the steps.",
-        *(note for rows in (*trained.values(), attempts) for r in rows for note in r["notes"]),
+        *(note for rows in (*trained.values(), more) for r in rows for note in r["notes"]),
     ]
-    return Result(claims, tables, values, draw(trained, attempts, last), notes)
+    return Result(claims, tables, values, draw(trained, more, last), notes)
 
 
 def _models(run: Run, width: int, depth: int) -> dict[str, Make]:
@@ -108,44 +111,42 @@ def _models(run: Run, width: int, depth: int) -> dict[str, Make]:
     return equilibria(width, kinks) | tied(width, kinks) | feedforward(width, depth, kinks)
 
 
-def _attempts(run: Run, width: int, n: int) -> dict[str, tuple[Make, list[int] | None]]:
-    """A curriculum of ever finer sawtooths, wider monotone weights in full runs, and starts near the construction."""
-    kinks, path = run.config.kinks, list(range(1, n))
-    usual = equilibria(width, kinks)
-    made = {f"triangular DEQ {width}, curriculum": (usual[f"triangular DEQ {width}"], path)}
-    if run.settings.level == "full":  # slow equilibria: minutes each
-        made[f"monotone DEQ {width}, curriculum"] = (usual[f"monotone DEQ {width}"], path)
-        made |= {k: (v, None) for k, v in equilibria(3 * width, kinks).items() if k.startswith("monotone")}
-    for noise in run.config.noise:
-        made[f"construction, noise {noise}"] = (lambda S, g, noise=noise: NearConstruction(S, n, noise, g), None)
+def _attempts(run: Run, width: int, n: int) -> dict[str, Attempt]:
+    """The usual ones, a curriculum of ever finer sawtooths for triangular weights too, and starts near the
+    construction."""
+    config, x = run.config, _points(run, n)
+
+    def climb(net: SeededNet, tick: Tick) -> None:
+        for y in coarser:
+            steps = max(1, config.steps // 4)
+            train(net, lambda y=y: (x, y), steps=steps, rate=config.rate, clip=config.clip, schedule=cosine(0.3))
+
+    coarser = [triangle(x[..., 0], k) for k in range(1, n)]
+    made = attempts(run, 1, config.kinks, (x, triangle(x[..., 0], n)), [(x, y) for y in coarser])
+    name = f"triangular DEQ {width}"
+    made[f"{name}, curriculum"] = Attempt(equilibria(width, config.kinks)[name], prepare=climb)
+    for noise in config.noise:
+        made[f"construction, noise {noise}"] = Attempt(lambda S, g, noise=noise: NearConstruction(S, n, noise, g))
     return made
 
 
-def training(run: Run, n: int, name: str, make: Make, path: list[int] | None = None) -> Callable[[Tick], dict]:
-    """A part that trains one model on 2^n pieces; ``path``: coarser sawtooths to train on first."""
+def _points(run: Run, n: int) -> Tensor:
+    """x (S, B, 1) to train on 2^n pieces."""
+    config = run.config
+    x = ((torch.arange(config.grid, dtype=F32, device=run.device) + 0.5) / config.grid).view(1, -1, 1)
+    if 2**n > config.grid / 8:  # midpoints of a grid would alias: 2^10 pieces are constant on 512 of them
+        x = torch.rand(x.shape, generator=run.generator("points"), device=run.device)
+    return x.expand(run.settings.seeds, -1, -1)
+
+
+def training(run: Run, n: int, name: str, attempt: Attempt) -> Callable[[Tick], dict]:
+    """A part that trains one model on 2^n pieces."""
 
     def compute(tick: Tick) -> dict:
-        config, S = run.config, run.settings.seeds
-        x = ((torch.arange(config.grid, dtype=F32, device=run.device) + 0.5) / config.grid).view(1, -1, 1)
-        if 2**n > config.grid / 8:  # midpoints of a grid would alias: 2^10 pieces are constant on 512 of them
-            x = torch.rand(x.shape, generator=run.generator("points"), device=run.device)
-        x = x.expand(S, -1, -1)
+        config, x = run.config, _points(run, n)
         # Random test points: a grid of them would alias with 2^10 pieces.
-        test = torch.rand(1, 4096, 1, generator=run.generator("test"), device=run.device).expand(S, -1, -1)
-
-        def climb(net: SeededNet, tick: Tick) -> None:
-            for k in path:
-                y = triangle(x[..., 0], k)
-                train(
-                    net,
-                    lambda y=y: (x, y),
-                    steps=config.steps // 4,
-                    rate=config.rate,
-                    clip=config.clip,
-                    schedule=cosine(0.3),
-                )
-
-        y = triangle(x[..., 0], n)
+        test = torch.rand(1, 4096, 1, generator=run.generator("test"), device=run.device)
+        test, y = test.expand(run.settings.seeds, -1, -1), triangle(x[..., 0], n)
 
         def best(net: SeededNet) -> dict:
             """What the seed with the smallest error on the training points has learned."""
@@ -156,14 +157,14 @@ def training(run: Run, n: int, name: str, make: Make, path: list[int] | None = N
         return fit(
             run,
             name,
-            make,
+            attempt.make,
             lambda: (x, y),
             (test, triangle(test[..., 0], n)),
             tick,
-            steps=config.steps,
+            steps=config.steps * attempt.longer,
             rate=config.rate,
             clip=config.clip,
-            prepare=climb if path else None,
+            prepare=attempt.prepare,
             inspect=best if n <= 5 else None,
         )
 
@@ -185,9 +186,7 @@ def _built() -> list[dict]:
     return rows
 
 
-def _claims(
-    run: Run, built: list[dict], trained: dict[int, list[dict]], attempts: list[dict], last: int
-) -> list[Claim]:
+def _claims(run: Run, built: list[dict], trained: dict[int, list[dict]], more: list[dict], last: int) -> list[Claim]:
     quick = run.settings.quick
     claims = [
         proved_for_all("sup error of Theorem 1's DEQ with a readout", "Thm. 1", built, lambda r: r["error"], "==", 0)
@@ -202,7 +201,7 @@ def _claims(
             setting=setting,
         )
     rival = next(r for r in trained[last] if "(params)" in r["model"])
-    for r in attempts:
+    for r in more:
         built_in = r["model"].startswith("construction")
         claims.append(
             beats(
@@ -222,15 +221,15 @@ def _table(title: str, rows: list[dict]) -> Table:
     return Table(f"{title}: median [quartiles] over seeds", FIT_COLUMNS, fit_table_rows(rows))
 
 
-def draw(trained: dict[int, list[dict]], attempts: list[dict], last: int) -> Figure:
+def draw(trained: dict[int, list[dict]], more: list[dict], last: int) -> Figure:
     """Every seed's error by model, and the best seed of a true equilibrium, of the tied net and of a feed-forward
     net."""
     from . import _plot
 
     @_plot.styled
     def paint() -> Figure:
-        fig, (errors, shapes) = _plot.figure(2, (10, 5), width_ratios=(1.25, 1))
-        rows = [*trained[last], *attempts]
+        fig, (errors, shapes) = _plot.figure(2, (10, 5.6), width_ratios=(1.25, 1))
+        rows = [*trained[last], *more]
         _plot.strip(errors, [(r["model"], r["mse"], _plot.kind_colour(r)) for r in rows])
         errors.axvline(TRIVIAL, color=_plot.GREY, ls="--", lw=1)
         errors.set_xlabel("test MSE of every seed, and median; dashed: best constant")

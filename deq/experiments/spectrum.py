@@ -7,12 +7,14 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from ._attempts import Attempt, Batch, attempt_claims, attempt_table, attempts
 from ._fit import FIT_COLUMNS, fit, fit_table_rows
 from ._lineup import F32, equilibria, feedforward, judge, tied
 from ._result import Claim, Result, Table, number, spread
 from ._run import Choice, Experiment, Part, Run, Tick
 
 TONES = (1, 2, 4, 8, 16)
+TESTS = 2048  # points
 CONFIG = {
     "steps": Choice(1500, "of Adam; the order of the models is that of 10 000", quick=15, full=20000),
     "rate": Choice(1e-2, "Adam, as for the sawtooth"),
@@ -22,10 +24,10 @@ CONFIG = {
 }
 
 
-def signal(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Sum of TONES with random phases, of unit variance."""
+def signal(x: Tensor, generator: torch.Generator, count: int = len(TONES)) -> Tensor:
+    """Sum of the ``count`` lowest TONES with random phases; all together have unit variance."""
     phases = (2 * math.pi * torch.rand(len(TONES), generator=generator, device=x.device)).tolist()
-    waves = (torch.sin(2 * math.pi * k * x + phase) for k, phase in zip(TONES, phases, strict=True))
+    waves = (torch.sin(2 * math.pi * k * x + phase) for k, phase in zip(TONES[:count], phases, strict=False))
     return sum(waves) * math.sqrt(2 / len(TONES))
 
 
@@ -34,29 +36,54 @@ def run_spectrum(run: Run) -> Result:
     width, depth, kinks = run.settings.width, run.settings.depth, run.config.kinks
     nets = equilibria(width, kinks) | tied(width, kinks) | feedforward(width, depth, kinks)
     entries = run.settings.seeds * run.config.grid * width
+    (x, y), test = _data(run)
+    easier = [(x, signal(x[..., 0], run.generator("phases"), count)) for count in range(1, len(TONES))]
+    tried = attempts(run, 1, kinks, (x, y), easier)
+    everything = {name: Attempt(make) for name, make in nets.items()} | tried
     values = run.parts(
-        [Part(name, f"train {name}", _training(run, name, make), entries) for name, make in nets.items()]
+        [
+            Part(name, f"train {name}", _training(run, name, attempt, (x, y), test), entries)
+            for name, attempt in everything.items()
+        ]
     )
-    rows = list(values.values())
+    rows, more = [values[name] for name in nets], [values[name] for name in tried]
+    usual = values[f"contractive DEQ {width}"]
+    rival = next(r for r in rows if "(params)" in r["model"])
     notes = [
         f"Error of a tone: |FFT of the residual|^2 / |FFT of the target|^2 there; tones {TONES}, x10: as in sawtooth.",
-        *(note for r in rows for note in r["notes"]),
+        *(note for r in (*rows, *more) for note in r["notes"]),
     ]
+    claims = _claims(run, rows) + attempt_claims(
+        more,
+        rival,
+        lambda model: f"tone {TONES[-1]}: error feed-forward / {model}",
+        "conclusion",
+        "highest",
+        quick=run.settings.quick,
+        setting=f"tones {TONES}, {run.config.steps} steps, against {rival['model']}",
+    )
     tables = [
         Table("Sum of five tones, unit variance: median [quartiles] over seeds", FIT_COLUMNS, fit_table_rows(rows)),
-        _tone_table(rows),
+        _tone_table([*rows, *more]),
+        attempt_table(f"Tone {TONES[-1]}", more, usual, rival, "highest"),
     ]
-    return Result(_claims(run, rows), tables, values, draw(rows), notes)
+    return Result(claims, tables, values, draw(rows), notes)
 
 
-def _training(run: Run, name: str, make: Callable) -> Callable[[Tick], dict]:
+def _data(run: Run) -> tuple[Batch, Batch]:
+    """Midpoints of two grids, and the signal there: to train on and to test on."""
+
+    def on_grid(n: int) -> Batch:
+        x = ((torch.arange(n, dtype=F32, device=run.device) + 0.5) / n).view(1, -1, 1)
+        x = x.expand(run.settings.seeds, -1, -1)
+        return x, signal(x[..., 0], run.generator("phases"))
+
+    return on_grid(run.config.grid), on_grid(TESTS)
+
+
+def _training(run: Run, name: str, attempt: Attempt, data: Batch, tests: Batch) -> Callable[[Tick], dict]:
     def compute(tick: Tick) -> dict:
-        config, S, count = run.config, run.settings.seeds, 2048
-        x, test = (
-            ((torch.arange(n, dtype=F32, device=run.device) + 0.5) / n).view(1, -1, 1).expand(S, -1, -1)
-            for n in (config.grid, count)
-        )
-        y, truth = (signal(v[..., 0], run.generator("phases")) for v in (x, test))
+        config, (test, truth) = run.config, tests
 
         def tones(net) -> dict:
             """Relative error at every tone, per seed; after ten times the steps too."""
@@ -67,14 +94,15 @@ def _training(run: Run, name: str, make: Callable) -> Callable[[Tick], dict]:
         row = fit(
             run,
             name,
-            make,
-            lambda: (x, y),
-            (test, truth),
+            attempt.make,
+            lambda: data,
+            tests,
             tick,
-            steps=config.steps,
+            steps=config.steps * attempt.longer,
             rate=config.rate,
             clip=config.clip,
             inspect=tones,
+            prepare=attempt.prepare,
         )
         return row | {"highest": [of_seed[-1] for of_seed in row["tones"]]}
 

@@ -20,7 +20,8 @@ HOST_READS = {aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.i
 # They make no element: their output is their input seen in another way, or memory not yet written.
 FREE = {aten.detach, aten.alias, aten.empty_like, aten.new_empty, aten.empty, aten.empty_strided, aten.resize_}
 _PRECISION = {number: name for name, number in INCREMENTS.items()}
-_ENGINE = {"deq.solve_": (0,), "deq.masked_linear_": (1,)}  # name: rows of a mask that an evaluation reads
+# Name: rows of a mask that an evaluation reads, and which argument is the precision.
+_ENGINE = {"deq.solve_": (0, 12), "deq.masked_linear_": (1, 13)}
 # Bytes an element that a row moves in one evaluation: z and c in, f(z) out; and for increments y and x in and out,
 # with the increments themselves, one in and one out.
 _NATIVE_ROW, _INCREMENT_ROW = 3, 4
@@ -125,7 +126,7 @@ class Counter(TorchDispatchMode):
             precision = str(inputs[0].dtype).removeprefix("torch.")
             counts.executed[precision] += flops
 
-    def _engine(self, args, mask: int) -> None:
+    def _engine(self, args, mask: int, precision_at: int) -> None:
         W, c = args[0], args[1]
         m, work, counts = W.shape[-1], Work.last(), self.counts
         native = "float64" if c.dtype == torch.float64 else "float32"
@@ -135,7 +136,7 @@ class Counter(TorchDispatchMode):
         counts.bytes += work.native_sweeps * m * m * size + work.native_rows * (_NATIVE_ROW + mask) * m * size
         low_rows = work.increment_rows + work.correction_rows
         if low_rows:
-            precision = _PRECISION[int(args[-2])]
+            precision = _PRECISION[int(args[precision_at])]
             element = 1 if precision == "int8" else 2
             rows[precision] = low_rows
             counts.executed[precision] += 2 * m * m * low_rows

@@ -11,6 +11,12 @@ after the other and only as long as they fail, to
 Whatever ran, a sample is converged only on the residual of the equation itself in the precision of its input, and the
 evaluations of all rungs are added up. Which means a sample gets is decided by its own numbers, by W and by the shapes,
 never by its batch mates.
+
+On a GPU nothing waits for the device to learn that all is well. A solve of many launches sees on the way how many
+samples failed (deq/backends/chunks.py), and takes them up the ladder at once. One whose host has not seen it (a single
+launch, the CUDA kernels) is rescued when its status is first read: what the rungs reach is then written into z, and who
+used z before has used the best iterates of the samples that failed. The gradient's adjoint is rescued at once or not at
+all, and nothing is inside a capture of the caller's.
 """
 
 from collections.abc import Callable
@@ -22,7 +28,7 @@ from torch import Tensor
 
 from .. import stats
 from ..activations import ACTIVATIONS
-from ..backends import Deferred, Outcome, get_backend
+from ..backends import Deferred, Outcome, Settled, get_backend
 from ..cache import remembered
 from ..plan import Plan
 from ..solution import Status
@@ -115,9 +121,9 @@ def solve(W: Tensor, c: Tensor, z0: Tensor | None, activation: str, plan: Plan) 
     if plan.map == "plain":
         outcome = backend.solve(W, c, z0, activation, plan)
         if _is_final(outcome, plan):  # nearly always: what the rungs need is not even made, 8 us less
-            return outcome
+            return postpone(outcome, W, c, activation, plan)
     problem = _Equilibria(W, c, activation, backend, partial(_matrix, W, activation))
-    return _climb(problem, z0, plan, outcome)
+    return postpone(_climb(problem, z0, plan, outcome), W, c, activation, plan)
 
 
 def masked_linear(
@@ -150,7 +156,36 @@ def masked_linear(
 
 
 def _is_final(outcome: Outcome, plan: Plan) -> bool:
-    return not plan.rungs or not isinstance(outcome.report, list) or not outcome.report[0]
+    report = outcome.report
+    if not plan.rungs or report is None:
+        return True
+    return not (report.failed if isinstance(report, Deferred) else report[0])
+
+
+def postpone(outcome: Outcome, W: Tensor, c: Tensor, activation: str, plan: Plan) -> Outcome:
+    """The outcome, canonical; where its host does not know yet whether samples failed, with their rescue for later."""
+    report = outcome.report
+    if not plan.rungs or not isinstance(report, Deferred) or report.failed is not None:
+        return outcome
+    if c.is_cuda and torch.cuda.is_current_stream_capturing():
+        return outcome
+    # Without their graphs, which a solution that is kept must not keep; z with a version of its own, as it is saved for
+    # the gradient, which is that at the equilibrium reached.
+    W, c, z, said = W.detach(), c.detach(), outcome.z.data, outcome.stats
+    versions = _version(W), _version(c)
+
+    @torch.inference_mode()  # where tensors made in that mode may be written to as well
+    def rescue() -> None:
+        if (_version(W), _version(c)) == versions:  # else that equation is gone
+            problem = _Equilibria(W, c, activation, get_backend(plan.backend), partial(_matrix, W, activation))
+            _rescue_all(problem, Outcome(z, said, None), plan)
+
+    report.rescue = rescue
+    return outcome
+
+
+def _version(t: Tensor) -> int:
+    return 0 if t.is_inference() else t._version
 
 
 def _matrix(W: Tensor, activation: str) -> tuple[Tensor | None, float]:
@@ -167,6 +202,7 @@ def _climb(
     problem, start: Tensor | None, plan: Plan, outcome: Outcome | None, out: Tensor | None = None, recompute=None
 ) -> Outcome:
     """``outcome`` is that of the plain map, None where the plan begins with the Cayley map."""
+    plan = replace(plan, unless_large=False)  # that was about W; K is as large as it has to be
     if outcome is None:
         outcome = _first_by_cayley(problem, start, plan, out)
     if outcome is None:
@@ -177,15 +213,15 @@ def _climb(
             raise ValueError("solver='cayley' needs an inverse of 2 I - W, and W has none; try 'auto' or 'anderson'")
     if _is_final(outcome, plan):
         return outcome
+    report, deferred = outcome.report, isinstance(outcome.report, Deferred)
+    numbers = report.read() if deferred else report
     if recompute is not None:
         problem = replace(problem, d=recompute)
-    if outcome.z.dim() == 2:
-        _rescue(problem, outcome, plan)
-    else:
-        for s in range(outcome.z.shape[0]):
-            _rescue(_matrix_of_stack(problem, s), outcome, plan, s)
-    failed = int((_read(outcome)[2] != Status.CONVERGED).sum())
-    return outcome._replace(report=[failed, *outcome.report[1:]])
+    if not (deferred and numbers[1]):  # of a W that is not finite the front door has more to say than the rungs
+        _rescue_all(problem, outcome, plan)
+    status = _read(outcome)[2]
+    numbers = [int((status != Status.CONVERGED).sum()), *numbers[1:]]
+    return outcome._replace(report=Settled(numbers, status.numel(), report.weight()) if deferred else numbers)
 
 
 def _first_by_cayley(problem, start: Tensor | None, plan: Plan, out: Tensor | None) -> Outcome | None:
@@ -222,6 +258,14 @@ def _matrix_of_stack(problem, s: int):
         return None if stack is None else stack[s], alpha
 
     return replace(problem, A=problem.A[s], g=problem.g[s], d=lambda: problem.d()[s], K=own)
+
+
+def _rescue_all(problem, outcome: Outcome, plan: Plan) -> None:
+    if outcome.z.dim() == 2:
+        _rescue(problem, outcome, plan)
+    else:
+        for s in range(outcome.z.shape[0]):
+            _rescue(_matrix_of_stack(problem, s), outcome, plan, s)
 
 
 def _rescue(problem, outcome: Outcome, plan: Plan, s: int | None = None) -> None:

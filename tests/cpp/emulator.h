@@ -24,10 +24,10 @@ namespace deq {
 
 class Emulator {
  public:
-  // Runs `body(shared memory of the block)` by `threads` threads each in blocks x rows blocks.
+  // Runs `body(shared memory of the block)` by `threads` threads each in blocks x rows blocks, clusters of so many.
   static void launch(int blocks, int rows, int threads, size_t shared_bytes, unsigned seed,
-                     const std::function<void(char*)>& body) {
-    Emulator machine(blocks, rows, threads, shared_bytes, seed, body);
+                     const std::function<void(char*)>& body, int cluster = 1) {
+    Emulator machine(blocks, rows, threads, shared_bytes, seed, body, cluster);
     now_ = &machine;
     machine.run();
     now_ = nullptr;
@@ -38,6 +38,14 @@ class Emulator {
   static int block() { return now_->current_->block->index; }
   static int blocks() { return now_->blocks_; }
   static int row() { return now_->current_->block->row; }
+  static int cluster_blocks() { return now_->cluster_; }
+  static int cluster_block() { return block() % now_->cluster_; }
+  static void sync_cluster() { now_->wait(now_->clusters_[now_->cluster_index()], now_->cluster_ * now_->threads_); }
+  template <class T>
+  static T* in_block(T* at, int block) {
+    const Block& other = now_->grid_[now_->cluster_index() * now_->cluster_ + block];
+    return reinterpret_cast<T*>(other.aligned + (reinterpret_cast<char*>(at) - now_->current_->block->aligned));
+  }
   static void sync() { now_->wait(now_->current_->block->barrier, now_->threads_); }
   static void sync_warp() { now_->wait(now_->warp().barrier, kWarp); }
   template <class T>
@@ -46,6 +54,14 @@ class Emulator {
     Lane* lanes = now_->exchange(&value, sizeof value);
     T other;
     memcpy(&other, &lanes[(thread() % kWarp) ^ mask], sizeof other);
+    return other;
+  }
+  template <class T>
+  static T shuffle(T value, int lane) {
+    static_assert(sizeof(T) <= sizeof(Lane));
+    Lane* lanes = now_->exchange(&value, sizeof value);
+    T other;
+    memcpy(&other, &lanes[lane], sizeof other);
     return other;
   }
   static bool any(bool value) {
@@ -121,8 +137,16 @@ class Emulator {
   static constexpr size_t kStack = 64 << 10;
   static constexpr int kBlockHold = 40, kWarpHold = 8;  // scheduling rounds, at most
 
-  Emulator(int blocks, int rows, int threads, size_t shared_bytes, unsigned seed, const std::function<void(char*)>& body)
-      : blocks_(blocks), threads_(threads), random_(seed), body_(body), grid_(blocks * rows), fibers_(grid_.size() * threads) {
+  Emulator(int blocks, int rows, int threads, size_t shared_bytes, unsigned seed, const std::function<void(char*)>& body,
+           int cluster)
+      : blocks_(blocks),
+        threads_(threads),
+        cluster_(cluster),
+        random_(seed),
+        body_(body),
+        grid_(blocks * rows),
+        clusters_(blocks * rows / cluster),
+        fibers_(grid_.size() * threads) {
     for (size_t i = 0; i < grid_.size(); ++i) {
       Block& block = grid_[i];
       block.index = static_cast<int>(i % blocks), block.row = static_cast<int>(i / blocks);
@@ -134,7 +158,7 @@ class Emulator {
       Fiber& fiber = fibers_[i];
       fiber.block = &grid_[i / threads];
       fiber.thread = static_cast<int>(i % threads);
-      fiber.stack = std::make_unique<char[]>(kStack);
+      fiber.stack.reset(new char[kStack]);  // left as it is: clearing it took most of the time
       getcontext(&fiber.context);
       fiber.context.uc_stack.ss_sp = fiber.stack.get();
       fiber.context.uc_stack.ss_size = kStack;
@@ -210,6 +234,7 @@ class Emulator {
     yielded_ = true;
     leave();
   }
+  size_t cluster_index() const { return (current_->block - grid_.data()) / cluster_; }
   Warp& warp() { return current_->block->warps[current_->thread / kWarp]; }
   // Every lane's value, once all lanes have brought theirs. A lane is never two exchanges ahead of another.
   Lane* exchange(const void* value, size_t bytes) {
@@ -229,10 +254,11 @@ class Emulator {
   }
 
   static inline Emulator* now_ = nullptr;
-  const int blocks_, threads_;
+  const int blocks_, threads_, cluster_;
   std::minstd_rand random_;
   const std::function<void(char*)>& body_;
   std::vector<Block> grid_;
+  std::vector<Barrier> clusters_;
   std::vector<Fiber> fibers_;
   jmp_buf at_;  // the scheduler
   Fiber* current_ = nullptr;

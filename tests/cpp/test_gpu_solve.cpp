@@ -40,13 +40,14 @@ struct Case {
   }
 
   template <int RT, int HELD>
-  void solve_in_blocks(int blocks, unsigned seed = 1) {
+  void solve_in_blocks(int blocks, unsigned seed = 1, int cluster = 1) {
     scratch.assign(blocks * block_scratch(m), NAN);
     call.scratch = scratch.data();
     prepare();
     const BlockLayout at = block_layout(m, RT, HELD);
-    Emulator::launch(blocks, 1, (at.warps + 1) * kWarp, at.bytes, seed,
-                     [&](char* shared) { BlockSolve<Emulator, RT, HELD>(call, shared).run(); });
+    Emulator::launch(
+        blocks, 1, (at.warps + 1) * kWarp, at.bytes, seed,
+        [&](char* shared) { BlockSolve<Emulator, RT, HELD>(call, shared).run(); }, cluster);
   }
 
   template <int RT, int BT, int HELD>
@@ -110,6 +111,33 @@ void blocks() {
       held.solve_in_blocks<2, 2>(2, 3);
       CHECK(wide.z == held.z && wide.iterations == held.iterations);
     }
+}
+
+// Blocks of a cluster share out the reading of W: the same bits, and the same report of what is not finite in it.
+void clusters() {
+  for (int64_t m : {1, 50}) {
+    Case alone(12, m), pairs(12, m), all(12, m);
+    alone.solve_in_blocks<2, 0>(4);
+    pairs.solve_in_blocks<2, 0>(4, 2, 2);
+    all.solve_in_blocks<2, 0>(8, 3, 8);  // more blocks than samples find no slot: theirs is done at once
+    CHECK(alone.z == pairs.z && alone.z == all.z && alone.iterations == all.iterations);
+    all.check_solved();
+  }
+  Case held(9, 70), shared(9, 70);
+  held.solve_in_blocks<2, 2>(2);
+  shared.solve_in_blocks<2, 2>(4, 4, 4);
+  CHECK(held.z == shared.z);
+  Case bad(3, 40);
+  bad.W[5 * 40 + 27] = NAN, bad.W[5 * 40 + 39] = INFINITY;
+  bad.solve_in_blocks<1, 0>(2, 1, 2);
+  CHECK(bad.report.bad_weight == 1 + 5 * 40 + 27);
+  for (int64_t batch : {1, 63, 64, 1024, 1056, 5000})
+    for (int64_t m : {16, 256}) {
+      const int64_t blocks = block_count(m, batch, 132);
+      CHECK(blocks >= 1 && blocks <= 132 && blocks <= batch);
+      if (m == 16) CHECK(!shares_weight(m, blocks));
+    }
+  CHECK(block_count(256, 1024, 132) == 128 && shares_weight(256, 128) && block_count(256, 5000, 132) == 132);
 }
 
 void grids() {
@@ -331,6 +359,7 @@ void capacities() {
 
 int main() {
   blocks();
+  clusters();
   grids();
   exact_steps();
   activations();

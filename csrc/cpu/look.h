@@ -1,0 +1,40 @@
+// A cheap look at W, which tells a solve that its plan is not for this weight.
+#pragma once
+#include <algorithm>
+
+#include "../kernels.h"
+#include "convert.h"
+
+namespace deq {
+
+// Whether the rows of W, those of all matrices together, have a root mean square norm above `limit`: the root mean square
+// singular value ||W||_F / sqrt(m), as far as some rows, evenly spread, tell it. Enough of them are looked at to tell the size of
+// a W; 2 us. Never true of a W that is not finite.
+inline bool is_larger(const DeqProblem& p, double limit) {
+  constexpr int64_t kElements = 4096, kLeastRows = 8;
+  const int64_t m = p.width, wanted = std::max(kLeastRows, kElements / m), every = std::max<int64_t>(1, m / wanted);
+  const bool plain = p.type == DEQ_FLOAT32 && p.W.stride[2] == 1;
+  double sum = 0;
+  int64_t rows = 0;
+  for (int64_t s = 0; s < p.weights; ++s)
+    for (int64_t i = 0; i < m; i += every, ++rows) {
+      const int64_t first = s * p.W.stride[0] + i * p.W.stride[1];
+      if (plain) {
+        const float* row = static_cast<const float*>(p.W.data) + first;
+        double part[8] = {};
+        int64_t j = 0;
+        for (; j + 8 <= m; j += 8)
+          for (int l = 0; l < 8; ++l) part[l] += static_cast<double>(row[j + l]) * row[j + l];
+        for (; j < m; ++j) part[0] += static_cast<double>(row[j]) * row[j];
+        for (int l = 0; l < 8; ++l) sum += part[l];
+      } else {
+        for (int64_t j = 0; j < m; ++j) {
+          const double w = element(p.W.data, p.type, first + j * p.W.stride[2]);
+          sum += w * w;
+        }
+      }
+    }
+  return sum > limit * limit * static_cast<double>(rows);
+}
+
+}  // namespace deq
