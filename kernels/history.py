@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .compilation import Compilation
+
 BLOCK = 1024  # elements of a row that a program holds at a time
 
 
@@ -122,3 +124,42 @@ def mix(images: Tensor, residuals: Tensor, a: Tensor, b: Tensor | None, mixing: 
 def _block(D: int, padded: int) -> int:
     """Elements at a time: the products of all pairs must fit into registers."""
     return min(max(BLOCK // padded, 32), triton.next_power_of_2(max(D, 1)))
+
+
+def compilations() -> list[Compilation]:
+    """Both kernels at the default depth and the deepest, for wide float32 and float64 states."""
+    return [
+        variant
+        for kind in ("fp32", "fp64")
+        for depth in (5, 8)
+        for variant in (_measure_variant(kind, depth), _mix_variant(kind, depth))
+    ]
+
+
+def _measure_variant(kind: str, depth: int) -> Compilation:
+    states = dict.fromkeys(("y", "fy", "images", "residuals"), f"*{kind}")
+    padded = triton.next_power_of_2(depth)
+    return Compilation(
+        name=f"history, measure, {kind}, depth {depth}",
+        group=f"history, measure, {kind}",
+        function="history:_measure",
+        types=states | {"slots": "*i64", "norms": "*fp64", "dots": "*fp64", "D": "i32"},
+        constants={"depth": depth, "padded": padded, "block": _block(BLOCK, padded)},
+        aligned=(*states, "slots", "norms", "dots", "D"),
+        warps=4,
+        stages=3,
+    )
+
+
+def _mix_variant(kind: str, depth: int) -> Compilation:
+    states = dict.fromkeys(("images", "residuals", "out"), f"*{kind}")
+    return Compilation(
+        name=f"history, mix, {kind}, depth {depth}",
+        group=f"history, mix, {kind}",
+        function="history:_mix",
+        types=states | {"a": "*fp64", "b": "*fp64", "mixing": "*i1", "D": "i32"},
+        constants={"depth": depth, "damped": False, "block": BLOCK},
+        aligned=(*states, "a", "b", "mixing", "D"),
+        warps=4,
+        stages=3,
+    )

@@ -1,12 +1,15 @@
 """deq.fixed_point against closed forms and float64 references: every solver, every gradient, every way to fail."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from close import assert_as_accurate
 from problems import exact, gaussian, torch_adjoint, torch_loop
 
 import deq
-from deq import Status
+from deq import Status, implicit_function
+from deq.closures import Applied
 
 SOLVERS = ("plain", "anderson", "broyden", "newton_krylov", "auto")
 
@@ -348,6 +351,58 @@ def test_gradients_reach_what_f_closes_over():
     with pytest.raises(RuntimeError, match="differentiates it once, not twice"):
         z = run(*inputs, lambda f, z: deq.fixed_point(f, z, tol=1e-13).z)
         torch.autograd.grad(z.sum(), s, create_graph=True)
+
+
+@pytest.mark.parametrize("kind", ["leaves", "input", "closure", "attribute"])
+def test_every_evaluation_is_used(kind, monkeypatch):
+    """Finding what f closes over costs no evaluation where that are leaves, or within reach; a gradient does not watch
+    an f that closes over leaves, or takes the rest as inputs."""
+    W, c, g = gaussian(12, 3, torch.float64)
+    W, c = W.requires_grad_(), c.requires_grad_()
+    x = c if kind == "leaves" else 2 * c
+    calls, exchanges = [], []
+
+    def cell(z, x):
+        calls.append(z)
+        return torch.tanh(z @ W.mT + x)
+
+    class Exchange(implicit_function.Exchange):
+        def __init__(self, old, new):
+            exchanges.append(old)
+            super().__init__(old, new)
+
+    monkeypatch.setattr(implicit_function, "Exchange", Exchange)
+    holder = SimpleNamespace(x=x)
+    kinds = {"input": Applied(cell, (x,)), "attribute": lambda z: cell(z, holder.x)}
+    solution = deq.fixed_point(kinds.get(kind, lambda z: cell(z, x)), torch.zeros_like(c), tol=1e-12)
+    assert len(calls) == int(solution.iterations.max()) + (kind == "attribute")
+    calls.clear()
+    grads = torch.autograd.grad(solution.z, (W, c), g, retain_graph=True)
+    assert len(calls) == 1 and bool(exchanges) == (kind in ("closure", "attribute"))
+    expected = torch.autograd.grad(deq.solve(W, x, "tanh", tol=1e-12).z, (W, c), g)
+    torch.testing.assert_close(grads, expected, rtol=1e-8, atol=1e-9)
+
+
+def test_an_input_that_f_takes_twice():
+    """As its argument and from elsewhere: the gradient has both parts."""
+    W, c, g = gaussian(12, 3, torch.float64)
+    c = c.requires_grad_()
+    x = 2 * c
+    z = deq.nn.Equilibrium(lambda z, y: torch.tanh(z @ W.mT + y + 0.5 * x), tol=1e-12)(x)
+    expected = deq.solve(W, 1.5 * x, "tanh", tol=1e-12).z
+    torch.testing.assert_close(
+        *(torch.autograd.grad(z, c, g, retain_graph=True)[0] for z in (z, expected)), rtol=1e-8, atol=1e-9
+    )
+
+
+def test_hooks_of_leaves_see_one_gradient():
+    W, c, g = gaussian(12, 3, torch.float64)
+    W = W.requires_grad_()
+    seen = []
+    W.register_hook(lambda grad: seen.append(grad) or 3 * grad)
+    (grad,) = torch.autograd.grad(solve(W, c).z, W, g)
+    assert len(seen) == 1
+    torch.testing.assert_close(grad, 3 * seen[0])
 
 
 def test_no_gradient_no_graph():

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy
 import pytest
 import torch
 
@@ -257,3 +258,72 @@ def test_published_maps(name):
         torch.testing.assert_close(
             result.z, expected, rtol=1e-7, atol=1e-9, msg=lambda m, method=method: f"{method}: {m}"
         )
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_published_maps_in_jaxopt(name):
+    """jaxopt's fixed-point iteration and Anderson acceleration end where the solvers here do."""
+    jax = pytest.importorskip("jax", reason="jax is not installed")
+    jaxopt = pytest.importorskip("jaxopt", reason="jaxopt is not installed")
+    f, start = MAPS[name]
+    with jax.enable_x64(True):
+
+        def g(z):
+            evaluate = lambda z: f(torch.from_numpy(numpy.array(z))).numpy()  # noqa: E731
+            return jax.pure_callback(evaluate, jax.ShapeDtypeStruct(start.shape, "float64"), z)
+
+        options = {"maxiter": 5000, "tol": 1e-11, "implicit_diff": False}
+        kinds = jaxopt.FixedPointIteration(g, **options), jaxopt.AndersonAcceleration(g, history_size=2, **options)
+        theirs = [torch.from_numpy(numpy.array(kind.run(start.numpy()).params)) for kind in kinds]
+    for method, expected in zip(("plain", "anderson"), theirs, strict=True):
+        result = generic.run(lambda z: f(z[0]).unsqueeze(0), start.unsqueeze(0), Rule(method, 1e-12, 5000))
+        torch.testing.assert_close(result.z[0], expected, rtol=1e-7, atol=1e-9)
+
+
+def adjoint_problem(dtype, B=6, D=40):
+    """z = z A + g with a sample each of contraction 0.1 to 0.9, and its solution in float64."""
+    generator = torch.Generator().manual_seed(1)
+    A = torch.randn(D, D, generator=generator, dtype=torch.float64)
+    A = A / torch.linalg.matrix_norm(A, 2)
+    share = torch.linspace(0.1, 0.9, B, dtype=torch.float64).unsqueeze(1)
+    g = torch.randn(B, D, generator=generator, dtype=torch.float64)
+    exact = torch.stack([torch.linalg.solve(torch.eye(D) - s * A.T, row) for s, row in zip(share, g, strict=True)])
+    A, share, g = (t.to(dtype) for t in (A, share, g))
+    return (lambda z: share * (z @ A) + g), g, exact
+
+
+@pytest.mark.parametrize("dtype, tol", [(torch.float32, 1e-3), (torch.float64, 1e-8)])
+@pytest.mark.parametrize("kind", [CompiledSteps, TorchSteps])
+def test_affine_equations_stop_at_the_residual_that_is_known(kind, dtype, tol):
+    """An evaluation fewer than for a function that may be anything; what is said of the residual is true."""
+    if kind is CompiledSteps and _library.compiled is None:
+        pytest.skip(f"no compiled library: {_library.reason}")
+    f, g, exact = adjoint_problem(dtype)
+    known, judged = (drive(kind(g, Rule("anderson", tol, 200, depth=8, affine=a)), f, 200)[0] for a in (True, False))
+    assert (known.status == int(Status.CONVERGED)).all() and (known.residual <= tol).all()
+    saved = judged.iterations - known.iterations
+    assert (saved >= 0).all() and (saved > 0).any(), (judged.iterations, known.iterations)
+    residual = (f(known.z) - known.z).double().norm(dim=1) / known.z.double().norm(dim=1)
+    assert (residual <= tol).all()
+    error = (known.z - exact).norm(dim=1) / exact.norm(dim=1)
+    assert (error <= tol / (1 - torch.linspace(0.1, 0.9, 6, dtype=torch.float64))).all()
+
+
+@needs_library
+def test_affine_steps_agree():
+    f, g, _ = adjoint_problem(torch.float64)
+    rule = Rule("anderson", 1e-8, 200, affine=True)
+    ours, theirs = (drive(kind(g, rule), f, 200)[0] for kind in (CompiledSteps, TorchSteps))
+    assert ours.iterations.tolist() == theirs.iterations.tolist()
+    torch.testing.assert_close(ours.z, theirs.z, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(ours.residual, theirs.residual, rtol=1e-2, atol=0.0)
+
+
+@pytest.mark.parametrize("kind", [CompiledSteps, TorchSteps])
+def test_a_tolerance_below_the_rounding_of_the_mix_is_judged_by_evaluations(kind):
+    if kind is CompiledSteps and _library.compiled is None:
+        pytest.skip(f"no compiled library: {_library.reason}")
+    f, g, _ = adjoint_problem(torch.float32)
+    rules = (Rule("anderson", 3e-7, 60, affine=a) for a in (True, False))
+    known, judged = (drive(kind(g, rule), f, 60)[0] for rule in rules)
+    assert known.iterations.tolist() == judged.iterations.tolist() and torch.equal(known.z, judged.z)

@@ -3,7 +3,21 @@
 Reference: "Separation and Bias of Deep Equilibrium Models on Expressivity and Learning Dynamics", NeurIPS 2024.
 """
 
-from . import audio, bias, density, features, flops, gotu, norms, regions, saliency, sawtooth, spectrum, steep
+from . import (
+    audio,
+    bias,
+    density,
+    features,
+    flops,
+    gotu,
+    multiscale,
+    norms,
+    regions,
+    saliency,
+    sawtooth,
+    spectrum,
+    steep,
+)
 from ._ledger import write_ledger
 from ._run import Experiment, Settings, SettingsError, execute, forget_parts, parts_path
 
@@ -22,6 +36,7 @@ REGISTRY: dict[str, Experiment] = {
         spectrum.EXPERIMENT,
         audio.EXPERIMENT,
         saliency.EXPERIMENT,
+        multiscale.EXPERIMENT,
     )
 }
 
