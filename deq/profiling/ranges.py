@@ -107,14 +107,15 @@ def _spans(library: ctypes.CDLL) -> list[Event]:
 
 def call(name: str, function: Callable[..., T], *arguments) -> T:
     """``function(*arguments)`` inside a range. Its second argument is the injection; where it returns an Outcome of
-    :mod:`deq.backends` or a Solution, the range has iterations."""
+    :mod:`deq.backends` or a Solution, alone or as the first of a tuple, the range has iterations."""
     if torch.compiler.is_compiling():
         return function(*arguments)
     with _range(name, arguments[1]) as ended:
         result = function(*arguments)
-        if hasattr(result, "stats") and not torch._C._are_functorch_transforms_active():
-            ended["iterations"] = stats.iterations(result.z, result.stats)
-            ended["plan"] = getattr(result, "plan", None) or next(a for a in arguments if isinstance(a, Plan))
+        solved = result if hasattr(result, "stats") or not isinstance(result, tuple) else result[0]
+        if hasattr(solved, "stats") and not torch._C._are_functorch_transforms_active():
+            ended["iterations"] = stats.iterations(solved.z, solved.stats)
+            ended["plan"] = getattr(solved, "plan", None) or next(a for a in arguments if isinstance(a, Plan))
     return result
 
 

@@ -121,7 +121,8 @@ def solve(W: Tensor, c: Tensor, z0: Tensor | None, activation: str, plan: Plan) 
     if plan.map == "plain":
         outcome = backend.solve(W, c, z0, activation, plan)
         if _is_final(outcome, plan):  # nearly always: what the rungs need is not even made, 8 us less
-            return postpone(outcome, W, c, activation, plan)
+            waits = isinstance(outcome.report, Deferred)
+            return postpone(outcome, W, c, activation, plan) if waits else outcome
     problem = _Equilibria(W, c, activation, backend, partial(_matrix, W, activation))
     return postpone(_climb(problem, z0, plan, outcome), W, c, activation, plan)
 
