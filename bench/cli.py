@@ -217,11 +217,7 @@ def seeds(threads: tuple[int, ...], out: Path) -> None:
     _need_compiled()
     console = Console()
     with console.status("Training"):
-        rows = [
-            run.measure(run.Case(batch=B, must=run.MUST.get((B, n), run.MUST[B, 2])), n)
-            for B in run.BATCHES
-            for n in threads or _default_threads()
-        ]
+        rows = [run.measure(run.Case(batch=B), n) for B in run.BATCHES for n in threads or _default_threads()]
     console.print(report.seeds(rows))
     _finish(rows, out, "seeds", console)
 
