@@ -23,7 +23,7 @@ MEASURES = {
 LEARNED = 0.8  # median test accuracy below which maps say nothing about what a net has learned
 CONFIG = {
     "steps": Choice(
-        600, "of Adam: test accuracy of both nets is above 0.9 then, the DEQ's 0.6 at 200", quick=3, full=3000
+        600, "of Adam: test accuracy of both nets is about 0.9 then, the DEQ's 0.6 at 200", quick=3, full=3000
     ),
     "rate": Choice(2e-2, "Adam; in 600 steps the DEQ reaches a test accuracy of 0.82 at 1e-2, 0.93 at 2e-2"),
     "batch": Choice(32, "images a step, drawn afresh for every seed", quick=8, full=128),
