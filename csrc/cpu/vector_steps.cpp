@@ -22,7 +22,8 @@ DEQ_VECTOR_LOOPS(double)
 
 // The rule of deq/solvers/generic/rule.py and torch_steps.py.
 constexpr int64_t kSlowAfter = 12, kPatience = 128, kPatienceAtFloor = 32;
-constexpr double kSlowContraction = 0.8, kFloorEps = 1000.0, kSafeguard = 10.0, kGrown = 1e3, kSmallestPivot = 1e-3, kGramRounding = 1e-14;
+constexpr double kSlowContraction = 0.8, kFloorEps = 1000.0, kSafeguard = 10.0, kGrown = 1e3, kSmallestPivot = 1e-3,
+                 kGramRounding = 1e-14;
 
 constexpr int64_t kPieceBytes = 16384;
 constexpr int64_t kElementsPerThread = 32768;  // less than this takes no longer than a parallel region's start
@@ -253,8 +254,8 @@ struct Steps {
       rounded += fabs(a[i]) * sqrt(gram[i][i]);
       total += fabs(a[i]);
     }
-    s.mixed = sqrt(std::max(square, 0.0) + kGramRounding * rounded * rounded) +
-              4 * std::numeric_limits<T>::epsilon() * total * size;
+    s.mixed =
+        sqrt(std::max(square, 0.0) + kGramRounding * rounded * rounded) + 4 * std::numeric_limits<T>::epsilon() * total * size;
     return true;
   }
 
