@@ -15,6 +15,7 @@ from pathlib import Path
 
 import click
 
+from .cli import out_option
 from .record import environment, write
 
 SECTIONS = ("SpeedOfLight", "SpeedOfLight_RooflineChart")
@@ -166,13 +167,7 @@ def measure(ncu: str, python: Sequence[str] = (sys.executable,)) -> Iterator[dic
 
 @click.command()
 @click.option("--launch", "launches", is_flag=True, help="Only solve the cases, for ncu to look on.")
-@click.option(
-    "--out",
-    type=click.Path(file_okay=False, path_type=Path),
-    default=Path("bench/results"),
-    show_default=True,
-    help="Folder for the results; a folder named after the device is made in it.",
-)
+@out_option
 def main(launches: bool, out: Path) -> None:
     """Roofline numbers of every GPU kernel, by ncu."""
     if launches:

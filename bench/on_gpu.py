@@ -19,6 +19,8 @@ from pathlib import Path
 
 import click
 
+from .cli import out_option
+
 ROOT = Path(__file__).resolve().parents[1]
 TAIL = 6000  # characters of a step's output that are kept
 GRACE = 10.0  # seconds between an interrupt and the end
@@ -132,13 +134,7 @@ NAMES = tuple(step.name for step in plan((9, 0), Path()))
 @click.command()
 @click.option("--step", "names", type=click.Choice(NAMES), multiple=True, help="Only this step; repeatable.")
 @click.option("--minutes", type=click.FloatRange(min=0, min_open=True), default=9.5, show_default=True, help="In all.")
-@click.option(
-    "--out",
-    type=click.Path(file_okay=False, path_type=Path),
-    default=Path("bench/results"),
-    show_default=True,
-    help="Folder for the results; a folder named after the device is made in it.",
-)
+@out_option
 def main(names: tuple[str, ...], minutes: float, out: Path) -> None:
     """Build, test, sanitize, measure: all that needs a GPU, the most valuable first."""
     import torch

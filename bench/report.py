@@ -202,10 +202,7 @@ def memory(rows: list[dict]) -> Table:
     """One line a competitor, a column a pass."""
     passes = list(dict.fromkeys(row["pass"] for row in rows))
     _, m, B, _ = rows[0]["case"].split("-")
-    table = _table(f"Peak beyond the inputs in buffers of B x m (at most), m = {m[1:]}, B = {B[1:]}")
-    table.add_column("")
-    for which in passes:
-        table.add_column(which, justify="right", no_wrap=True)
+    table = _table(f"Peak beyond the inputs in buffers of B x m (at most), m = {m[1:]}, B = {B[1:]}", "", *passes)
     by_name: dict[str, dict[str, dict]] = {}
     for row in rows:
         by_name.setdefault(row["variant"], {})[row["pass"]] = row
@@ -216,10 +213,15 @@ def memory(rows: list[dict]) -> Table:
 
 def digits(rows: list[dict]) -> Table:
     """One line a competitor."""
-    table = _table(f"Training a classifier of handwritten digits, {rows[0]['epochs']} epochs")
-    table.add_column("")
-    for heading in ("seconds", "over deq's", "test accuracy", "its", "failed solves"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = _table(
+        f"Training a classifier of handwritten digits, {rows[0]['epochs']} epochs",
+        "",
+        "seconds",
+        "over deq's",
+        "test accuracy",
+        "its",
+        "failed solves",
+    )
     for row in rows:
         iterations = sum(row["mean_iterations"]) / len(row["mean_iterations"])
         table.add_row(
@@ -235,10 +237,7 @@ def digits(rows: list[dict]) -> Table:
 
 def seeds(rows: list[dict]) -> Table:
     """One line a case: milliseconds of a training step of all seeds, deq's trainer and the loop seed after seed."""
-    table = _table("A training step of all seeds, ms")
-    table.add_column("")
-    for heading in ("at once", "loop", "ratio", "must", "losses differ by"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = _table("A training step of all seeds, ms", "", "at once", "loop", "ratio", "must", "losses differ by")
     for row in rows:
         ms = (f"{1000 * row[key]:.2f}" for key in ("seconds", "loop_seconds"))
         mark = "" if row["reached"] else "[red]![/]"
@@ -248,10 +247,15 @@ def seeds(rows: list[dict]) -> Table:
 
 def steep(rows: list[dict]) -> Table:
     """One line a number of threads: seconds of a training step, of its products alone, and their ratio."""
-    table = _table("Forward + backward of a training step of steep, s")
-    table.add_column("")
-    for heading in ("step", "products", "evaluations", "step / products", "at most"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = _table(
+        "Forward + backward of a training step of steep, s",
+        "",
+        "step",
+        "products",
+        "evaluations",
+        "step / products",
+        "at most",
+    )
     for row in rows:
         seconds = (f"{row[key]:.2f}" for key in ("seconds", "gemm_seconds"))
         mark = "" if row["reached"] else "[red]![/]"
@@ -267,8 +271,12 @@ def summary(rows: list[dict]) -> str:
     return f"{text}; not: {', '.join(dict.fromkeys(missed))}." if missed else text + "."
 
 
-def _table(title: str) -> Table:
-    return Table(title=title, min_width=len(title), box=None, pad_edge=False, collapse_padding=True)
+def _table(title: str, *headings: str) -> Table:
+    """The first column names a row, the others hold numbers; without headings the caller adds the columns."""
+    table = Table(title=title, min_width=len(title), box=None, pad_edge=False, collapse_padding=True)
+    for i, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if i else "left", no_wrap=i > 0)
+    return table
 
 
 def _cell(row: dict, field: str) -> str:

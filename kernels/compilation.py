@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 from .tiles import OLDEST
 
+# Types of what judge.rule gives a kernel.
+RULE_TYPES = dict.fromkeys(("tol", "leave"), "fp32") | dict.fromkeys(("max_iter", "patience"), "i32")
+
 
 @dataclass(frozen=True)
 class Compilation:

@@ -21,7 +21,7 @@ from torch import Tensor
 from deq.activations import ACTIVATIONS
 
 from .cell import INTERPRETED, multiply_add, tile_of
-from .compilation import Compilation
+from .compilation import RULE_TYPES, Compilation
 from .iteration import advance_scales, ending, is_last, total_of
 from .judge import ERROR, LIVE, judge
 from .records import (
@@ -255,8 +255,8 @@ def _compilation(increments: str, tiles: Tiles, end: str, activation: str, width
         function="delta:delta_kernel",
         types={
             "table_ptr": "*i64",
-            **dict.fromkeys(("step_of_turn", "B", "m", "stride_d", "max_iter", "patience"), "i32"),
-            **dict.fromkeys(("tol", "leave"), "fp32"),
+            **dict.fromkeys(("step_of_turn", "B", "m", "stride_d"), "i32"),
+            **RULE_TYPES,
         },
         constants={
             "ENDING": ENDINGS[end],

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from deq.activations import ACTIVATIONS
 
-from .compilation import Compilation
+from .compilation import RULE_TYPES, Compilation
 from .iteration import ending
 from .judge import CONVERGED, DIVERGED, LIVE, NONFINITE, judge
 from .records import (
@@ -241,9 +241,6 @@ def compilations() -> list[Compilation]:
     return [*found, _finish_compilation(False), _finish_compilation(True)]
 
 
-_RULE = dict.fromkeys(("tol", "leave"), "fp32") | dict.fromkeys(("max_iter", "patience"), "i32")
-
-
 def _start_compilation(end: str, activation: str, increments: str, starts: bool) -> Compilation:
     return Compilation(
         name=f"start, {increments}, {end} of {activation}, {'from a point' if starts else 'from zero'}",
@@ -252,7 +249,7 @@ def _start_compilation(end: str, activation: str, increments: str, starts: bool)
         types={
             "table_ptr": "*i64",
             **dict.fromkeys(("B", "m", "stride_c", "stride_d", "stride_start"), "i32"),
-            **_RULE,
+            **RULE_TYPES,
             **({"start_ptr": "*fp32"} if starts else {}),
         },
         constants={

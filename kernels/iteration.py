@@ -30,7 +30,7 @@ from deq.activations import ACTIVATIONS
 from . import activations
 from .anderson import entry, mixing_weights, ring
 from .cell import INTERPRETED, multiply_add, tile_of
-from .compilation import Compilation
+from .compilation import RULE_TYPES, Compilation
 from .judge import CONVERGED, LIVE, judge
 from .records import (
     ACCELERATIONS,
@@ -477,8 +477,8 @@ def _step_compilation(
         function="iteration:step_kernel",
         types={
             "table_ptr": "*i64",
-            **dict.fromkeys(("turn", "B", "m", across, "stride_c", "stride_d", "max_iter", "patience"), "i32"),
-            **dict.fromkeys(("tol", "leave"), "fp32"),
+            **dict.fromkeys(("turn", "B", "m", across, "stride_c", "stride_d"), "i32"),
+            **RULE_TYPES,
         },
         constants=constants,
         aligned=("table_ptr", "m", across, "stride_c", "stride_d") if width == "aligned" else ("table_ptr",),

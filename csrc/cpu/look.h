@@ -4,6 +4,7 @@
 
 #include "../kernels.h"
 #include "convert.h"
+#include "samples.h"
 
 namespace deq {
 
@@ -20,13 +21,7 @@ inline bool is_larger(const DeqProblem& p, double limit) {
     for (int64_t i = 0; i < m; i += every, ++rows) {
       const int64_t first = s * p.W.stride[0] + i * p.W.stride[1];
       if (plain) {
-        const float* row = static_cast<const float*>(p.W.data) + first;
-        double part[8] = {};
-        int64_t j = 0;
-        for (; j + 8 <= m; j += 8)
-          for (int l = 0; l < 8; ++l) part[l] += static_cast<double>(row[j + l]) * row[j + l];
-        for (; j < m; ++j) part[0] += static_cast<double>(row[j]) * row[j];
-        for (int l = 0; l < 8; ++l) sum += part[l];
+        sum += size_of(static_cast<const float*>(p.W.data) + first, m);
       } else {
         for (int64_t j = 0; j < m; ++j) {
           const double w = element(p.W.data, p.type, first + j * p.W.stride[2]);

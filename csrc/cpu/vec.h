@@ -117,16 +117,23 @@ struct VecMath {
   }
 };
 
+template <class T, int kBytes>
+struct Halves {
+  typedef T V __attribute__((vector_size(kBytes)));
+  typedef T H __attribute__((vector_size(kBytes / 2)));
+  H low, high;
+  inline __attribute__((always_inline)) explicit Halves(const V& v) {
+    memcpy(&low, &v, sizeof low);
+    memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
+  }
+};
+
 // Sum of the lanes by halving, in a fixed order.
 template <class T, int kBytes>
 struct LaneSum {
-  typedef T V __attribute__((vector_size(kBytes)));
-  DEQ_INLINE T of(const V& v) {
-    typedef T H __attribute__((vector_size(kBytes / 2)));
-    H lo, hi;
-    memcpy(&lo, &v, sizeof lo);
-    memcpy(&hi, reinterpret_cast<const char*>(&v) + sizeof lo, sizeof hi);
-    return LaneSum<T, kBytes / 2>::of(lo + hi);
+  DEQ_INLINE T of(const typename Halves<T, kBytes>::V& v) {
+    const Halves<T, kBytes> half(v);
+    return LaneSum<T, kBytes / 2>::of(half.low + half.high);
   }
 };
 template <class T>
@@ -150,13 +157,9 @@ DEQ_INLINE double lane_sum(const typename Simd<T>::V& v) {
 // Largest lane of integers E by halving.
 template <class E, int kBytes>
 struct LaneMax {
-  typedef E V __attribute__((vector_size(kBytes)));
-  DEQ_INLINE E of(const V& v) {
-    typedef E H __attribute__((vector_size(kBytes / 2)));
-    H lo, hi;
-    memcpy(&lo, &v, sizeof lo);
-    memcpy(&hi, reinterpret_cast<const char*>(&v) + sizeof lo, sizeof hi);
-    return LaneMax<E, kBytes / 2>::of(lo > hi ? lo : hi);
+  DEQ_INLINE E of(const typename Halves<E, kBytes>::V& v) {
+    const Halves<E, kBytes> half(v);
+    return LaneMax<E, kBytes / 2>::of(half.low > half.high ? half.low : half.high);
   }
 };
 template <class E>
