@@ -80,6 +80,7 @@ def run(step: Step, seconds: float) -> dict:
             text=True,
             errors="replace",
             start_new_session=True,
+            preexec_fn=_hears_interrupts,
         )
     except OSError as error:
         return record | {"seconds": 0.0, "code": error.errno, "output": f"{command[0]}: {error.strerror}"}
@@ -105,6 +106,11 @@ def run(step: Step, seconds: float) -> dict:
         process.stdout.close()
     seconds = round(time.monotonic() - start, 1)
     return record | {"seconds": seconds, "code": None if sent else code, "output": "".join(output)[-TAIL:]}
+
+
+def _hears_interrupts() -> None:
+    """In a step, before it begins: a job in the background of a script ignores Ctrl-C, and what it starts would too."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def run_all(steps: Sequence[Step], seconds: float, keep: Callable[[list[dict]], object]) -> list[dict]:
