@@ -1,6 +1,6 @@
 """Decides how a problem is run: pure Python, no tensors, so that every decision can be tested without a device."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 
 SOLVERS = ("auto", "plain", "anderson", "cayley", "direct")
@@ -50,6 +50,15 @@ class Plan:
     unless_large: bool = False  # the backend looks at W first, and raises LargeWeight
     rungs: tuple[str, ...] = ()  # of RUNGS, in order: what samples that fail are tried with (deq/solvers/ladder.py)
     why: tuple[str, ...] = ()
+    _hash: int = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        values = (getattr(self, f.name) for f in fields(self) if f.compare)
+        object.__setattr__(self, "_hash", hash(tuple(values)))
+
+    def __hash__(self) -> int:
+        """Computed once: a plan is part of a key at every call, and where caches are cold its fields take 10 us."""
+        return self._hash
 
     def __str__(self) -> str:
         parts = [f"{self.map} map" if self.map in MAPS else self.map, f"{self.precision} on {self.backend}"]

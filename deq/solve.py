@@ -100,11 +100,11 @@ def solve(
         c, z0 = c.reshape(flat), None if z0 is None else z0.reshape(flat)
     if problem.plan.adapts:
         general = problem
-        problem = general._replace(plan=fitted(general.plan, W, c))
+        problem = Problem(activation, fitted(general.plan, W, c), on_failure)
     try:
         z, stats, report = equilibrium(W, c, z0, problem, backward)
     except LargeWeight:
-        problem = general._replace(plan=fitted(general.plan, W, c, large=True))
+        problem = Problem(activation, fitted(general.plan, W, c, large=True), on_failure)
         z, stats, report = equilibrium(W, c, z0, problem, backward)
     solution = Solution(z if canonical else z.reshape(shape), stats, problem.plan)
     if isinstance(report, Deferred):

@@ -383,8 +383,10 @@ class Tile {
 
   // The value at the slot's y becomes its result.
   bool write(const Slot& slot) {
-    if (map_ != DeltaMap::kByRow) k_.first(p_.activation, slot.row.y, slot.row.d, value_[0], m_);  // else respond() has
-    return samples_.write(slot.sample, slot.scale, value_[0]);
+    if (map_ == DeltaMap::kByRow) return samples_.write(slot.sample, slot.scale, value_[0]);  // respond() has left it there
+    float* row = padded_ == m_ && slot.scale == 1 ? samples_.native_row(slot.sample) : nullptr;
+    k_.first(p_.activation, slot.row.y, slot.row.d, row ? row : value_[0], m_);
+    return row || samples_.write(slot.sample, slot.scale, value_[0]);
   }
 
   const DeqProblem& p_;

@@ -30,6 +30,7 @@ struct Increment {
   DEQ_INLINE __m512i widened(__m256i x) { return _mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16); }
 
   DEQ_INLINE V maximum(V a, V b) { return static_cast<V>(_mm512_max_ps(a, b)); }
+  DEQ_INLINE V larger(V largest, V change) { return maximum(largest, VecMath<float>::abs(change)); }
   DEQ_INLINE float lane_max(V v) { return _mm512_reduce_max_ps(v); }
 
   // The elements carry their own exponents: no scale.

@@ -41,7 +41,9 @@ struct Increment {
 
 #if DEQ_VECTOR_BYTES == 64
   DEQ_INLINE V maximum(V a, V b) { return static_cast<V>(_mm512_max_ps(a, b)); }
-  DEQ_INLINE V minimum(V a, V b) { return static_cast<V>(_mm512_min_ps(a, b)); }
+  // max(largest, |change|), and a number cut to 127 in size: one instruction each for two.
+  DEQ_INLINE V larger(V largest, V change) { return static_cast<V>(_mm512_range_ps(largest, change, 0b1011)); }
+  DEQ_INLINE V cut(V x) { return static_cast<V>(_mm512_range_ps(x, M::set(127.0), 0b0010)); }
   DEQ_INLINE float lane_max(V v) { return _mm512_reduce_max_ps(v); }
   DEQ_INLINE Sum to_integer(V v) { return reinterpret_cast<Sum>(_mm512_cvtps_epi32(v)); }
   // Stores the low bytes of the lanes.
@@ -51,7 +53,11 @@ struct Increment {
   }
 #else
   DEQ_INLINE V maximum(V a, V b) { return static_cast<V>(_mm256_max_ps(a, b)); }
-  DEQ_INLINE V minimum(V a, V b) { return static_cast<V>(_mm256_min_ps(a, b)); }
+  DEQ_INLINE V larger(V largest, V change) { return maximum(largest, M::abs(change)); }
+  DEQ_INLINE V cut(V x) {
+    const V most = M::set(127.0);
+    return maximum(static_cast<V>(_mm256_min_ps(x, most)), -most);
+  }
   DEQ_INLINE float lane_max(V v) {
     const __m128 four = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
@@ -70,7 +76,7 @@ struct Increment {
     explicit Quantiser(const deq::DeltaRow& row) : scale(M::set(0.0) + row.next_scale), inverse(M::set(0.0) + row.next_inverse) {}
     // Stores the integers nearest to change / scale, at most 127 in size; returns what they stand for.
     V store(V change, char* at) const {
-      const V cut = maximum(minimum(change * inverse, M::set(127.0)), M::set(-127.0)), shifted = cut + M::set(kRound);
+      const V shifted = cut(change * inverse) + M::set(kRound);
       store_bytes(shifted, at);
       return (shifted - M::set(kRound)) * scale;
     }
