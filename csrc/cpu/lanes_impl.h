@@ -5,6 +5,7 @@
 #include "../judge.h"
 #include "kernels.h"
 #include "lanes.h"
+#include "pack_impl.h"
 #include "vec.h"
 
 namespace {
@@ -29,10 +30,12 @@ __attribute__((noinline)) void lane_tile(const LaneProduct<T>& s, int64_t j) {
   V acc[R];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) acc[r] = V{};
-  for (int64_t k = 0; k < s.width; ++k, w += stride, z += L) {
-    const V b = M::load(z);
+  for (int64_t i = 0; i < s.count; ++i) {
+    const int64_t k = s.inputs[i];
+    const V b = M::load(z + k * L);
+    const T* at = w + k * stride;
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) acc[r] += (w[r] - V{}) * b;
+    for (int r = 0; r < R; ++r) acc[r] += (at[r] - V{}) * b;
   }
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) M::store(s.x + (j + r) * L, acc[r] + M::load(s.c + (j + r) * L));
@@ -56,13 +59,14 @@ DEQ_INLINE void map_with(const LaneMap<T>& s, F f) {
   using M = VecMath<T>;
   using V = typename M::V;
   constexpr int L = kLanes<T>;
+  const auto live = M::load(s.live) != V{};
   V step2{}, size2{};
   for (int64_t block = 0; block < s.width; block += kLaneBlock) {
     const int64_t end = block + kLaneBlock < s.width ? block + kLaneBlock : s.width;
     V step{}, size{};
     for (int64_t j = block; j < end; ++j) {
-      const V y = f(M::load(s.x + j * L), j * L), diff = y - M::load(s.z + j * L);
-      M::store(s.out + j * L, y);
+      const V y = f(M::load(s.x + j * L), j * L), z = M::load(s.z + j * L), diff = y - z;
+      M::store(s.out + j * L, M::select(live, y, z));
       step += diff * diff;
       size += y * y;
     }
@@ -95,7 +99,7 @@ void lane_map(const LaneMap<T>& s) {
 }
 
 template <class T>
-uint32_t lane_look(LaneRecords<T>& s, const T* step2, const T* size2, T tol2, T reach2) {
+deq::LaneNews lane_look(LaneRecords<T>& s, const T* live, const T* step2, const T* size2, T tol2, T leave2, T reach2) {
   using M = VecMath<T>;
   using V = typename M::V;
   using I = typename M::I;
@@ -103,30 +107,82 @@ uint32_t lane_look(LaneRecords<T>& s, const T* step2, const T* size2, T tol2, T 
   const I is_first = last == M::set(static_cast<double>(INFINITY));
   const V start = M::load(s.first2), first = M::select(is_first & (size > start), size, start);
   const V limit = M::select(is_first, first * (reach2 - V{}), M::load(s.limit2));
-  const I common = (size > M::set(sizeof(T) == 4 ? 1e-20 : 1e-120)) & (size < M::set(sizeof(T) == 4 ? 1e30 : 1e120)) &
-                   (step > tol2 * size) & (size <= limit) & (step <= M::load(s.slowest) * last) &
-                   (step * M::load(s.best_size2) < M::load(s.best_step2) * size) & (left > M::set(1.0));
-  M::store(s.first2, M::select(common, first, start));
-  M::store(s.limit2, M::select(common, limit, M::load(s.limit2)));
-  M::store(s.before2, M::select(common, last, M::load(s.before2)));
-  M::store(s.step2, M::select(common, step, last));
-  M::store(s.best_step2, M::select(common, step, M::load(s.best_step2)));
-  M::store(s.best_size2, M::select(common, size, M::load(s.best_size2)));
-  M::store(s.left, M::select(common, left - M::set(1.0), left));
-  constexpr uint32_t kAll = (uint32_t{1} << kLanes<T>)-1;
-  return kAll & ~static_cast<uint32_t>(nonzero_lanes<T>(M::select(common, M::set(1.0), V{})));
+  const I open = (M::load(live) != V{}) & (left > M::set(1.0)) & (size > M::set(sizeof(T) == 4 ? 1e-20 : 1e-120)) &
+                 (size < M::set(sizeof(T) == 4 ? 1e30 : 1e120));
+  const I converged = open & (step <= leave2 * size);
+  const I at_speed = step <= M::set(deq::kSlowContraction * deq::kSlowContraction) * last;
+  const I common = open & (step > leave2 * size) & ((step > tol2 * size) | at_speed) & (size <= limit) &
+                   (step <= M::load(s.slowest) * last) & (step * M::load(s.best_size2) < M::load(s.best_step2) * size);
+  const I known = converged | common;
+  M::store(s.first2, M::select(known, first, start));
+  M::store(s.limit2, M::select(known, limit, M::load(s.limit2)));
+  M::store(s.before2, M::select(known, last, M::load(s.before2)));
+  M::store(s.step2, M::select(known, step, last));
+  M::store(s.best_step2, M::select(known, step, M::load(s.best_step2)));
+  M::store(s.best_size2, M::select(known, size, M::load(s.best_size2)));
+  M::store(s.left, M::select(known, left - M::set(1.0), left));
+  auto bits = [](I mask) { return static_cast<uint32_t>(nonzero_lanes<T>(M::select(mask, M::set(1.0), V{}))); };
+  return {bits(converged), static_cast<uint32_t>(nonzero_lanes<T>(M::load(live))) & ~bits(known)};
 }
 
 template <class T>
-bool lane_leave(const T* column, int lane, T factor, int64_t width, T* out) {
-  column += lane;
-  bool finite = true;
+int64_t lane_nonzero(const T* column, const T* live, int64_t width, int32_t* list) {
+  using M = VecMath<T>;
+  const uint64_t lanes = nonzero_lanes<T>(M::load(live));
+  int64_t count = 0;
   for (int64_t j = 0; j < width; ++j, column += kLanes<T>) {
-    const T value = factor * *column;
-    out[j] = value;
-    finite &= value - value == 0;
+    list[count] = static_cast<int32_t>(j);
+    count += (nonzero_lanes<T>(M::load(column)) & lanes) != 0;
   }
-  return finite;
+  return count;
+}
+
+template <class T>
+void lane_columns(const T* rows, int64_t stride, int64_t count, int64_t width, T* column) {
+  Transposition<T>().run(rows, stride, count, width, column, kLanes<T>);
+}
+
+template <class T>
+void lane_rows(const T* column, int64_t width, T* rows, int64_t stride) {
+  Transposition<T>().run(column, kLanes<T>, width, kLanes<T>, rows, stride);
+}
+
+template <class T>
+void lane_reach(const T* column, int64_t width, T* largest) {
+  using M = VecMath<T>;
+  using I = typename M::I;
+  I most{};  // magnitudes order like their bit patterns, NaN above infinity
+  for (int64_t j = 0; j < width; ++j) {
+    const I bits = reinterpret_cast<I>(M::abs(M::load(column + j * kLanes<T>)));
+    most = bits > most ? bits : most;
+  }
+  const I infinity = reinterpret_cast<I>(M::set(static_cast<double>(INFINITY)));
+  M::store(largest, reinterpret_cast<typename M::V>(most < infinity ? most : infinity));
+}
+
+template <class T>
+void lane_scale(T* column, const T* factors, int64_t width) {
+  using M = VecMath<T>;
+  const typename M::V factor = M::load(factors);
+  for (int64_t j = 0; j < width; ++j) M::store(column + j * kLanes<T>, factor * M::load(column + j * kLanes<T>));
+}
+
+template <class T>
+void lane_move(const T* column, const deq::LaneMove<T>& from, int64_t width, T* to) {
+  using M = VecMath<T>;
+  constexpr int L = kLanes<T>;
+  typename M::I source;
+  memcpy(&source, from, sizeof source);
+  for (int64_t j = 0; j < width; ++j, column += L, to += L) {
+    const typename M::V all = M::load(column);
+#ifdef __clang__
+    typename M::V taken{};
+    for (int i = 0; i < L; ++i) taken[i] = all[source[i] & (L - 1)];
+#else
+    const typename M::V taken = __builtin_shuffle(all, source);  // takes its indices modulo the lanes
+#endif
+    M::store(to, M::select(source < 0, M::load(to), taken));
+  }
 }
 
 template <class T, int N>
@@ -270,8 +326,13 @@ const deq::LaneKernels<T>* lane_table() {
       .product = lane_product<T>,
       .map = lane_map<T>,
       .look = lane_look<T>,
+      .nonzero = lane_nonzero<T>,
+      .columns = lane_columns<T>,
+      .rows = lane_rows<T>,
+      .reach = lane_reach<T>,
+      .scale = lane_scale<T>,
+      .move = lane_move<T>,
       .take = lane_take<T>,
-      .leave = lane_leave<T>,
       .mix = lane_mix<T>,
   };
   return &kTable;
