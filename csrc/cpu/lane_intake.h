@@ -85,6 +85,7 @@ class LaneIntake {
       const bool is_zero = !p_.start.data;
       lane_.map(LaneMap<T>{is_zero ? c : y, zeros_, is_zero ? d : nullptr, y, m_, is_zero ? p_.activation : kIdentity,
                            is_zero && p_.reflected, factor, size2, ones_});
+      nonzero = lane_.nonzero(d ? d : y, m_);
       for (uint32_t rest = waiting; rest; rest &= rest - 1) {
         const int i = __builtin_ctz(rest);
         double size = static_cast<double>(size2[i]);
@@ -98,12 +99,13 @@ class LaneIntake {
   T *c, *y, *d;                // columns: the injections; the first evaluations, or the starts; d null without a mask
   LaneSlot slots[kMostLanes];  // sample, scale and start2, the |y|^2
   uint32_t waiting = 0;        // lanes with samples that nobody has taken yet
+  uint64_t nonzero = 0;        // bits of the elements of y, or with a mask of d, that are not zero in every lane
 
  private:
   void columns(const DeqView& view, int64_t s, int64_t first, int64_t n, T* to) {
-    int64_t stride;
-    const T* rows = samples_.rows(view, s, first, n, buffer_, &stride);
-    lane_.columns(rows, stride, n, m_, to);
+    int64_t strides[2];
+    const T* from = samples_.block(view, s, first, n, buffer_, strides);
+    lane_.columns(from, strides[0], strides[1], n, m_, to);
   }
 
   const DeqProblem& p_;

@@ -6,8 +6,6 @@
 // numbers, until some more are: they leave and others enter together. Lanes do not touch each other, so that a sample's answer
 // does not depend on its batch mates. What the two engines do to a sample is the same; their residuals are summed in another
 // order.
-#include <limits.h>
-
 #include <algorithm>
 #include <atomic>
 #include <cstring>
@@ -31,10 +29,6 @@ thread_local Arena lanes_arena;
 constexpr int kFewRows = 4;
 constexpr int64_t kFewFrom = 24;
 
-// Where activations leave zeros, elements that are zero in every lane are left out of the products: many in a batch whose samples
-// lie in order, few in one of random order, where so many steps pass until they are looked for again.
-constexpr int kLookForZerosAfter = 8;
-
 template <class T>
 class LaneGroup {
  public:
@@ -49,7 +43,8 @@ class LaneGroup {
         m_(p.width),
         lanes_(lane_.lanes),
         rule_(make_rule(p.tol, p.max_iter, p.criterion, p.width, sizeof(T) == 8)),
-        leaves_zeros_(!p.reflected && (p.mask.data ? !p.start.data : p.activation == kRelu)),
+        sweeps_(!p.reflected && (p.mask.data ? !p.start.data : p.activation == kRelu)),
+        all_(~uint64_t{0} >> (64 - p.width)),
         depth_(std::min<int>(std::max(p.depth, 1), kMaxDepth)),
         reach2_(1 / (rule_.eps * rule_.eps * rule_.eps * rule_.eps)) {}
 
@@ -93,7 +88,7 @@ class LaneGroup {
     const int64_t column = m_ * lanes_, padded = samples_.padded();
     const int64_t columns = 3 + (p_.mask.data ? 1 : 0) + (p_.reflected ? 2 : 0) + (accelerates ? 2 * depth_ : 0);
     const int64_t rows = 2 * lanes_ + 2 * kFewRows + 3, sums = 2 * lanes_ * kFewRows;
-    const int64_t elements = columns * column + intake_.elements() + rows * padded + sums;
+    const int64_t elements = columns * column + intake_.elements() + rows * padded + sums + m_ * m_;
     T* at = static_cast<T*>(lanes_arena.get(elements * static_cast<int64_t>(sizeof(T))));
     if (!at) return false;
     std::fill(at, at + elements - (accelerates ? 2 * depth_ * column : 0), T(0));
@@ -124,12 +119,22 @@ class LaneGroup {
       windows_.g[i] = take(column);
     }
     w_ = static_cast<const T*>(packed_.data) + matrix_ * (packed_.matrix_bytes / static_cast<int64_t>(sizeof(T)));
+    if (sweeps_) flatten(take(m_ * m_));
     live_ = done_ = accelerated_ = gathered_ = 0;
     std::fill(alive_, alive_ + lanes_, T(0));
     newest_ = 0;
-    look_for_zeros_ = 0;
-    list_all_inputs();
+    nonzero_ = 0;
     return true;
+  }
+
+  // The panels of the packed weight side by side.
+  void flatten(T* to) {
+    flat_ = to;
+    const T* from = w_;
+    for (int64_t j = 0; j < m_; j += k_.panel) {
+      const int64_t stride = std::min<int64_t>(samples_.padded() - j, k_.panel), columns = std::min<int64_t>(m_ - j, stride);
+      for (int64_t k = 0; k < m_; ++k, from += stride) std::copy(from, from + columns, to + k * m_ + j);
+    }
   }
 
   void set_live(int lane, bool live) {
@@ -152,10 +157,16 @@ class LaneGroup {
     const int count = __builtin_popcount(live_);
     const Range range(Span::kStep, count);
     const bool by_row = count <= std::min(kFewRows, lanes_ / 4) && m_ >= kFewFrom;
-    const int64_t inputs = by_row ? m_ : find_inputs(z);
     work_.native_rows += count;
-    work_.native_products += (by_row ? count : lanes_) * m_ * inputs;
     ++work_.native_sweeps;
+    if (sweeps_ && !by_row) {
+      const int64_t inputs = __builtin_popcountll(nonzero_);
+      work_.native_products += lanes_ * inputs * (d_ ? inputs : m_);
+      nonzero_ = lane_.sweep(LaneSweep<T>{flat_, z, c_, d_, out, m_, nonzero_, alive_, live_ | done_, step2_, size2_});
+      return;
+    }
+    work_.native_products += (by_row ? count : lanes_) * m_ * m_;
+    nonzero_ = all_;
     if (by_row) {
       int lane[kFewRows], n = 0;
       const T* c[kFewRows];
@@ -170,30 +181,9 @@ class LaneGroup {
       k_.step(Step<T>{z_rows_, x_rows_, c, ones_rows_, sums_, nullptr, w_, m_, kIdentity, 0, 0, samples_.padded()}, n);
       for (int i = 0; i < n; ++i) scatter(x_rows_[i], lane[i], x);
     } else {
-      lane_.product(LaneProduct<T>{w_, z, c_, x, m_, inputs_, inputs});
+      lane_.product(LaneProduct<T>{w_, z, c_, x, m_});
     }
     lane_.map(LaneMap<T>{x, z, d_, out, m_, p_.activation, p_.reflected != 0, step2_, size2_, alive_});
-  }
-
-  // Lists the elements of z that products need, and returns their number.
-  int64_t find_inputs(const T* z) {
-    if (!leaves_zeros_) return found_;
-    if (look_for_zeros_ > 0) {
-      --look_for_zeros_;
-      return found_;
-    }
-    found_ = lane_.nonzero(d_ ? d_ : z, alive_, m_, inputs_);
-    if (d_) {
-      look_for_zeros_ = INT_MAX;  // until another sample enters
-    } else if (found_ > m_ - m_ / 8) {
-      look_for_zeros_ = kLookForZerosAfter;
-      list_all_inputs();
-    }
-    return found_;
-  }
-  void list_all_inputs() {
-    for (int64_t j = 0; j < m_; ++j) inputs_[j] = static_cast<int32_t>(j);
-    found_ = m_;
   }
 
   // Puts samples of the queue into free lanes; returns those that it filled.
@@ -215,12 +205,13 @@ class LaneGroup {
       if (!now) continue;
       lane_.move(intake_.c, from, m_, c_);
       lane_.move(intake_.y, from, m_, z_[current_]);
+      if (sweeps_ && d_) lane_.move(intake_.y, from, m_, z_[1 - current_]);  // of elements left out both must be zero
+      nonzero_ |= intake_.nonzero;
       if (d_) lane_.move(intake_.d, from, m_, d_);
       if (p_.reflected && !p_.start.data) lane_.move(intake_.c, from, m_, pre_[current_]);
       entered |= now;
     }
     gathered_ &= ~entered;
-    if (entered && d_) look_for_zeros_ = 0;
     return entered;
   }
 
@@ -367,6 +358,7 @@ class LaneGroup {
                                           static_cast<double>(windows_.gram[order[0]][order[0]][lane]),
                                           static_cast<double>(windows_.gram[order[1]][order[1]][lane]), depth_);
     if (count > 1) lane_.mix(windows_, order, count, static_cast<T>(10 * rule_.eps), f, m_);
+    if (!d_) nonzero_ = all_;
   }
 
   static constexpr int64_t kUnseen = 1 << 20;  // an integer in every T
@@ -381,25 +373,24 @@ class LaneGroup {
   const int64_t m_;
   const int lanes_;
   const Rule rule_;
-  const bool leaves_zeros_;
+  const bool sweeps_;   // product and map at once
+  const uint64_t all_;  // a bit for every element
   const int depth_;
   const double reach2_;  // limit2 of a Record over the size that it follows from
   int64_t matrix_ = 0;
   int current_ = 0, newest_ = 0;
-  int most_ = 0;            // lanes in use
-  int look_for_zeros_ = 0;  // steps until they are looked for again
-  int64_t found_ = 0;       // elements in inputs_
+  int most_ = 0;          // lanes in use
+  uint64_t nonzero_ = 0;  // elements that sweeps need
   DeqWork work_{};
   uint32_t live_ = 0, accelerated_ = 0;
   uint32_t done_ = 0;      // converged, and still in their lanes
   uint32_t gathered_ = 0;  // their injections are in c_rows_
-  const T* w_ = nullptr;
+  const T *w_ = nullptr, *flat_ = nullptr;
   T *z_[2], *pre_[2], *c_, *d_, *row_, *other_, *rows_;
   T *c_rows_[kMostLanes], *z_rows_[kFewRows], *x_rows_[kFewRows], *ones_rows_[kFewRows], *sums_[kFewRows];
   LaneRecords<T> records_{};
   LaneWindows<T> windows_{};
   alignas(64) T step2_[kMostLanes], size2_[kMostLanes], alive_[kMostLanes];
-  int32_t inputs_[kLaneVectors * kMostLanes];
   int left_[kMostLanes];
   LaneSlot slots_[kMostLanes];
 };

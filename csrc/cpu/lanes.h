@@ -19,8 +19,6 @@ struct LaneProduct {
   const T *packed, *z, *c;
   T* x;
   int64_t width;
-  const int32_t* inputs;  // ascending: the `count` elements of z that are not zero in every lane
-  int64_t count;
 };
 
 // out = act(x), or d x with a mask, or with `reflected` 2 act(x) - x or 2 d x - x; x may be out unless it is reflected.
@@ -33,6 +31,19 @@ struct LaneMap {
   bool reflected;
   T *step2, *size2;  // |out - z|^2 and |out|^2 of every lane
   const T* live;     // in the lanes where this is 0 out is z
+};
+
+// Product and map at once for relu or a mask, without the elements that are zero in every lane: many in a batch whose samples lie
+// in order, none in one of random order.
+template <class T>
+struct LaneSweep {
+  const T *w, *z, *c, *d;  // w[k m + j] = W[j][k]; d null: out = relu(W z + c)
+  T* out;
+  int64_t width;
+  uint64_t nonzero;  // at least the elements of z, or with d those of d, that are not zero; with d the others are zero in out too
+  const T* live;     // in the lanes where this is 0 out is z
+  uint32_t kept;     // the lanes whose elements are of interest
+  T *step2, *size2;  // |out - z|^2 and |out|^2 of every lane
 };
 
 // What progresses() of judge.h needs to know of every lane's Record.
@@ -67,13 +78,15 @@ struct LaneKernels {
   int lanes;
   void (*product)(const LaneProduct<T>&);
   void (*map)(const LaneMap<T>&);
+  uint64_t (*sweep)(const LaneSweep<T>&);  // returns `nonzero` of out, or of d
   // judge() of judge.h for every live lane at once where it is plain: progress, at speed, also at the first evaluation, which
   // sets limit2 to reach2 x first2; or convergence.
   LaneNews (*look)(LaneRecords<T>&, const T* live, const T* step2, const T* size2, T tol2, T leave2, T reach2);
-  // Lists the elements of `column` that are not zero in every live lane.
-  int64_t (*nonzero)(const T* column, const T* live, int64_t width, int32_t* list);
-  // Rows become columns, column[j][i] = rows[i][j] for `count` samples, and columns become the rows of all lanes.
-  void (*columns)(const T* rows, int64_t stride, int64_t count, int64_t width, T* column);
+  // Bits of the elements that are not zero in every lane.
+  uint64_t (*nonzero)(const T* column, int64_t width);
+  // Any strides become columns, column[j][i] = from[i * sample_stride + j * stride] for `count` samples; columns become the rows
+  // of all lanes.
+  void (*columns)(const T* from, int64_t sample_stride, int64_t stride, int64_t count, int64_t width, T* column);
   void (*rows)(const T* column, int64_t width, T* rows, int64_t stride);
   // Largest magnitude of every lane, infinity if an element is not finite.
   void (*reach)(const T* column, int64_t width, T* largest);

@@ -14,10 +14,11 @@ using deq::kMaxDepth;
 using deq::LaneMap;
 using deq::LaneProduct;
 using deq::LaneRecords;
+using deq::LaneSweep;
 using deq::LaneWindows;
 
 constexpr int kLaneRows = DEQ_VECTOR_BYTES == 64 ? 16 : 8;  // outputs of one register tile
-constexpr int64_t kLaneBlock = 8;  // a sum over m is a sum of sums over so many: its rounding error grows with both, not with m
+constexpr int kLaneBlock = 8;  // a sum over m is a sum of sums over so many: its rounding error grows with both, not with m
 
 // Outputs [j, j + R). The order of k is that of the row engine's tiles, and so are the bits.
 template <class T, int R>
@@ -30,12 +31,10 @@ __attribute__((noinline)) void lane_tile(const LaneProduct<T>& s, int64_t j) {
   V acc[R];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) acc[r] = V{};
-  for (int64_t i = 0; i < s.count; ++i) {
-    const int64_t k = s.inputs[i];
-    const V b = M::load(z + k * L);
-    const T* at = w + k * stride;
+  for (int64_t k = 0; k < s.width; ++k, w += stride, z += L) {
+    const V b = M::load(z);
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) acc[r] += (at[r] - V{}) * b;
+    for (int r = 0; r < R; ++r) acc[r] += (w[r] - V{}) * b;
   }
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) M::store(s.x + (j + r) * L, acc[r] + M::load(s.c + (j + r) * L));
@@ -52,6 +51,67 @@ template <class T>
 void lane_product(const LaneProduct<T>& s) {
   constexpr int64_t kPanel = 2 * kLanes<T>;
   for (int64_t j = 0; j < s.width; j += kPanel) lane_tiles<T, kLaneRows>(s, j, j + kPanel < s.width ? j + kPanel : s.width);
+}
+
+// Outputs rows[0..R) of a sweep, every one the sum of lane_tile() without products with zeros; adds up to kLaneBlock of them.
+template <class T, int R>
+__attribute__((noinline)) uint64_t sweep_tile(const LaneSweep<T>& s, const int32_t* rows, typename Simd<T>::V* sums) {
+  using M = VecMath<T>;
+  using V = typename M::V;
+  constexpr int L = kLanes<T>;
+  static_assert(R <= kLaneBlock);
+  const T *w[R], *z = s.z;
+  V acc[R];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+    w[r] = s.w + rows[r];
+    acc[r] = V{};
+  }
+  for (uint64_t rest = s.nonzero; rest; rest &= rest - 1) {
+    const int64_t k = __builtin_ctzll(rest), at = k * s.width;
+    const V b = M::load(z + k * L);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) acc[r] += (w[r][at] - V{}) * b;
+  }
+  const auto live = M::load(s.live) != V{};
+  const uint64_t kept = s.kept;
+  uint64_t nonzero = 0;
+  V step{}, size{};
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+    const int64_t at = rows[r] * L;
+    const V x = acc[r] + M::load(s.c + at), d = s.d ? M::load(s.d + at) : V{}, y = s.d ? d * x : M::positive(x);
+    const V before = M::load(z + at), diff = y - before;
+    M::store(s.out + at, M::select(live, y, before));
+    step += diff * diff;
+    size += y * y;
+    nonzero |= static_cast<uint64_t>((nonzero_lanes<T>(s.d ? d : y) & kept) != 0) << rows[r];
+  }
+  sums[0] += step;
+  sums[1] += size;
+  return nonzero;
+}
+
+template <class T, int R>
+DEQ_INLINE uint64_t sweep_tiles(const LaneSweep<T>& s, const int32_t* rows, int count, typename Simd<T>::V* sums) {
+  uint64_t nonzero = 0;
+  for (; count >= R; count -= R, rows += R) nonzero |= sweep_tile<T, R>(s, rows, sums);
+  if constexpr (R > 1) nonzero |= sweep_tiles<T, R / 2>(s, rows, count, sums);
+  return nonzero;
+}
+
+template <class T>
+uint64_t lane_sweep(const LaneSweep<T>& s) {
+  using M = VecMath<T>;
+  typename M::V sums[2] = {};
+  int32_t rows[64];
+  int count = 0;
+  const uint64_t all = ~uint64_t{0} >> (64 - s.width);
+  for (uint64_t rest = s.d ? s.nonzero : all; rest; rest &= rest - 1) rows[count++] = __builtin_ctzll(rest);
+  const uint64_t nonzero = sweep_tiles<T, kLaneBlock>(s, rows, count, sums);
+  M::store(s.step2, sums[0]);
+  M::store(s.size2, sums[1]);
+  return nonzero;
 }
 
 template <class T, class F>
@@ -126,20 +186,26 @@ deq::LaneNews lane_look(LaneRecords<T>& s, const T* live, const T* step2, const 
 }
 
 template <class T>
-int64_t lane_nonzero(const T* column, const T* live, int64_t width, int32_t* list) {
+uint64_t lane_nonzero(const T* column, int64_t width) {
   using M = VecMath<T>;
-  const uint64_t lanes = nonzero_lanes<T>(M::load(live));
-  int64_t count = 0;
-  for (int64_t j = 0; j < width; ++j, column += kLanes<T>) {
-    list[count] = static_cast<int32_t>(j);
-    count += (nonzero_lanes<T>(M::load(column)) & lanes) != 0;
-  }
-  return count;
+  uint64_t nonzero = 0;
+  for (int64_t j = 0; j < width; ++j)
+    nonzero |= static_cast<uint64_t>(nonzero_lanes<T>(M::load(column + j * kLanes<T>)) != 0) << j;
+  return nonzero;
 }
 
 template <class T>
-void lane_columns(const T* rows, int64_t stride, int64_t count, int64_t width, T* column) {
-  Transposition<T>().run(rows, stride, count, width, column, kLanes<T>);
+void lane_columns(const T* from, int64_t sample_stride, int64_t stride, int64_t count, int64_t width, T* column) {
+  using M = VecMath<T>;
+  constexpr int L = kLanes<T>;
+  if (stride == 1) return Transposition<T>().run(from, sample_stride, count, width, column, L);
+  for (int64_t j = 0; j < width; ++j, from += stride, column += L) {
+    if (sample_stride != 1) {
+      for (int64_t i = 0; i < count; ++i) column[i] = from[i * sample_stride];
+    } else {
+      M::store(column, count == L ? M::load(from) : load_first<T>(from, count));
+    }
+  }
 }
 
 template <class T>
@@ -325,6 +391,7 @@ const deq::LaneKernels<T>* lane_table() {
       .lanes = kLanes<T>,
       .product = lane_product<T>,
       .map = lane_map<T>,
+      .sweep = lane_sweep<T>,
       .look = lane_look<T>,
       .nonzero = lane_nonzero<T>,
       .columns = lane_columns<T>,

@@ -115,14 +115,15 @@ class Samples {
     return std::clamp<int64_t>(p_.batch - *first, 0, most);
   }
 
-  // The rows of samples b to b + n of matrix s, `stride` apart: where they are, or converted in `buffer`, padded.
-  const T* rows(const DeqView& view, int64_t s, int64_t b, int64_t n, T* buffer, int64_t* stride) const {
-    if (native_ && view.stride[2] == 1) {
-      *stride = view.stride[1];
+  // Samples b to b + n of matrix s: where they are, or the rows of `buffer` that they were converted into, padded; `strides` from
+  // sample to sample and from element to element.
+  const T* block(const DeqView& view, int64_t s, int64_t b, int64_t n, T* buffer, int64_t (&strides)[2]) const {
+    if (native_) {
+      strides[0] = view.stride[1], strides[1] = p_.width > 1 ? view.stride[2] : 1;
       return static_cast<const T*>(view.data) + offset(view, s, b);
     }
     for (int64_t i = 0; i < n; ++i) load_row<T>(view, p_.type, offset(view, s, b + i), T(1), p_.width, buffer + i * padded_);
-    *stride = padded_;
+    strides[0] = padded_, strides[1] = 1;
     return buffer;
   }
 
