@@ -8,6 +8,7 @@
 // order.
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstring>
 #include <memory>
 
@@ -239,18 +240,19 @@ class LaneGroup {
 
   // The samples that are done leave with the current iterate.
   void leave() {
+    if (!done_) return;
+    alignas(64) T residual[kMostLanes];
+    for (int lane = 0; lane < lanes_; ++lane) residual[lane] = std::sqrt(records_.best_step2[lane] / records_.best_size2[lane]);
     const bool together = !p_.reflected && __builtin_popcount(done_) > lanes_ / 8;
     const int64_t padded = samples_.padded();
     if (together) lane_.rows(z_[current_], m_, rows_, padded);
     for (; done_; done_ &= done_ - 1) {
       const int lane = __builtin_ctz(done_);
       const LaneSlot& slot = slots_[lane];
-      recall(lane);
-      if (together) {
-        report(slot, samples_.write(slot.sample, slot.scale, rows_ + lane * padded) ? Verdict::kConverged : Verdict::kDiverged);
-      } else {
-        finish(slot, lane, Verdict::kConverged, newest());
-      }
+      const bool fits =
+          together ? samples_.write(slot.sample, slot.scale, rows_ + lane * padded) : write(slot, lane, newest());
+      samples_.report(slot.sample, slot.record.iteration + unseen(lane), residual[lane],
+                      fits ? Verdict::kConverged : Verdict::kDiverged);
     }
   }
 
@@ -303,13 +305,14 @@ class LaneGroup {
     left_[lane] = always ? 0 : static_cast<int>(std::min<int64_t>(rule_.max_iter - record.iteration, kUnseen));
     records_.left[lane] = static_cast<T>(left_[lane]);
   }
+  int unseen(int lane) const { return left_[lane] - static_cast<int>(records_.left[lane]); }
   void recall(int lane) {
     Record& record = slots_[lane].record;
-    const int unseen = left_[lane] - static_cast<int>(records_.left[lane]);
-    if (unseen == 0) return;
+    const int steps = unseen(lane);
+    if (steps == 0) return;
     slots_[lane].saved = false;
     if (record.iteration == 0) record.limit2 = reach2_ * static_cast<double>(records_.first2[lane]);
-    record.best_at = record.iteration += unseen;
+    record.best_at = record.iteration += steps;
     record.step2[0] = static_cast<double>(records_.step2[lane]);
     record.step2[1] = static_cast<double>(records_.before2[lane]);
     record.best_step2 = static_cast<double>(records_.best_step2[lane]);

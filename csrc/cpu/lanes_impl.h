@@ -54,7 +54,7 @@ void lane_product(const LaneProduct<T>& s) {
 }
 
 // Outputs rows[0..R) of a sweep, every one the sum of lane_tile() without products with zeros; adds up to kLaneBlock of them.
-template <class T, int R>
+template <class T, bool masked, int R>
 __attribute__((noinline)) uint64_t sweep_tile(const LaneSweep<T>& s, const int32_t* rows, typename Simd<T>::V* sums) {
   using M = VecMath<T>;
   using V = typename M::V;
@@ -80,23 +80,30 @@ __attribute__((noinline)) uint64_t sweep_tile(const LaneSweep<T>& s, const int32
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
     const int64_t at = rows[r] * L;
-    const V x = acc[r] + M::load(s.c + at), d = s.d ? M::load(s.d + at) : V{}, y = s.d ? d * x : M::positive(x);
+    const V x = acc[r] + M::load(s.c + at);
+    V y, decisive;
+    if constexpr (masked) {
+      decisive = M::load(s.d + at);
+      y = decisive * x;
+    } else {
+      decisive = y = M::positive(x);
+    }
     const V before = M::load(z + at), diff = y - before;
     M::store(s.out + at, M::select(live, y, before));
     step += diff * diff;
     size += y * y;
-    nonzero |= static_cast<uint64_t>((nonzero_lanes<T>(s.d ? d : y) & kept) != 0) << rows[r];
+    nonzero |= static_cast<uint64_t>((nonzero_lanes<T>(decisive) & kept) != 0) << rows[r];
   }
   sums[0] += step;
   sums[1] += size;
   return nonzero;
 }
 
-template <class T, int R>
+template <class T, bool masked, int R>
 DEQ_INLINE uint64_t sweep_tiles(const LaneSweep<T>& s, const int32_t* rows, int count, typename Simd<T>::V* sums) {
   uint64_t nonzero = 0;
-  for (; count >= R; count -= R, rows += R) nonzero |= sweep_tile<T, R>(s, rows, sums);
-  if constexpr (R > 1) nonzero |= sweep_tiles<T, R / 2>(s, rows, count, sums);
+  for (; count >= R; count -= R, rows += R) nonzero |= sweep_tile<T, masked, R>(s, rows, sums);
+  if constexpr (R > 1) nonzero |= sweep_tiles<T, masked, R / 2>(s, rows, count, sums);
   return nonzero;
 }
 
@@ -108,7 +115,8 @@ uint64_t lane_sweep(const LaneSweep<T>& s) {
   int count = 0;
   const uint64_t all = ~uint64_t{0} >> (64 - s.width);
   for (uint64_t rest = s.d ? s.nonzero : all; rest; rest &= rest - 1) rows[count++] = __builtin_ctzll(rest);
-  const uint64_t nonzero = sweep_tiles<T, kLaneBlock>(s, rows, count, sums);
+  const uint64_t nonzero =
+      s.d ? sweep_tiles<T, true, kLaneBlock>(s, rows, count, sums) : sweep_tiles<T, false, kLaneBlock>(s, rows, count, sums);
   M::store(s.step2, sums[0]);
   M::store(s.size2, sums[1]);
   return nonzero;

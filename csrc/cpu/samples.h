@@ -155,8 +155,11 @@ class Samples {
   }
 
   void report(int64_t sample, const Record& record, Verdict verdict) {
-    p_.iterations[sample] = static_cast<int32_t>(record.iteration);
-    static_cast<T*>(p_.residual)[sample] = static_cast<T>(record.residual());
+    report(sample, record.iteration, static_cast<T>(record.residual()), verdict);
+  }
+  void report(int64_t sample, int64_t iterations, T residual, Verdict verdict) {
+    p_.iterations[sample] = static_cast<int32_t>(iterations);
+    static_cast<T*>(p_.residual)[sample] = residual;
     p_.status[sample] = static_cast<uint8_t>(verdict);
     if (verdict != Verdict::kConverged) totals_.failed.fetch_add(1, std::memory_order_relaxed);
   }
