@@ -53,33 +53,33 @@ void lane_product(const LaneProduct<T>& s) {
   for (int64_t j = 0; j < s.width; j += kPanel) lane_tiles<T, kLaneRows>(s, j, j + kPanel < s.width ? j + kPanel : s.width);
 }
 
-// Outputs rows[0..R) of a sweep, every one the sum of lane_tile() without products with zeros; adds up to kLaneBlock of them.
+// Outputs of a sweep, every one the sum of lane_tile() without products with zeros: rows[0..R) with a mask, else [first, first + R).
 template <class T, bool masked, int R>
-__attribute__((noinline)) uint64_t sweep_tile(const LaneSweep<T>& s, const int32_t* rows, typename Simd<T>::V* sums) {
+__attribute__((noinline)) uint64_t sweep_tile(const LaneSweep<T>& s, const int32_t* rows, int64_t first,
+                                              typename Simd<T>::V* sums) {
   using M = VecMath<T>;
   using V = typename M::V;
   constexpr int L = kLanes<T>;
-  static_assert(R <= kLaneBlock);
-  const T *w[R], *z = s.z;
+  constexpr int kPointers = masked ? R : 1;
+  const T *w[kPointers], *z = s.z;
   V acc[R];
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
-    w[r] = s.w + rows[r];
-    acc[r] = V{};
-  }
+#pragma GCC unroll 16
+  for (int r = 0; r < kPointers; ++r) w[r] = s.w + (masked ? rows[r] : first);
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) acc[r] = V{};
   for (uint64_t rest = s.nonzero; rest; rest &= rest - 1) {
     const int64_t k = __builtin_ctzll(rest), at = k * s.width;
     const V b = M::load(z + k * L);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) acc[r] += (w[r][at] - V{}) * b;
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) acc[r] += ((masked ? w[r % kPointers][at] : w[0][at + r]) - V{}) * b;
   }
   const auto live = M::load(s.live) != V{};
   const uint64_t kept = s.kept;
   uint64_t nonzero = 0;
-  V step{}, size{};
-#pragma GCC unroll 8
+  V step{}, size{}, more_step{}, more_size{};
+#pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
-    const int64_t at = rows[r] * L;
+    const int64_t row = masked ? rows[r] : first + r, at = row * L;
     const V x = acc[r] + M::load(s.c + at);
     V y, decisive;
     if constexpr (masked) {
@@ -90,20 +90,21 @@ __attribute__((noinline)) uint64_t sweep_tile(const LaneSweep<T>& s, const int32
     }
     const V before = M::load(z + at), diff = y - before;
     M::store(s.out + at, M::select(live, y, before));
-    step += diff * diff;
-    size += y * y;
-    nonzero |= static_cast<uint64_t>((nonzero_lanes<T>(decisive) & kept) != 0) << rows[r];
+    (r < kLaneBlock ? step : more_step) += diff * diff;
+    (r < kLaneBlock ? size : more_size) += y * y;
+    nonzero |= static_cast<uint64_t>((nonzero_lanes<T>(decisive) & kept) != 0) << row;
   }
-  sums[0] += step;
-  sums[1] += size;
+  sums[0] += step + more_step;
+  sums[1] += size + more_size;
   return nonzero;
 }
 
 template <class T, bool masked, int R>
-DEQ_INLINE uint64_t sweep_tiles(const LaneSweep<T>& s, const int32_t* rows, int count, typename Simd<T>::V* sums) {
+DEQ_INLINE uint64_t sweep_tiles(const LaneSweep<T>& s, const int32_t* rows, int64_t first, int64_t end,
+                                typename Simd<T>::V* sums) {
   uint64_t nonzero = 0;
-  for (; count >= R; count -= R, rows += R) nonzero |= sweep_tile<T, masked, R>(s, rows, sums);
-  if constexpr (R > 1) nonzero |= sweep_tiles<T, masked, R / 2>(s, rows, count, sums);
+  for (; first + R <= end; first += R) nonzero |= sweep_tile<T, masked, R>(s, rows + first, first, sums);
+  if constexpr (R > 1) nonzero |= sweep_tiles<T, masked, R / 2>(s, rows, first, end, sums);
   return nonzero;
 }
 
@@ -111,12 +112,15 @@ template <class T>
 uint64_t lane_sweep(const LaneSweep<T>& s) {
   using M = VecMath<T>;
   typename M::V sums[2] = {};
+  uint64_t nonzero;
   int32_t rows[64];
-  int count = 0;
-  const uint64_t all = ~uint64_t{0} >> (64 - s.width);
-  for (uint64_t rest = s.d ? s.nonzero : all; rest; rest &= rest - 1) rows[count++] = __builtin_ctzll(rest);
-  const uint64_t nonzero =
-      s.d ? sweep_tiles<T, true, kLaneBlock>(s, rows, count, sums) : sweep_tiles<T, false, kLaneBlock>(s, rows, count, sums);
+  if (s.d) {
+    int64_t count = 0;
+    for (uint64_t rest = s.nonzero; rest; rest &= rest - 1) rows[count++] = __builtin_ctzll(rest);
+    nonzero = sweep_tiles<T, true, kLaneBlock>(s, rows, 0, count, sums);
+  } else {
+    nonzero = sweep_tiles<T, false, kLaneRows>(s, rows, 0, s.width, sums);
+  }
   M::store(s.step2, sums[0]);
   M::store(s.size2, sums[1]);
   return nonzero;
