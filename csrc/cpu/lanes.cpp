@@ -249,8 +249,7 @@ class LaneGroup {
     for (; done_; done_ &= done_ - 1) {
       const int lane = __builtin_ctz(done_);
       const LaneSlot& slot = slots_[lane];
-      const bool fits =
-          together ? samples_.write(slot.sample, slot.scale, rows_ + lane * padded) : write(slot, lane, newest());
+      const bool fits = together ? samples_.write(slot.sample, slot.scale, rows_ + lane * padded) : write(slot, lane, newest());
       samples_.report(slot.sample, slot.record.iteration + unseen(lane), residual[lane],
                       fits ? Verdict::kConverged : Verdict::kDiverged);
     }

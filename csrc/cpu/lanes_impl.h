@@ -18,7 +18,7 @@ using deq::LaneSweep;
 using deq::LaneWindows;
 
 constexpr int kLaneRows = DEQ_VECTOR_BYTES == 64 ? 16 : 8;  // outputs of one register tile
-constexpr int kLaneBlock = 8;  // a sum over m is a sum of sums over so many: its rounding error grows with both, not with m
+constexpr int kLaneBlock = 8;  // a scalar product is a sum of sums over so many: its rounding error grows with both, not with m
 
 // Outputs [j, j + R). The order of k is that of the row engine's tiles, and so are the bits.
 template <class T, int R>
@@ -53,7 +53,11 @@ void lane_product(const LaneProduct<T>& s) {
   for (int64_t j = 0; j < s.width; j += kPanel) lane_tiles<T, kLaneRows>(s, j, j + kPanel < s.width ? j + kPanel : s.width);
 }
 
-// Outputs of a sweep, every one the sum of lane_tile() without products with zeros: rows[0..R) with a mask, else [first, first + R).
+// Squares are added up one after the other: then it makes no difference which elements are left out because they are zero in all
+// lanes, which depends on the batch.
+//
+// Outputs of a sweep, every one the sum of lane_tile() without products with zeros: rows[0..R) with a mask, else [first, first +
+// R).
 template <class T, bool masked, int R>
 __attribute__((noinline)) uint64_t sweep_tile(const LaneSweep<T>& s, const int32_t* rows, int64_t first,
                                               typename Simd<T>::V* sums) {
@@ -76,7 +80,7 @@ __attribute__((noinline)) uint64_t sweep_tile(const LaneSweep<T>& s, const int32
   const auto live = M::load(s.live) != V{};
   const uint64_t kept = s.kept;
   uint64_t nonzero = 0;
-  V step{}, size{}, more_step{}, more_size{};
+  V step = sums[0], size = sums[1];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
     const int64_t row = masked ? rows[r] : first + r, at = row * L;
@@ -90,12 +94,12 @@ __attribute__((noinline)) uint64_t sweep_tile(const LaneSweep<T>& s, const int32
     }
     const V before = M::load(z + at), diff = y - before;
     M::store(s.out + at, M::select(live, y, before));
-    (r < kLaneBlock ? step : more_step) += diff * diff;
-    (r < kLaneBlock ? size : more_size) += y * y;
+    step += diff * diff;
+    size += y * y;
     nonzero |= static_cast<uint64_t>((nonzero_lanes<T>(decisive) & kept) != 0) << row;
   }
-  sums[0] += step + more_step;
-  sums[1] += size + more_size;
+  sums[0] = step;
+  sums[1] = size;
   return nonzero;
 }
 
@@ -133,17 +137,11 @@ DEQ_INLINE void map_with(const LaneMap<T>& s, F f) {
   constexpr int L = kLanes<T>;
   const auto live = M::load(s.live) != V{};
   V step2{}, size2{};
-  for (int64_t block = 0; block < s.width; block += kLaneBlock) {
-    const int64_t end = block + kLaneBlock < s.width ? block + kLaneBlock : s.width;
-    V step{}, size{};
-    for (int64_t j = block; j < end; ++j) {
-      const V y = f(M::load(s.x + j * L), j * L), z = M::load(s.z + j * L), diff = y - z;
-      M::store(s.out + j * L, M::select(live, y, z));
-      step += diff * diff;
-      size += y * y;
-    }
-    step2 += step;
-    size2 += size;
+  for (int64_t j = 0; j < s.width; ++j) {
+    const V y = f(M::load(s.x + j * L), j * L), z = M::load(s.z + j * L), diff = y - z;
+    M::store(s.out + j * L, M::select(live, y, z));
+    step2 += diff * diff;
+    size2 += y * y;
   }
   M::store(s.step2, step2);
   M::store(s.size2, size2);

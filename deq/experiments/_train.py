@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.optim.adam import adam
 
 from ..solution import ConvergenceWarning
 from ._dense_nets import statuses
@@ -134,7 +133,8 @@ class Adam:
 
     def step(self, rate: float) -> None:
         p = self.parameters
-        adam([p], [p.grad], [self.first], [self.second], [], [self.steps], fused=True, lr=rate, **_ADAM)
+        self.steps += 1
+        torch._fused_adam_([p], [p.grad], [self.first], [self.second], [], [self.steps], lr=rate, **_ADAM)
 
 
 def _one_vector(parameters: Sequence[Tensor]) -> Tensor:
