@@ -241,8 +241,6 @@ class LaneGroup {
   // The samples that are done leave with the current iterate.
   void leave() {
     if (!done_) return;
-    alignas(64) T residual[kMostLanes];
-    for (int lane = 0; lane < lanes_; ++lane) residual[lane] = std::sqrt(records_.best_step2[lane] / records_.best_size2[lane]);
     const bool together = !p_.reflected && __builtin_popcount(done_) > lanes_ / 8;
     const int64_t padded = samples_.padded();
     if (together) lane_.rows(z_[current_], m_, rows_, padded);
@@ -250,7 +248,8 @@ class LaneGroup {
       const int lane = __builtin_ctz(done_);
       const LaneSlot& slot = slots_[lane];
       const bool fits = together ? samples_.write(slot.sample, slot.scale, rows_ + lane * padded) : write(slot, lane, newest());
-      samples_.report(slot.sample, slot.record.iteration + unseen(lane), residual[lane],
+      const T residual = std::sqrt(records_.best_step2[lane] / records_.best_size2[lane]);
+      samples_.report(slot.sample, slot.record.iteration + unseen(lane), residual,
                       fits ? Verdict::kConverged : Verdict::kDiverged);
     }
   }
