@@ -177,17 +177,65 @@ def test_a_sample_does_not_depend_on_its_batch_mates(m, activation, increments):
         assert torch.equal(alone.z[0], together.z[b]) and alone.residual == together.residual[b]
 
 
+def on_threads(counts, run):
+    before = torch.get_num_threads()
+    try:
+        for threads in counts:
+            torch.set_num_threads(threads)
+            yield run()
+    finally:
+        torch.set_num_threads(before)
+
+
 @every
 def test_thread_count_does_not_matter(increments):
     W, c, _ = gaussian(200, 130)
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3, 2):
-            torch.set_num_threads(threads)
-            results.append(solve(W, c, increments=increments).z)
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(results[0], z) for z in results)
+    first, *others = on_threads((1, 2, 3, 2), lambda: solve(W, c, increments=increments).z)
+    assert all(torch.equal(first, z) for z in others)
+
+
+@every
+@pytest.mark.parametrize("activation", ["relu", "tanh"])
+@pytest.mark.parametrize(("m", "B"), [(31, 9), (40, 20), (65, 70), (100, 30), (130, 3), (333, 40), (520, 7), (1030, 3)])
+def test_slow_samples_go_on_in_sweeps(m, B, activation, increments):
+    """One stage of a sweep, two, three and four; samples shared by threads, and columns by teams."""
+    scale = 0.9 if activation == "relu" else 0.7
+    W, c, g = gaussian(m, B, scale=scale)
+    solved, *others = on_threads((1, 2, 3), lambda: solve(W, c, activation, increments))
+    assert solved.converged.all() and (solved.residual <= 1e-5).all()
+    truth = exact(W, c, activation)
+    assert_as_accurate(solved.z, torch_loop(W, c, activation), truth)
+    for other in others:
+        assert torch.equal(other.z, solved.z) and torch.equal(other.iterations, solved.iterations)
+    alone = solve(W, c[1:2], activation, increments)
+    assert torch.equal(alone.z[0], solved.z[1]) and alone.iterations == solved.iterations[1]
+    d = ACTIVATIONS[activation].derivative(truth @ W.double().mT + c.double()).float()
+    back, other = on_threads((1, 2), lambda: adjoint(W.mT, g, d, increments))
+    assert back.converged.all() and torch.equal(back.z, other.z)
+    wanted = torch_adjoint(W.double(), c.double(), truth, g.double(), activation, tol=4e-15)
+    assert_as_accurate(back.z, torch_adjoint(W, c, truth.float(), g, activation), wanted)
+
+
+@every
+def test_sweeps_are_fewer_than_steps(increments):
+    W, c, _ = gaussian(256, 40, scale=1.1)
+    native = solve(W, c, increments="native").iterations.double().mean()
+    assert solve(W, c, increments=increments).iterations.double().mean() < 0.85 * native
+
+
+@every
+def test_sweeps_of_growing_increments(increments):
+    """A W far from normal: increments grow by thousands before they shrink, past any scale guessed from the last."""
+    m = 40
+    W = 0.3 * torch.eye(m) + torch.diag(torch.full((m - 1,), 0.9), 1)  # against the order of the sweeps
+    c = torch.zeros(5, m)
+    c[:, -1] = torch.arange(1.0, 6.0)
+    for matrix, injection in ((W, c), (W.flip(0, 1), c.flip(1))):
+        solved = solve(matrix, injection, increments=increments)
+        assert solved.converged.all()
+        z = solved.z.double()
+        f = (z @ matrix.double().mT + injection.double()).relu()
+        assert ((f - z).norm(dim=1) <= 1e-5 * f.norm(dim=1)).all()
 
 
 @every

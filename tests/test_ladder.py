@@ -124,7 +124,7 @@ def test_cayley_needs_what_it_needs(backend):
 
 
 @backends
-@pytest.mark.parametrize(("m", "r"), [(40, 0.95), (150, 0.985)])
+@pytest.mark.parametrize(("m", "r"), [(40, 0.95), (150, 0.993)])
 def test_slow_samples_are_taken_on_and_gradients_stay_exact(m, r, backend):
     W, c, g = slow(m, 24, r)
     plain = deq.solve(W, c, solver="plain", backend=backend)

@@ -15,6 +15,7 @@
 #include "../reliable.h"
 #include "samples.h"
 #include "segments.h"
+#include "sweep.h"
 #include "threads.h"
 #include "trace.h"
 
@@ -36,6 +37,21 @@ constexpr int kSkipRows = 16;
 constexpr int64_t kSkipUpTo = 1024, kSkipAnyRows = 256;  // W of 256 KB is in the L2 cache, whoever reads it
 // Increments are expected to shrink like the last one, with this allowance; a wrong guess costs digits or is cut off, never lost.
 constexpr double kHeadroom = 1.3, kLeastRatio = 0.1, kMostRatio = 4;
+constexpr int kMostGrowth = 3;  // of a scale in one step, as a power of two
+
+// floor(log2(x)) of a normal number, some large number of infinity and NaN, some small one of zero; a tenth of the time of ilogb.
+int exponent_of(double x) {
+  int64_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  return static_cast<int>(bits >> 52 & 2047) - 1023;
+}
+
+double power_of_two(int exponent) {
+  const int64_t bits = static_cast<int64_t>(exponent + 1023) << 52;
+  double x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
 
 thread_local Arena rows_arena;
 
@@ -47,6 +63,7 @@ struct alignas(64) Slot {
   int64_t sample;
   double scale;  // the sample was multiplied by this power of two
   Next next;
+  Old old;             // of the next step
   bool best_is_first;  // the best iterate is the value at zero, and not yet written
 };
 
@@ -63,8 +80,11 @@ class Tile {
         m_(p.width),
         padded_(samples_.padded()),
         call_{make_rule(p.tol, p.max_iter, p.criterion, p.width, false), kPollution[p.precision], kRest[p.precision],
-              p.acceleration == DEQ_ON_DEMAND},
+              p.acceleration == DEQ_ON_DEMAND, true},
+        // The products of 2^shift units and those of one, at most 127 x 127 each, fit an int32.
+        most_shift_(exponent_of(0x1p31 / (127.0 * 127.0 * static_cast<double>(p.width)) - 1)),
         segments_(m_, padded_),
+        sweep_(m_, padded_),
         map_(map_of(p)) {}
 
   // Solves samples of matrix s taken from `queue`, as `sharing` threads do, until it is empty; the team shares the steps.
@@ -107,7 +127,8 @@ class Tile {
     const int64_t words = (m_ + 63) / 64;
     const int64_t share = (p_.batch + sharing - 1) / sharing, fit = kTileBytes / per_slot / k_.rows * k_.rows;
     size_ = static_cast<int>(std::min<int64_t>({kMaxTile, std::max<int64_t>(2 * k_.rows, fit), share}));
-    char* at = static_cast<char*>(rows_arena.get(size_ * (per_slot + words * 8 + members * kSkipWidth * kFloat) + 3 * stride));
+    char* at = static_cast<char*>(
+        rows_arena.get(size_ * (per_slot + words * 8 + members * kSkipWidth * kFloat) + (2 * members + 1) * stride));
     if (!at) return false;
     auto take = [&](int64_t bytes) {
       at += bytes;
@@ -130,8 +151,10 @@ class Tile {
       slot.rest.x = reinterpret_cast<float*>(take(stride));
       slot.rest.next = slot.rest.increment = take(half);
     }
-    value_ = reinterpret_cast<float*>(take(stride));
-    state_ = reinterpret_cast<float*>(take(stride));
+    for (int i = 0; i < members; ++i) {
+      value_[i] = reinterpret_cast<float*>(take(stride));
+      state_[i] = reinterpret_cast<float*>(take(stride));
+    }
     ones_ = reinterpret_cast<float*>(take(stride));
     std::fill(ones_, ones_ + padded_, 1.0f);
     total_ = reinterpret_cast<float*>(take(size_ * members * kSkipWidth * kFloat));
@@ -139,12 +162,18 @@ class Tile {
     return true;
   }
 
-  // One evaluation of every active slot: the steps together, the anchors together.
+  // Rows that take the same kind of step, and what those of them that are corrected before it have accumulated.
+  struct Group {
+    DeltaRow *rows[kMaxTile], *corrections[kMaxTile];
+    int count = 0, corrected = 0;
+  };
+
+  // One evaluation of every active slot: the steps together, the sweeps together, the anchors together.
   void evaluate(Slot* const* active, int n, Team& team) {
-    DeltaRow *steps[kMaxTile], *corrections[kMaxTile];
+    Group steps, sweeps[3];  // the latter by Old
     const float *x[kMaxTile], *c[kMaxTile], *ones[kMaxTile];
     float *y[kMaxTile], *sums[kMaxTile];
-    int step_count = 0, correction_count = 0, anchors = 0;
+    int anchors = 0;
     for (int a = 0; a < n; ++a) {
       Slot& slot = *active[a];
       if (slot.next == Next::kAnchor) {
@@ -155,10 +184,10 @@ class Tile {
         sums[anchors++] = slot.row.sums;
         continue;
       }
-      steps[step_count++] = &slot.row;
-      if (slot.next == Next::kCorrectedStep) corrections[correction_count++] = &slot.rest;
+      Group& group = slot.progress.sweeps ? sweeps[static_cast<int>(slot.old)] : steps;
+      group.rows[group.count++] = &slot.row;
+      if (slot.next == Next::kCorrectedStep) group.corrections[group.corrected++] = &slot.rest;
     }
-    const char* low = static_cast<const char*>(increments_.data) + matrix_ * increments_.matrix_bytes;
     const float* w = static_cast<const float*>(packed_.data) + matrix_ * (packed_.matrix_bytes / 4);
     // The float32 step with the mask 1 is y = W x + c; its sums are not used.
     const Step<float> anchor{x, y, c, ones, sums, nullptr, w, m_, kIdentity, 0, 0, padded_, nonzeros_, total_};
@@ -166,40 +195,85 @@ class Tile {
     const bool may_skip = anchors > 0 && (anchors >= kSkipRows || m_ <= kSkipAnyRows) && m_ <= kSkipUpTo;
     const int64_t nonzeros = may_skip ? k_.find_nonzeros(anchor, anchors) : dense;
     const bool skips = static_cast<double>(nonzeros) < kSkipBelow * static_cast<double>(dense);
+    const auto compute_anchors = skips ? k_.skip_step : k_.step;
     work_.native_rows += anchors;
     work_.native_products += (skips ? nonzeros : dense) * m_;
     work_.native_sweeps += anchors > 0;
-    work_.increment_rows += step_count;
-    work_.increment_sweeps += step_count > 0;
-    work_.correction_rows += correction_count;
-    work_.correction_sweeps += correction_count > 0;
-    const auto compute_anchors = skips ? k_.skip_step : k_.step;
+    count(steps);
+    for (const Group& group : sweeps) count(group);
     const Range range(anchors > 0 ? Span::kAnchor : Span::kStep, n);
-    team.share([&](int segment, int member) {
-      const int64_t from = segments_.start[segment], to = segments_.start[segment + 1];
-      if (correction_count > 0)
-        low_.step(DeltaStep{corrections, low + increments_.matrix_bytes / 2, m_, DeltaMap::kByRow, segment, from, to},
-                  correction_count);
-      if (step_count > 0) low_.step(DeltaStep{steps, low, m_, map_, segment, from, to}, step_count);
-      if (anchors == 0) return;
-      Step<float> part = anchor;
-      part.segment = segment;
-      part.from = from;
-      part.to = to;
-      part.total += member * size_ * kSkipWidth;
-      compute_anchors(part, anchors);
-    });
-    if (map_ == DeltaMap::kByRow) return;
-    for (int i = 0; i < step_count; ++i) low_.add_up(*steps[i], segments_.count);
+    const int stages = sweeps[0].count + sweeps[1].count + sweeps[2].count > 0 ? sweep_.stages : 1, pieces = segments_.count;
+    for (int stage = 0; stage < stages; ++stage)
+      team.share([&](int piece, int member) {
+        if (stage == 0) {
+          const int64_t from = segments_.start[piece], to = segments_.start[piece + 1];
+          advance(steps, DeltaStep{.piece = piece, .from = from, .to = to}, member);
+          if (anchors > 0) {
+            Step<float> part = anchor;
+            part.segment = piece;
+            part.from = from;
+            part.to = to;
+            part.total += member * size_ * kSkipWidth;
+            compute_anchors(part, anchors);
+          }
+        }
+        for (int old = 0; old < 3; ++old)
+          advance(sweeps[old],
+                  DeltaStep{.old = static_cast<Old>(old),
+                            .stage = stage,
+                            .piece = piece,
+                            .fresh = sweep_.start[stage],
+                            .from = sweep_.piece(stage, piece, pieces),
+                            .to = sweep_.piece(stage, piece + 1, pieces)},
+                  member);
+      });
+    add_up(steps);
+    for (const Group& group : sweeps) add_up(group);
   }
 
-  // f at the slot's y: leaves act(y) or d y in value_, returns the state.
-  const float* respond(const Slot& slot) {
-    k_.first(p_.activation, slot.row.y, slot.row.d, value_, m_);
-    if (!p_.reflected) return value_;
-    for (int64_t j = 0; j < padded_; ++j) state_[j] = value_[j] + (value_[j] - slot.row.y[j]);
-    return state_;
+  // The step of a group in some columns.
+  void advance(const Group& group, DeltaStep step, int member) {
+    if (group.count == 0) return;
+    step.weights = static_cast<const char*>(increments_.data) + matrix_ * increments_.matrix_bytes;
+    step.width = m_;
+    // A correction is of what the steps before have added up to, and comes before this step's map.
+    if (group.corrected > 0) {
+      DeltaStep correction = step;
+      correction.rows = group.corrections;
+      correction.weights = static_cast<const char*>(step.weights) + increments_.matrix_bytes / 2;
+      correction.map = DeltaMap::kByRow;
+      correction.old = Old::kAll;
+      correction.stage = 0;
+      correction.fresh = 0;
+      low_.step(correction, group.corrected);
+    }
+    step.rows = group.rows;
+    step.map = map_;
+    low_.step(step, group.count);
+    if (map_ != DeltaMap::kByRow) return;
+    for (int i = 0; i < group.count; ++i) low_.settle(step, *group.rows[i], respond(*group.rows[i], step.from, step.to, member));
   }
+
+  void count(const Group& group) {
+    work_.increment_rows += group.count;
+    work_.increment_sweeps += group.count > 0;
+    work_.correction_rows += group.corrected;
+    work_.correction_sweeps += group.corrected > 0;
+  }
+
+  void add_up(const Group& group) {
+    for (int i = 0; i < group.count; ++i) low_.add_up(*group.rows[i], segments_.count);
+  }
+
+  // f at the row's y in the columns [from, to): leaves act(y) or d y in the member's value_, returns the state, both by column.
+  const float* respond(const DeltaRow& row, int64_t from, int64_t to, int member) {
+    float *value = value_[member], *state = state_[member];
+    k_.first(p_.activation, row.y + from, row.d ? row.d + from : nullptr, value + from, std::min(to, m_) - from);
+    if (!p_.reflected) return value;
+    for (int64_t j = from; j < to; ++j) state[j] = value[j] + (value[j] - row.y[j]);
+    return state;
+  }
+  const float* respond(const Slot& slot) { return respond(slot.row, 0, padded_, 0); }
 
   // Takes the next sample of the queue that is not done at once; false when there is none.
   bool fill(Slot& slot, std::atomic<int64_t>& queue) {
@@ -250,23 +324,26 @@ class Tile {
       slot.next = Next::kAnchor;
       return true;
     }
+    slot.next = Next::kStep;
+    if (slot.progress.sweeps) {
+      slot.old = Old::kNothing;
+      std::copy(row.x, row.x + padded_, slot.rest.x);
+      row.set_next_scale(kHeadroom / 127 * row.largest);
+      return true;
+    }
+    slot.old = Old::kAll;
     row.set_next_scale(row.largest / 127.0);
     low_.feed(row, map_, state, slot.rest.x, padded_);
     expect(slot, std::sqrt(slot.progress.ratio2[0]));
-    slot.next = Next::kStep;
     return true;
   }
 
   // After a step: its increment has been fed; is the next evaluation another step or an anchor? Always true.
   bool stepped(Slot& slot) {
     DeltaRow& row = slot.row;
-    if (map_ == DeltaMap::kByRow) {
-      const float* state = respond(slot);
-      low_.measure(row, map_, state, padded_);
-      row.set_next_scale(row.largest / 127.0);
-      low_.feed(row, map_, state, nullptr, padded_);
-    }
+    const bool swept = slot.progress.sweeps;
     slot.next = after_step(call_, slot.progress, row.step2, row.size2);
+    if (slot.progress.sweeps) slot.old = swept ? Old::kRest : Old::kAll;
     expect(slot, std::sqrt(slot.progress.ratio2[0]));
     if (slot.next == Next::kCorrectedStep) {
       low_.measure(slot.rest, DeltaMap::kByRow, row.x, padded_);
@@ -277,13 +354,19 @@ class Tile {
     return true;
   }
 
-  // The increment just written becomes the one to read, and the scale of the one after it is set.
+  // The increment just written becomes that of the step before, and the scale of the one after it is set; in a sweep it is a
+  // power of two times this one, so that a sum of products can go from one to the other.
   void expect(Slot& slot, double ratio) {
     DeltaRow& row = slot.row;
     std::swap(row.increment, row.next);
     const double cut = row.largest - 127.0 * row.next_scale, expected = std::clamp(ratio, kLeastRatio, kMostRatio);
+    double scale = kHeadroom / 127 * std::max(row.largest * expected, cut);
     row.scale = row.next_scale;
-    row.set_next_scale(kHeadroom / 127 * std::max(row.largest * expected, cut));
+    if (slot.progress.sweeps) {
+      row.shift = std::clamp(exponent_of(row.scale / scale), -kMostGrowth, most_shift_);
+      scale = row.scale * power_of_two(-row.shift);
+    }
+    row.set_next_scale(scale);
   }
 
   void finish(Slot& slot, Verdict verdict, bool is_best) {
@@ -292,16 +375,16 @@ class Tile {
     if (is_best) {
       fits = write(slot);
     } else if (slot.best_is_first) {
-      k_.first(p_.activation, slot.c, slot.row.d, value_, m_);
-      fits = samples_.write(slot.sample, slot.scale, value_);
+      k_.first(p_.activation, slot.c, slot.row.d, value_[0], m_);
+      fits = samples_.write(slot.sample, slot.scale, value_[0]);
     }
     samples_.report(slot.sample, slot.progress.record, fits ? verdict : Verdict::kDiverged);
   }
 
   // The value at the slot's y becomes its result.
   bool write(const Slot& slot) {
-    if (map_ != DeltaMap::kByRow) k_.first(p_.activation, slot.row.y, slot.row.d, value_, m_);  // else respond() has
-    return samples_.write(slot.sample, slot.scale, value_);
+    if (map_ != DeltaMap::kByRow) k_.first(p_.activation, slot.row.y, slot.row.d, value_[0], m_);  // else respond() has
+    return samples_.write(slot.sample, slot.scale, value_[0]);
   }
 
   const DeqProblem& p_;
@@ -312,12 +395,15 @@ class Tile {
   Totals& totals_;
   const int64_t m_, padded_;
   const Reliable call_;
+  const int most_shift_;
   const Segments segments_;
+  const Sweep sweep_;
   const DeltaMap map_;
   int64_t matrix_ = 0;
   int size_ = 0;
   DeqWork work_{};
-  float *value_ = nullptr, *state_ = nullptr, *ones_ = nullptr, *total_ = nullptr;
+  float *value_[Team::kMostPieces], *state_[Team::kMostPieces];  // of every member
+  float *ones_ = nullptr, *total_ = nullptr;
   uint64_t* nonzeros_ = nullptr;
   float* d_[kMaxTile];
   Slot slots_[kMaxTile];

@@ -19,12 +19,13 @@ struct DeltaRow {
   float* y;         // W x + c
   float* x;         // the sum of the increments
   const float* d;   // derivative of the adjoint problem, or null
-  void* increment;  // read by the step
-  void* next;       // written by the step
-  float* sums;      // 3 vectors of scratch a segment
-  float scale;      // of the increment read: element = scale * integer
+  void* increment;  // of the step before
+  void* next;       // written by the step, and read in the columns that it has written
+  float* sums;      // 3 vectors of scratch a piece
+  float scale;      // of the increment of the step before: element = scale * integer
   float next_scale,
       next_inverse;  // of the increment written; a larger element is cut off, and what was cut is in the next increment
+  int shift;         // scale = 2^shift next_scale
   double step2, size2;
   float largest;  // |f(y) - x|^2, |f(y)|^2 and max |f(y) - x|, set by add_up and measure
 
@@ -37,14 +38,20 @@ struct DeltaRow {
 // What f is where the step applies it; other activations are applied by the driver.
 enum class DeltaMap { kByRow, kRelu, kReflectedRelu, kMask, kReflectedMask };
 
-// A step in the columns [from, to) of one segment (segments.h).
+// What a step multiplies of the increment of the step before, besides the new one in the columns before `fresh`: all of it, the
+// rest, or, where there was no step before, nothing.
+enum class Old : uint8_t { kAll, kRest, kNothing };
+
+// A step in the columns [from, to), one piece of a step or of a stage of a sweep.
 struct DeltaStep {
-  DeltaRow* const* rows;
-  const void* weights;  // a plane of a matrix packed by `pack`
-  int64_t width;
-  DeltaMap map;
-  int segment;
-  int64_t from, to;
+  DeltaRow* const* rows = nullptr;
+  const void* weights = nullptr;  // a plane of a matrix packed by `pack`
+  int64_t width = 0;
+  DeltaMap map = DeltaMap::kByRow;
+  Old old = Old::kAll;
+  int stage = 0, piece = 0;
+  int64_t fresh = 0;  // where the stage starts; 0 in a step that is no sweep
+  int64_t from = 0, to = 0;
 };
 
 struct DeltaKernels {
@@ -56,10 +63,12 @@ struct DeltaKernels {
   // float32 kernels have packed it, for panels [first, last).
   int64_t (*plane_bytes)(int64_t m);
   void (*pack)(const float* w, int64_t m, void* packed, int64_t first, int64_t last);
-  // y += W_low increment for n rows and, unless the map is applied by row, the next increment with x and the sums.
+  // y += W_low increment for n rows and, unless the map is applied by row, settles them.
   void (*step)(const DeltaStep&, int n);
-  // After every segment's step, unless the map is applied by row: sets step2, size2 and largest.
-  void (*add_up)(DeltaRow&, int segments);
+  // The next increment with x and the sums, in the columns of the piece; `state` holds f(y) there.
+  void (*settle)(const DeltaStep&, DeltaRow&, const float* state);
+  // After the last stage: sets step2, size2 and largest.
+  void (*add_up)(DeltaRow&, int pieces);
   // The state is f(y), formed in passing, or where the map is applied by row as given.
   // Sets step2, size2 and largest.
   void (*measure)(DeltaRow&, DeltaMap, const float* state, int64_t padded);

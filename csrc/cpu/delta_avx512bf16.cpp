@@ -15,6 +15,8 @@ struct Increment {
   using Sum = __m512;
 
   DEQ_INLINE Sum start(const int32_t*) { return _mm512_setzero_ps(); }
+  DEQ_INLINE Sum difference(const int32_t*, const int32_t*) { return _mm512_setzero_ps(); }
+  DEQ_INLINE Sum carried(Sum sum, int, Sum) { return sum; }  // the elements carry their own exponents
   DEQ_INLINE Sum offset_of(Sum) { return _mm512_setzero_ps(); }
   DEQ_INLINE Sum dot(Sum sum, uint32_t word, Sum weights) {
     // Not the intrinsic: around it GCC 12 copies every sum at every step.

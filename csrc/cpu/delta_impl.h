@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "delta.h"
+#include "sweep.h"
 #include "vec.h"
 
 namespace {
@@ -14,20 +15,24 @@ namespace {
 using deq::DeltaMap;
 using deq::DeltaRow;
 using deq::DeltaStep;
+using deq::Old;
 using M = VecMath<float>;
 using V = M::V;
 constexpr int kL = kLanes<float>;
 
-// A packed plane: for every panel of two vectors of outputs the words [k / kTerms][output], then a scale and an offset of every
-// output. A matrix is two planes, the second what rounding left out of the first.
+// A packed plane: for every panel of two vectors of outputs the words [k / kTerms][output], then of every output a scale, and for
+// every stage of a sweep the offset of the columns from there on. A matrix is two planes, the second what rounding left out of
+// the first.
 struct Layout {
   int64_t columns, words;
   explicit Layout(int64_t m) : columns(padded<float>(m)), words((m + Increment::kTerms - 1) / Increment::kTerms) {}
-  int64_t bytes() const { return (columns * words * 4 + columns * 8 + 63) / 64 * 64; }
+  int64_t bytes() const { return (columns * (words + 1 + deq::Sweep::kStages) * 4 + 63) / 64 * 64; }
   const float* scales(const void* packed) const {
     return reinterpret_cast<const float*>(static_cast<const uint32_t*>(packed) + columns * words);
   }
-  const int32_t* offsets(const void* packed) const { return reinterpret_cast<const int32_t*>(scales(packed) + columns); }
+  const int32_t* offsets(const void* packed, int stage) const {
+    return reinterpret_cast<const int32_t*>(scales(packed) + (1 + stage) * columns);
+  }
 };
 
 int64_t plane_bytes(int64_t m) { return Layout(m).bytes(); }
@@ -49,6 +54,7 @@ V largest_of(const float* src, int64_t stride, int64_t m) {
 void pack(const float* w, int64_t m, void* packed, int64_t first, int64_t last) {
   constexpr int kTerms = Increment::kTerms;
   const Layout layout(m);
+  const deq::Sweep sweep(m, layout.columns);
   char* plane[2] = {static_cast<char*>(packed), static_cast<char*>(packed) + layout.bytes()};
   for (int64_t j = first * 2 * kL; j < last * 2 * kL && j < layout.columns; j += kL) {
     // Where vector j starts in its panel of one or two vectors.
@@ -57,61 +63,90 @@ void pack(const float* w, int64_t m, void* packed, int64_t first, int64_t last) 
     const Increment::Weights weights(largest_of(src, width, m));
     uint32_t* at[2];
     for (int i = 0; i < 2; ++i) at[i] = reinterpret_cast<uint32_t*>(plane[i]) + panel * layout.words + (j - panel);
-    Increment::Sum sums[2] = {};
     V terms[kTerms];
-    const int64_t whole = m / kTerms;
-    for (int64_t word = 0; word < whole; ++word) {
+    Increment::Sum sums[2] = {};
+    auto words = [&](int64_t from, int64_t to) __attribute__((always_inline)) {
+      for (int64_t word = from; word < to; ++word) {
 #pragma GCC unroll 4
-      for (int t = 0; t < kTerms; ++t) terms[t] = M::load(src + (word * kTerms + t) * width);
-      weights.split(terms, at[0] + word * width, at[1] + word * width, sums);
-    }
+        for (int t = 0; t < kTerms; ++t) terms[t] = M::load(src + (word * kTerms + t) * width);
+        weights.split(terms, at[0] + word * width, at[1] + word * width, sums);
+      }
+    };
+    // From the last stage to the first: the sums at its start are those of the columns from there on.
+    const int64_t whole = m / kTerms;
     if (whole < layout.words) {
       for (int t = 0; t < kTerms; ++t) terms[t] = whole * kTerms + t < m ? M::load(src + (whole * kTerms + t) * width) : V{};
       weights.split(terms, at[0] + whole * width, at[1] + whole * width, sums);
     }
-    for (int i = 0; i < 2; ++i) {
-      M::store(const_cast<float*>(layout.scales(plane[i])) + j, weights.scale[i]);
-      const Increment::Sum offset = Increment::offset_of(sums[i]);
-      memcpy(const_cast<int32_t*>(layout.offsets(plane[i])) + j, &offset, sizeof offset);
+    for (int stage = sweep.stages - 1; stage >= 0; --stage) {
+      words(sweep.start[stage] / kTerms, stage + 1 < sweep.stages ? sweep.start[stage + 1] / kTerms : whole);
+      for (int i = 0; i < 2; ++i) {
+        const Increment::Sum offset = Increment::offset_of(sums[i]);
+        memcpy(const_cast<int32_t*>(layout.offsets(plane[i], stage)) + j, &offset, sizeof offset);
+      }
     }
+    for (int i = 0; i < 2; ++i) M::store(const_cast<float*>(layout.scales(plane[i])) + j, weights.scale[i]);
   }
 }
 
-// One register tile of y += W_low increment: rows [row0, row0 + MR), NP panels of NV vectors from column j.
+// acc += the products of the words [k0, k1) of increments and weights.
+template <int MR, int NV, int NP>
+DEQ_INLINE void products(Increment::Sum (&acc)[MR][NV * NP], const uint32_t* const (&increment)[MR], const uint32_t* w,
+                         int64_t panel_words, int64_t k0, int64_t k1) {
+  constexpr int N = NV * NP;
+  w += k0 * NV * kL;
+  for (int64_t k = k0; k < k1; ++k, w += NV * kL) {
+    Increment::Sum b[N];
+#pragma GCC unroll 16
+    for (int p = 0; p < NP; ++p)
+#pragma GCC unroll 2
+      for (int v = 0; v < NV; ++v) memcpy(&b[p * NV + v], w + p * panel_words + v * kL, sizeof(Increment::Sum));
+#pragma GCC unroll 16
+    for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 16
+      for (int v = 0; v < N; ++v) acc[r][v] = Increment::dot(acc[r][v], increment[r][k], b[v]);
+  }
+}
+
+// One register tile of y += W_low increment: rows [row0, row0 + MR), NP panels of NV vectors from column j. The old increments
+// come first: the loads of the new ones, just stored, need not wait.
 template <int MR, int NV, int NP>
 __attribute__((noinline)) void tile(const DeltaStep& s, int row0, int64_t j) {
   using Sum = Increment::Sum;
   constexpr int N = NV * NP;
   const Layout layout(s.width);
   const float* scales = layout.scales(s.weights) + j;
-  const int32_t* offsets = layout.offsets(s.weights) + j;
+  const int32_t *all = layout.offsets(s.weights, 0) + j, *rest = layout.offsets(s.weights, s.stage) + j;
   const uint32_t* w = static_cast<const uint32_t*>(s.weights) + j * layout.words;
-  const int64_t panel_words = NV * kL * layout.words;
+  const int64_t panel_words = NV * kL * layout.words, fresh = s.fresh / Increment::kTerms;
   Sum acc[MR][N];
 #pragma GCC unroll 16
   for (int v = 0; v < N; ++v) {
-    const Sum start = Increment::start(offsets + v * kL);
+    const Sum start = s.old == Old::kNothing ? Sum{} : Increment::start((s.old == Old::kAll ? all : rest) + v * kL);
 #pragma GCC unroll 16
     for (int r = 0; r < MR; ++r) acc[r][v] = start;
   }
   const uint32_t* increment[MR];
+  if (s.old != Old::kNothing) {
 #pragma GCC unroll 16
-  for (int r = 0; r < MR; ++r) increment[r] = static_cast<const uint32_t*>(s.rows[row0 + r]->increment);
-  for (int64_t k = 0; k < layout.words; ++k, w += NV * kL) {
-    Sum b[N];
+    for (int r = 0; r < MR; ++r) increment[r] = static_cast<const uint32_t*>(s.rows[row0 + r]->increment);
+    products<MR, NV, NP>(acc, increment, w, panel_words, s.old == Old::kAll ? 0 : fresh, layout.words);
+  }
+  if (fresh > 0) {
 #pragma GCC unroll 16
-    for (int p = 0; p < NP; ++p)
-#pragma GCC unroll 2
-      for (int v = 0; v < NV; ++v) memcpy(&b[p * NV + v], w + p * panel_words + v * kL, sizeof(Sum));
+    for (int v = 0; v < N; ++v) {
+      const Sum start = Increment::difference(all + v * kL, rest + v * kL);
 #pragma GCC unroll 16
-    for (int r = 0; r < MR; ++r)
+      for (int r = 0; r < MR; ++r) acc[r][v] = Increment::carried(acc[r][v], s.rows[row0 + r]->shift, start);
+    }
 #pragma GCC unroll 16
-      for (int v = 0; v < N; ++v) acc[r][v] = Increment::dot(acc[r][v], increment[r][k], b[v]);
+    for (int r = 0; r < MR; ++r) increment[r] = static_cast<const uint32_t*>(s.rows[row0 + r]->next);
+    products<MR, NV, NP>(acc, increment, w, panel_words, 0, fresh);
   }
 #pragma GCC unroll 16
   for (int r = 0; r < MR; ++r) {
     const DeltaRow& row = *s.rows[row0 + r];
-    const V scale = M::set(0.0) + row.scale;
+    const V scale = M::set(0.0) + (fresh > 0 ? row.next_scale : row.scale);
     float* y = row.y + j;
 #pragma GCC unroll 16
     for (int v = 0; v < N; ++v) M::store(y + v * kL, Increment::added(M::load(y + v * kL), acc[r][v], scale, scales + v * kL));
@@ -140,6 +175,12 @@ DEQ_INLINE V apply(V y, const float* d) {
   return y;
 }
 
+template <DeltaMap kMap>
+DEQ_INLINE V state_at(const DeltaRow& row, const float* state, int64_t j) {
+  if constexpr (kMap == DeltaMap::kByRow) return M::load(state + j);
+  return apply<kMap>(M::load(row.y + j), row.d + j);
+}
+
 // Sums of a row, two vectors at a time: the chains of additions are half as long.
 struct Sums {
   V step2[2]{}, size2[2]{}, largest[2]{};
@@ -148,16 +189,21 @@ struct Sums {
     size2[i] += state * state;
     largest[i] = Increment::maximum(largest[i], M::abs(change));
   }
-  void store(float* at) const {
-    M::store(at, step2[0] + step2[1]);
-    M::store(at + kL, size2[0] + size2[1]);
-    M::store(at + 2 * kL, Increment::maximum(largest[0], largest[1]));
+  // With what an earlier stage has left there, if any has.
+  void store(float* at, bool is_first) const {
+    V sum[3] = {step2[0] + step2[1], size2[0] + size2[1], Increment::maximum(largest[0], largest[1])};
+    if (!is_first) {
+      sum[0] += M::load(at);
+      sum[1] += M::load(at + kL);
+      sum[2] = Increment::maximum(sum[2], M::load(at + 2 * kL));
+    }
+    for (int i = 0; i < 3; ++i) M::store(at + i * kL, sum[i]);
   }
 };
 
-void add_up(DeltaRow& row, int segments) {
+void add_up(DeltaRow& row, int pieces) {
   V step2 = M::load(row.sums), size2 = M::load(row.sums + kL), largest = M::load(row.sums + 2 * kL);
-  for (int i = 1; i < segments; ++i) {
+  for (int i = 1; i < pieces; ++i) {
     const float* sums = row.sums + i * 3 * kL;
     step2 += M::load(sums);
     size2 += M::load(sums + kL);
@@ -172,21 +218,21 @@ void add_up(DeltaRow& row, int segments) {
 // same work takes twice as long, because it fills the reorder buffer and the products of the next tile have to wait (28 and 15
 // cycles a vector on Zen 4).
 template <DeltaMap kMap>
-void settle(DeltaRow& row, int segment, int64_t from, int64_t to) {
+DEQ_INLINE void settle_as(const DeltaStep& s, DeltaRow& row, const float* given) {
   const Increment::Quantiser quantiser(row);
   Sums sums;
   auto vector = [&](int64_t j, int i) __attribute__((always_inline)) {
-    const V state = apply<kMap>(M::load(row.y + j), row.d + j), before = M::load(row.x + j), change = state - before;
+    const V state = state_at<kMap>(row, given, j), before = M::load(row.x + j), change = state - before;
     sums.add(i, state, change);
     M::store(row.x + j, before + quantiser.store(change, static_cast<char*>(row.next) + j * Increment::kBytes));
   };
-  int64_t j = from;
-  for (; j + 2 * kL <= to; j += 2 * kL) {
+  int64_t j = s.from;
+  for (; j + 2 * kL <= s.to; j += 2 * kL) {
     vector(j, 0);
     vector(j + kL, 1);
   }
-  if (j < to) vector(j, 0);
-  sums.store(row.sums + segment * 3 * kL);
+  if (j < s.to) vector(j, 0);
+  sums.store(row.sums + s.piece * 3 * kL, s.stage == 0);
 }
 
 // Calls f with the map as a constant.
@@ -206,30 +252,30 @@ DEQ_INLINE void with_map(DeltaMap map, F&& f) {
   }
 }
 
-void settle(const DeltaStep& s, DeltaRow& row) {
-  with_map(s.map, [&](auto map) {
-    if constexpr (map() != DeltaMap::kByRow) settle<map()>(row, s.segment, s.from, s.to);
-  });
-}
+void settle(const DeltaStep& s, DeltaRow& row, const float* state) { settle_as<DeltaMap::kByRow>(s, row, state); }
 
 // Weights up to this size stream from the L2 cache once for every few rows, whose data then stay in L1; larger ones once for all.
 constexpr int64_t kStreamedBytes = 512 << 10;
 
 void step(const DeltaStep& s, int n) {
-  const int64_t full = s.to / (2 * kL) * (2 * kL);
+  const bool multiplies = s.old != Old::kNothing || s.fresh > 0;
+  const int64_t full = s.to / (2 * kL) * (2 * kL), end = multiplies ? s.to : s.from;
   const int blocks = (n + DEQ_TILE_ROWS - 1) / DEQ_TILE_ROWS, base = n / blocks, extra = n % blocks;
   int64_t j = s.from;
   // One or two rows do not fill the pipeline with one panel: take several at once.
-  if (n == 1)
-    for (; j + 8 * kL <= full; j += 8 * kL) tile<1, 2, 4>(s, 0, j);
-  else if (n == 2)
-    for (; j + 4 * kL <= full; j += 4 * kL) tile<2, 2, 2>(s, 0, j);
+  for (; n == 1 && j + 8 * kL <= full && j < end; j += 8 * kL) tile<1, 2, 4>(s, 0, j);
+  for (; n <= 2 && j + 4 * kL <= full && j < end; j += 4 * kL) {
+    if (n == 1)
+      tile<1, 2, 2>(s, 0, j);
+    else
+      tile<2, 2, 2>(s, 0, j);
+  }
   const int64_t first = j;
   const bool streams = Layout(s.width).bytes() <= kStreamedBytes;
   auto first_row = [&](int b) { return b * base + (b < extra ? b : extra); };  // even blocks: 9 rows are 5 + 4, not 8 + 1
   const int together = streams ? 1 : blocks;
   for (int group = 0; group < blocks; group += together) {
-    for (j = first; j < s.to; j += 2 * kL)
+    for (j = first; j < end; j += 2 * kL)
       for (int b = group; b < group + together; ++b) {
         const int row = first_row(b), rows = first_row(b + 1) - row;
         if (j < full)
@@ -237,14 +283,11 @@ void step(const DeltaStep& s, int n) {
         else
           tile_rows<1, DEQ_TILE_ROWS>(rows, s, row, j);
       }
-    for (int r = first_row(group); r < first_row(group + together); ++r) settle(s, *s.rows[r]);
+    with_map(s.map, [&](auto map) {
+      if constexpr (map() != DeltaMap::kByRow)
+        for (int r = first_row(group); r < first_row(group + together); ++r) settle_as<map()>(s, *s.rows[r], nullptr);
+    });
   }
-}
-
-template <DeltaMap kMap>
-DEQ_INLINE V state_at(const DeltaRow& row, const float* state, int64_t j) {
-  if constexpr (kMap == DeltaMap::kByRow) return M::load(state + j);
-  return apply<kMap>(M::load(row.y + j), row.d + j);
 }
 
 void measure(DeltaRow& row, DeltaMap map, const float* given, int64_t n) {
@@ -260,7 +303,7 @@ void measure(DeltaRow& row, DeltaMap map, const float* given, int64_t n) {
       vector(j + kL, 1);
     }
     if (j < n) vector(j, 0);
-    sums.store(row.sums);
+    sums.store(row.sums, true);
   });
   add_up(row, 1);
 }
@@ -285,6 +328,7 @@ const deq::DeltaKernels* table() {
       .plane_bytes = plane_bytes,
       .pack = pack,
       .step = step,
+      .settle = settle,
       .add_up = add_up,
       .measure = measure,
       .feed = feed,

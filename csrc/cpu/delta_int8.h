@@ -25,7 +25,11 @@ struct Increment {
     memcpy(&sum, offsets, sizeof sum);
     return sum;
   }
+  DEQ_INLINE Sum difference(const int32_t* a, const int32_t* b) { return start(a) - start(b); }
   DEQ_INLINE Sum offset_of(Sum sum) { return -sum; }
+  // A sum in units of 2^shift, now in units of 1 and with `start` added. Units that grow cost less than one of them a sum, where
+  // a sum has thousands.
+  DEQ_INLINE Sum carried(Sum sum, int shift, Sum start) { return (shift >= 0 ? sum << shift : sum >> -shift) + start; }
   DEQ_INLINE Sum dot(Sum sum, uint32_t word, Sum weights) {
     // Not the intrinsic: around it GCC 12 copies every sum at every step.
     asm(DEQ_VPDPBUSD " %2, %1, %0" : "+v"(sum) : "v"(static_cast<int32_t>(word) - Sum{}), "v"(weights));
