@@ -19,7 +19,7 @@ from deq.experiments._lineup import feedforward
 from deq.experiments._nets import DiagonalDEQ, FeedForward, TriangularDEQ, feedforward_count, matching_width
 from deq.experiments._result import EQUILIBRIUM, FINITE_DEPTH
 from deq.experiments._steep_trained import sample
-from deq.experiments._train import train
+from deq.experiments._train import cosine, square, train
 
 F64 = torch.float64
 few = settings(max_examples=40, deadline=None)
@@ -258,6 +258,39 @@ def test_affine_is_baddbmm_with_its_gradients(inputs, outputs, batch):
         torch.testing.assert_close(a, b)
     if batch:
         assert torch.autograd.gradcheck(affine, values)
+
+
+def test_thin_maps_with_samples_side_by_side_are_the_same():
+    x, u, z = (torch.randn(3, 7, n, dtype=F64, generator=generator(n)) for n in (1, 4, 4))
+    b, y0 = torch.randn(3, 1, 4, dtype=F64, generator=generator(5)), torch.zeros(3, 1, 1, dtype=F64)
+    U, a, z = u[:, :1], u[:, :4, :1].contiguous(), z.requires_grad_()
+    for side_by_side in (False, True):
+        c = affine(b, x, U, side_by_side=side_by_side)
+        (dz,) = torch.autograd.grad(affine(y0, z, a, side_by_side=side_by_side).sum(), z)
+        torch.testing.assert_close(c, torch.baddbmm(b, x, U))
+        torch.testing.assert_close(dz, a.mT.expand_as(z))
+        assert [t.mT.is_contiguous() for t in (c, dz)] == [side_by_side] * 2
+
+
+def test_the_trainer_takes_the_steps_of_torch():
+    """Its Adam, the closed slope of the mean square and that of another loss, against autograd and torch.optim."""
+
+    def absolute(output, target):
+        return (output - target).abs() ** 1.5
+
+    x = torch.rand(2, 9, 3, dtype=F64, generator=generator(1))
+    y = x.sum(2)
+    for loss in (square, absolute):
+        mine, theirs = (FeedForward(2, 3, 5, 3, generator()) for _ in range(2))
+        train(mine, lambda: (x, y), steps=5, rate=1e-2, loss=loss)
+        optimiser = torch.optim.Adam(theirs.parameters)
+        for step in range(5):
+            optimiser.param_groups[0]["lr"] = 1e-2 * cosine()(step / 5)
+            optimiser.zero_grad()
+            loss(theirs(x), y).mean(1).sum().backward()
+            optimiser.step()
+        for a, b in zip(mine.parameters, theirs.parameters, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
 def test_a_weight_without_influence_has_a_gradient_of_zero():

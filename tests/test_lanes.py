@@ -7,6 +7,7 @@ from problems import exact, gaussian, torch_adjoint, torch_loop
 
 import deq
 from deq import Status, _library
+from deq.profiling.counter import Work
 
 pytestmark = pytest.mark.skipif(_library.compiled is None, reason="no compiled library is loaded")
 
@@ -78,6 +79,60 @@ def test_a_sample_does_not_know_its_batch_mates(m, solver, isa):
     for batch, single, permuted in zip(together, one_by_one, shuffled, strict=True):
         assert torch.equal(batch, single)
         assert torch.equal(batch[order], permuted)
+
+
+def _layouts(t: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The same numbers in other strides."""
+    wide = torch.zeros(*t.shape[:-1], 2 * t.shape[-1], dtype=t.dtype)
+    wide[..., ::2] = t
+    longer = torch.zeros(t.shape[0], t.shape[1] + 3, t.shape[2], dtype=t.dtype)
+    longer[:, 2:-1] = t
+    return {"side by side": t.mT.contiguous().mT, "every other": wide[..., ::2], "part of a batch": longer[:, 2:-1]}
+
+
+@pytest.mark.parametrize(("m", "B"), [(1, 3), (5, 16), (20, 37), (33, 18)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+def test_a_block_of_samples_is_read_in_any_layout(m, B, dtype, isa):
+    problems = [gaussian(m, B, torch.float32, seed=s, scale=0.4) for s in range(3)]
+    W, c, g = (torch.stack(part).to(dtype) for part in zip(*problems, strict=True))
+    start = 0.1 * c.flip(1)
+
+    def run(c, g, start):
+        c = c.detach().requires_grad_()
+        z = deq.solve(W, c, z0=start, backend="cpu").z
+        return z.detach(), torch.autograd.grad(z, c, g)[0]
+
+    expected = run(c, g, start)
+    others = zip(*(_layouts(t).values() for t in (c, g, start)), strict=True)
+    for layout in others:
+        assert all(torch.equal(a, b) for a, b in zip(run(*layout), expected, strict=True))
+    same = run(c[:, :1].expand_as(c), g[:, :1].expand_as(g), start[:, :1].expand_as(start))
+    assert all(
+        torch.equal(t, t[:, :1].expand_as(t)) and torch.equal(t[:, :1], e[:, :1])
+        for t, e in zip(same, expected, strict=True)
+    )
+
+
+@pytest.mark.parametrize("m", [12, 40])  # 12 is served by lanes of any vector
+def test_elements_that_are_zero_in_every_lane_change_nothing(m, isa):
+    """Samples in order share their zeros, which sweeps leave out; among others in random order they do not."""
+    W, c, g = gaussian(m, 300, seed=m, scale=0.5)
+    c = c[:1] + torch.linspace(-1, 1, 300)[:, None] * c[1:2]
+    order = torch.randperm(300, generator=torch.Generator().manual_seed(1))
+
+    def run(rows):
+        b = c[rows].clone().requires_grad_()
+        solution = deq.solve(W, b, backend="cpu")
+        forward = Work.last().native_products
+        (u,) = torch.autograd.grad(solution.z, b, g[rows])
+        products = torch.tensor([forward, Work.last().native_products])
+        return products, (solution.z.detach(), u, solution.iterations, solution.residual)
+
+    fewer, in_order = run(torch.arange(300))
+    more, shuffled = run(order)
+    assert (fewer < 0.9 * more).all() or m > 12
+    for a, b in zip(in_order, shuffled, strict=True):
+        assert torch.equal(a[order], b)
 
 
 @pytest.mark.parametrize("threads", [1, 2])

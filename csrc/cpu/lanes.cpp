@@ -1,11 +1,14 @@
 // The lane engine: the row engine's slots as the lanes of vectors, for narrow weights.
 //
 // Every thread owns a group of as many samples as a vector has lanes. A step of the group costs what it costs for one sample, and
-// nothing is done sample by sample but the beginning, the end, and what is out of the ordinary: the common judgement, Anderson's
-// Gram matrix, its equations and its mixture are vectors too. Lanes do not touch each other, so that a sample's answer does not
-// depend on its batch mates. What the two engines do to a sample is the same; their residuals are summed in another order.
+// nothing is done sample by sample but what is out of the ordinary: reading and writing rows, the first evaluation, the common
+// judgement, Anderson's Gram matrix, its equations and its mixture are vectors too. A sample that is done keeps its lane, and its
+// numbers, until some more are: they leave and others enter together. Lanes do not touch each other, so that a sample's answer
+// does not depend on its batch mates. What the two engines do to a sample is the same; their residuals are summed in another
+// order.
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstring>
 #include <memory>
 
@@ -13,6 +16,7 @@
 #include "../kernels.h"
 #include "cache.h"
 #include "lane_engine.h"
+#include "lane_intake.h"
 #include "samples.h"
 #include "threads.h"
 #include "trace.h"
@@ -34,11 +38,14 @@ class LaneGroup {
         k_(kernels<T>()),
         lane_(*k_.lane()),
         samples_(p, totals),
+        intake_(p, samples_),
         packed_(packed),
         totals_(totals),
         m_(p.width),
         lanes_(lane_.lanes),
         rule_(make_rule(p.tol, p.max_iter, p.criterion, p.width, sizeof(T) == 8)),
+        sweeps_(!p.reflected && (p.mask.data ? !p.start.data : p.activation == kRelu)),
+        all_(~uint64_t{0} >> (64 - p.width)),
         depth_(std::min<int>(std::max(p.depth, 1), kMaxDepth)),
         reach2_(1 / (rule_.eps * rule_.eps * rule_.eps * rule_.eps)) {}
 
@@ -49,19 +56,23 @@ class LaneGroup {
       totals_.error = DEQ_NO_MEMORY;
       return;
     }
-    const int64_t share = (p_.batch + sharing - 1) / sharing;
-    for (int lane = 0; lane < std::min<int64_t>(lanes_, share); ++lane)
-      if (fill(lane, queue)) live_ |= bit(lane);
+    most_ = static_cast<int>(std::min<int64_t>(lanes_, (p_.batch + sharing - 1) / sharing));
+    enter(queue);
     while (live_) {
       step();
       current_ = 1 - current_;
+      const LaneNews news = lane_.look(records_, alive_, step2_, size2_, static_cast<T>(rule_.tol2), static_cast<T>(rule_.leave2),
+                                       static_cast<T>(reach2_));
+      for (uint32_t rest = news.other; rest; rest &= rest - 1)
+        if (const int lane = __builtin_ctz(rest); !advance(lane)) set_live(lane, false);
+      for (uint32_t rest = news.converged; rest; rest &= rest - 1) set_live(__builtin_ctz(rest), false);
+      done_ |= news.converged;
       uint32_t fresh = 0;
-      uint32_t look = lane_.look(records_, step2_, size2_, static_cast<T>(rule_.tol2), static_cast<T>(reach2_)) & live_;
-      for (; look; look &= look - 1) {
-        const int lane = __builtin_ctz(look);
-        if (advance(lane)) continue;
-        fresh |= bit(lane);
-        if (!fill(lane, queue)) live_ &= ~bit(lane);
+      // The pre-activations of a reflected map are not kept.
+      if (done_ && (p_.reflected || !live_)) leave();
+      if (most_ - __builtin_popcount(live_) >= (lanes_ + 3) / 4 || !live_) {
+        leave();
+        fresh = enter(queue);
       }
       if (const uint32_t now = accelerated_ & live_ & ~fresh) accelerate(now);
     }
@@ -72,25 +83,26 @@ class LaneGroup {
  private:
   static uint32_t bit(int lane) { return uint32_t{1} << lane; }
 
-  // Columns of the group, then rows: an injection a lane, what the products of a few rows need, and one to gather in.
+  // Columns of the group, then rows: an injection a lane, what the products of a few rows need, one to gather in, and one a lane.
   bool reserve() {
     const bool accelerates = p_.acceleration != DEQ_PLAIN;
     const int64_t column = m_ * lanes_, padded = samples_.padded();
     const int64_t columns = 3 + (p_.mask.data ? 1 : 0) + (p_.reflected ? 2 : 0) + (accelerates ? 2 * depth_ : 0);
-    const int64_t rows = lanes_ + 2 * kFewRows + 3, sums = 2 * lanes_ * kFewRows;
-    const int64_t bytes = (columns * column + rows * padded + sums) * static_cast<int64_t>(sizeof(T));
-    T* at = static_cast<T*>(lanes_arena.get(bytes));
+    const int64_t rows = 2 * lanes_ + 2 * kFewRows + 3, sums = 2 * lanes_ * kFewRows;
+    const int64_t elements = columns * column + intake_.elements() + rows * padded + sums + m_ * m_;
+    T* at = static_cast<T*>(lanes_arena.get(elements * static_cast<int64_t>(sizeof(T))));
     if (!at) return false;
-    memset(at, 0, bytes - (accelerates ? 2 * depth_ * column : 0) * static_cast<int64_t>(sizeof(T)));
-    auto take = [&](int64_t elements) {
-      at += elements;
-      return at - elements;
+    std::fill(at, at + elements - (accelerates ? 2 * depth_ * column : 0), T(0));
+    auto take = [&](int64_t count) {
+      at += count;
+      return at - count;
     };
     z_[0] = take(column);
     z_[1] = take(column);
     c_ = take(column);
     d_ = p_.mask.data ? take(column) : nullptr;
     for (T*& pre : pre_) pre = p_.reflected ? take(column) : nullptr;
+    intake_.use(take(intake_.elements()));
     for (int i = 0; i < lanes_; ++i) c_rows_[i] = take(padded);
     for (int i = 0; i < kFewRows; ++i) {
       z_rows_[i] = take(padded);
@@ -101,15 +113,35 @@ class LaneGroup {
     for (T*& row : ones_rows_) row = at - padded;
     row_ = take(padded);
     other_ = take(padded);
+    rows_ = take(lanes_ * padded);
     for (int i = 0; i < kFewRows; ++i) sums_[i] = take(2 * lanes_);
     for (int i = 0; accelerates && i < depth_; ++i) {
       windows_.f[i] = take(column);
       windows_.g[i] = take(column);
     }
     w_ = static_cast<const T*>(packed_.data) + matrix_ * (packed_.matrix_bytes / static_cast<int64_t>(sizeof(T)));
-    live_ = accelerated_ = 0;
+    if (sweeps_) flatten(take(m_ * m_));
+    live_ = done_ = accelerated_ = gathered_ = 0;
+    std::fill(alive_, alive_ + lanes_, T(0));
     newest_ = 0;
+    nonzero_ = 0;
     return true;
+  }
+
+  // The panels of the packed weight side by side.
+  void flatten(T* to) {
+    flat_ = to;
+    const T* from = w_;
+    for (int64_t j = 0; j < m_; j += k_.panel) {
+      const int64_t stride = std::min<int64_t>(samples_.padded() - j, k_.panel), columns = std::min<int64_t>(m_ - j, stride);
+      for (int64_t k = 0; k < m_; ++k, from += stride) std::copy(from, from + columns, to + k * m_ + j);
+    }
+  }
+
+  void set_live(int lane, bool live) {
+    live_ = live ? live_ | bit(lane) : live_ & ~bit(lane);
+    alive_[lane] = live ? T(1) : T(0);
+    windows_.held[lane] = 0;
   }
 
   void gather(const T* column, int lane, T* row) const {
@@ -127,14 +159,23 @@ class LaneGroup {
     const Range range(Span::kStep, count);
     const bool by_row = count <= std::min(kFewRows, lanes_ / 4) && m_ >= kFewFrom;
     work_.native_rows += count;
-    work_.native_products += (by_row ? count : lanes_) * m_ * m_;
     ++work_.native_sweeps;
+    if (sweeps_ && !by_row) {
+      const int64_t inputs = __builtin_popcountll(nonzero_);
+      work_.native_products += lanes_ * inputs * (d_ ? inputs : m_);
+      nonzero_ = lane_.sweep(LaneSweep<T>{flat_, z, c_, d_, out, m_, nonzero_, alive_, live_ | done_, step2_, size2_});
+      return;
+    }
+    work_.native_products += (by_row ? count : lanes_) * m_ * m_;
+    nonzero_ = all_;
     if (by_row) {
       int lane[kFewRows], n = 0;
       const T* c[kFewRows];
       for (uint32_t rest = live_; rest; rest &= rest - 1, ++n) {
         lane[n] = __builtin_ctz(rest);
         c[n] = c_rows_[lane[n]];
+        if (!(gathered_ & bit(lane[n]))) gather(c_, lane[n], c_rows_[lane[n]]);
+        gathered_ |= bit(lane[n]);
         gather(z, lane[n], z_rows_[n]);
       }
       // With the mask 1 it is W z + c.
@@ -143,48 +184,79 @@ class LaneGroup {
     } else {
       lane_.product(LaneProduct<T>{w_, z, c_, x, m_});
     }
-    lane_.map(LaneMap<T>{x, z, d_, out, m_, p_.activation, p_.reflected != 0, step2_, size2_});
+    lane_.map(LaneMap<T>{x, z, d_, out, m_, p_.activation, p_.reflected != 0, step2_, size2_, alive_});
   }
 
-  // Takes the next sample of the queue that is not done at once into the lane; false when there is none.
-  bool fill(int lane, std::atomic<int64_t>& queue) {
-    Slot& slot = slots_[lane];
-    T* y = row_;
-    windows_.held[lane] = 0;
-    while ((slot.sample = samples_.take(matrix_, queue, c_rows_[lane], other_, y, &slot.scale)) >= 0) {
-      slot.record = new_record();
-      slot.saved = false;
-      slot.depth = depth_;
-      accelerated_ = p_.acceleration == DEQ_ANDERSON ? accelerated_ | bit(lane) : accelerated_ & ~bit(lane);
-      const T *c = c_rows_[lane], *d = d_ ? other_ : nullptr;
-      Verdict verdict = Verdict::kContinue;
-      slot.start2 = p_.start.data ? size_of(y, m_) : 0.0;
-      if (!p_.start.data) {
-        // From zero the first evaluation is act(c): no product. Its step and its size are the same.
-        double size2 = k_.first(p_.activation, c, d, y, m_);
-        if (p_.reflected) {
-          scatter(c, lane, pre_[current_]);
-          for (int64_t j = 0; j < m_; ++j) y[j] += y[j] - c[j];
-          size2 = size_of(y, m_);
-        }
-        if (!in_range<T>(size2)) size2 = size_of(y, m_);
-        verdict = judge(rule_, slot.record, size2, size2, 0.0);
+  // Puts samples of the queue into free lanes; returns those that it filled.
+  uint32_t enter(std::atomic<int64_t>& queue) {
+    uint32_t entered = 0;
+    for (int open = most_ - __builtin_popcount(live_); open > 0 && intake_.read(matrix_, queue, most_);) {
+      LaneMove<T> from;
+      std::fill(from, from + lanes_, -1);
+      uint32_t now = 0;
+      for (int lane = 0; lane < most_ && intake_.waiting; ++lane) {
+        if (live_ & bit(lane)) continue;
+        const int place = __builtin_ctz(intake_.waiting);
+        intake_.waiting &= intake_.waiting - 1;
+        if (!begin(lane, place)) continue;
+        from[lane] = place;
+        now |= bit(lane);
+        --open;
       }
-      scatter(c, lane, c_);
-      if (d) scatter(d, lane, d_);
-      scatter(y, lane, z_[current_]);
-      if (verdict == Verdict::kContinue) {
-        remember(lane);
-        return true;
-      }
-      finish(lane, verdict, z_[current_]);
+      if (!now) continue;
+      lane_.move(intake_.c, from, m_, c_);
+      lane_.move(intake_.y, from, m_, z_[current_]);
+      if (sweeps_ && d_) lane_.move(intake_.y, from, m_, z_[1 - current_]);  // of elements left out both must be zero
+      nonzero_ |= intake_.nonzero;
+      if (d_) lane_.move(intake_.d, from, m_, d_);
+      if (p_.reflected && !p_.start.data) lane_.move(intake_.c, from, m_, pre_[current_]);
+      entered |= now;
     }
-    return false;
+    gathered_ &= ~entered;
+    return entered;
+  }
+
+  // The sample at this place of the intake begins in a lane; false if it is done at once.
+  bool begin(int lane, int place) {
+    LaneSlot& slot = slots_[lane];
+    slot = intake_.slots[place];
+    slot.record = new_record();
+    slot.saved = false;
+    slot.depth = depth_;
+    accelerated_ = p_.acceleration == DEQ_ANDERSON ? accelerated_ | bit(lane) : accelerated_ & ~bit(lane);
+    if (!p_.start.data) {
+      const double size2 = slot.start2;
+      slot.start2 = 0;
+      const Verdict verdict = judge(rule_, slot.record, size2, size2, 0.0);
+      if (verdict != Verdict::kContinue) {
+        finish(slot, place, verdict, {intake_.y, intake_.c, intake_.d});
+        return false;
+      }
+    }
+    set_live(lane, true);
+    remember(lane);
+    return true;
+  }
+
+  // The samples that are done leave with the current iterate.
+  void leave() {
+    if (!done_) return;
+    const bool together = !p_.reflected && __builtin_popcount(done_) > lanes_ / 8;
+    const int64_t padded = samples_.padded();
+    if (together) lane_.rows(z_[current_], m_, rows_, padded);
+    for (; done_; done_ &= done_ - 1) {
+      const int lane = __builtin_ctz(done_);
+      const LaneSlot& slot = slots_[lane];
+      const bool fits = together ? samples_.write(slot.sample, slot.scale, rows_ + lane * padded) : write(slot, lane, newest());
+      const T residual = std::sqrt(records_.best_step2[lane] / records_.best_size2[lane]);
+      samples_.report(slot.sample, slot.record.iteration + unseen(lane), residual,
+                      fits ? Verdict::kConverged : Verdict::kDiverged);
+    }
   }
 
   // Judges the evaluation just made in a lane; false when its sample is done.
   bool advance(int lane) {
-    Slot& slot = slots_[lane];
+    LaneSlot& slot = slots_[lane];
     recall(lane);
     T *f = z_[current_], *y = z_[1 - current_];
     double step2 = static_cast<double>(step2_[lane]), size2 = static_cast<double>(size2_[lane]);
@@ -201,11 +273,11 @@ class LaneGroup {
       slot.saved = false;
     } else if (!slot.saved) {
       // The previous evaluation was the best: f of it is the iterate just left, or the newest of the window.
-      write(lane, 1 - current_, windows_.held[lane] > 0 ? windows_.f[newest_] : y);
+      write(slot, lane, {windows_.held[lane] > 0 ? windows_.f[newest_] : y, pre_[1 - current_], d_});
       slot.saved = true;
     }
     if (verdict != Verdict::kContinue) {
-      finish(lane, verdict, is_best ? f : nullptr);
+      is_best ? finish(slot, lane, verdict, newest()) : report(slot, verdict);
       return false;
     }
     if (p_.acceleration == DEQ_ON_DEMAND && !(accelerated_ & bit(lane)) && is_slow(slot.record, before2))
@@ -231,37 +303,40 @@ class LaneGroup {
     left_[lane] = always ? 0 : static_cast<int>(std::min<int64_t>(rule_.max_iter - record.iteration, kUnseen));
     records_.left[lane] = static_cast<T>(left_[lane]);
   }
+  int unseen(int lane) const { return left_[lane] - static_cast<int>(records_.left[lane]); }
   void recall(int lane) {
     Record& record = slots_[lane].record;
-    const int unseen = left_[lane] - static_cast<int>(records_.left[lane]);
-    if (unseen == 0) return;
+    const int steps = unseen(lane);
+    if (steps == 0) return;
     slots_[lane].saved = false;
     if (record.iteration == 0) record.limit2 = reach2_ * static_cast<double>(records_.first2[lane]);
-    record.best_at = record.iteration += unseen;
+    record.best_at = record.iteration += steps;
     record.step2[0] = static_cast<double>(records_.step2[lane]);
     record.step2[1] = static_cast<double>(records_.before2[lane]);
     record.best_step2 = static_cast<double>(records_.best_step2[lane]);
     record.best_size2 = static_cast<double>(records_.best_size2[lane]);
   }
 
-  // What is handed out for f(y), a lane of `column`: itself, or for the reflected map the value at its pre-activation.
-  bool write(int lane, int which, const T* column) {
-    const Slot& slot = slots_[lane];
-    if (T* out = p_.reflected ? nullptr : samples_.native_row(slot.sample); out)
-      if (lane_.leave(column, lane, static_cast<T>(1 / slot.scale), m_, out)) return true;
-    gather(p_.reflected ? pre_[which] : column, lane, row_);
+  // Where an evaluation is: f(y), with the reflected map its pre-activation, and with a mask the derivative.
+  struct Evaluation {
+    const T *value, *pre, *d;
+  };
+  Evaluation newest() const { return {z_[current_], pre_[current_], d_}; }
+
+  // Hands out a lane: its value, or for the reflected map the value at its pre-activation.
+  bool write(const LaneSlot& slot, int lane, const Evaluation& at) {
+    gather(p_.reflected ? at.pre : at.value, lane, row_);
     if (p_.reflected) {
-      if (d_) gather(d_, lane, other_);
-      k_.first(p_.activation, row_, d_ ? other_ : nullptr, row_, m_);
+      if (at.d) gather(at.d, lane, other_);
+      k_.first(p_.activation, row_, at.d ? other_ : nullptr, row_, m_);
     }
     return samples_.write(slot.sample, slot.scale, row_);
   }
+  void report(const LaneSlot& slot, Verdict verdict) { samples_.report(slot.sample, slot.record, verdict); }
 
-  // `best` null: the output row already holds the best iterate.
-  void finish(int lane, Verdict verdict, const T* best) {
-    // One that left the range of the caller's dtype has diverged.
-    if (best && !write(lane, current_, best)) verdict = Verdict::kDiverged;
-    samples_.report(slots_[lane].sample, slots_[lane].record, verdict);
+  // One that left the range of the caller's dtype has diverged.
+  void finish(const LaneSlot& slot, int lane, Verdict verdict, const Evaluation& best) {
+    report(slot, write(slot, lane, best) ? verdict : Verdict::kDiverged);
   }
 
   // Anderson: in these lanes f is replaced by the mixture of the window.
@@ -284,41 +359,41 @@ class LaneGroup {
                                           static_cast<double>(windows_.gram[order[0]][order[0]][lane]),
                                           static_cast<double>(windows_.gram[order[1]][order[1]][lane]), depth_);
     if (count > 1) lane_.mix(windows_, order, count, static_cast<T>(10 * rule_.eps), f, m_);
+    if (!d_) nonzero_ = all_;
   }
 
-  struct Slot {
-    Record record;
-    bool saved;      // the output row holds the best iterate
-    int depth;       // Anderson: pairs to hold
-    int64_t sample;  // flat index s * B + b
-    double scale;    // the sample was multiplied by this power of two
-    double start2;   // |y|^2 of its start
-  };
   static constexpr int64_t kUnseen = 1 << 20;  // an integer in every T
 
   const DeqProblem& p_;
   const Kernels<T>& k_;
   const LaneKernels<T>& lane_;
   Samples<T> samples_;
+  LaneIntake<T> intake_;
   const Packed& packed_;
   Totals& totals_;
   const int64_t m_;
   const int lanes_;
   const Rule rule_;
+  const bool sweeps_;   // product and map at once
+  const uint64_t all_;  // a bit for every element
   const int depth_;
   const double reach2_;  // limit2 of a Record over the size that it follows from
   int64_t matrix_ = 0;
   int current_ = 0, newest_ = 0;
+  int most_ = 0;          // lanes in use
+  uint64_t nonzero_ = 0;  // elements that sweeps need
   DeqWork work_{};
   uint32_t live_ = 0, accelerated_ = 0;
-  const T* w_ = nullptr;
-  T *z_[2], *pre_[2], *c_, *d_, *row_, *other_;
+  uint32_t done_ = 0;      // converged, and still in their lanes
+  uint32_t gathered_ = 0;  // their injections are in c_rows_
+  const T *w_ = nullptr, *flat_ = nullptr;
+  T *z_[2], *pre_[2], *c_, *d_, *row_, *other_, *rows_;
   T *c_rows_[kMostLanes], *z_rows_[kFewRows], *x_rows_[kFewRows], *ones_rows_[kFewRows], *sums_[kFewRows];
   LaneRecords<T> records_{};
   LaneWindows<T> windows_{};
-  alignas(64) T step2_[kMostLanes], size2_[kMostLanes];
+  alignas(64) T step2_[kMostLanes], size2_[kMostLanes], alive_[kMostLanes];
   int left_[kMostLanes];
-  Slot slots_[kMostLanes];
+  LaneSlot slots_[kMostLanes];
 };
 
 constexpr double kLeastFlops = 1e6;

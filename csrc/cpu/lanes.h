@@ -5,6 +5,8 @@
 #pragma once
 #include <stdint.h>
 
+#include <type_traits>
+
 #include "../anderson.h"
 
 namespace deq {
@@ -28,6 +30,20 @@ struct LaneMap {
   int32_t activation;
   bool reflected;
   T *step2, *size2;  // |out - z|^2 and |out|^2 of every lane
+  const T* live;     // in the lanes where this is 0 out is z
+};
+
+// Product and map at once for relu or a mask, without the elements that are zero in every lane: many in a batch whose samples lie
+// in order, none in one of random order.
+template <class T>
+struct LaneSweep {
+  const T *w, *z, *c, *d;  // w[k m + j] = W[j][k]; d null: out = relu(W z + c)
+  T* out;
+  int64_t width;
+  uint64_t nonzero;  // at least the elements of z, or with d those of d, that are not zero; with d the others are zero in out too
+  const T* live;     // in the lanes where this is 0 out is z
+  uint32_t kept;     // the lanes whose elements are of interest
+  T *step2, *size2;  // |out - z|^2 and |out|^2 of every lane
 };
 
 // What progresses() of judge.h needs to know of every lane's Record.
@@ -48,18 +64,36 @@ struct LaneWindows {
   alignas(64) T held[kMostLanes];  // pairs of every lane that count, newest first; 0: the lane is not accelerated
 };
 
+// What look() found of the live lanes, a bit for each.
+struct LaneNews {
+  uint32_t converged, other;  // other: judge() has to decide
+};
+
+// Lane i takes what lane from[i] held, where that is not negative.
+template <class T>
+using LaneMove = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>[kMostLanes];
+
 template <class T>
 struct LaneKernels {
   int lanes;
   void (*product)(const LaneProduct<T>&);
   void (*map)(const LaneMap<T>&);
-  // progresses() of judge.h for every lane at once, also at the first evaluation, which sets limit2 to reach2 x first2: a bit for
-  // every lane for which it is false.
-  uint32_t (*look)(LaneRecords<T>&, const T* step2, const T* size2, T tol2, T reach2);
+  uint64_t (*sweep)(const LaneSweep<T>&);  // returns `nonzero` of out, or of d
+  // judge() of judge.h for every live lane at once where it is plain: progress, at speed, also at the first evaluation, which
+  // sets limit2 to reach2 x first2; or convergence.
+  LaneNews (*look)(LaneRecords<T>&, const T* live, const T* step2, const T* size2, T tol2, T leave2, T reach2);
+  // Bits of the elements that are not zero in every lane.
+  uint64_t (*nonzero)(const T* column, int64_t width);
+  // Any strides become columns, column[j][i] = from[i * sample_stride + j * stride] for `count` samples; columns become the rows
+  // of all lanes.
+  void (*columns)(const T* from, int64_t sample_stride, int64_t stride, int64_t count, int64_t width, T* column);
+  void (*rows)(const T* column, int64_t width, T* rows, int64_t stride);
+  // Largest magnitude of every lane, infinity if an element is not finite.
+  void (*reach)(const T* column, int64_t width, T* largest);
+  void (*scale)(T* column, const T* factors, int64_t width);
+  void (*move)(const T* column, const LaneMove<T>& from, int64_t width, T* to);
   // Takes the newest pair into ring position order[0], with its row of Gram's matrix; order[i] is the i-th newest of `count`.
   void (*take)(LaneWindows<T>&, const int* order, int count, const T* f, const T* y, int64_t width);
-  // out[j] = factor x element j of a lane of `column`; false if one is not finite.
-  bool (*leave)(const T* column, int lane, T factor, int64_t width, T* out);
   // f = sum_i weights[i] f_i with anderson_weights() of every accelerated lane.
   void (*mix)(LaneWindows<T>&, const int* order, int count, T regulariser, T* f, int64_t width);
 };

@@ -4,6 +4,7 @@
 
 #include "../judge.h"
 #include "kernels.h"
+#include "lane_blocks_impl.h"
 #include "lanes.h"
 #include "vec.h"
 
@@ -13,10 +14,11 @@ using deq::kMaxDepth;
 using deq::LaneMap;
 using deq::LaneProduct;
 using deq::LaneRecords;
+using deq::LaneSweep;
 using deq::LaneWindows;
 
 constexpr int kLaneRows = DEQ_VECTOR_BYTES == 64 ? 16 : 8;  // outputs of one register tile
-constexpr int64_t kLaneBlock = 8;  // a sum over m is a sum of sums over so many: its rounding error grows with both, not with m
+constexpr int kLaneBlock = 8;  // a scalar product is a sum of sums over so many: its rounding error grows with both, not with m
 
 // Outputs [j, j + R). The order of k is that of the row engine's tiles, and so are the bits.
 template <class T, int R>
@@ -51,23 +53,95 @@ void lane_product(const LaneProduct<T>& s) {
   for (int64_t j = 0; j < s.width; j += kPanel) lane_tiles<T, kLaneRows>(s, j, j + kPanel < s.width ? j + kPanel : s.width);
 }
 
+// Squares are added up one after the other: then it makes no difference which elements are left out because they are zero in all
+// lanes, which depends on the batch.
+//
+// Outputs of a sweep, every one the sum of lane_tile() without products with zeros: rows[0..R) with a mask, else [first, first +
+// R).
+template <class T, bool masked, int R>
+__attribute__((noinline)) uint64_t sweep_tile(const LaneSweep<T>& s, const int32_t* rows, int64_t first,
+                                              typename Simd<T>::V* sums) {
+  using M = VecMath<T>;
+  using V = typename M::V;
+  constexpr int L = kLanes<T>;
+  constexpr int kPointers = masked ? R : 1;
+  const T *w[kPointers], *z = s.z;
+  V acc[R];
+#pragma GCC unroll 16
+  for (int r = 0; r < kPointers; ++r) w[r] = s.w + (masked ? rows[r] : first);
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) acc[r] = V{};
+  for (uint64_t rest = s.nonzero; rest; rest &= rest - 1) {
+    const int64_t k = __builtin_ctzll(rest), at = k * s.width;
+    const V b = M::load(z + k * L);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) acc[r] += ((masked ? w[r % kPointers][at] : w[0][at + r]) - V{}) * b;
+  }
+  const auto live = M::load(s.live) != V{};
+  const uint64_t kept = s.kept;
+  uint64_t nonzero = 0;
+  V step = sums[0], size = sums[1];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+    const int64_t row = masked ? rows[r] : first + r, at = row * L;
+    const V x = acc[r] + M::load(s.c + at);
+    V y, decisive;
+    if constexpr (masked) {
+      decisive = M::load(s.d + at);
+      y = decisive * x;
+    } else {
+      decisive = y = M::positive(x);
+    }
+    const V before = M::load(z + at), diff = y - before;
+    M::store(s.out + at, M::select(live, y, before));
+    step += diff * diff;
+    size += y * y;
+    nonzero |= static_cast<uint64_t>((nonzero_lanes<T>(decisive) & kept) != 0) << row;
+  }
+  sums[0] = step;
+  sums[1] = size;
+  return nonzero;
+}
+
+template <class T, bool masked, int R>
+DEQ_INLINE uint64_t sweep_tiles(const LaneSweep<T>& s, const int32_t* rows, int64_t first, int64_t end,
+                                typename Simd<T>::V* sums) {
+  uint64_t nonzero = 0;
+  for (; first + R <= end; first += R) nonzero |= sweep_tile<T, masked, R>(s, rows + first, first, sums);
+  if constexpr (R > 1) nonzero |= sweep_tiles<T, masked, R / 2>(s, rows, first, end, sums);
+  return nonzero;
+}
+
+template <class T>
+uint64_t lane_sweep(const LaneSweep<T>& s) {
+  using M = VecMath<T>;
+  typename M::V sums[2] = {};
+  uint64_t nonzero;
+  int32_t rows[64];
+  if (s.d) {
+    int64_t count = 0;
+    for (uint64_t rest = s.nonzero; rest; rest &= rest - 1) rows[count++] = __builtin_ctzll(rest);
+    nonzero = sweep_tiles<T, true, kLaneBlock>(s, rows, 0, count, sums);
+  } else {
+    nonzero = sweep_tiles<T, false, kLaneRows>(s, rows, 0, s.width, sums);
+  }
+  M::store(s.step2, sums[0]);
+  M::store(s.size2, sums[1]);
+  return nonzero;
+}
+
 template <class T, class F>
 DEQ_INLINE void map_with(const LaneMap<T>& s, F f) {
   using M = VecMath<T>;
   using V = typename M::V;
   constexpr int L = kLanes<T>;
+  const auto live = M::load(s.live) != V{};
   V step2{}, size2{};
-  for (int64_t block = 0; block < s.width; block += kLaneBlock) {
-    const int64_t end = block + kLaneBlock < s.width ? block + kLaneBlock : s.width;
-    V step{}, size{};
-    for (int64_t j = block; j < end; ++j) {
-      const V y = f(M::load(s.x + j * L), j * L), diff = y - M::load(s.z + j * L);
-      M::store(s.out + j * L, y);
-      step += diff * diff;
-      size += y * y;
-    }
-    step2 += step;
-    size2 += size;
+  for (int64_t j = 0; j < s.width; ++j) {
+    const V y = f(M::load(s.x + j * L), j * L), z = M::load(s.z + j * L), diff = y - z;
+    M::store(s.out + j * L, M::select(live, y, z));
+    step2 += diff * diff;
+    size2 += y * y;
   }
   M::store(s.step2, step2);
   M::store(s.size2, size2);
@@ -95,7 +169,7 @@ void lane_map(const LaneMap<T>& s) {
 }
 
 template <class T>
-uint32_t lane_look(LaneRecords<T>& s, const T* step2, const T* size2, T tol2, T reach2) {
+deq::LaneNews lane_look(LaneRecords<T>& s, const T* live, const T* step2, const T* size2, T tol2, T leave2, T reach2) {
   using M = VecMath<T>;
   using V = typename M::V;
   using I = typename M::I;
@@ -103,30 +177,22 @@ uint32_t lane_look(LaneRecords<T>& s, const T* step2, const T* size2, T tol2, T 
   const I is_first = last == M::set(static_cast<double>(INFINITY));
   const V start = M::load(s.first2), first = M::select(is_first & (size > start), size, start);
   const V limit = M::select(is_first, first * (reach2 - V{}), M::load(s.limit2));
-  const I common = (size > M::set(sizeof(T) == 4 ? 1e-20 : 1e-120)) & (size < M::set(sizeof(T) == 4 ? 1e30 : 1e120)) &
-                   (step > tol2 * size) & (size <= limit) & (step <= M::load(s.slowest) * last) &
-                   (step * M::load(s.best_size2) < M::load(s.best_step2) * size) & (left > M::set(1.0));
-  M::store(s.first2, M::select(common, first, start));
-  M::store(s.limit2, M::select(common, limit, M::load(s.limit2)));
-  M::store(s.before2, M::select(common, last, M::load(s.before2)));
-  M::store(s.step2, M::select(common, step, last));
-  M::store(s.best_step2, M::select(common, step, M::load(s.best_step2)));
-  M::store(s.best_size2, M::select(common, size, M::load(s.best_size2)));
-  M::store(s.left, M::select(common, left - M::set(1.0), left));
-  constexpr uint32_t kAll = (uint32_t{1} << kLanes<T>)-1;
-  return kAll & ~static_cast<uint32_t>(nonzero_lanes<T>(M::select(common, M::set(1.0), V{})));
-}
-
-template <class T>
-bool lane_leave(const T* column, int lane, T factor, int64_t width, T* out) {
-  column += lane;
-  bool finite = true;
-  for (int64_t j = 0; j < width; ++j, column += kLanes<T>) {
-    const T value = factor * *column;
-    out[j] = value;
-    finite &= value - value == 0;
-  }
-  return finite;
+  const I open = (M::load(live) != V{}) & (left > M::set(1.0)) & (size > M::set(sizeof(T) == 4 ? 1e-20 : 1e-120)) &
+                 (size < M::set(sizeof(T) == 4 ? 1e30 : 1e120));
+  const I converged = open & (step <= leave2 * size);
+  const I at_speed = step <= M::set(deq::kSlowContraction * deq::kSlowContraction) * last;
+  const I common = open & (step > leave2 * size) & ((step > tol2 * size) | at_speed) & (size <= limit) &
+                   (step <= M::load(s.slowest) * last) & (step * M::load(s.best_size2) < M::load(s.best_step2) * size);
+  const I known = converged | common;
+  M::store(s.first2, M::select(known, first, start));
+  M::store(s.limit2, M::select(known, limit, M::load(s.limit2)));
+  M::store(s.before2, M::select(known, last, M::load(s.before2)));
+  M::store(s.step2, M::select(known, step, last));
+  M::store(s.best_step2, M::select(known, step, M::load(s.best_step2)));
+  M::store(s.best_size2, M::select(known, size, M::load(s.best_size2)));
+  M::store(s.left, M::select(known, left - M::set(1.0), left));
+  auto bits = [](I mask) { return static_cast<uint32_t>(nonzero_lanes<T>(M::select(mask, M::set(1.0), V{}))); };
+  return {bits(converged), static_cast<uint32_t>(nonzero_lanes<T>(M::load(live))) & ~bits(known)};
 }
 
 template <class T, int N>
@@ -269,9 +335,15 @@ const deq::LaneKernels<T>* lane_table() {
       .lanes = kLanes<T>,
       .product = lane_product<T>,
       .map = lane_map<T>,
+      .sweep = lane_sweep<T>,
       .look = lane_look<T>,
+      .nonzero = lane_nonzero<T>,
+      .columns = lane_columns<T>,
+      .rows = lane_rows<T>,
+      .reach = lane_reach<T>,
+      .scale = lane_scale<T>,
+      .move = lane_move<T>,
       .take = lane_take<T>,
-      .leave = lane_leave<T>,
       .mix = lane_mix<T>,
   };
   return &kTable;

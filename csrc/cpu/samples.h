@@ -91,27 +91,17 @@ class Samples {
   // multiplied by the power of two `scale`. Returns its flat index s * B + b, or -1 when the queue is empty.
   int64_t take(int64_t s, Queue& queue, T* c, T* d, T* y, double* scale) {
     for (;;) {
-      const int64_t b = queue.fetch_add(1, std::memory_order_relaxed);
-      if (b >= p_.batch) return -1;
+      int64_t b;
+      if (take(queue, 1, &b) == 0) return -1;
       const int64_t sample = s * p_.batch + b;
       const T largest = read(p_.injection, s, b, c), start = p_.start.data ? read(p_.start, s, b, y) : T(0);
-      if (!std::isfinite(largest) || !std::isfinite(start)) {
-        if (!std::isfinite(largest)) Totals::keep_first(totals_.bad_injection, sample);
-        if (!std::isfinite(start)) Totals::keep_first(totals_.bad_start, sample);
-        refuse(s, b, c);
-        continue;
-      }
+      if (!accepts(sample, largest, start, c)) continue;
       if (p_.mask.data) {
         read(p_.mask, s, b, d);
         if (p_.mask_is_value) k_.derivative_of_value(p_.activation, d, p_.width);
       }
-      *scale = 1;
-      const T reach = std::max(largest, start);
-      // Near 1 the squares are in range as they are, and a factor would change no bit of the path.
-      constexpr T kNear = static_cast<T>(1 << 20);
-      if (rescaled_ && reach > 0 && (reach > kNear || reach < 1 / kNear)) {
-        constexpr int kLimit = std::numeric_limits<T>::max_exponent - 2;
-        *scale = std::ldexp(1.0, std::clamp(-std::ilogb(reach), -kLimit, kLimit));
+      *scale = scale_for(std::max(largest, start));
+      if (*scale != 1) {
         k_.scale(c, static_cast<T>(*scale), padded_);
         if (p_.start.data) k_.scale(y, static_cast<T>(*scale), padded_);
       }
@@ -119,9 +109,41 @@ class Samples {
     }
   }
 
-  // Where the sample's result belongs, null if it has to be converted.
-  T* native_row(int64_t sample) const {
-    return native_ ? static_cast<T*>(p_.out.data) + offset(p_.out, sample / p_.batch, sample % p_.batch) : nullptr;
+  // Up to `most` samples that follow each other: how many, and the first of them.
+  int64_t take(Queue& queue, int64_t most, int64_t* first) const {
+    *first = queue.fetch_add(most, std::memory_order_relaxed);
+    return std::clamp<int64_t>(p_.batch - *first, 0, most);
+  }
+
+  // Samples b to b + n of matrix s: where they are, or the rows of `buffer` that they were converted into, padded; `strides` from
+  // sample to sample and from element to element.
+  const T* block(const DeqView& view, int64_t s, int64_t b, int64_t n, T* buffer, int64_t (&strides)[2]) const {
+    if (native_) {
+      strides[0] = view.stride[1], strides[1] = p_.width > 1 ? view.stride[2] : 1;
+      return static_cast<const T*>(view.data) + offset(view, s, b);
+    }
+    for (int64_t i = 0; i < n; ++i) load_row<T>(view, p_.type, offset(view, s, b + i), T(1), p_.width, buffer + i * padded_);
+    strides[0] = padded_, strides[1] = 1;
+    return buffer;
+  }
+
+  // Refuses a sample by the largest magnitudes of its injection and of its start, infinity where one is not finite; `row` is
+  // scratch then.
+  bool accepts(int64_t sample, T largest, T start, T* row) {
+    if (std::isfinite(largest) && std::isfinite(start)) return true;
+    if (!std::isfinite(largest)) Totals::keep_first(totals_.bad_injection, sample);
+    if (!std::isfinite(start)) Totals::keep_first(totals_.bad_start, sample);
+    refuse(sample / p_.batch, sample % p_.batch, row);
+    return false;
+  }
+
+  // The power of two to multiply a sample by whose largest magnitude is `reach`.
+  double scale_for(T reach) const {
+    // Near 1 the squares are in range as they are, and a factor would change no bit of the path.
+    constexpr T kNear = static_cast<T>(1 << 20);
+    if (!rescaled_ || !(reach > 0) || (reach <= kNear && reach >= 1 / kNear)) return 1;
+    constexpr int kLimit = std::numeric_limits<T>::max_exponent - 2;
+    return std::ldexp(1.0, std::clamp(-std::ilogb(reach), -kLimit, kLimit));
   }
 
   // Writes row / scale as the sample's result; false if it left the range of the caller's dtype and was held at its edge.
@@ -133,8 +155,11 @@ class Samples {
   }
 
   void report(int64_t sample, const Record& record, Verdict verdict) {
-    p_.iterations[sample] = static_cast<int32_t>(record.iteration);
-    static_cast<T*>(p_.residual)[sample] = static_cast<T>(record.residual());
+    report(sample, record.iteration, static_cast<T>(record.residual()), verdict);
+  }
+  void report(int64_t sample, int64_t iterations, T residual, Verdict verdict) {
+    p_.iterations[sample] = static_cast<int32_t>(iterations);
+    static_cast<T*>(p_.residual)[sample] = residual;
     p_.status[sample] = static_cast<uint8_t>(verdict);
     if (verdict != Verdict::kConverged) totals_.failed.fetch_add(1, std::memory_order_relaxed);
   }

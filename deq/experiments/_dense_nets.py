@@ -82,9 +82,6 @@ class DenseDEQ(EquilibriumNet):
         self.last = sol.detach()
         return sol.z
 
-    def failed(self) -> Tensor:
-        return ~self.last.converged
-
     def status(self) -> Tensor:
         return self.last.status
 
@@ -142,6 +139,7 @@ class TiedNet(EquilibriumNet):
 
     def iterate(self, c: Tensor, steps: int) -> tuple[Tensor, Tensor]:
         """z after so many steps from zero, and the one before it."""
+        c = c.contiguous()
         W, before, z = self.V.mT, torch.zeros_like(c), torch.relu(c)
         for _ in range(steps - 1):
             before, z = z, torch.relu(torch.baddbmm(c, z, W))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import _library
 from ..plan import make_plan
-from ..solution import Solution
+from ..solution import Solution, Status
 from ..solve import solve
 from ._affine import affine
 
@@ -34,7 +34,8 @@ class SeededNet:
 
     def failed(self) -> Tensor | None:
         """(S, B) samples of the last call whose equilibrium was not found; None where that cannot happen."""
-        return None
+        status = self.status()
+        return None if status is None else status != Status.CONVERGED
 
     def status(self) -> Tensor | None:
         """(S, B) of :class:`deq.Status`, of the last call; None where there is no solver."""
@@ -158,10 +159,10 @@ class EquilibriumNet(SeededNet):
         raise NotImplementedError
 
     def injection(self, x: Tensor) -> Tensor:
-        return affine(self.b, x, self.U)
+        return affine(self.b, x, self.U, side_by_side=x.is_cpu)
 
     def readout(self, z: Tensor) -> Tensor:
-        return affine(self.y0, z, self.a).squeeze(-1)
+        return affine(self.y0, z, self.a, side_by_side=z.is_cpu).squeeze(-1)
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.readout(self.equilibrium(self.injection(x)))
