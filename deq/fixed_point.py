@@ -33,26 +33,26 @@ class StateSolution(Solution):
     states after the evaluations that ``keep`` named, without gradient.
     """
 
-    def __init__(self, z: State, iterations: Tensor, residual: Tensor, status: Tensor, plan: object, trajectory=()):
+    def __init__(self, z: State, told: generic.Told, samples: tuple[int, ...], plan: object, trajectory: Sequence = ()):
         super().__init__(z, None, plan)
-        self._iterations, self._residual, self._status = iterations, residual, status
+        self._told, self._samples = told, samples  # what is told, and the sizes of the dimensions that count samples
         self.trajectory = list(trajectory)
 
     @property
     def iterations(self) -> Tensor:
-        return self._iterations
+        return self._told.iterations.reshape(self._samples)
 
     @property
     def residual(self) -> Tensor:
-        return self._residual
+        return self._told.residual.reshape(self._samples)
 
     @property
     def status(self) -> Tensor:
-        return self._status
+        return self._told.status.reshape(self._samples)
 
     def detach(self) -> "StateSolution":
         z = self.z.detach() if isinstance(self.z, Tensor) else type(self.z)(part.detach() for part in self.z)
-        return StateSolution(z, self._iterations, self._residual, self._status, self.plan, self.trajectory)
+        return StateSolution(z, self._told, self._samples, self.plan, self.trajectory)
 
     def __repr__(self) -> str:
         total = self.status.numel()
@@ -165,14 +165,15 @@ def _fixed_point(
         rule, adjoint, keep = _rules(layout.coarsest, **options)
     except TypeError:  # what has no hash is named
         rule, adjoint, keep = _rules.__wrapped__(layout.coarsest, **options)
-    evaluate = _matrix_map(f, layout)
+    device = (z0 if isinstance(z0, Tensor) else z0[0]).device.type
+    evaluate = _matrix_map(f, layout, device)
     start = layout.flatten(z0, "z0").detach()
     if not in_transform() and not _is_finite(start):
         bad = int((~torch.isfinite(start).all(1)).nonzero()[0])
         raise ValueError(f"z0 must be finite; sample {bad} holds NaN or infinity")
 
     def report(result: generic.Result, rule: Rule, what: str) -> None:
-        if not bool(result.status.any()):  # CONVERGED is 0
+        if result.told.is_converged():
             return
         fits = layout.batch == result.z.shape[0]  # not under vmap, where there are more samples
         z = layout.unflatten(result.z) if fits else result.z
@@ -190,13 +191,12 @@ def _fixed_point(
 
         def direct(*new: Tensor) -> Callable[[Tensor], Tensor] | None:
             g = f.to(tensors, new) if isinstance(f, Applied) else None
-            return None if g is None else _matrix_map(g, layout)
+            return None if g is None else _matrix_map(g, layout, device)
 
         equation = Equation(closed_over(evaluate, tensors), rule, adjoint, terms, keep, report, direct=direct)
         hidden = None if first is None or in_transform() or in_forward_mode() else first
-        z, *rest = implicit(equation, start, tensors, hidden)
-        result = generic.Result(z, *rest[:3], rest[3:])
-        return _solution(layout.unflatten(z), result, layout, rule)
+        result = implicit(equation, start, tensors, hidden)
+        return _solution(layout.unflatten(result.z), result, layout, rule)
     equation = Equation(closed_over(evaluate, ()), rule, adjoint, keep=keep, report=report)
     result = equation.solve(start, first=first)
     z = result.z
@@ -256,13 +256,13 @@ def _is_finite(x: Tensor) -> bool:
     return math.isfinite(float(x.sum())) or bool(torch.isfinite(x).all())
 
 
-def _matrix_map(f: Callable[[State], State], layout: Layout) -> Callable[[Tensor], Tensor]:
+def _matrix_map(f: Callable[[State], State], layout: Layout, device: str) -> Callable[[Tensor], Tensor]:
     """f as a map of matrices (B, D), outside of autocast."""
 
     def evaluate(flat: Tensor) -> Tensor:
         version = flat._version
-        if torch.is_autocast_enabled(flat.device.type):
-            with full_precision(flat.device.type):
+        if torch.is_autocast_enabled(device):
+            with full_precision(device):
                 out = layout.flatten(f(layout.unflatten(flat)))
         else:
             out = layout.flatten(f(layout.unflatten(flat)))
@@ -274,12 +274,10 @@ def _matrix_map(f: Callable[[State], State], layout: Layout) -> Callable[[Tensor
 
 
 def _solution(z: State, result: generic.Result, layout: Layout | None, rule: Rule) -> StateSolution:
-    said, trajectory = (result.iterations, result.residual, result.status), result.trajectory
-    if layout is not None:
-        if len(layout.samples) != 1:
-            said = tuple(t.reshape(layout.samples) for t in said)
-        trajectory = [None if t is None else layout.unflatten(t) for t in trajectory]
-    return StateSolution(z, *said, rule, trajectory)
+    if layout is None:
+        return StateSolution(z, result.told, (-1,), rule, result.trajectory)
+    trajectory = [None if t is None else layout.unflatten(t) for t in result.trajectory]
+    return StateSolution(z, result.told, layout.samples, rule, trajectory)
 
 
 def _differentiated(

@@ -25,7 +25,7 @@ def drive(steps, f, max_iter, keep=()):
         if not steps.is_running():
             break
     steps.collect()
-    return steps, kept
+    return generic.Result.of(steps, [], []), kept
 
 
 def maps(D, dtype):
@@ -66,7 +66,7 @@ def test_compiled_steps(method, name, D, dtype):
         ours.advance(fy)
         theirs.advance(fy)
         ours.collect()
-        assert torch.equal(ours.status, theirs.status) and torch.equal(ours.iterations, theirs.iterations)
+        assert torch.equal(ours.told.status, theirs.status) and torch.equal(ours.told.iterations, theirs.iterations)
         assert ours.is_running() == theirs.is_running()
         torch.testing.assert_close(ours.z, theirs.z, rtol=0, atol=0)
         torch.testing.assert_close(ours.norms, theirs.norms, rtol=50 * eps, atol=0, equal_nan=True)

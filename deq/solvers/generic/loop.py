@@ -1,5 +1,6 @@
 """Evaluate, judge, step, until every sample is done."""
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 from . import compiled_steps, triton_steps
 from .compiled_steps import CompiledSteps
 from .newton_krylov import newton_krylov
-from .result import Result
+from .result import Result, Told
 from .rule import Rule
 from .torch_steps import TorchSteps
 from .triton_steps import TritonSteps
@@ -22,20 +23,27 @@ def run(
     rule: Rule,
     *,
     first: Tensor | None = None,
+    shift: Tensor | None = None,
     keep: Sequence[int] = (),
     traced: bool = False,
 ) -> Result:
     """Fixed point of every row of y0 (B, D), float32 or float64, of f: (B, D) -> (B, D).
 
-    first: f(y0), if it is known. keep: evaluations after which the best images are wanted, ascending.
-    traced: whether the result is to have a trace.
+    first: f(y0), if it is known. shift: (B, D), what is to be added to f(y), where f is the linear part of an affine
+    map; not together with first. keep: evaluations after which the best images are wanted, ascending. traced: whether
+    the result is to have a trace.
     """
     with torch.no_grad():
         if y0.numel() == 0:
             return _empty(y0, keep)
+        kind = _kind(y0, rule)
+        if kind is CompiledSteps:
+            kind = functools.partial(CompiledSteps, shift=shift)
+        elif shift is not None:
+            linear, f = f, lambda y: linear(y) + shift
         if rule.method == "newton_krylov":
             return newton_krylov(f, y0, rule, first=first, keep=keep, traced=traced)
-        steps = _kind(y0, rule)(y0, rule)
+        steps = kind(y0, rule)
         every = 1 if y0.device.type == "cpu" else CHECK_EVERY
         trajectory: list[Tensor | None] = [None] * len(keep)
         trace: list[Tensor] = []
@@ -62,6 +70,4 @@ def _kind(y0: Tensor, rule: Rule) -> type:
 
 def _empty(y0: Tensor, keep: Sequence[int]) -> Result:
     """Of no samples, or samples without elements: they are at rest."""
-    B = y0.shape[0]
-    zeros = {name: y0.new_zeros(B, dtype=getattr(torch, name)) for name in ("int32", "float64", "uint8")}
-    return Result(y0.clone(), zeros["int32"], zeros["float64"], zeros["uint8"], [y0.clone() for _ in keep])
+    return Result(y0.clone(), Told.unjudged(y0), [y0.clone() for _ in keep])
