@@ -166,7 +166,7 @@ def _fixed_point(
     except TypeError:  # what has no hash is named
         rule, adjoint, keep = _rules.__wrapped__(layout.coarsest, **options)
     device = (z0 if isinstance(z0, Tensor) else z0[0]).device.type
-    evaluate = _matrix_map(f, layout, device)
+    evaluate = _MatrixMap(f, layout, device)
     start = layout.flatten(z0, "z0").detach()
     if not in_transform() and not _is_finite(start):
         bad = int((~torch.isfinite(start).all(1)).nonzero()[0])
@@ -191,7 +191,7 @@ def _fixed_point(
 
         def direct(*new: Tensor) -> Callable[[Tensor], Tensor] | None:
             g = f.to(tensors, new) if isinstance(f, Applied) else None
-            return None if g is None else _matrix_map(g, layout, device)
+            return None if g is None else _MatrixMap(g, layout, device)
 
         equation = Equation(closed_over(evaluate, tensors), rule, adjoint, terms, keep, report, direct=direct)
         hidden = None if first is None or in_transform() or in_forward_mode() else first
@@ -256,21 +256,32 @@ def _is_finite(x: Tensor) -> bool:
     return math.isfinite(float(x.sum())) or bool(torch.isfinite(x).all())
 
 
-def _matrix_map(f: Callable[[State], State], layout: Layout, device: str) -> Callable[[Tensor], Tensor]:
+class _MatrixMap:
     """f as a map of matrices (B, D), outside of autocast."""
 
-    def evaluate(flat: Tensor) -> Tensor:
+    def __init__(self, f: Callable[[State], State], layout: Layout, device: str):
+        self.f, self.layout, self.device = f, layout, device
+
+    def __call__(self, flat: Tensor) -> Tensor:
+        return self._at(flat, self.layout.unflatten(flat))
+
+    def on(self, flat: Tensor) -> Callable[[], Tensor]:
+        """The map at what ``flat`` holds when it is called; the state is made once where it is a view."""
+        if not self.layout.is_view:
+            return lambda: self(flat)
+        state = self.layout.unflatten(flat)
+        return lambda: self._at(flat, state)
+
+    def _at(self, flat: Tensor, state: State) -> Tensor:
         version = flat._version
-        if torch.is_autocast_enabled(device):
-            with full_precision(device):
-                out = layout.flatten(f(layout.unflatten(flat)))
+        if torch.is_autocast_enabled(self.device):
+            with full_precision(self.device):
+                out = self.layout.flatten(self.f(state))
         else:
-            out = layout.flatten(f(layout.unflatten(flat)))
+            out = self.layout.flatten(self.f(state))
         if flat._version != version:
             raise RuntimeError("f must not modify its argument in place")
         return out
-
-    return evaluate
 
 
 def _solution(z: State, result: generic.Result, layout: Layout | None, rule: Rule) -> StateSolution:

@@ -35,6 +35,11 @@ class Layout:
     def widths(self) -> list[int]:
         return [math.prod(shape[len(self.samples) :]) for shape in self.shapes]
 
+    @cached_property
+    def is_view(self) -> bool:
+        """Whether the state shares the memory of its matrix."""
+        return all(dtype == self.dtype for dtype in self.dtypes)
+
     @property
     def coarsest(self) -> torch.dtype:
         """The dtype of the state with the fewest digits: what f can resolve."""
@@ -57,7 +62,7 @@ class Layout:
         return torch.cat([part.reshape(batch, n).to(self.dtype) for part, n in zip(parts, self.widths, strict=True)], 1)
 
     def unflatten(self, flat: Tensor) -> State:
-        """The state whose matrix is ``flat``: views of it, but for tensors of 16 bits."""
+        """The state whose matrix is ``flat``: views of it, but for tensors of other dtypes."""
         if self.kind is Tensor:
             state = flat.view(self.shapes[0])
             return state if self.dtypes[0] == self.dtype else state.to(self.dtypes[0])

@@ -29,6 +29,8 @@ def run(
 ) -> Result:
     """Fixed point of every row of y0 (B, D), float32 or float64, of f: (B, D) -> (B, D).
 
+    f may have ``f.on(y)``, which makes a function that returns f of what y holds when it is called.
+
     first: f(y0), if it is known. shift: (B, D), what is to be added to f(y), where f is the linear part of an affine
     map; not together with first. keep: evaluations after which the best images are wanted, ascending. traced: whether
     the result is to have a trace.
@@ -36,36 +38,34 @@ def run(
     with torch.no_grad():
         if y0.numel() == 0:
             return _empty(y0, keep)
-        kind = _kind(y0, rule)
-        if kind is CompiledSteps:
-            kind = functools.partial(CompiledSteps, shift=shift)
-        elif shift is not None:
+        compiled = compiled_steps.serves(y0, rule)
+        if shift is not None and not compiled:
             linear, f = f, lambda y: linear(y) + shift
         if rule.method == "newton_krylov":
             return newton_krylov(f, y0, rule, first=first, keep=keep, traced=traced)
-        steps = kind(y0, rule)
+        if compiled:
+            steps = CompiledSteps(y0, rule, shift)
+            evaluate = f.on(steps.y) if hasattr(f, "on") else functools.partial(f, steps.y)
+        else:
+            steps = (TritonSteps if triton_steps.serves(y0, rule) else TorchSteps)(y0, rule)
+            evaluate = lambda: f(steps.y)  # noqa: E731
         every = 1 if y0.device.type == "cpu" else CHECK_EVERY
+        watched = traced or bool(keep)
         trajectory: list[Tensor | None] = [None] * len(keep)
         trace: list[Tensor] = []
         for k in range(1, rule.max_iter + 1):
-            fy = f(steps.y) if first is None or k > 1 else first
-            steps.advance(fy)
-            if traced:
-                trace.append(steps.norms.clone())
-            if k in keep:
-                steps.collect()
-                trajectory[keep.index(k)] = steps.z.clone()
+            steps.advance(evaluate() if first is None or k > 1 else first)
+            if watched:
+                if traced:
+                    trace.append(steps.norms.clone())
+                if k in keep:
+                    steps.collect()
+                    trajectory[keep.index(k)] = steps.z.clone()
             if k % every == 0 and not steps.is_running():
                 break
         steps.collect()
         steps.release()
         return Result.of(steps, trajectory, trace)
-
-
-def _kind(y0: Tensor, rule: Rule) -> type:
-    if compiled_steps.serves(y0, rule):
-        return CompiledSteps
-    return TritonSteps if triton_steps.serves(y0, rule) else TorchSteps
 
 
 def _empty(y0: Tensor, keep: Sequence[int]) -> Result:
