@@ -43,3 +43,5 @@ DEQ_API int64_t deq_cpu_step_sums(int64_t batch, int64_t width, int32_t depth);
 DEQ_API int64_t deq_cpu_advance(struct DeqSteps* steps);
 // Brings the best image of every sample into z.
 DEQ_API void deq_cpu_collect(struct DeqSteps* steps);
+// The 2-norm of `count` elements of a type of DeqSteps: not finite where one of them is not, or where it overflows.
+DEQ_API double deq_cpu_norm(const void* x, int64_t count, int32_t type);

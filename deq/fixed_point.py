@@ -128,11 +128,11 @@ def fixed_point(
     options = {name: value for name, value in locals().items() if name not in ("f", "z0", "unknown")} | unknown
     if torch.compiler.is_compiling():
         return _outside_of_graphs(f, z0, options)
-    return _fixed_point(f, z0, **options)
+    return fixed_point_with(f, z0, options)
 
 
 def _outside_of_graphs(f: Callable[[State], State], z0: State, options: dict) -> StateSolution:
-    return torch.compiler.disable(_fixed_point)(f, z0, **options)
+    return torch.compiler.disable(fixed_point_with)(f, z0, options)
 
 
 # What torch.compiler.disable would mark, without importing the compiler for those who do not compile.
@@ -142,29 +142,19 @@ _outside_of_graphs._torchdynamo_disable_msg = (
 )
 
 
-def _fixed_point(
-    f: Callable[[State], State],
-    z0: State,
-    *,
-    backward: str,
-    backward_steps: int,
-    damping: float,
-    backward_damping: float,
-    keep: Sequence[int],
-    batch_dims: int | None,
-    tensors: Sequence[Tensor] | None,
-    on_failure: str,
-    **options,
-) -> StateSolution:
+def fixed_point_with(f: Callable[[State], State], z0: State, options: dict[str, object]) -> StateSolution:
+    """:func:`fixed_point` with all its options, outside of graphs of the compiler."""
+    batch_dims, tensors = options["batch_dims"], options["tensors"]
+    backward, on_failure = options["backward"], options["on_failure"]
     if not callable(f):
         raise TypeError(f"f must be callable; got {type(f).__name__}")
     layout = layout_of(z0, batch_dims)
-    options |= {"backward": backward, "backward_steps": backward_steps, "on_failure": on_failure, "keep": tuple(keep)}
-    options |= {"damping": damping, "backward_damping": backward_damping}
+    checked = {name: value for name, value in options.items() if name not in ("batch_dims", "tensors")}
+    checked["keep"] = tuple(options["keep"])
     try:
-        rule, adjoint, keep = _rules(layout.coarsest, **options)
+        rule, adjoint, keep = _rules(layout.coarsest, **checked)
     except TypeError:  # what has no hash is named
-        rule, adjoint, keep = _rules.__wrapped__(layout.coarsest, **options)
+        rule, adjoint, keep = _rules.__wrapped__(layout.coarsest, **checked)
     device = (z0 if isinstance(z0, Tensor) else z0[0]).device.type
     evaluate = _MatrixMap(f, layout, device)
     start = layout.flatten(z0, "z0").detach()
@@ -179,21 +169,29 @@ def _fixed_point(
         z = layout.unflatten(result.z) if fits else result.z
         report_failures(_solution(z, result, layout if fits else None, rule), on_failure, rule.tol, what)
 
-    first = None
+    first = stranger = None
     if not (torch.is_grad_enabled() or in_transform() or in_forward_mode()):
         tensors = ()
     elif tensors is None:
-        first, tensors = watched(evaluate, start, held(f))
+        remembers = isinstance(f, Applied) and not (in_transform() or in_forward_mode())
+        tensors = f.recall() if remembers else None
+        if tensors is None:
+            first, tensors = watched(evaluate, start, held(f))
+            tensors = f.learn(tensors) if remembers else tensors
+        else:
+            stranger = functools.partial(_refuse_stranger, f)
     else:
         tensors = [t for t in tensors if isinstance(t, Tensor)]
     if tensors and backward in ("implicit", "neumann"):
-        terms = backward_steps if backward == "neumann" else None
+        terms = options["backward_steps"] if backward == "neumann" else None
 
         def direct(*new: Tensor) -> Callable[[Tensor], Tensor] | None:
             g = f.to(tensors, new) if isinstance(f, Applied) else None
             return None if g is None else _MatrixMap(g, layout, device)
 
-        equation = Equation(closed_over(evaluate, tensors), rule, adjoint, terms, keep, report, direct=direct)
+        equation = Equation(
+            closed_over(evaluate, tensors), rule, adjoint, terms, keep, report, direct=direct, stranger=stranger
+        )
         hidden = None if first is None or in_transform() or in_forward_mode() else first
         result = implicit(equation, start, tensors, hidden)
         return _solution(layout.unflatten(result.z), result, layout, rule)
@@ -201,8 +199,24 @@ def _fixed_point(
     result = equation.solve(start, first=first)
     z = result.z
     if tensors:
-        z = _differentiated(evaluate, start, result, backward, damping, backward_steps, backward_damping)
+        z = _differentiated(
+            evaluate,
+            start,
+            result,
+            backward,
+            options["damping"],
+            options["backward_steps"],
+            options["backward_damping"],
+        )
     return _solution(layout.unflatten(z), result, layout, rule)
+
+
+def _refuse_stranger(f: Applied) -> None:
+    f.uses.forget()  # the next call watches the block and finds them all
+    raise RuntimeError(
+        "the block of deq.nn.Equilibrium uses a tensor that needs a gradient and that it did not use in earlier calls, "
+        "neither an input nor a parameter of it; make it one of them, or call the layer once more, which finds it"
+    )
 
 
 @functools.lru_cache(maxsize=256, typed=True)  # 25 us of checks that would be the same in every step of a training
@@ -252,8 +266,8 @@ def _rules(
 
 
 def _is_finite(x: Tensor) -> bool:
-    """Whether all elements are: a sum of those that are is, unless it overflows."""
-    return math.isfinite(float(x.sum())) or bool(torch.isfinite(x).all())
+    """Whether all elements are: the norm of those that are is, unless it overflows."""
+    return math.isfinite(generic.norm(x)) or bool(torch.isfinite(x).all())
 
 
 class _MatrixMap:

@@ -14,7 +14,16 @@ import torch
 from torch import Tensor
 from torch.nn.utils import parametrize
 
-from .closures import Exchange, in_forward_mode, in_transform, reaches, strays, uncompiled
+from .closures import (
+    Exchange,
+    has_strangers,
+    in_forward_mode,
+    in_transform,
+    next_node,
+    reaches,
+    strays,
+    uncompiled,
+)
 from .solvers import generic
 from .solvers.generic import Rule
 
@@ -22,7 +31,7 @@ Map = Callable[[Tensor], Tensor]
 Solver = Callable[[Map, Tensor, Tensor | None], generic.Result]
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)  # not frozen: that costs each call 4 us where caches are cold
 class Equation:
     """``z = f(z, t)`` for states (B, D).
 
@@ -32,6 +41,8 @@ class Equation:
     terms: None, or how many terms of the Neumann series stand in for the adjoint's solution.
     report: told the result of every solve.
     direct: the tensors t -> the map as far as f takes them as arguments, or None; what it takes otherwise stays in it.
+    stranger: None, or raises: called where the backward pass meets a tensor that f uses and that t lacks, though there
+        should be none.
     """
 
     bind: Callable[..., Map]
@@ -42,6 +53,7 @@ class Equation:
     report: Callable[[generic.Result, Rule, str], None] = field(default=lambda result, rule, what: None)
     what: str = "deq.fixed_point"
     direct: Callable[..., Map | None] = field(default=lambda *tensors: None)
+    stranger: Callable[[], None] | None = None
 
     def linear(self, bind: Callable[..., Map]) -> "Equation":
         """One of the linear equations that derivatives need."""
@@ -104,7 +116,7 @@ def fixed_point(equation: Equation, z0: Tensor, tensors: Sequence[Tensor], first
     with torch.no_grad():
         result = equation.solve(z0, *tensors, first=first)
     trajectory = [result.z if state is None else state for state in result.trajectory]
-    return generic.Result(_Solved.apply(equation, result.z, *tensors), result.told, trajectory)
+    return generic.Result(_solved(equation, result.z, *tensors), result.told, trajectory)
 
 
 class _Solved(torch.autograd.Function):
@@ -121,6 +133,11 @@ class _Solved(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         return None, None, *_gradients(ctx, g, ctx.needs_input_grad[2:])
+
+
+# _Solved.apply without what torch.autograd.Function does for transforms, which are not active here: 20 us where caches
+# are cold.
+_solved = super(torch.autograd.Function, _Solved).apply
 
 
 class _FixedPoint(torch.autograd.Function):
@@ -205,21 +222,21 @@ def _gradients(ctx, g: Tensor | None, wanted: Sequence[bool]) -> tuple:
 _run_backward = torch.autograd.Variable._execution_engine.run_backward
 
 
-def _products(image: Tensor, sources: Sequence[Tensor], u: Tensor, retain: bool) -> tuple[Tensor | None, ...]:
-    """``(d image / d source)^T u`` for every source."""
-    return _run_backward((image,), (u,), retain, False, tuple(sources), allow_unreachable=True, accumulate_grad=False)
-
-
 def _pullback(equation: Equation, z: Tensor, tensors: list[Tensor], g: Tensor, wanted: Sequence[bool]) -> tuple:
     """Gradients of ``tensors`` for the gradient g of z; f is evaluated once, its graph serves every product J^T u."""
     g, finite, scale = _normalised(g)
     point = z.detach().requires_grad_()
+    begin = next_node()
     image, leaves, missed = _image(equation, point, tensors, wanted)
     if not image.requires_grad:
         return (None,) * len(tensors)
+    if equation.stranger is not None and has_strangers(image, begin, [point, *leaves, *tensors]):
+        equation.stranger()
+
+    images, points = (image,), (point,)
 
     def product(u: Tensor) -> Tensor:
-        (v,) = _products(image, (point,), u, retain=True)
+        (v,) = _run_backward(images, (u,), True, False, points, allow_unreachable=True, accumulate_grad=False)
         return torch.zeros_like(u) if v is None else v
 
     u = equation.solve_adjoint(product, g).z
@@ -228,7 +245,11 @@ def _pullback(equation: Equation, z: Tensor, tensors: list[Tensor], g: Tensor, w
     if scale is not None:
         u = u * scale
     sources = [leaf for leaf, want in zip(leaves, wanted, strict=True) if want] + [tensors[i] for i in missed]
-    found = iter(_products(image, sources, u, retain=False) if sources else ())
+    if sources:
+        found = _run_backward(images, (u,), False, False, tuple(sources), allow_unreachable=True, accumulate_grad=False)
+    else:
+        found = ()
+    found = iter(found)
     grads = [next(found) if want else None for want in wanted]
     for i in missed:
         more = next(found)
@@ -247,15 +268,18 @@ def _image(
     or by watching f, which costs 15 us an operator.
     """
     stays = [t.is_leaf and not t._backward_hooks for t in tensors]
+    if all(stays):
+        with torch.enable_grad():
+            return equation.bind(*tensors)(point), tensors, []
     replaced = [t for t, stay in zip(tensors, stays, strict=True) if not stay]
     pairs = list(zip(tensors, wanted, strict=True))
-    if any(stays) or not replaced:
+    if any(stays):
         leaves = [t if stay else t.detach().requires_grad_(want) for (t, want), stay in zip(pairs, stays, strict=True)]
-        f = equation.direct(*leaves) if replaced else equation.bind(*leaves)
+        f = equation.direct(*leaves)
         if f is not None:
             with torch.enable_grad():
                 image = f(point)
-            if not replaced or not reaches(image, replaced):
+            if not reaches(image, replaced):
                 return image, leaves, []
     leaves = [t.detach().requires_grad_(want) for t, want in pairs]
     with torch.enable_grad():
@@ -283,8 +307,11 @@ def _refuse_strays(equation: Equation, z: Tensor, tensors: list[Tensor]) -> None
     if in_transform() or any(wrapped(t) for t in tensors) or not any(t.requires_grad for t in tensors):
         return
     leaves = [t.detach() for t in tensors]
+    point, begin = z.detach().requires_grad_(), next_node()
     with torch.enable_grad():
-        image = equation.bind(*leaves)(z.detach().requires_grad_())
+        image = equation.bind(*leaves)(point)
+    if equation.stranger is not None and image.requires_grad and has_strangers(image, begin, [point, *tensors]):
+        equation.stranger()
     if image.requires_grad and strays([image], tensors):
         raise RuntimeError(
             "f uses a tensor that requires a gradient inside a custom autograd function or compiled code: "
@@ -306,7 +333,7 @@ def _normalised(g: Tensor) -> tuple[Tensor, Tensor | None, Tensor | float | None
     Where looking at a number costs nothing, a g that can be used as it is is left alone.
     """
     looking = g.device.type == "cpu" and type(g) is Tensor
-    if looking and 2.0**-20 < float(torch.linalg.vector_norm(g)) < 2.0**20:  # the largest element takes 25 us more
+    if looking and 2.0**-20 < generic.norm(g) < 2.0**20:
         return g, None, None
     finite = torch.isfinite(g).all(1, keepdim=True)
     scale = _power_of_two(g)

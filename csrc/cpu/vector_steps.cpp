@@ -410,3 +410,9 @@ void deq_cpu_collect(DeqSteps* steps) {
   else
     Steps<float>{*steps}.collect();
 }
+
+double deq_cpu_norm(const void* x, int64_t count, int32_t type) {
+  const double* wide = static_cast<const double*>(x);
+  const float* narrow = static_cast<const float*>(x);
+  return sqrt(type == DEQ_FLOAT64 ? dot_loop(wide, wide, count) : dot_loop(narrow, narrow, count));
+}
