@@ -23,7 +23,7 @@ struct DeqSteps {
   int64_t evaluations;  // so far; counted by deq_cpu_advance
   void* y;              // (batch, width) points; overwritten with those where f is wanted next
   void* z;              // (batch, width) best images, complete after deq_cpu_collect
-  const void* fy;       // (batch, width) f(y), or f(y) - shift
+  const void* fy;       // (batch, width) f(y), or f(y) - shift; set by deq_cpu_advance
   const void* shift;    // (batch, width) what f(y) lacks, or null
   void* image;          // (batch, width) for the sum of both; unused without shift
   void* first;          // (batch, depth, width) Anderson: images f(y); Broyden: steps
@@ -40,7 +40,7 @@ struct DeqSteps {
 DEQ_API int64_t deq_cpu_sample_bytes(int32_t depth);
 DEQ_API int64_t deq_cpu_step_sums(int64_t batch, int64_t width, int32_t depth);
 // Judges f(y) for every sample and writes the next y. Returns how many samples are not done, or -1 for bad arguments.
-DEQ_API int64_t deq_cpu_advance(struct DeqSteps* steps);
+DEQ_API int64_t deq_cpu_advance(struct DeqSteps* steps, const void* fy);
 // Brings the best image of every sample into z.
 DEQ_API void deq_cpu_collect(struct DeqSteps* steps);
 // The 2-norm of `count` elements of a type of DeqSteps: not finite where one of them is not, or where it overflows.

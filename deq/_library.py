@@ -56,7 +56,7 @@ _SIGNATURES = {
     "deq_cpu_cache_bytes": (ctypes.c_int64,),
     "deq_cpu_sample_bytes": (ctypes.c_int64, ctypes.c_int32),
     "deq_cpu_step_sums": (ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int32),
-    "deq_cpu_advance": (ctypes.c_int64, ctypes.c_void_p),
+    "deq_cpu_advance": (ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p),
     "deq_cpu_collect": (None, ctypes.c_void_p),
     "deq_cpu_norm": (ctypes.c_double, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32),
     "deq_cpu_peak_gflops": (ctypes.c_double, ctypes.c_int32, ctypes.c_double),

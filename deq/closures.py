@@ -149,26 +149,28 @@ def _ends(image: Tensor, first: int, near: Sequence[Tensor] = ()) -> list[Tensor
     on to nodes made before node ``first``, whose tensors nobody knows."""
     edges = {_edge(tensor): tensor for tensor in near}
     found: dict[int, Tensor] = {}
-    stack, visited = [_edge(image) if image.grad_fn is None else (image.grad_fn, image.output_nr)], set()
+    visited = set()
+    stack = [(_edge(image) if image.grad_fn is None else (image.grad_fn, image.output_nr),)]
     while stack:
-        edge = stack.pop()
-        node = edge[0]
-        if edges and edge in edges:
-            found[id(edges[edge])] = edges[edge]
-        elif node is not None and node not in visited:
-            visited.add(node)
-            if type(node) is _Leaf:
+        for edge in stack.pop():
+            node = edge[0]
+            if edges and edge in edges:
+                found[id(edges[edge])] = edges[edge]
+            elif node is None or node in visited:
+                continue
+            elif type(node) is _Leaf:
                 found[id(node.variable)] = node.variable
             elif node._sequence_nr() < first:
                 return None
             else:
-                stack += node.next_functions
+                visited.add(node)
+                stack.append(node.next_functions)
     return list(found.values())
 
 
 def has_strangers(image: Tensor, first: int, known: Sequence[Tensor]) -> bool:
     """Whether the graph of ``image``, made since node ``first``, ends at a tensor that is none of ``known``."""
-    ends = _ends(image, first, [tensor for tensor in known if tensor.requires_grad and not tensor.is_leaf])
+    ends = _ends(image, first, [tensor for tensor in known if not tensor.is_leaf])
     return ends is None or not {id(tensor) for tensor in ends} <= {id(tensor) for tensor in known}
 
 

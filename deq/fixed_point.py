@@ -282,9 +282,8 @@ class _MatrixMap:
     def on(self, flat: Tensor) -> Callable[[], Tensor]:
         """The map at what ``flat`` holds when it is called; the state is made once where it is a view."""
         if not self.layout.is_view:
-            return lambda: self(flat)
-        state = self.layout.unflatten(flat)
-        return lambda: self._at(flat, state)
+            return functools.partial(self, flat)
+        return functools.partial(self._at, flat, self.layout.unflatten(flat))
 
     def _at(self, flat: Tensor, state: State) -> Tensor:
         version = flat._version

@@ -113,8 +113,7 @@ def fixed_point(equation: Equation, z0: Tensor, tensors: Sequence[Tensor], first
     if in_transform() or in_forward_mode():
         z, *rest = _FixedPoint.apply(equation, z0, first, *tensors)
         return generic.Result(z, generic.Told(*rest[:3]), rest[3:])
-    with torch.no_grad():
-        result = equation.solve(z0, *tensors, first=first)
+    result = equation.solve(z0, *tensors, first=first)
     trajectory = [result.z if state is None else state for state in result.trajectory]
     return generic.Result(_solved(equation, result.z, *tensors), result.told, trajectory)
 

@@ -398,8 +398,9 @@ int64_t deq_cpu_step_sums(int64_t batch, int64_t width, int32_t depth) {
   return batch * ((width + piece - 1) / piece) * (3 + 2 * depth);
 }
 
-int64_t deq_cpu_advance(DeqSteps* steps) {
+int64_t deq_cpu_advance(DeqSteps* steps, const void* fy) {
   if (!is_valid(*steps)) return -1;
+  steps->fy = fy;
   return steps->type == DEQ_FLOAT64 ? Steps<double>{*steps}.advance() : Steps<float>{*steps}.advance();
 }
 

@@ -173,8 +173,7 @@ class CompiledSteps:
 
     def advance(self, fy: Tensor) -> None:
         fy = fy.contiguous()
-        self._steps.fy = fy.data_ptr()
-        self._running = self._advance(self._pointer)
+        self._running = self._advance(self._pointer, fy.data_ptr())
         if self._running < 0:
             raise RuntimeError("deq_cpu_advance refused its arguments")
 
