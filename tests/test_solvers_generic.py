@@ -319,6 +319,24 @@ def test_affine_steps_agree():
     torch.testing.assert_close(ours.residual, theirs.residual, rtol=1e-2, atol=0.0)
 
 
+@pytest.mark.parametrize("method", ["plain", "anderson", "broyden", "newton_krylov"])
+def test_a_shift_is_part_of_the_map(method):
+    f, g, _ = adjoint_problem(torch.float64)
+    rule = Rule(method, 1e-9, 400, affine=True)
+    linear = generic.run(lambda u: f(u) - g, g, rule, shift=g)
+    whole = generic.run(f, g, rule)
+    assert linear.told.is_converged() and linear.iterations.tolist() == whole.iterations.tolist()
+    torch.testing.assert_close(linear.z, whole.z, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_norm(dtype):
+    x = torch.randn(7, 33, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for part in (x, x.T, x[:, ::2], x[:0]):
+        assert generic.norm(part) == pytest.approx(float(part.double().norm()), rel=4 * torch.finfo(dtype).eps)
+    assert not math.isfinite(generic.norm(x.index_fill(1, torch.tensor([3]), torch.nan)))
+
+
 @pytest.mark.parametrize("kind", [CompiledSteps, TorchSteps])
 def test_a_tolerance_below_the_rounding_of_the_mix_is_judged_by_evaluations(kind):
     if kind is CompiledSteps and _library.compiled is None:
