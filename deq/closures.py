@@ -66,6 +66,9 @@ class Uses:
     def forget(self) -> None:
         self._key = None
 
+    def is_known(self) -> bool:
+        return self._key is not None
+
     @staticmethod
     def _describe(block: Callable, tensors: Sequence[Tensor]) -> tuple:
         return getattr(block, "training", None), *(tensor.requires_grad for tensor in tensors)
@@ -99,6 +102,10 @@ class Applied:
         if not exchange.keys() <= {id(x) for x in self.inputs}:
             return None
         return Applied(self.block, [exchange.get(id(x), x) for x in self.inputs])
+
+    def is_known(self) -> bool:
+        """Whether the block was seen to use no tensors that need gradients but its inputs and its parameters."""
+        return self.uses is not None and self.uses.is_known()
 
     def recall(self) -> list[Tensor] | None:
         """The tensors that the block may use and that need gradients, if they are known without watching it."""

@@ -178,7 +178,7 @@ def fixed_point_with(f: Callable[[State], State], z0: State, options: dict[str, 
         if tensors is None:
             first, tensors = watched(evaluate, start, held(f))
             tensors = f.learn(tensors) if remembers else tensors
-        else:
+        if remembers and f.is_known():
             stranger = functools.partial(_refuse_stranger, f)
     else:
         tensors = [t for t in tensors if isinstance(t, Tensor)]
@@ -214,8 +214,10 @@ def fixed_point_with(f: Callable[[State], State], z0: State, options: dict[str, 
 def _refuse_stranger(f: Applied) -> None:
     f.uses.forget()  # the next call watches the block and finds them all
     raise RuntimeError(
-        "the block of deq.nn.Equilibrium uses a tensor that needs a gradient and that it did not use in earlier calls, "
-        "neither an input nor a parameter of it; make it one of them, or call the layer once more, which finds it"
+        "the block of deq.nn.Equilibrium uses a tensor in the backward pass that needs a gradient, that is neither an "
+        "input nor a parameter of it, and that it was not seen to use: make it one of them, or call the layer once "
+        "more, which looks again. Parameters that were exchanged for the call (torch.func.functional_call) must stay "
+        "so for the backward pass"
     )
 
 

@@ -217,7 +217,7 @@ class TestWatchedOnce:
         layer(x)
         source = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
         layer.block.outside = source if leaf else source.clone()
-        with pytest.raises(RuntimeError, match="did not use in earlier calls"):
+        with pytest.raises(RuntimeError, match="not seen to use"):
             torch.autograd.grad(layer(x).sum(), x, create_graph=twice)
         self.check(layer, x, x, source)
         self.check(layer, x, x, source)
@@ -227,3 +227,11 @@ class TestWatchedOnce:
         assert not layer(x.detach()).requires_grad
         layer.block.outside = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
         self.check(layer, x.detach(), layer.block.outside)
+
+    def test_parameters_that_were_exchanged_for_the_call_alone_are_refused(self, layer, x):
+        """Not differentiated at the layer's own, which are back in the backward pass."""
+        others = {name: (p.detach() / 2).requires_grad_() for name, p in layer.named_parameters()}
+        for _ in range(2):
+            z = torch.func.functional_call(layer, others, (x,))
+            with pytest.raises(RuntimeError, match="functional_call"):
+                z.sum().backward()
