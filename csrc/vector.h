@@ -23,20 +23,25 @@ struct DeqSteps {
   int64_t evaluations;  // so far; counted by deq_cpu_advance
   void* y;              // (batch, width) points; overwritten with those where f is wanted next
   void* z;              // (batch, width) best images, complete after deq_cpu_collect
-  const void* fy;       // (batch, width) f(y)
+  const void* fy;       // (batch, width) f(y), or f(y) - shift; set by deq_cpu_advance
+  const void* shift;    // (batch, width) what f(y) lacks, or null
+  void* image;          // (batch, width) for the sum of both; unused without shift
   void* first;          // (batch, depth, width) Anderson: images f(y); Broyden: steps
   void* second;         // (batch, depth, width) Anderson: f(y) - y
-  void* samples;        // batch x deq_cpu_sample_bytes(depth), aligned to 8 bytes, zero before the first call
+  void* samples;        // batch x deq_cpu_sample_bytes(depth), aligned to 8 bytes
   double* sums;         // deq_cpu_step_sums(batch, width, depth) of them
   int32_t* iterations;  // (batch)
   double* residual;     // (batch)
   double* norms;        // (batch, 2) |f(y) - y| and |f(y)| of the last evaluation that was judged
-  uint8_t* status;      // (batch) DeqStatus or DEQ_RUNNING, which all are before the first call
+  uint8_t* status;      // (batch) DeqStatus or DEQ_RUNNING
+  int64_t failed;       // how many are done without having converged
 };
 
 DEQ_API int64_t deq_cpu_sample_bytes(int32_t depth);
 DEQ_API int64_t deq_cpu_step_sums(int64_t batch, int64_t width, int32_t depth);
 // Judges f(y) for every sample and writes the next y. Returns how many samples are not done, or -1 for bad arguments.
-DEQ_API int64_t deq_cpu_advance(struct DeqSteps* steps);
+DEQ_API int64_t deq_cpu_advance(struct DeqSteps* steps, const void* fy);
 // Brings the best image of every sample into z.
 DEQ_API void deq_cpu_collect(struct DeqSteps* steps);
+// The 2-norm of `count` elements of a type of DeqSteps: not finite where one of them is not, or where it overflows.
+DEQ_API double deq_cpu_norm(const void* x, int64_t count, int32_t type);

@@ -6,11 +6,11 @@ Both are cheap where they can be: leaves are read off the graph of one evaluatio
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -27,11 +27,71 @@ def in_forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
-class Applied:
-    """``z -> block(z, *inputs)`` with inputs that can be exchanged without :class:`Exchange`."""
+def parameters_of(module: nn.Module) -> Iterator[Tensor]:
+    """As ``module.parameters()`` in a fifth of the time; a shared one comes as often as it is used."""
+    stack = [module]
+    while stack:
+        module = stack.pop()
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                yield parameter
+        stack += [child for child in reversed(module._modules.values()) if child is not None]
 
-    def __init__(self, block: Callable, inputs: Sequence[object]):
-        self.block, self.inputs = block, tuple(inputs)
+
+class Uses:
+    """Whether a block was seen to use no tensors that need gradients but its inputs and its parameters.
+
+    It is then not watched again, which takes up to 5 % of a training step of a small block, as long as it stays in the
+    same mode and the same tensors need gradients. That nothing else came in meanwhile is checked in the backward pass,
+    which has the graph for it, by :func:`has_strangers`.
+    """
+
+    def __init__(self):
+        self._key: tuple | None = None
+
+    def recall(self, block: Callable, inputs: Sequence[object]) -> list[Tensor] | None:
+        """All that the block may use; None if it must be watched."""
+        tensors = self._candidates(block, inputs)
+        return _needing(tensors) if self._key == self._describe(block, tensors) else None
+
+    def learn(self, block: Callable, inputs: Sequence[object], found: list[Tensor]) -> list[Tensor]:
+        """What the block may use, given what it was seen to use."""
+        tensors = self._candidates(block, inputs)
+        self._key = None
+        if not found or not {id(tensor) for tensor in found} <= {id(tensor) for tensor in tensors}:
+            return found
+        self._key = self._describe(block, tensors)
+        return _needing(tensors)
+
+    def forget(self) -> None:
+        self._key = None
+
+    def is_known(self) -> bool:
+        return self._key is not None
+
+    @staticmethod
+    def _describe(block: Callable, tensors: Sequence[Tensor]) -> tuple:
+        return getattr(block, "training", None), *(tensor.requires_grad for tensor in tensors)
+
+    @staticmethod
+    def _candidates(block: Callable, inputs: Sequence[object]) -> list[Tensor]:
+        tensors = [value for value in inputs if isinstance(value, Tensor)]
+        return tensors + (list(parameters_of(block)) if isinstance(block, nn.Module) else [])
+
+
+def _needing(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Those that need gradients, each once."""
+    return list({id(tensor): tensor for tensor in tensors if tensor.requires_grad}.values())
+
+
+class Applied:
+    """``z -> block(z, *inputs)`` with inputs that can be exchanged without :class:`Exchange`.
+
+    uses: what is known of the tensors that the block uses.
+    """
+
+    def __init__(self, block: Callable, inputs: Sequence[object], uses: Uses | None = None):
+        self.block, self.inputs, self.uses = block, tuple(inputs), uses
 
     def __call__(self, z):
         return self.block(z, *self.inputs)
@@ -42,6 +102,18 @@ class Applied:
         if not exchange.keys() <= {id(x) for x in self.inputs}:
             return None
         return Applied(self.block, [exchange.get(id(x), x) for x in self.inputs])
+
+    def is_known(self) -> bool:
+        """Whether the block was seen to use no tensors that need gradients but its inputs and its parameters."""
+        return self.uses is not None and self.uses.is_known()
+
+    def recall(self) -> list[Tensor] | None:
+        """The tensors that the block may use and that need gradients, if they are known without watching it."""
+        return None if self.uses is None else self.uses.recall(self.block, self.inputs)
+
+    def learn(self, found: list[Tensor]) -> list[Tensor]:
+        """The tensors that the block may use and that need gradients, given those that it was seen to use."""
+        return found if self.uses is None else self.uses.learn(self.block, self.inputs, found)
 
 
 def watched(f: Callable[[Tensor], Tensor], z: Tensor, near: Sequence[Tensor] = ()) -> tuple[Tensor, list[Tensor]]:
@@ -62,7 +134,7 @@ def _from_graph(f: Callable[[Tensor], Tensor], z: Tensor, near: Sequence[Tensor]
     """As :func:`watched`, from the graph of one evaluation: None where that ends at a tensor that is neither a leaf nor
     in ``near``, since a graph knows its nodes but not their tensors."""
     point = z.detach().requires_grad_()
-    first = torch._C._autograd._get_sequence_nr()  # nodes of f have this number or one above
+    first = next_node()
     try:
         with torch.enable_grad(), _unseen_by_hooks():
             image = f(point)
@@ -70,24 +142,43 @@ def _from_graph(f: Callable[[Tensor], Tensor], z: Tensor, near: Sequence[Tensor]
         return None
     if not image.requires_grad:
         return None
-    edges = {_edge(tensor): tensor for tensor in near if tensor.requires_grad and not tensor.is_leaf}
+    found = _ends(image, first, [tensor for tensor in near if tensor.requires_grad and not tensor.is_leaf])
+    return None if found is None else (image.detach(), [tensor for tensor in found if tensor is not point])
+
+
+def next_node() -> int:
+    """Nodes of graphs that are made from now on have this number or one above."""
+    return torch._C._autograd._get_sequence_nr()
+
+
+def _ends(image: Tensor, first: int, near: Sequence[Tensor] = ()) -> list[Tensor] | None:
+    """The tensors at which the graph of ``image`` ends: leaves, and those of ``near``, which are none. None if it goes
+    on to nodes made before node ``first``, whose tensors nobody knows."""
+    edges = {_edge(tensor): tensor for tensor in near}
     found: dict[int, Tensor] = {}
-    stack, visited = [_edge(image)], set()
+    visited = set()
+    stack = [(_edge(image) if image.grad_fn is None else (image.grad_fn, image.output_nr),)]
     while stack:
-        edge = stack.pop()
-        node = edge[0]
-        if edge in edges:
-            found[id(edges[edge])] = edges[edge]
-        elif node is not None and node not in visited:
-            visited.add(node)
-            if type(node) is _Leaf:
+        for edge in stack.pop():
+            node = edge[0]
+            if edges and edge in edges:
+                found[id(edges[edge])] = edges[edge]
+            elif node is None or node in visited:
+                continue
+            elif type(node) is _Leaf:
                 found[id(node.variable)] = node.variable
             elif node._sequence_nr() < first:
                 return None
             else:
-                stack.extend(node.next_functions)
-    found.pop(id(point), None)
-    return image.detach(), list(found.values())
+                visited.add(node)
+                stack.append(node.next_functions)
+    return list(found.values())
+
+
+def has_strangers(image: Tensor, first: int, known: Sequence[Tensor]) -> bool:
+    """Whether the graph of ``image``, made since node ``first``, ends at a tensor that is none of ``known``."""
+    ends = _ends(image, first, [tensor for tensor in known if not tensor.is_leaf])
+    return ends is None or not {id(tensor) for tensor in ends} <= {id(tensor) for tensor in known}
 
 
 def _unseen_by_hooks() -> AbstractContextManager:

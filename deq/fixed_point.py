@@ -33,26 +33,26 @@ class StateSolution(Solution):
     states after the evaluations that ``keep`` named, without gradient.
     """
 
-    def __init__(self, z: State, iterations: Tensor, residual: Tensor, status: Tensor, plan: object, trajectory=()):
+    def __init__(self, z: State, told: generic.Told, samples: tuple[int, ...], plan: object, trajectory: Sequence = ()):
         super().__init__(z, None, plan)
-        self._iterations, self._residual, self._status = iterations, residual, status
+        self._told, self._samples = told, samples  # what is told, and the sizes of the dimensions that count samples
         self.trajectory = list(trajectory)
 
     @property
     def iterations(self) -> Tensor:
-        return self._iterations
+        return self._told.iterations.reshape(self._samples)
 
     @property
     def residual(self) -> Tensor:
-        return self._residual
+        return self._told.residual.reshape(self._samples)
 
     @property
     def status(self) -> Tensor:
-        return self._status
+        return self._told.status.reshape(self._samples)
 
     def detach(self) -> "StateSolution":
         z = self.z.detach() if isinstance(self.z, Tensor) else type(self.z)(part.detach() for part in self.z)
-        return StateSolution(z, self._iterations, self._residual, self._status, self.plan, self.trajectory)
+        return StateSolution(z, self._told, self._samples, self.plan, self.trajectory)
 
     def __repr__(self) -> str:
         total = self.status.numel()
@@ -128,11 +128,11 @@ def fixed_point(
     options = {name: value for name, value in locals().items() if name not in ("f", "z0", "unknown")} | unknown
     if torch.compiler.is_compiling():
         return _outside_of_graphs(f, z0, options)
-    return _fixed_point(f, z0, **options)
+    return fixed_point_with(f, z0, options)
 
 
 def _outside_of_graphs(f: Callable[[State], State], z0: State, options: dict) -> StateSolution:
-    return torch.compiler.disable(_fixed_point)(f, z0, **options)
+    return torch.compiler.disable(fixed_point_with)(f, z0, options)
 
 
 # What torch.compiler.disable would mark, without importing the compiler for those who do not compile.
@@ -142,67 +142,83 @@ _outside_of_graphs._torchdynamo_disable_msg = (
 )
 
 
-def _fixed_point(
-    f: Callable[[State], State],
-    z0: State,
-    *,
-    backward: str,
-    backward_steps: int,
-    damping: float,
-    backward_damping: float,
-    keep: Sequence[int],
-    batch_dims: int | None,
-    tensors: Sequence[Tensor] | None,
-    on_failure: str,
-    **options,
-) -> StateSolution:
+def fixed_point_with(f: Callable[[State], State], z0: State, options: dict[str, object]) -> StateSolution:
+    """:func:`fixed_point` with all its options, outside of graphs of the compiler."""
+    batch_dims, tensors = options["batch_dims"], options["tensors"]
+    backward, on_failure = options["backward"], options["on_failure"]
     if not callable(f):
         raise TypeError(f"f must be callable; got {type(f).__name__}")
     layout = layout_of(z0, batch_dims)
-    options |= {"backward": backward, "backward_steps": backward_steps, "on_failure": on_failure, "keep": tuple(keep)}
-    options |= {"damping": damping, "backward_damping": backward_damping}
+    checked = {name: value for name, value in options.items() if name not in ("batch_dims", "tensors")}
+    checked["keep"] = tuple(options["keep"])
     try:
-        rule, adjoint, keep = _rules(layout.coarsest, **options)
+        rule, adjoint, keep = _rules(layout.coarsest, **checked)
     except TypeError:  # what has no hash is named
-        rule, adjoint, keep = _rules.__wrapped__(layout.coarsest, **options)
-    evaluate = _matrix_map(f, layout)
+        rule, adjoint, keep = _rules.__wrapped__(layout.coarsest, **checked)
+    device = (z0 if isinstance(z0, Tensor) else z0[0]).device.type
+    evaluate = _MatrixMap(f, layout, device)
     start = layout.flatten(z0, "z0").detach()
     if not in_transform() and not _is_finite(start):
         bad = int((~torch.isfinite(start).all(1)).nonzero()[0])
         raise ValueError(f"z0 must be finite; sample {bad} holds NaN or infinity")
 
     def report(result: generic.Result, rule: Rule, what: str) -> None:
-        if not bool(result.status.any()):  # CONVERGED is 0
+        if result.told.is_converged():
             return
         fits = layout.batch == result.z.shape[0]  # not under vmap, where there are more samples
         z = layout.unflatten(result.z) if fits else result.z
         report_failures(_solution(z, result, layout if fits else None, rule), on_failure, rule.tol, what)
 
-    first = None
+    first = stranger = None
     if not (torch.is_grad_enabled() or in_transform() or in_forward_mode()):
         tensors = ()
     elif tensors is None:
-        first, tensors = watched(evaluate, start, held(f))
+        remembers = isinstance(f, Applied) and not (in_transform() or in_forward_mode())
+        tensors = f.recall() if remembers else None
+        if tensors is None:
+            first, tensors = watched(evaluate, start, held(f))
+            tensors = f.learn(tensors) if remembers else tensors
+        if remembers and f.is_known():
+            stranger = functools.partial(_refuse_stranger, f)
     else:
         tensors = [t for t in tensors if isinstance(t, Tensor)]
     if tensors and backward in ("implicit", "neumann"):
-        terms = backward_steps if backward == "neumann" else None
+        terms = options["backward_steps"] if backward == "neumann" else None
 
         def direct(*new: Tensor) -> Callable[[Tensor], Tensor] | None:
             g = f.to(tensors, new) if isinstance(f, Applied) else None
-            return None if g is None else _matrix_map(g, layout)
+            return None if g is None else _MatrixMap(g, layout, device)
 
-        equation = Equation(closed_over(evaluate, tensors), rule, adjoint, terms, keep, report, direct=direct)
+        equation = Equation(
+            closed_over(evaluate, tensors), rule, adjoint, terms, keep, report, direct=direct, stranger=stranger
+        )
         hidden = None if first is None or in_transform() or in_forward_mode() else first
-        z, *rest = implicit(equation, start, tensors, hidden)
-        result = generic.Result(z, *rest[:3], rest[3:])
-        return _solution(layout.unflatten(z), result, layout, rule)
+        result = implicit(equation, start, tensors, hidden)
+        return _solution(layout.unflatten(result.z), result, layout, rule)
     equation = Equation(closed_over(evaluate, ()), rule, adjoint, keep=keep, report=report)
     result = equation.solve(start, first=first)
     z = result.z
     if tensors:
-        z = _differentiated(evaluate, start, result, backward, damping, backward_steps, backward_damping)
+        z = _differentiated(
+            evaluate,
+            start,
+            result,
+            backward,
+            options["damping"],
+            options["backward_steps"],
+            options["backward_damping"],
+        )
     return _solution(layout.unflatten(z), result, layout, rule)
+
+
+def _refuse_stranger(f: Applied) -> None:
+    f.uses.forget()  # the next call watches the block and finds them all
+    raise RuntimeError(
+        "the block of deq.nn.Equilibrium uses a tensor in the backward pass that needs a gradient, that is neither an "
+        "input nor a parameter of it, and that it was not seen to use: make it one of them, or call the layer once "
+        "more, which looks again. Parameters that were exchanged for the call (torch.func.functional_call) must stay "
+        "so for the backward pass"
+    )
 
 
 @functools.lru_cache(maxsize=256, typed=True)  # 25 us of checks that would be the same in every step of a training
@@ -252,34 +268,42 @@ def _rules(
 
 
 def _is_finite(x: Tensor) -> bool:
-    """Whether all elements are: a sum of those that are is, unless it overflows."""
-    return math.isfinite(float(x.sum())) or bool(torch.isfinite(x).all())
+    """Whether all elements are: the norm of those that are is, unless it overflows."""
+    return math.isfinite(generic.norm(x)) or bool(torch.isfinite(x).all())
 
 
-def _matrix_map(f: Callable[[State], State], layout: Layout) -> Callable[[Tensor], Tensor]:
+class _MatrixMap:
     """f as a map of matrices (B, D), outside of autocast."""
 
-    def evaluate(flat: Tensor) -> Tensor:
+    def __init__(self, f: Callable[[State], State], layout: Layout, device: str):
+        self.f, self.layout, self.device = f, layout, device
+
+    def __call__(self, flat: Tensor) -> Tensor:
+        return self._at(flat, self.layout.unflatten(flat))
+
+    def on(self, flat: Tensor) -> Callable[[], Tensor]:
+        """The map at what ``flat`` holds when it is called; the state is made once where it is a view."""
+        if not self.layout.is_view:
+            return functools.partial(self, flat)
+        return functools.partial(self._at, flat, self.layout.unflatten(flat))
+
+    def _at(self, flat: Tensor, state: State) -> Tensor:
         version = flat._version
-        if torch.is_autocast_enabled(flat.device.type):
-            with full_precision(flat.device.type):
-                out = layout.flatten(f(layout.unflatten(flat)))
+        if torch.is_autocast_enabled(self.device):
+            with full_precision(self.device):
+                out = self.layout.flatten(self.f(state))
         else:
-            out = layout.flatten(f(layout.unflatten(flat)))
+            out = self.layout.flatten(self.f(state))
         if flat._version != version:
             raise RuntimeError("f must not modify its argument in place")
         return out
 
-    return evaluate
-
 
 def _solution(z: State, result: generic.Result, layout: Layout | None, rule: Rule) -> StateSolution:
-    said, trajectory = (result.iterations, result.residual, result.status), result.trajectory
-    if layout is not None:
-        if len(layout.samples) != 1:
-            said = tuple(t.reshape(layout.samples) for t in said)
-        trajectory = [None if t is None else layout.unflatten(t) for t in trajectory]
-    return StateSolution(z, *said, rule, trajectory)
+    if layout is None:
+        return StateSolution(z, result.told, (-1,), rule, result.trajectory)
+    trajectory = [None if t is None else layout.unflatten(t) for t in result.trajectory]
+    return StateSolution(z, result.told, layout.samples, rule, trajectory)
 
 
 def _differentiated(

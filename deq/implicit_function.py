@@ -14,8 +14,16 @@ import torch
 from torch import Tensor
 from torch.nn.utils import parametrize
 
-from .closures import Exchange, in_forward_mode, in_transform, reaches, strays, uncompiled
-from .solution import Status
+from .closures import (
+    Exchange,
+    has_strangers,
+    in_forward_mode,
+    in_transform,
+    next_node,
+    reaches,
+    strays,
+    uncompiled,
+)
 from .solvers import generic
 from .solvers.generic import Rule
 
@@ -23,7 +31,7 @@ Map = Callable[[Tensor], Tensor]
 Solver = Callable[[Map, Tensor, Tensor | None], generic.Result]
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)  # not frozen: that costs each call 4 us where caches are cold
 class Equation:
     """``z = f(z, t)`` for states (B, D).
 
@@ -33,6 +41,8 @@ class Equation:
     terms: None, or how many terms of the Neumann series stand in for the adjoint's solution.
     report: told the result of every solve.
     direct: the tensors t -> the map as far as f takes them as arguments, or None; what it takes otherwise stays in it.
+    stranger: None, or raises: called where the backward pass meets a tensor that f uses and that t lacks, though there
+        should be none.
     """
 
     bind: Callable[..., Map]
@@ -43,12 +53,24 @@ class Equation:
     report: Callable[[generic.Result, Rule, str], None] = field(default=lambda result, rule, what: None)
     what: str = "deq.fixed_point"
     direct: Callable[..., Map | None] = field(default=lambda *tensors: None)
+    stranger: Callable[[], None] | None = None
 
     def linear(self, bind: Callable[..., Map]) -> "Equation":
         """One of the linear equations that derivatives need."""
         rule = self.adjoint
-        what = f"the gradient of {self.what.split()[-1]}"
-        return Equation(bind, rule, rule, self.terms, report=self.report, what=what)
+        return Equation(bind, rule, rule, self.terms, report=self.report, what=self._named_gradient)
+
+    @property
+    def _named_gradient(self) -> str:
+        return f"the gradient of {self.what.split()[-1]}"
+
+    def solve_adjoint(self, product: Map, g: Tensor) -> generic.Result:
+        """``u = g + product(u)``, product linear."""
+        if self.terms is not None or callable(self.adjoint):
+            return self.linear(lambda: lambda u: g + product(u)).solve(g)
+        result = generic.run(product, g, self.adjoint, shift=g)
+        self.report(result, self.adjoint, self._named_gradient)
+        return result
 
     def solve(self, z0: Tensor, *tensors: Tensor, first: Tensor | None = None) -> generic.Result:
         f = self.bind(*tensors)
@@ -56,7 +78,7 @@ class Equation:
             z = z0
             for _ in range(self.terms - 1):
                 z = f(z)
-            return _unjudged(z)
+            return generic.Result(z, generic.Told.unjudged(z))
         if callable(self.rule):
             return self.rule(f, z0, first)
         with nullcontext() if in_transform() else parametrize.cached():  # weights are computed once a solve
@@ -86,20 +108,14 @@ def closed_over(f: Callable[[Tensor], Tensor], tensors: Sequence[Tensor]) -> Cal
     return bind
 
 
-def fixed_point(equation: Equation, z0: Tensor, tensors: Sequence[Tensor], first: Tensor | None) -> tuple[Tensor, ...]:
-    """z (B, D) with its gradient to ``tensors``, iterations, residual, status (B,), and the trajectory."""
+def fixed_point(equation: Equation, z0: Tensor, tensors: Sequence[Tensor], first: Tensor | None) -> generic.Result:
+    """The solution, its z with a gradient to ``tensors``."""
     if in_transform() or in_forward_mode():
-        return _FixedPoint.apply(equation, z0, first, *tensors)
-    with torch.no_grad():
-        result = equation.solve(z0, *tensors, first=first)
+        z, *rest = _FixedPoint.apply(equation, z0, first, *tensors)
+        return generic.Result(z, generic.Told(*rest[:3]), rest[3:])
+    result = equation.solve(z0, *tensors, first=first)
     trajectory = [result.z if state is None else state for state in result.trajectory]
-    return (
-        _Solved.apply(equation, result.z, *tensors),
-        result.iterations,
-        result.residual,
-        result.status,
-        *trajectory,
-    )
+    return generic.Result(_solved(equation, result.z, *tensors), result.told, trajectory)
 
 
 class _Solved(torch.autograd.Function):
@@ -116,6 +132,11 @@ class _Solved(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         return None, None, *_gradients(ctx, g, ctx.needs_input_grad[2:])
+
+
+# _Solved.apply without what torch.autograd.Function does for transforms, which are not active here: 20 us where caches
+# are cold.
+_solved = super(torch.autograd.Function, _Solved).apply
 
 
 class _FixedPoint(torch.autograd.Function):
@@ -195,31 +216,39 @@ def _gradients(ctx, g: Tensor | None, wanted: Sequence[bool]) -> tuple:
         return pullback(ctx.equation, z, tensors, g, wanted)
 
 
-# torch.autograd.grad without its checks of arguments, which are known to hold here: 8 us a product.
-_run_backward = torch.autograd.graph._engine_run_backward
+# torch.autograd.grad without its checks of arguments, which are known to hold here, and its care for logging and the
+# compiler's threads, taken already by the call that this one is part of: 20 us a product where caches are cold.
+_run_backward = torch.autograd.Variable._execution_engine.run_backward
 
 
 def _pullback(equation: Equation, z: Tensor, tensors: list[Tensor], g: Tensor, wanted: Sequence[bool]) -> tuple:
     """Gradients of ``tensors`` for the gradient g of z; f is evaluated once, its graph serves every product J^T u."""
     g, finite, scale = _normalised(g)
     point = z.detach().requires_grad_()
+    begin = next_node()
     image, leaves, missed = _image(equation, point, tensors, wanted)
     if not image.requires_grad:
         return (None,) * len(tensors)
+    if equation.stranger is not None and has_strangers(image, begin, [point, *leaves, *tensors]):
+        equation.stranger()
 
     images, points = (image,), (point,)
 
-    def adjoint(u: Tensor) -> Tensor:
+    def product(u: Tensor) -> Tensor:
         (v,) = _run_backward(images, (u,), True, False, points, allow_unreachable=True, accumulate_grad=False)
-        return g if v is None else v + g
+        return torch.zeros_like(u) if v is None else v
 
-    u = equation.linear(lambda: adjoint).solve(g).z
+    u = equation.solve_adjoint(product, g).z
     if finite is not None:
         u = torch.where(finite, u, torch.nan)
     if scale is not None:
         u = u * scale
     sources = [leaf for leaf, want in zip(leaves, wanted, strict=True) if want] + [tensors[i] for i in missed]
-    found = iter(torch.autograd.grad(image, sources, u, allow_unused=True) if sources else ())
+    if sources:
+        found = _run_backward(images, (u,), False, False, tuple(sources), allow_unreachable=True, accumulate_grad=False)
+    else:
+        found = ()
+    found = iter(found)
     grads = [next(found) if want else None for want in wanted]
     for i in missed:
         more = next(found)
@@ -238,15 +267,18 @@ def _image(
     or by watching f, which costs 15 us an operator.
     """
     stays = [t.is_leaf and not t._backward_hooks for t in tensors]
+    if all(stays):
+        with torch.enable_grad():
+            return equation.bind(*tensors)(point), tensors, []
     replaced = [t for t, stay in zip(tensors, stays, strict=True) if not stay]
     pairs = list(zip(tensors, wanted, strict=True))
-    if any(stays) or not replaced:
+    if any(stays):
         leaves = [t if stay else t.detach().requires_grad_(want) for (t, want), stay in zip(pairs, stays, strict=True)]
-        f = equation.direct(*leaves) if replaced else equation.bind(*leaves)
+        f = equation.direct(*leaves)
         if f is not None:
             with torch.enable_grad():
                 image = f(point)
-            if not replaced or not reaches(image, replaced):
+            if not reaches(image, replaced):
                 return image, leaves, []
     leaves = [t.detach().requires_grad_(want) for t, want in pairs]
     with torch.enable_grad():
@@ -274,8 +306,11 @@ def _refuse_strays(equation: Equation, z: Tensor, tensors: list[Tensor]) -> None
     if in_transform() or any(wrapped(t) for t in tensors) or not any(t.requires_grad for t in tensors):
         return
     leaves = [t.detach() for t in tensors]
+    point, begin = z.detach().requires_grad_(), next_node()
     with torch.enable_grad():
-        image = equation.bind(*leaves)(z.detach().requires_grad_())
+        image = equation.bind(*leaves)(point)
+    if equation.stranger is not None and image.requires_grad and has_strangers(image, begin, [point, *tensors]):
+        equation.stranger()
     if image.requires_grad and strays([image], tensors):
         raise RuntimeError(
             "f uses a tensor that requires a gradient inside a custom autograd function or compiled code: "
@@ -296,10 +331,9 @@ def _normalised(g: Tensor) -> tuple[Tensor, Tensor | None, Tensor | float | None
 
     Where looking at a number costs nothing, a g that can be used as it is is left alone.
     """
-    if g.device.type == "cpu" and type(g) is Tensor:
-        largest = float(torch.linalg.vector_norm(g, torch.inf)) if g.numel() else 0.0
-        if largest == 0 or 2.0**-20 < largest < 2.0**20:
-            return g, None, None
+    looking = g.device.type == "cpu" and type(g) is Tensor
+    if looking and 2.0**-20 < generic.norm(g) < 2.0**20:
+        return g, None, None
     finite = torch.isfinite(g).all(1, keepdim=True)
     scale = _power_of_two(g)
     return torch.where(finite, g * (1 / scale), 0.0), finite, scale
@@ -313,13 +347,3 @@ def _power_of_two(g: Tensor) -> Tensor:
     limit = 100.0 if g.dtype == torch.float32 else 1000.0
     exponent = torch.where(largest > 0, largest.log2().round(), 0.0).clamp(-limit, limit)
     return torch.exp2(exponent)
-
-
-def _unjudged(z: Tensor) -> generic.Result:
-    B = z.shape[0]
-    return generic.Result(
-        z,
-        torch.zeros(B, dtype=torch.int32, device=z.device),
-        torch.zeros(B, dtype=torch.float64, device=z.device),
-        torch.full((B,), int(Status.CONVERGED), dtype=torch.uint8, device=z.device),
-    )

@@ -1,5 +1,6 @@
 """A state of :func:`deq.fixed_point`, a tensor or several, as one matrix (B, D): a row a sample."""
 
+import functools
 import math
 from dataclasses import dataclass
 from functools import cached_property
@@ -35,7 +36,12 @@ class Layout:
     def widths(self) -> list[int]:
         return [math.prod(shape[len(self.samples) :]) for shape in self.shapes]
 
-    @property
+    @cached_property
+    def is_view(self) -> bool:
+        """Whether the state shares the memory of its matrix."""
+        return all(dtype == self.dtype for dtype in self.dtypes)
+
+    @cached_property
     def coarsest(self) -> torch.dtype:
         """The dtype of the state with the fewest digits: what f can resolve."""
         return max(self.dtypes, key=lambda dtype: torch.finfo(dtype).eps)
@@ -57,7 +63,7 @@ class Layout:
         return torch.cat([part.reshape(batch, n).to(self.dtype) for part, n in zip(parts, self.widths, strict=True)], 1)
 
     def unflatten(self, flat: Tensor) -> State:
-        """The state whose matrix is ``flat``: views of it, but for tensors of 16 bits."""
+        """The state whose matrix is ``flat``: views of it, but for tensors of other dtypes."""
         if self.kind is Tensor:
             state = flat.view(self.shapes[0])
             return state if self.dtypes[0] == self.dtype else state.to(self.dtypes[0])
@@ -85,6 +91,17 @@ def layout_of(z0: object, batch_dims: int | None) -> Layout:
     batch_dims: how many leading dimensions count samples. None: one, or none where no tensor has two dimensions.
     Raises TypeError and ValueError naming z0 or batch_dims.
     """
+    if type(z0) is Tensor and (batch_dims is None or type(batch_dims) is int):
+        return _layout_of_tensor(z0.shape, z0.dtype, batch_dims)
+    return _layout_of(z0, batch_dims)
+
+
+@functools.lru_cache(maxsize=256)
+def _layout_of_tensor(shape: torch.Size, dtype: torch.dtype, batch_dims: int | None) -> Layout:
+    return _layout_of(torch.empty(shape, dtype=dtype, device="meta"), batch_dims)
+
+
+def _layout_of(z0: object, batch_dims: int | None) -> Layout:
     kind = Tensor if isinstance(z0, Tensor) else type(z0)
     parts = (z0,) if kind is Tensor else z0
     if kind not in (Tensor, tuple, list) or not parts or not all(isinstance(part, Tensor) for part in parts):

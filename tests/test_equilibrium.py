@@ -157,3 +157,81 @@ def test_multiscale_classifier_of_digits():
         block.start(torch.zeros(1, 8, 6, 8))
     with pytest.raises(ValueError, match="channels must be multiples of groups"):
         deq.nn.MultiscaleBlock((6, 8))
+
+
+class Switching(nn.Module):
+    """``tanh(w z + x)`` with one of two weights, and what else is given to it between calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.weights = nn.ParameterList(nn.Parameter(torch.tensor(w, dtype=torch.float64)) for w in (0.5, -0.4))
+        self.number, self.outside = 0, 0.0
+
+    def forward(self, z, x):
+        return torch.tanh(self.weights[self.number] * z + x + self.outside)
+
+
+class TestWatchedOnce:
+    """A block that uses nothing but its inputs and parameters is watched in the first call only."""
+
+    @pytest.fixture
+    def layer(self):
+        return deq.nn.Equilibrium(Switching(), tol=1e-12)
+
+    @pytest.fixture
+    def x(self):
+        return torch.linspace(-1, 1, 12, dtype=torch.float64).view(3, 4).requires_grad_()
+
+    @staticmethod
+    def check(layer, x, *tensors):
+        expected = torch.autograd.grad(unrolled(layer.block, x).sum(), tensors)
+        for ours, theirs in zip(torch.autograd.grad(layer(x).sum(), tensors), expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+
+    def test_later_calls_make_no_graph_before_the_backward_pass(self, layer, x):
+        graphs = []
+        layer.block.register_forward_hook(lambda block, inputs, image: graphs.append(image.requires_grad))
+        for expected in (1, 0, 0):
+            graphs.clear()
+            z = layer(x)
+            assert sum(graphs) == expected
+            z.sum().backward()
+            assert sum(graphs) == expected + 1
+
+    def test_another_parameter(self, layer, x):
+        for number in (0, 1, 0):
+            layer.block.number = number
+            self.check(layer, x, x, layer.block.weights[number])
+
+    def test_a_new_parameter_and_one_that_is_thawed(self, layer, x):
+        layer.block.weights[0].requires_grad_(False)
+        self.check(layer, x, x)
+        layer.block.weights[0].requires_grad_()
+        self.check(layer, x, x, layer.block.weights[0])
+        layer.block.weights[0] = nn.Parameter(torch.tensor(0.3, dtype=torch.float64))
+        self.check(layer, x, x, layer.block.weights[0])
+
+    @pytest.mark.parametrize("leaf", [True, False])
+    @pytest.mark.parametrize("twice", [True, False])
+    def test_a_tensor_that_comes_in_later_is_refused_once_and_then_found(self, layer, x, leaf, twice):
+        layer(x)
+        source = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+        layer.block.outside = source if leaf else source.clone()
+        with pytest.raises(RuntimeError, match="not seen to use"):
+            torch.autograd.grad(layer(x).sum(), x, create_graph=twice)
+        self.check(layer, x, x, source)
+        self.check(layer, x, x, source)
+
+    def test_a_block_without_gradients_is_watched_again(self, layer, x):
+        layer.block.requires_grad_(False)
+        assert not layer(x.detach()).requires_grad
+        layer.block.outside = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+        self.check(layer, x.detach(), layer.block.outside)
+
+    def test_parameters_that_were_exchanged_for_the_call_alone_are_refused(self, layer, x):
+        """Not differentiated at the layer's own, which are back in the backward pass."""
+        others = {name: (p.detach() / 2).requires_grad_() for name, p in layer.named_parameters()}
+        for _ in range(2):
+            z = torch.func.functional_call(layer, others, (x,))
+            with pytest.raises(RuntimeError, match="functional_call"):
+                z.sum().backward()

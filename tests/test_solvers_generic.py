@@ -25,7 +25,7 @@ def drive(steps, f, max_iter, keep=()):
         if not steps.is_running():
             break
     steps.collect()
-    return steps, kept
+    return generic.Result.of(steps, [], []), kept
 
 
 def maps(D, dtype):
@@ -66,7 +66,7 @@ def test_compiled_steps(method, name, D, dtype):
         ours.advance(fy)
         theirs.advance(fy)
         ours.collect()
-        assert torch.equal(ours.status, theirs.status) and torch.equal(ours.iterations, theirs.iterations)
+        assert torch.equal(ours.told.status, theirs.status) and torch.equal(ours.told.iterations, theirs.iterations)
         assert ours.is_running() == theirs.is_running()
         torch.testing.assert_close(ours.z, theirs.z, rtol=0, atol=0)
         torch.testing.assert_close(ours.norms, theirs.norms, rtol=50 * eps, atol=0, equal_nan=True)
@@ -317,6 +317,24 @@ def test_affine_steps_agree():
     assert ours.iterations.tolist() == theirs.iterations.tolist()
     torch.testing.assert_close(ours.z, theirs.z, rtol=1e-9, atol=1e-10)
     torch.testing.assert_close(ours.residual, theirs.residual, rtol=1e-2, atol=0.0)
+
+
+@pytest.mark.parametrize("method", ["plain", "anderson", "broyden", "newton_krylov"])
+def test_a_shift_is_part_of_the_map(method):
+    f, g, _ = adjoint_problem(torch.float64)
+    rule = Rule(method, 1e-9, 400, affine=True)
+    linear = generic.run(lambda u: f(u) - g, g, rule, shift=g)
+    whole = generic.run(f, g, rule)
+    assert linear.told.is_converged() and linear.iterations.tolist() == whole.iterations.tolist()
+    torch.testing.assert_close(linear.z, whole.z, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_norm(dtype):
+    x = torch.randn(7, 33, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for part in (x, x.T, x[:, ::2], x[:0]):
+        assert generic.norm(part) == pytest.approx(float(part.double().norm()), rel=4 * torch.finfo(dtype).eps)
+    assert not math.isfinite(generic.norm(x.index_fill(1, torch.tensor([3]), torch.nan)))
 
 
 @pytest.mark.parametrize("kind", [CompiledSteps, TorchSteps])

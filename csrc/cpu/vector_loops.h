@@ -47,6 +47,9 @@ constexpr int kLanes = 16;
     for (int l = 0; l < kLanes; ++l) sum += a[l];                                         \
     return sum;                                                                           \
   }                                                                                       \
+  DEQ_CLONES void add_loop(T* out, const T* x, const T* y, int64_t n) {                   \
+    for (int64_t i = 0; i < n; ++i) out[i] = x[i] + y[i];                                 \
+  }                                                                                       \
   DEQ_CLONES void scale_loop(T* out, T a, const T* x, int64_t n) {                        \
     for (int64_t i = 0; i < n; ++i) out[i] = a * x[i];                                    \
   }                                                                                       \

@@ -55,8 +55,9 @@ struct Steps {
     return *reinterpret_cast<Sample*>(static_cast<char*>(p.samples) + b * deq_cpu_sample_bytes(p.depth));
   }
   T* row(void* base, int64_t b) const { return static_cast<T*>(base) + b * p.width; }
+  const T* row(const void* base, int64_t b) const { return static_cast<const T*>(base) + b * p.width; }
   T* row(void* base, int64_t b, int64_t slot) const { return static_cast<T*>(base) + (b * p.depth + slot) * p.width; }
-  const T* image(int64_t b) const { return static_cast<const T*>(p.fy) + b * p.width; }
+  const T* image(int64_t b) const { return static_cast<const T*>(p.shift ? p.image : p.fy) + b * p.width; }
   double* sums(int64_t b, int64_t part) const { return p.sums + (b * pieces + part) * sums_each; }
   bool is_mixing() const { return p.method == DEQ_STEP_ANDERSON || p.method == DEQ_STEP_AUTO; }
   bool pushes(const Sample& s) const { return is_mixing() && s.accelerated; }
@@ -81,6 +82,7 @@ struct Steps {
                  Sample& s = sample(b);
                  double* out = sums(b, part);
                  const T *y = row(p.y, b) + from, *fy = image(b) + from;
+                 if (p.shift) add_loop(row(p.image, b) + from, row(p.fy, b) + from, row(p.shift, b) + from, n);
                  if (pushes(s)) {
                    const int32_t slot = (s.head + 1) % p.depth, count = std::min(s.count + 1, p.depth);
                    if (s.place == kSlot && s.slot == slot)
@@ -339,11 +341,17 @@ struct Steps {
                });
   }
 
+  void begin() const {
+    p.failed = 0;
+    memset(p.samples, 0, p.batch * deq_cpu_sample_bytes(p.depth));
+    memset(p.status, DEQ_RUNNING, p.batch);
+    for (int64_t b = 0; b < p.batch; ++b)
+      sample(b).head = -1 + p.depth, sample(b).action = kPlain, sample(b).accelerated = p.method == DEQ_STEP_ANDERSON;
+  }
+
   int64_t advance() const {
+    if (p.evaluations == 0) begin();
     ++p.evaluations;
-    if (p.evaluations == 1)
-      for (int64_t b = 0; b < p.batch; ++b)
-        sample(b).head = -1 + p.depth, sample(b).action = kPlain, sample(b).accelerated = p.method == DEQ_STEP_ANDERSON;
     measure();
     int64_t running = 0;
     for (int64_t b = 0; b < p.batch; ++b) {
@@ -353,6 +361,7 @@ struct Steps {
       }
       judge(b);
       running += p.status[b] == DEQ_RUNNING;
+      p.failed += p.status[b] != DEQ_RUNNING && p.status[b] != DEQ_CONVERGED;
     }
     write();
     return running;
@@ -389,8 +398,9 @@ int64_t deq_cpu_step_sums(int64_t batch, int64_t width, int32_t depth) {
   return batch * ((width + piece - 1) / piece) * (3 + 2 * depth);
 }
 
-int64_t deq_cpu_advance(DeqSteps* steps) {
+int64_t deq_cpu_advance(DeqSteps* steps, const void* fy) {
   if (!is_valid(*steps)) return -1;
+  steps->fy = fy;
   return steps->type == DEQ_FLOAT64 ? Steps<double>{*steps}.advance() : Steps<float>{*steps}.advance();
 }
 
@@ -400,4 +410,10 @@ void deq_cpu_collect(DeqSteps* steps) {
     Steps<double>{*steps}.collect();
   else
     Steps<float>{*steps}.collect();
+}
+
+double deq_cpu_norm(const void* x, int64_t count, int32_t type) {
+  const double* wide = static_cast<const double*>(x);
+  const float* narrow = static_cast<const float*>(x);
+  return sqrt(type == DEQ_FLOAT64 ? dot_loop(wide, wide, count) : dot_loop(narrow, narrow, count));
 }

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+_exists = False  # whether any has ever been made: most models have none, and are not searched in every call
+
 
 class VariationalDropout(nn.Module):
     """Multiplies x (B, ...) by a Bernoulli mask over its expectation, drawn once and kept until :meth:`reset_mask`.
@@ -22,6 +24,11 @@ class VariationalDropout(nn.Module):
         self.p = p
         self.shared = tuple(shared)
         self.mask: Tensor | None = None
+
+    def __new__(cls, *args, **kwargs):
+        global _exists
+        _exists = True
+        return super().__new__(cls)
 
     def reset_mask(self) -> None:
         """Forget the mask: the next call draws one for its shape, dtype and device."""
@@ -48,6 +55,8 @@ class VariationalDropout(nn.Module):
 
 def reset_dropout(model: nn.Module) -> None:
     """Forget the masks of every VariationalDropout in ``model``."""
+    if not _exists:
+        return
     for module in model.modules():
         if isinstance(module, VariationalDropout):
             module.reset_mask()

@@ -6,8 +6,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ..closures import Applied
-from ..fixed_point import StateSolution, fixed_point, unknown_option
+from ..closures import Applied, Uses, parameters_of
+from ..fixed_point import StateSolution, fixed_point, fixed_point_with, unknown_option
 from ..state import State
 from .compiled import equilibrium, register
 from .dropout import reset_dropout
@@ -17,6 +17,7 @@ OPTIONS = tuple(
     for name, p in inspect.signature(fixed_point).parameters.items()
     if p.kind is p.KEYWORD_ONLY and name != "tensors"
 )
+_DEFAULTS = fixed_point.__kwdefaults__
 
 
 class Equilibrium(nn.Module):
@@ -48,6 +49,7 @@ class Equilibrium(nn.Module):
         self.init = init
         self.options = options
         self.solution: StateSolution | None = None
+        self._uses = Uses()
         self._number = register(self)
 
     def forward(self, *inputs: Tensor, z0: State | None = None) -> State:
@@ -60,11 +62,11 @@ class Equilibrium(nn.Module):
             inputs = tuple(x.to(dtype) if wide(x) else x for x in inputs)
         if torch.compiler.is_compiling():
             return self._compiled(inputs, z0)
-        return self.solve(Applied(self.block, inputs), z0).z
+        return self.solve(Applied(self.block, inputs, self._uses), z0).z
 
     def solve(self, f: Callable[[State], State], z0: State) -> StateSolution:
         """:func:`deq.fixed_point` with the layer's options; ``solution`` keeps it, detached."""
-        solution = fixed_point(f, z0, **self.options)
+        solution = fixed_point_with(f, z0, _DEFAULTS | self.options)
         self.__dict__["solution"] = solution.detach()  # not by nn.Module, which looks for parameters in it: 8 us
         return solution
 
@@ -85,13 +87,13 @@ class Equilibrium(nn.Module):
         if not inputs or not isinstance(inputs[0], Tensor):
             raise ValueError("z0 must be given, or init, where the first input is no tensor of the shape of z")
         dtype = inputs[0].dtype
-        parameter = next(self.block.parameters(), None) if isinstance(self.block, nn.Module) else None
+        parameter = next(parameters_of(self.block), None) if isinstance(self.block, nn.Module) else None
         if parameter is not None and parameter.is_floating_point():
             dtype = parameter.dtype
         return torch.zeros_like(inputs[0], dtype=dtype)
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "solution": None}
+        return {**self.__dict__, "solution": None, "_uses": Uses()}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)

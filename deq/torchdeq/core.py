@@ -187,7 +187,7 @@ class _Problem:
         image, tensors = watched(f, flat, held(self.func))
         value = image if advance else flat
         equation = Equation(closed_over(f, tensors), _known, self._adjoint)
-        out = implicit(equation, flat, tensors, value)[0]
+        out = implicit(equation, flat, tensors, value).z
         return layout.unflatten(out) if self.listed or not self.several else out
 
     def _adjoint(self, f, g: Tensor, first: Tensor | None) -> generic.Result:
@@ -201,7 +201,7 @@ class _Problem:
         u, _, info = solve(adjoint, g, max_iter=config["b_max_iter"], tol=config["b_tol"], stop_mode="rel")
         if self.writer is not None:
             self.writer(info)
-        return generic.Result(u, *_said(u))
+        return generic.Result(u, generic.Told.unjudged(u))
 
     def spectral_radius(self, z) -> Tensor:
         with torch.enable_grad():
@@ -213,13 +213,7 @@ class _Problem:
 
 
 def _known(f, z0: Tensor, first: Tensor) -> generic.Result:
-    return generic.Result(first, *_said(first))
-
-
-def _said(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    B = z.shape[0]
-    zero = z.new_zeros(B)
-    return zero.int(), zero.double(), zero.to(torch.uint8)
+    return generic.Result(first, generic.Told.unjudged(first))
 
 
 _cores: dict[str, type[nn.Module]] = {"indexing": DEQIndexing, "sliced": DEQSliced}

@@ -4,6 +4,7 @@ A call costs 2 us besides its memory traffic, where the same in torch operators 
 """
 
 import ctypes
+import functools
 import itertools
 
 import torch
@@ -11,9 +12,9 @@ from torch import Tensor
 
 from ... import _library
 from .rule import Rule
-from .torch_steps import RUNNING
 
 _METHODS = {"plain": 0, "anderson": 1, "auto": 2, "broyden": 3}
+_TYPES = {torch.float32: 0, torch.float64: 1}
 _MEASURES = {"residual": 0, "error": 1, "absolute": 2}
 _DEEPEST = {"plain": 2**31, "anderson": 8, "auto": 8, "broyden": 32}
 
@@ -26,8 +27,9 @@ class _DeqSteps(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("type", "method", "measure", "depth", "threads", "affine")),
         *((name, ctypes.c_double) for name in ("damping", "tol", "leave")),
         *((name, ctypes.c_int64) for name in ("max_iter", "evaluations")),
-        *((name, ctypes.c_void_p) for name in ("y", "z", "fy", "first", "second", "samples", "sums")),
+        *((name, ctypes.c_void_p) for name in ("y", "z", "fy", "shift", "image", "first", "second", "samples", "sums")),
         *((name, ctypes.c_void_p) for name in ("iterations", "residual", "norms", "status")),
+        ("failed", ctypes.c_int64),
     )
 
 
@@ -37,9 +39,21 @@ def serves(y: Tensor, rule: Rule) -> bool:
         _library.compiled is not None
         and y.device.type == "cpu"
         and type(y) is Tensor
-        and y.dtype in (torch.float32, torch.float64)
+        and y.dtype in _TYPES
         and rule.depth <= _DEEPEST.get(rule.method, 0)
     )
+
+
+def norm(x: Tensor) -> float:
+    """The 2-norm of all elements: NaN or infinity where one of them is, or where it overflows.
+
+    In the compiled library where that can: torch's costs 15 us where caches are cold.
+    """
+    dtype = _TYPES.get(x.dtype)
+    plain = type(x) is Tensor and x.device.type == "cpu" and x.is_contiguous()
+    if dtype is None or not plain or _library.compiled is None:
+        return float(torch.linalg.vector_norm(x))
+    return _library.compiled.deq_cpu_norm(x.data_ptr(), x.numel(), dtype)
 
 
 # The history of the last solve waits for the next: memory fresh from the system costs 0.25 ms a MB to touch, as much as
@@ -59,50 +73,107 @@ def _take(size: int) -> Tensor:
     return workspace
 
 
-class CompiledSteps:
-    """As TorchSteps, but that ``z`` is complete only after :meth:`collect`."""
+@functools.lru_cache(maxsize=64)
+def _places(B: int, D: int, element: int, rule: Rule, shifted: bool) -> tuple[tuple[int, ...], int]:
+    """Where image, first, second, samples and sums of DeqSteps begin in a workspace, and the bytes of all."""
+    depth = 0 if rule.method == "plain" else rule.depth
+    library, state = _library.compiled, B * D * element
+    sizes = (
+        state if shifted else 0,
+        state * depth,
+        state * depth if rule.method != "broyden" else 0,
+        B * library.deq_cpu_sample_bytes(depth),
+        8 * library.deq_cpu_step_sums(B, D, depth),
+    )
+    starts = tuple(itertools.accumulate((-(-size // 64) * 64 for size in sizes), initial=0))
+    return starts[:-1], starts[-1]
 
-    def __init__(self, y: Tensor, rule: Rule):
+
+class CompiledTold:
+    """As Told, in one allocation of which views are made when they are read: each costs 5 us where caches are cold."""
+
+    def __init__(self, B: int):
+        self._batch, self._buffer = B, torch.empty(29 * B, dtype=torch.uint8)
+        self.failed = 0  # samples that are done without having converged
+
+    def is_converged(self) -> bool:
+        return not self.failed
+
+    def pointers(self) -> tuple[int, ...]:
+        """Of iterations, residual, norms and status."""
+        start, B = self._buffer.data_ptr(), self._batch
+        return start + 24 * B, start, start + 8 * B, start + 28 * B
+
+    @property
+    def residual(self) -> Tensor:
+        return self._part(torch.float64, 0, 8)
+
+    @property
+    def norms(self) -> Tensor:
+        return self._part(torch.float64, 8, 24).view(-1, 2)
+
+    @property
+    def iterations(self) -> Tensor:
+        return self._part(torch.int32, 24, 28)
+
+    @property
+    def status(self) -> Tensor:
+        return self._part(torch.uint8, 28, 29)
+
+    def _part(self, dtype: torch.dtype, start: int, end: int) -> Tensor:
+        return self._buffer[start * self._batch : end * self._batch].view(dtype)
+
+
+class CompiledSteps:
+    """As TorchSteps, but that ``z`` is complete only after :meth:`collect`.
+
+    shift: (B, D), what is missing in every f(y) that :meth:`advance` is given.
+    """
+
+    def __init__(self, y: Tensor, rule: Rule, shift: Tensor | None = None):
         B, D = y.shape
-        library = _library.compiled
-        depth = 0 if rule.method == "plain" else rule.depth
         self.y = y.clone(memory_format=torch.contiguous_format)
         self.z = torch.empty_like(self.y)
-        self.iterations = torch.empty(B, dtype=torch.int32)
-        self.residual = torch.empty(B, dtype=torch.float64)
-        self.norms = torch.empty(B, 2, dtype=torch.float64)
-        self.status = torch.full((B,), RUNNING, dtype=torch.uint8)
-        history = B * depth * D * y.element_size()
-        sizes = {
-            "samples": B * library.deq_cpu_sample_bytes(depth),
-            "sums": 8 * library.deq_cpu_step_sums(B, D, depth),
-            "first": history,
-            "second": history if rule.method != "broyden" else 0,
-        }
-        steps = self._steps = _DeqSteps(B, D)
-        steps.type = 1 if y.dtype == torch.float64 else 0
-        steps.method, steps.measure, steps.depth = _METHODS[rule.method], _MEASURES[rule.criterion], depth
-        steps.threads, steps.affine = torch.get_num_threads(), rule.affine
-        steps.damping, steps.tol, steps.leave, steps.max_iter = rule.damping, rule.tol, rule.leave, rule.max_iter
-        for name in ("y", "z", "iterations", "residual", "norms", "status"):
-            setattr(steps, name, getattr(self, name).data_ptr())
-        starts = [0, *itertools.accumulate(-(-size // 64) * 64 for size in sizes.values())]
-        self._workspace = _take(starts[-1])
+        self.told = told = CompiledTold(B)
+        places, size = _places(B, D, y.element_size(), rule, shift is not None)
+        self._shift = shift = None if shift is None else shift.contiguous()
+        self._workspace = _take(size)
         base = self._workspace.data_ptr()
-        for name, start in zip(sizes, starts, strict=False):
-            setattr(steps, name, base + start)
-        ctypes.memset(base, 0, sizes["samples"])
-        self._pointer = ctypes.byref(steps)
-        self._advance = library.deq_cpu_advance
+        self._steps = _DeqSteps(
+            B,
+            D,
+            _TYPES[y.dtype],
+            _METHODS[rule.method],
+            _MEASURES[rule.criterion],
+            0 if rule.method == "plain" else rule.depth,
+            torch.get_num_threads(),
+            rule.affine,
+            rule.damping,
+            rule.tol,
+            rule.leave,
+            rule.max_iter,
+            0,
+            self.y.data_ptr(),
+            self.z.data_ptr(),
+            None,
+            None if shift is None else shift.data_ptr(),
+            *(base + place for place in places),
+            *told.pointers(),
+        )
+        self._pointer = ctypes.byref(self._steps)
+        self._advance = _library.compiled.deq_cpu_advance
         self._running = B
+
+    @property
+    def norms(self) -> Tensor:
+        return self.told.norms
 
     def is_running(self) -> bool:
         return self._running > 0
 
     def advance(self, fy: Tensor) -> None:
         fy = fy.contiguous()
-        self._steps.fy = fy.data_ptr()
-        self._running = self._advance(self._pointer)
+        self._running = self._advance(self._pointer, fy.data_ptr())
         if self._running < 0:
             raise RuntimeError("deq_cpu_advance refused its arguments")
 
@@ -112,5 +183,6 @@ class CompiledSteps:
             _spare[:] = [self._workspace]
 
     def collect(self) -> None:
-        """Bring the best images into z."""
+        """Bring the best images into z, and count who failed."""
+        self.told.failed = self._steps.failed
         _library.compiled.deq_cpu_collect(self._pointer)

@@ -1,5 +1,6 @@
 """Evaluate, judge, step, until every sample is done."""
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 from . import compiled_steps, triton_steps
 from .compiled_steps import CompiledSteps
 from .newton_krylov import newton_krylov
-from .result import Result
+from .result import Result, Told
 from .rule import Rule
 from .torch_steps import TorchSteps
 from .triton_steps import TritonSteps
@@ -22,31 +23,44 @@ def run(
     rule: Rule,
     *,
     first: Tensor | None = None,
+    shift: Tensor | None = None,
     keep: Sequence[int] = (),
     traced: bool = False,
 ) -> Result:
     """Fixed point of every row of y0 (B, D), float32 or float64, of f: (B, D) -> (B, D).
 
-    first: f(y0), if it is known. keep: evaluations after which the best images are wanted, ascending.
-    traced: whether the result is to have a trace.
+    f may have ``f.on(y)``, which makes a function that returns f of what y holds when it is called.
+
+    first: f(y0), if it is known. shift: (B, D), what is to be added to f(y), where f is the linear part of an affine
+    map; not together with first. keep: evaluations after which the best images are wanted, ascending. traced: whether
+    the result is to have a trace.
     """
     with torch.no_grad():
         if y0.numel() == 0:
             return _empty(y0, keep)
+        compiled = compiled_steps.serves(y0, rule)
+        if shift is not None and not compiled:
+            linear, f = f, lambda y: linear(y) + shift
         if rule.method == "newton_krylov":
             return newton_krylov(f, y0, rule, first=first, keep=keep, traced=traced)
-        steps = _kind(y0, rule)(y0, rule)
+        if compiled:
+            steps = CompiledSteps(y0, rule, shift)
+            evaluate = f.on(steps.y) if hasattr(f, "on") else functools.partial(f, steps.y)
+        else:
+            steps = (TritonSteps if triton_steps.serves(y0, rule) else TorchSteps)(y0, rule)
+            evaluate = lambda: f(steps.y)  # noqa: E731
         every = 1 if y0.device.type == "cpu" else CHECK_EVERY
+        watched = traced or bool(keep)
         trajectory: list[Tensor | None] = [None] * len(keep)
         trace: list[Tensor] = []
         for k in range(1, rule.max_iter + 1):
-            fy = f(steps.y) if first is None or k > 1 else first
-            steps.advance(fy)
-            if traced:
-                trace.append(steps.norms.clone())
-            if k in keep:
-                steps.collect()
-                trajectory[keep.index(k)] = steps.z.clone()
+            steps.advance(evaluate() if first is None or k > 1 else first)
+            if watched:
+                if traced:
+                    trace.append(steps.norms.clone())
+                if k in keep:
+                    steps.collect()
+                    trajectory[keep.index(k)] = steps.z.clone()
             if k % every == 0 and not steps.is_running():
                 break
         steps.collect()
@@ -54,14 +68,6 @@ def run(
         return Result.of(steps, trajectory, trace)
 
 
-def _kind(y0: Tensor, rule: Rule) -> type:
-    if compiled_steps.serves(y0, rule):
-        return CompiledSteps
-    return TritonSteps if triton_steps.serves(y0, rule) else TorchSteps
-
-
 def _empty(y0: Tensor, keep: Sequence[int]) -> Result:
     """Of no samples, or samples without elements: they are at rest."""
-    B = y0.shape[0]
-    zeros = {name: y0.new_zeros(B, dtype=getattr(torch, name)) for name in ("int32", "float64", "uint8")}
-    return Result(y0.clone(), zeros["int32"], zeros["float64"], zeros["uint8"], [y0.clone() for _ in keep])
+    return Result(y0.clone(), Told.unjudged(y0), [y0.clone() for _ in keep])

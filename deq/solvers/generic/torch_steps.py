@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ...reference import FLOOR_EPS, MAX_WEIGHT, SLOW_AFTER, SLOW_CONTRACTION
 from ...solution import Status
+from .result import Told
 from .rule import GROWN, PATIENCE, PATIENCE_AT_FLOOR, SAFEGUARD, Rule
 
 GRAM_ROUNDING = 1e-14  # of squares of residuals, summed in float64
@@ -46,6 +47,10 @@ class TorchSteps:
         self.gram = torch.zeros(B, depth, depth, **wide)
         self.head = torch.full((B,), depth - 1, device=y.device)  # slot of the newest pair
         self.pairs = self.count  # without this evaluation's
+
+    @property
+    def told(self) -> Told:
+        return Told(self.iterations, self.residual, self.status)
 
     def collect(self) -> None:
         """z is always complete."""
