@@ -146,6 +146,11 @@ class Samples {
     return std::ldexp(1.0, std::clamp(-std::ilogb(reach), -kLimit, kLimit));
   }
 
+  // Where the sample's result belongs, null if it has to be converted.
+  T* native_row(int64_t sample) const {
+    return native_ ? static_cast<T*>(p_.out.data) + offset(p_.out, sample / p_.batch, sample % p_.batch) : nullptr;
+  }
+
   // Writes row / scale as the sample's result; false if it left the range of the caller's dtype and was held at its edge.
   bool write(int64_t sample, double scale, const T* row) {
     const int64_t first = offset(p_.out, sample / p_.batch, sample % p_.batch);
