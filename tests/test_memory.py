@@ -77,12 +77,12 @@ def test_peak_is_the_theory_within_5_percent(shape, solver, trains):
 
 def test_packed_weights_are_a_few_matrices():
     """W and its transpose, each in float32 and in the two planes of the increments: 1.5 m x m at most, not counting
-    what pads a row to the width of vectors."""
+    what pads a row to the width of vectors, nor the five numbers that a plane holds of every row."""
     *_, plain = in_fresh_process(512, 64, "plain", True)
     *_, auto = in_fresh_process(512, 64, "auto", True)
     matrix = 512 * 512 * 4
     assert 2 * matrix <= plain <= 2.02 * matrix
-    assert plain <= auto <= 3.02 * matrix
+    assert plain <= auto <= 3.04 * matrix
 
 
 @pytest.mark.parametrize("options", [{}, {"solver": "anderson"}, {"solver": "cayley"}], ids=str)
