@@ -182,7 +182,7 @@ def fit(plan: Plan, width: int, batch: int, large: bool | None, frozen: bool, in
     if width < INCREMENTS_FROM or plan.tol < INCREMENTS_TOL:
         increments = "native"
     if increments != "native":
-        why.append(f"{increments} increments between float32 evaluations; slow samples go on in float32")
+        why.append(f"{increments} increments between float32 evaluations; slow samples take Gauss-Seidel sweeps")
     # The plain map with all its patience says how a sample failed, unless it had the first word already.
     rungs = [] if kind == "plain" and increments == "native" else ["anderson"]
     if plan.reflects:

@@ -334,7 +334,7 @@ class Tile {
     slot.old = Old::kAll;
     row.set_next_scale(row.largest / 127.0);
     low_.feed(row, map_, state, slot.rest.x, padded_);
-    expect(slot, std::sqrt(slot.progress.ratio2[0]));
+    expect(slot, std::sqrt(static_cast<float>(slot.progress.ratio2[0])));
     return true;
   }
 
@@ -344,7 +344,7 @@ class Tile {
     const bool swept = slot.progress.sweeps;
     slot.next = after_step(call_, slot.progress, row.step2, row.size2);
     if (slot.progress.sweeps) slot.old = swept ? Old::kRest : Old::kAll;
-    expect(slot, std::sqrt(slot.progress.ratio2[0]));
+    expect(slot, std::sqrt(static_cast<float>(slot.progress.ratio2[0])));
     if (slot.next == Next::kCorrectedStep) {
       low_.measure(slot.rest, DeltaMap::kByRow, row.x, padded_);
       slot.rest.set_next_scale(slot.rest.largest / 127.0);
