@@ -28,10 +28,9 @@ enum class Next : uint8_t { kStep, kCorrectedStep, kAnchor };
 // What is common to all samples of a call.
 struct Reliable {
   Rule rule;
-  double pollution;        // share of the increments that rounding W leaves in y: smaller increments than that gain nothing
-  double rest;             // share of the pollution that a correction leaves; infinity where there are no corrections
-  bool hands_over;         // the caller has better means for slow samples
-  bool may_sweep = false;  // the caller has Gauss-Seidel sweeps for samples that contract slowly
+  double pollution;  // share of the increments that rounding W leaves in y: smaller increments than that gain nothing
+  double rest;       // share of the pollution that a correction leaves; infinity where there are no corrections
+  bool hands_over;   // the caller has better means for slow samples
 };
 
 // One sample between its anchors.
@@ -53,6 +52,8 @@ DEQ_HD double lesser(double a, double b) { return b < a ? b : a; }
 DEQ_HD double greater(double a, double b) { return a < b ? b : a; }
 
 // Judges an anchor; the norms are those of judge(). `is_best`: no earlier anchor had a smaller residual.
+// kMaySweep: the caller has Gauss-Seidel sweeps for samples that contract slowly.
+template <bool kMaySweep = false>
 DEQ_HD Verdict judge_anchor(const Reliable& call, Progress& s, double step2, double size2, double start2, bool* is_best) {
   if (s.run > 0) {
     // The contraction is what the steps showed; against them the residual of an anchor holds what they had left in y.
@@ -68,7 +69,7 @@ DEQ_HD Verdict judge_anchor(const Reliable& call, Progress& s, double step2, dou
   if (!*is_best && s.run > 0) s.record.best_at = s.record.iteration;  // what steps did not gain is not the sample's failure
   s.run = 0;
   s.norm = sqrt(step2);
-  s.size = s.sweeps ? 0 : s.norm;
+  s.size = kMaySweep && s.sweeps ? 0 : s.norm;
   s.corrected = 0;
   return verdict;
 }
@@ -95,26 +96,28 @@ DEQ_HD Next next_of(const Reliable& call, const Progress& s, double step2, doubl
 }
 
 // Growing, or so slow that another means is cheaper than the steps to come.
+template <bool kMaySweep>
 DEQ_HD bool is_hopeless(const Reliable& call, const Progress& s, double step2, double size2) {
   const double least2 = lesser(s.ratio2[0], s.ratio2[1]);
   if (least2 >= 1) return s.run > 2;
   if (s.record.iteration < kSlowAfter || least2 <= kSlowContraction * kSlowContraction) return false;
-  return log(call.rule.tol2 * size2 / step2) < (s.sweeps ? kMostSweeps : kMostSteps) * log(least2);
+  return log(call.rule.tol2 * size2 / step2) < (kMaySweep && s.sweeps ? kMostSweeps : kMostSteps) * log(least2);
 }
 
 // After a step: what the next evaluation is.
+template <bool kMaySweep = false>
 DEQ_HD Next after_step(const Reliable& call, Progress& s, double step2, double size2) {
   ++s.record.iteration;
   ++s.run;
   const double norm = sqrt(step2), ratio = greater(norm / s.norm, 1e-6);
-  if (s.run > 1 || !s.sweeps) {  // else both norms are of a step from the same x
+  if (s.run > 1 || !kMaySweep || !s.sweeps) {  // else both norms are of a step from the same x
     s.ratio2[1] = s.ratio2[0];
     s.ratio2[0] = ratio * ratio;
   }
   s.norm = norm;
   s.size += norm;
-  if (call.may_sweep) s.sweeps = s.sweeps || lesser(s.ratio2[0], s.ratio2[1]) > kSweepFrom * kSweepFrom;
-  s.is_slow = call.hands_over && is_hopeless(call, s, step2, size2);
+  if (kMaySweep) s.sweeps = s.sweeps || lesser(s.ratio2[0], s.ratio2[1]) > kSweepFrom * kSweepFrom;
+  s.is_slow = call.hands_over && is_hopeless<kMaySweep>(call, s, step2, size2);
   const Next next = s.is_slow ? Next::kAnchor : next_of(call, s, step2, size2);
   if (next == Next::kCorrectedStep) {
     s.corrected += s.size;

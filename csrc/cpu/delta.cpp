@@ -80,7 +80,7 @@ class Tile {
         m_(p.width),
         padded_(samples_.padded()),
         call_{make_rule(p.tol, p.max_iter, p.criterion, p.width, false), kPollution[p.precision], kRest[p.precision],
-              p.acceleration == DEQ_ON_DEMAND, true},
+              p.acceleration == DEQ_ON_DEMAND},
         // The products of 2^shift units and those of one, at most 127 x 127 each, fit an int32.
         most_shift_(exponent_of(0x1p31 / (127.0 * 127.0 * static_cast<double>(p.width)) - 1)),
         segments_(m_, padded_),
@@ -308,7 +308,7 @@ class Tile {
     Record& record = slot.progress.record;
     const double start2 = record.iteration == 0 && p_.start.data ? size_of(row.x, m_) : 0.0;
     bool is_best;
-    const Verdict verdict = judge_anchor(call_, slot.progress, step2, size2, start2, &is_best);
+    const Verdict verdict = judge_anchor<true>(call_, slot.progress, step2, size2, start2, &is_best);
     if (verdict != Verdict::kContinue) {
       finish(slot, verdict, is_best);
       return false;
@@ -342,7 +342,7 @@ class Tile {
   bool stepped(Slot& slot) {
     DeltaRow& row = slot.row;
     const bool swept = slot.progress.sweeps;
-    slot.next = after_step(call_, slot.progress, row.step2, row.size2);
+    slot.next = after_step<true>(call_, slot.progress, row.step2, row.size2);
     if (slot.progress.sweeps) slot.old = swept ? Old::kRest : Old::kAll;
     expect(slot, std::sqrt(static_cast<float>(slot.progress.ratio2[0])));
     if (slot.next == Next::kCorrectedStep) {
