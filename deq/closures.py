@@ -6,7 +6,7 @@ Both are cheap where they can be: leaves are read off the graph of one evaluatio
 """
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 
 import torch
@@ -27,15 +27,19 @@ def in_forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
-def parameters_of(module: nn.Module) -> Iterator[Tensor]:
-    """As ``module.parameters()`` in a fifth of the time; a shared one comes as often as it is used."""
-    stack = [module]
+def parameters_of(block: Callable) -> list[Tensor]:
+    """As ``list(block.parameters())`` in a fifth of the time; a shared one comes as often as it is used. None of a
+    function."""
+    if not isinstance(block, nn.Module):
+        return []
+    found, stack = [], [block]
     while stack:
         module = stack.pop()
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                yield parameter
-        stack += [child for child in reversed(module._modules.values()) if child is not None]
+        if module._parameters:
+            found += [parameter for parameter in module._parameters.values() if parameter is not None]
+        if module._modules:
+            stack += [child for child in reversed(module._modules.values()) if child is not None]
+    return found
 
 
 class Uses:
@@ -49,14 +53,12 @@ class Uses:
     def __init__(self):
         self._key: tuple | None = None
 
-    def recall(self, block: Callable, inputs: Sequence[object]) -> list[Tensor] | None:
-        """All that the block may use; None if it must be watched."""
-        tensors = self._candidates(block, inputs)
+    def recall(self, block: Callable, tensors: Sequence[Tensor]) -> list[Tensor] | None:
+        """Those of ``tensors``, its inputs and parameters, that the block may use; None if it must be watched."""
         return _needing(tensors) if self._key == self._describe(block, tensors) else None
 
-    def learn(self, block: Callable, inputs: Sequence[object], found: list[Tensor]) -> list[Tensor]:
-        """What the block may use, given what it was seen to use."""
-        tensors = self._candidates(block, inputs)
+    def learn(self, block: Callable, tensors: Sequence[Tensor], found: list[Tensor]) -> list[Tensor]:
+        """What the block may use, given its inputs and parameters and what it was seen to use."""
         self._key = None
         if not found or not {id(tensor) for tensor in found} <= {id(tensor) for tensor in tensors}:
             return found
@@ -71,12 +73,7 @@ class Uses:
 
     @staticmethod
     def _describe(block: Callable, tensors: Sequence[Tensor]) -> tuple:
-        return getattr(block, "training", None), *(tensor.requires_grad for tensor in tensors)
-
-    @staticmethod
-    def _candidates(block: Callable, inputs: Sequence[object]) -> list[Tensor]:
-        tensors = [value for value in inputs if isinstance(value, Tensor)]
-        return tensors + (list(parameters_of(block)) if isinstance(block, nn.Module) else [])
+        return getattr(block, "training", None), *[tensor.requires_grad for tensor in tensors]
 
 
 def _needing(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -87,11 +84,14 @@ def _needing(tensors: Sequence[Tensor]) -> list[Tensor]:
 class Applied:
     """``z -> block(z, *inputs)`` with inputs that can be exchanged without :class:`Exchange`.
 
-    uses: what is known of the tensors that the block uses.
+    uses: what is known of the tensors that the block uses. parameters: the block's, where there are uses.
     """
 
-    def __init__(self, block: Callable, inputs: Sequence[object], uses: Uses | None = None):
+    def __init__(
+        self, block: Callable, inputs: Sequence[object], uses: Uses | None = None, parameters: Sequence[Tensor] = ()
+    ):
         self.block, self.inputs, self.uses = block, tuple(inputs), uses
+        self._parameters = parameters
 
     def __call__(self, z):
         return self.block(z, *self.inputs)
@@ -109,11 +109,14 @@ class Applied:
 
     def recall(self) -> list[Tensor] | None:
         """The tensors that the block may use and that need gradients, if they are known without watching it."""
-        return None if self.uses is None else self.uses.recall(self.block, self.inputs)
+        return None if self.uses is None else self.uses.recall(self.block, self._candidates())
 
     def learn(self, found: list[Tensor]) -> list[Tensor]:
         """The tensors that the block may use and that need gradients, given those that it was seen to use."""
-        return found if self.uses is None else self.uses.learn(self.block, self.inputs, found)
+        return found if self.uses is None else self.uses.learn(self.block, self._candidates(), found)
+
+    def _candidates(self) -> list[Tensor]:
+        return [*(value for value in self.inputs if isinstance(value, Tensor)), *self._parameters]
 
 
 def watched(f: Callable[[Tensor], Tensor], z: Tensor, near: Sequence[Tensor] = ()) -> tuple[Tensor, list[Tensor]]:
@@ -166,7 +169,8 @@ def _ends(image: Tensor, first: int, near: Sequence[Tensor] = ()) -> list[Tensor
             elif node is None or node in visited:
                 continue
             elif type(node) is _Leaf:
-                found[id(node.variable)] = node.variable
+                variable = node.variable
+                found[id(variable)] = variable
             elif node._sequence_nr() < first:
                 return None
             else:
@@ -177,8 +181,24 @@ def _ends(image: Tensor, first: int, near: Sequence[Tensor] = ()) -> list[Tensor
 
 def has_strangers(image: Tensor, first: int, known: Sequence[Tensor]) -> bool:
     """Whether the graph of ``image``, made since node ``first``, ends at a tensor that is none of ``known``."""
-    ends = _ends(image, first, [tensor for tensor in known if not tensor.is_leaf])
-    return ends is None or not {id(tensor) for tensor in ends} <= {id(tensor) for tensor in known}
+    near = {_edge(tensor) for tensor in known if not tensor.is_leaf}
+    known = {id(tensor) for tensor in known}
+    visited = set()
+    stack = [(_edge(image) if image.grad_fn is None else (image.grad_fn, image.output_nr),)]
+    while stack:
+        for edge in stack.pop():
+            node = edge[0]
+            if node in visited or node is None or (near and edge in near):
+                continue
+            visited.add(node)
+            if type(node) is _Leaf:
+                if id(node.variable) not in known:
+                    return True
+            elif node._sequence_nr() < first:
+                return True
+            else:
+                stack.append(node.next_functions)
+    return False
 
 
 def _unseen_by_hooks() -> AbstractContextManager:

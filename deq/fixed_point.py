@@ -142,8 +142,13 @@ _outside_of_graphs._torchdynamo_disable_msg = (
 )
 
 
-def fixed_point_with(f: Callable[[State], State], z0: State, options: dict[str, object]) -> StateSolution:
-    """:func:`fixed_point` with all its options, outside of graphs of the compiler."""
+def fixed_point_with(
+    f: Callable[[State], State], z0: State, options: dict[str, object], fresh: bool = False
+) -> StateSolution:
+    """:func:`fixed_point` with all its options, outside of graphs of the compiler.
+
+    fresh: z0 is finite, carries no gradient and is used by nobody else: it may be overwritten.
+    """
     batch_dims, tensors = options["batch_dims"], options["tensors"]
     backward, on_failure = options["backward"], options["on_failure"]
     if not callable(f):
@@ -157,8 +162,9 @@ def fixed_point_with(f: Callable[[State], State], z0: State, options: dict[str, 
         rule, adjoint, keep = _rules.__wrapped__(layout.coarsest, **checked)
     device = (z0 if isinstance(z0, Tensor) else z0[0]).device.type
     evaluate = _MatrixMap(f, layout, device)
-    start = layout.flatten(z0, "z0").detach()
-    if not in_transform() and not _is_finite(start):
+    start = layout.flatten(z0, "z0")
+    start = start if fresh else start.detach()
+    if not (fresh or in_transform()) and not _is_finite(start):
         bad = int((~torch.isfinite(start).all(1)).nonzero()[0])
         raise ValueError(f"z0 must be finite; sample {bad} holds NaN or infinity")
 
@@ -184,19 +190,22 @@ def fixed_point_with(f: Callable[[State], State], z0: State, options: dict[str, 
         tensors = [t for t in tensors if isinstance(t, Tensor)]
     if tensors and backward in ("implicit", "neumann"):
         terms = options["backward_steps"] if backward == "neumann" else None
-
-        def direct(*new: Tensor) -> Callable[[Tensor], Tensor] | None:
-            g = f.to(tensors, new) if isinstance(f, Applied) else None
-            return None if g is None else _MatrixMap(g, layout, device)
-
         equation = Equation(
-            closed_over(evaluate, tensors), rule, adjoint, terms, keep, report, direct=direct, stranger=stranger
+            closed_over(evaluate, tensors),
+            rule,
+            adjoint,
+            terms,
+            keep,
+            report,
+            direct=functools.partial(evaluate.of, tensors),
+            stranger=stranger,
+            owns_start=fresh,
         )
         hidden = None if first is None or in_transform() or in_forward_mode() else first
         result = implicit(equation, start, tensors, hidden)
         return _solution(layout.unflatten(result.z), result, layout, rule)
     equation = Equation(closed_over(evaluate, ()), rule, adjoint, keep=keep, report=report)
-    result = equation.solve(start, first=first)
+    result = equation.solve(start, first=first, owned=fresh and not tensors)
     z = result.z
     if tensors:
         z = _differentiated(
@@ -282,21 +291,29 @@ class _MatrixMap:
         return self._at(flat, self.layout.unflatten(flat))
 
     def on(self, flat: Tensor) -> Callable[[], Tensor]:
-        """The map at what ``flat`` holds when it is called; the state is made once where it is a view."""
+        """The map at what ``flat`` holds when it is called, its result in any shape; the state is made once where
+        it is a view."""
         if not self.layout.is_view:
             return functools.partial(self, flat)
-        return functools.partial(self._at, flat, self.layout.unflatten(flat))
+        return functools.partial(self._at, flat, self.layout.unflatten(flat), loose=True)
 
-    def _at(self, flat: Tensor, state: State) -> Tensor:
+    def of(self, old: Sequence[Tensor], *new: Tensor) -> "_MatrixMap | None":
+        """The same of the ``new`` tensors in place of the ``old`` ones; None if some of those are no inputs of f."""
+        g = self.f.to(old, new) if isinstance(self.f, Applied) else None
+        return None if g is None else _MatrixMap(g, self.layout, self.device)
+
+    def _at(self, flat: Tensor, state: State, loose: bool = False) -> Tensor:
         version = flat._version
         if torch.is_autocast_enabled(self.device):
             with full_precision(self.device):
-                out = self.layout.flatten(self.f(state))
+                image = self.f(state)
         else:
-            out = self.layout.flatten(self.f(state))
+            image = self.f(state)
         if flat._version != version:
             raise RuntimeError("f must not modify its argument in place")
-        return out
+        if loose and type(image) is type(state) is Tensor and image.shape == state.shape and image.dtype == state.dtype:
+            return image
+        return self.layout.flatten(image)
 
 
 def _solution(z: State, result: generic.Result, layout: Layout | None, rule: Rule) -> StateSolution:

@@ -41,6 +41,7 @@ class Equation:
     terms: None, or how many terms of the Neumann series stand in for the adjoint's solution.
     report: told the result of every solve.
     direct: the tensors t -> the map as far as f takes them as arguments, or None; what it takes otherwise stays in it.
+    owns_start: whether :func:`fixed_point` may overwrite z0.
     stranger: None, or raises: called where the backward pass meets a tensor that f uses and that t lacks, though there
         should be none.
     """
@@ -54,6 +55,7 @@ class Equation:
     what: str = "deq.fixed_point"
     direct: Callable[..., Map | None] = field(default=lambda *tensors: None)
     stranger: Callable[[], None] | None = None
+    owns_start: bool = False
 
     def linear(self, bind: Callable[..., Map]) -> "Equation":
         """One of the linear equations that derivatives need."""
@@ -72,7 +74,8 @@ class Equation:
         self.report(result, self.adjoint, self._named_gradient)
         return result
 
-    def solve(self, z0: Tensor, *tensors: Tensor, first: Tensor | None = None) -> generic.Result:
+    def solve(self, z0: Tensor, *tensors: Tensor, first: Tensor | None = None, owned: bool = False) -> generic.Result:
+        """The solution from z0, which may be overwritten if it is ``owned``."""
         f = self.bind(*tensors)
         if self.terms is not None and self.rule is self.adjoint:
             z = z0
@@ -81,10 +84,22 @@ class Equation:
             return generic.Result(z, generic.Told.unjudged(z))
         if callable(self.rule):
             return self.rule(f, z0, first)
-        with nullcontext() if in_transform() else parametrize.cached():  # weights are computed once a solve
-            result = generic.run(f, z0, self.rule, first=first, keep=self.keep)
+        with nullcontext() if in_transform() else _Cached():  # weights are computed once a solve
+            result = generic.run(f, z0, self.rule, first=first, keep=self.keep, owned=owned)
         self.report(result, self.rule, self.what)
         return result
+
+
+class _Cached:
+    """torch.nn.utils.parametrize.cached, which is a generator: 20 us where caches are cold."""
+
+    def __enter__(self) -> None:
+        parametrize._cache_enabled += 1
+
+    def __exit__(self, *_) -> None:
+        parametrize._cache_enabled -= 1
+        if not parametrize._cache_enabled:
+            parametrize._cache = {}
 
 
 def full_precision(device: str) -> AbstractContextManager:
@@ -109,11 +124,11 @@ def closed_over(f: Callable[[Tensor], Tensor], tensors: Sequence[Tensor]) -> Cal
 
 
 def fixed_point(equation: Equation, z0: Tensor, tensors: Sequence[Tensor], first: Tensor | None) -> generic.Result:
-    """The solution, its z with a gradient to ``tensors``."""
+    """The solution, its z with a gradient to ``tensors``; z0 is overwritten where ``equation.owns_start``."""
     if in_transform() or in_forward_mode():
         z, *rest = _FixedPoint.apply(equation, z0, first, *tensors)
         return generic.Result(z, generic.Told(*rest[:3]), rest[3:])
-    result = equation.solve(z0, *tensors, first=first)
+    result = equation.solve(z0, *tensors, first=first, owned=equation.owns_start)
     trajectory = [result.z if state is None else state for state in result.trajectory]
     return generic.Result(_solved(equation, result.z, *tensors), result.told, trajectory)
 

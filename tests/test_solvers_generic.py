@@ -345,3 +345,23 @@ def test_a_tolerance_below_the_rounding_of_the_mix_is_judged_by_evaluations(kind
     rules = (Rule("anderson", 3e-7, 60, affine=a) for a in (True, False))
     known, judged = (drive(kind(g, rule), f, 60)[0] for rule in rules)
     assert known.iterations.tolist() == judged.iterations.tolist() and torch.equal(known.z, judged.z)
+
+
+@pytest.mark.parametrize("owned", [False, True])
+def test_a_solve_inside_of_a_solve_of_the_same_kind(owned):
+    rule, c = Rule("anderson", 1e-6, 60), torch.linspace(-1, 1, 12).view(3, 4)
+
+    def f(z):
+        inner = generic.run(lambda y: 0.5 * y + z / 4, torch.zeros_like(z), rule, owned=owned).z  # z / 2
+        return torch.tanh(inner) + c
+
+    start = torch.full((3, 4), 0.25)
+    result = generic.run(f, start, rule, owned=owned)
+    again = generic.run(f, torch.full((3, 4), 0.25), rule, owned=owned)
+    exact = torch.zeros(3, 4, dtype=torch.float64)
+    for _ in range(100):
+        exact = torch.tanh(exact / 2) + c.double()
+    assert result.told.is_converged()
+    assert ((result.z - exact).norm(dim=1) <= 1e-5 * exact.norm(dim=1)).all()
+    assert torch.equal(result.z, again.z)
+    assert owned or torch.equal(start, torch.full((3, 4), 0.25))

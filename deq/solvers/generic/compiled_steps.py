@@ -4,7 +4,6 @@ A call costs 2 us besides its memory traffic, where the same in torch operators 
 """
 
 import ctypes
-import functools
 import itertools
 
 import torch
@@ -73,7 +72,40 @@ def _take(size: int) -> Tensor:
     return workspace
 
 
-@functools.lru_cache(maxsize=64)
+class _Frame:
+    """DeqSteps for solves of one kind, without what is different in each of them."""
+
+    def __init__(self, B: int, D: int, dtype: torch.dtype, rule: Rule, shifted: bool, threads: int):
+        self.places, self.size = _places(B, D, dtype.itemsize, rule, shifted)
+        self._base = None  # of the workspace
+        self.steps = _DeqSteps(
+            B,
+            D,
+            _TYPES[dtype],
+            _METHODS[rule.method],
+            _MEASURES[rule.criterion],
+            0 if rule.method == "plain" else rule.depth,
+            threads,
+            rule.affine,
+            rule.damping,
+            rule.tol,
+            rule.leave,
+            rule.max_iter,
+        )
+        self.pointer = ctypes.byref(self.steps)
+
+    def use(self, workspace: Tensor) -> None:
+        base = workspace.data_ptr()
+        if base != self._base:
+            self._base, steps = base, self.steps
+            steps.image, steps.first, steps.second, steps.samples, steps.sums = (base + place for place in self.places)
+
+
+# Those that no solve uses: to make one costs 30 us where caches are cold, twice in a training step.
+_frames: dict[tuple, _Frame] = {}
+MOST_FRAMES = 64
+
+
 def _places(B: int, D: int, element: int, rule: Rule, shifted: bool) -> tuple[tuple[int, ...], int]:
     """Where image, first, second, samples and sums of DeqSteps begin in a workspace, and the bytes of all."""
     depth = 0 if rule.method == "plain" else rule.depth
@@ -127,40 +159,25 @@ class CompiledTold:
 class CompiledSteps:
     """As TorchSteps, but that ``z`` is complete only after :meth:`collect`.
 
-    shift: (B, D), what is missing in every f(y) that :meth:`advance` is given.
+    shift: (B, D), what is missing in every f(y) that :meth:`advance` is given. owned: whether y may be overwritten.
     """
 
-    def __init__(self, y: Tensor, rule: Rule, shift: Tensor | None = None):
+    def __init__(self, y: Tensor, rule: Rule, shift: Tensor | None = None, owned: bool = False):
         B, D = y.shape
-        self.y = y.clone(memory_format=torch.contiguous_format)
+        self.y = y = y.contiguous() if owned else y.clone(memory_format=torch.contiguous_format)
         self.z = torch.empty_like(self.y)
-        self.told = told = CompiledTold(B)
-        places, size = _places(B, D, y.element_size(), rule, shift is not None)
+        self.told = CompiledTold(B)
+        self._key = key = B, D, y.dtype, rule, shift is not None, torch.get_num_threads()
+        self._frame = frame = _frames.pop(key, None) or _Frame(*key)
+        self._workspace = _take(frame.size)
+        frame.use(self._workspace)
         self._shift = shift = None if shift is None else shift.contiguous()
-        self._workspace = _take(size)
-        base = self._workspace.data_ptr()
-        self._steps = _DeqSteps(
-            B,
-            D,
-            _TYPES[y.dtype],
-            _METHODS[rule.method],
-            _MEASURES[rule.criterion],
-            0 if rule.method == "plain" else rule.depth,
-            torch.get_num_threads(),
-            rule.affine,
-            rule.damping,
-            rule.tol,
-            rule.leave,
-            rule.max_iter,
-            0,
-            self.y.data_ptr(),
-            self.z.data_ptr(),
-            None,
-            None if shift is None else shift.data_ptr(),
-            *(base + place for place in places),
-            *told.pointers(),
-        )
-        self._pointer = ctypes.byref(self._steps)
+        self._steps = steps = frame.steps
+        steps.evaluations = 0
+        steps.y, steps.z = self.y.data_ptr(), self.z.data_ptr()
+        steps.shift = None if shift is None else shift.data_ptr()
+        steps.iterations, steps.residual, steps.norms, steps.status = self.told.pointers()
+        self._pointer = frame.pointer
         self._advance = _library.compiled.deq_cpu_advance
         self._running = B
 
@@ -181,6 +198,9 @@ class CompiledSteps:
         """Give the history back; nothing can be advanced any more."""
         if self._workspace.numel() <= KEPT_BYTES:
             _spare[:] = [self._workspace]
+        if len(_frames) >= MOST_FRAMES:
+            _frames.clear()
+        _frames[self._key] = self._frame
 
     def collect(self) -> None:
         """Bring the best images into z, and count who failed."""

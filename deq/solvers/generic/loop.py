@@ -24,18 +24,22 @@ def run(
     *,
     first: Tensor | None = None,
     shift: Tensor | None = None,
+    owned: bool = False,
     keep: Sequence[int] = (),
     traced: bool = False,
 ) -> Result:
     """Fixed point of every row of y0 (B, D), float32 or float64, of f: (B, D) -> (B, D).
 
-    f may have ``f.on(y)``, which makes a function that returns f of what y holds when it is called.
+    f may have ``f.on(y)``, which makes a function that returns f of what y holds when it is called, in any shape of as
+    many elements.
 
     first: f(y0), if it is known. shift: (B, D), what is to be added to f(y), where f is the linear part of an affine
-    map; not together with first. keep: evaluations after which the best images are wanted, ascending. traced: whether
-    the result is to have a trace.
+    map; not together with first. owned: whether y0 may be overwritten. keep: evaluations after which the best images
+    are wanted, ascending. traced: whether the result is to have a trace.
     """
-    with torch.no_grad():
+    before = torch.is_grad_enabled()
+    torch._C._set_grad_enabled(False)  # torch.no_grad in a tenth of its time, which is 20 us where caches are cold
+    try:
         if y0.numel() == 0:
             return _empty(y0, keep)
         compiled = compiled_steps.serves(y0, rule)
@@ -44,7 +48,7 @@ def run(
         if rule.method == "newton_krylov":
             return newton_krylov(f, y0, rule, first=first, keep=keep, traced=traced)
         if compiled:
-            steps = CompiledSteps(y0, rule, shift)
+            steps = CompiledSteps(y0, rule, shift, owned)
             evaluate = f.on(steps.y) if hasattr(f, "on") else functools.partial(f, steps.y)
         else:
             steps = (TritonSteps if triton_steps.serves(y0, rule) else TorchSteps)(y0, rule)
@@ -66,6 +70,8 @@ def run(
         steps.collect()
         steps.release()
         return Result.of(steps, trajectory, trace)
+    finally:
+        torch._C._set_grad_enabled(before)
 
 
 def _empty(y0: Tensor, keep: Sequence[int]) -> Result:
