@@ -27,10 +27,9 @@ class SolverStat(dict):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        for name in ("abs_lowest", "rel_lowest", "nstep", "sradius"):
-            self.setdefault(name, torch.tensor([-1.0]))
-        for name in ("abs_trace", "rel_trace"):
-            self.setdefault(name, torch.tensor([[-1.0]]))
+        for name in ("abs_lowest", "rel_lowest", "nstep", "sradius", "abs_trace", "rel_trace"):
+            if name not in self:
+                self[name] = torch.full((1, 1) if name.endswith("trace") else (1,), -1.0)
 
 
 def _make(method: str, options: dict[str, str]) -> Solver:
