@@ -51,7 +51,7 @@ def plan(capability: tuple[int, int], out: Path) -> tuple[Step, ...]:
     # Sanitizers have steps of their own; warnings of another torch are no errors here.
     tests = (python, "-m", "pytest", "-q", "-W", "default", "-k", "not sanitizers", *files)
     return (
-        Step("build", 150, (*install, "-C", f"cmake.define.CMAKE_CUDA_ARCHITECTURES={target}")),
+        Step("build", 150, (*install, "--config-settings", f"cmake.define.CMAKE_CUDA_ARCHITECTURES={target}")),
         Step("small", 60, small, compiled),  # also compiles what the sanitizer would wait for
         Step("tests", 110, tests, compiled),
         Step("memcheck", 60, (*sanitizer, "memcheck", *small), compiled),

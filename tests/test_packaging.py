@@ -47,9 +47,9 @@ def use(run_with):
 def build_wheel(source: Path, folder: Path, *settings: str, **environment: str) -> Path:
     """The wheel of ``source``, built without network and outside the checkout, unpacked into ``folder``/site."""
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "--no-index"]
-    command += ["-w", folder, "-C", f"build-dir={folder / 'build'}"]
+    command += ["-w", folder, "--config-settings", f"build-dir={folder / 'build'}"]
     for setting in settings:
-        command += ["-C", setting]
+        command += ["--config-settings", setting]
     done = subprocess.run([*command, source], env=os.environ | environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     (wheel,) = folder.glob("*.whl")
