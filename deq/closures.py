@@ -181,24 +181,8 @@ def _ends(image: Tensor, first: int, near: Sequence[Tensor] = ()) -> list[Tensor
 
 def has_strangers(image: Tensor, first: int, known: Sequence[Tensor]) -> bool:
     """Whether the graph of ``image``, made since node ``first``, ends at a tensor that is none of ``known``."""
-    near = {_edge(tensor) for tensor in known if not tensor.is_leaf}
-    known = {id(tensor) for tensor in known}
-    visited = set()
-    stack = [(_edge(image) if image.grad_fn is None else (image.grad_fn, image.output_nr),)]
-    while stack:
-        for edge in stack.pop():
-            node = edge[0]
-            if node in visited or node is None or (near and edge in near):
-                continue
-            visited.add(node)
-            if type(node) is _Leaf:
-                if id(node.variable) not in known:
-                    return True
-            elif node._sequence_nr() < first:
-                return True
-            else:
-                stack.append(node.next_functions)
-    return False
+    found = _ends(image, first, [tensor for tensor in known if not tensor.is_leaf])
+    return found is None or not {id(tensor) for tensor in found} <= {id(tensor) for tensor in known}
 
 
 def _unseen_by_hooks() -> AbstractContextManager:

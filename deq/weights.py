@@ -41,7 +41,7 @@ class Structure:
 
     def dense(self) -> Tensor:
         """The matrix (m, m) itself, differentiable in the fields."""
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: every subclass has its own
 
     def like(self) -> Tensor:
         """A tensor of the shape, dtype and device of ``dense()``, of one undefined element."""

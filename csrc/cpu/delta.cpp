@@ -238,13 +238,12 @@ class Tile {
     step.width = m_;
     // A correction is of what the steps before have added up to, and comes before this step's map.
     if (group.corrected > 0) {
-      DeltaStep correction = step;
-      correction.rows = group.corrections;
-      correction.weights = static_cast<const char*>(step.weights) + increments_.matrix_bytes / 2;
-      correction.map = DeltaMap::kByRow;
-      correction.old = Old::kAll;
-      correction.stage = 0;
-      correction.fresh = 0;
+      const DeltaStep correction{.rows = group.corrections,
+                                 .weights = static_cast<const char*>(step.weights) + increments_.matrix_bytes / 2,
+                                 .width = m_,
+                                 .piece = step.piece,
+                                 .from = step.from,
+                                 .to = step.to};
       low_.step(correction, group.corrected);
     }
     step.rows = group.rows;
@@ -334,7 +333,7 @@ class Tile {
     slot.old = Old::kAll;
     row.set_next_scale(row.largest / 127.0);
     low_.feed(row, map_, state, slot.rest.x, padded_);
-    expect(slot, std::sqrt(static_cast<float>(slot.progress.ratio2[0])));
+    expect(slot);
     return true;
   }
 
@@ -344,7 +343,7 @@ class Tile {
     const bool swept = slot.progress.sweeps;
     slot.next = after_step<true>(call_, slot.progress, row.step2, row.size2);
     if (slot.progress.sweeps) slot.old = swept ? Old::kRest : Old::kAll;
-    expect(slot, std::sqrt(static_cast<float>(slot.progress.ratio2[0])));
+    expect(slot);
     if (slot.next == Next::kCorrectedStep) {
       low_.measure(slot.rest, DeltaMap::kByRow, row.x, padded_);
       slot.rest.set_next_scale(slot.rest.largest / 127.0);
@@ -356,9 +355,10 @@ class Tile {
 
   // The increment just written becomes that of the step before, and the scale of the one after it is set; in a sweep it is a
   // power of two times this one, so that a sum of products can go from one to the other.
-  void expect(Slot& slot, double ratio) {
+  void expect(Slot& slot) {
     DeltaRow& row = slot.row;
     std::swap(row.increment, row.next);
+    const double ratio = std::sqrt(static_cast<float>(slot.progress.ratio2[0]));
     const double cut = row.largest - 127.0 * row.next_scale, expected = std::clamp(ratio, kLeastRatio, kMostRatio);
     double scale = kHeadroom / 127 * std::max(row.largest * expected, cut);
     row.scale = row.next_scale;

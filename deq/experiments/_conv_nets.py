@@ -50,7 +50,7 @@ class ConvNet(SeededNet):
 
     def maps(self, x: Tensor) -> tuple[Tensor, ...]:
         """Feature maps, one a resolution, each (B, S C, h, w)."""
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: every subclass has its own
 
     def logits(self, maps: tuple[Tensor, ...]) -> Tensor:
         means = [m.mean((2, 3)).unflatten(1, (self.seeds, self.channels)) for m in maps]

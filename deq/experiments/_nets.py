@@ -26,7 +26,7 @@ class SeededNet:
 
     def flops(self) -> float:
         """Multiplications and additions of a forward pass of one sample, products with weights only."""
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: every subclass has its own
 
     def training_flops(self) -> float:
         """The same of a training step: twice as much again for the gradients of inputs and of weights."""
@@ -53,11 +53,11 @@ class SeededNet:
 
     def __call__(self, x: Tensor) -> Tensor:
         """(S, B, d) -> (S, B)."""
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: every subclass has its own
 
     def norms(self) -> Tensor:
         """(S, number of weight matrices) infinity norms: the largest absolute row sums."""
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: every subclass has its own
 
 
 class FeedForward(SeededNet):
@@ -144,19 +144,19 @@ class EquilibriumNet(SeededNet):
 
     def products(self) -> float:
         """Multiplications with W that the equilibrium of one sample takes."""
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: every subclass has its own
 
     def weight(self) -> Tensor:
         """(S, m, m) W."""
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: every subclass has its own
 
     def closed_form(self, c: Tensor) -> Tensor:
         """The equilibrium of injections c (S, B, m), without a solver."""
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: every subclass has its own
 
     def equilibrium(self, c: Tensor) -> Tensor:
         """The equilibrium as it is trained: the faster of the engine and the closed form."""
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: every subclass has its own
 
     def injection(self, x: Tensor) -> Tensor:
         return affine(self.b, x, self.U, side_by_side=x.is_cpu)

@@ -42,10 +42,10 @@ class WeightModule(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw the parameters afresh from torch's global generator."""
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: every subclass has its own
 
     def forward(self) -> Structure:
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: every subclass has its own
 
     def extra_repr(self) -> str:
         return f"width={self.width}"

@@ -52,11 +52,11 @@ class DEQBase(nn.Module):
 
     def _steps(self, f_max_iter: int) -> list[int]:
         """The evaluations that belong to every state."""
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: every subclass has its own
 
     def _states(self, problem: "_Problem", limit: int | None, options: dict) -> tuple[list, dict]:
         """The solved states (B, D) of a training step with their gradients, and the statistics."""
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: every subclass has its own
 
     def forward(
         self,
