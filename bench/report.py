@@ -50,8 +50,8 @@ def times(rows: list[dict]) -> Table:
 
 def peers(rows: list[dict]) -> Table:
     """One line a block, method and thread count."""
-    table = _table("Any function, forward + backward: time of the peer / time of deq (must)")
-    for heading in ("block", "method", "thr", "deq ms", "torchdeq", "drop-in", "block", "its", "residual", "theirs"):
+    table = _table("Any function, forward + backward: time of torchdeq / time of ours (must)")
+    for heading in ("block", "method", "thr", "deq ms", "deq", "drop-in", "share", "its", "residual"):
         table.add_column(heading, justify="left" if heading in ("block", "method") else "right", no_wrap=True)
     by_case: dict[tuple, dict[str, dict]] = {}
     for row in rows:
@@ -62,14 +62,16 @@ def peers(rows: list[dict]) -> Table:
             method,
             str(threads),
             f"{1e3 * found['deq']['median']:.3g}",
-            _cell(found["torchdeq"], "ratio"),
-            f"{found['deq.torchdeq']['ratio']:.2f}",
-            f"{found['block']['ratio']:.2f}",
+            _cell(found["deq"], "lead"),
+            _cell(found["deq.torchdeq"], "lead"),
+            f"{found['deq']['block_share']:.2f}",
             f"{found['deq']['forward']}+{found['deq']['backward']}",
             f"{found['deq']['residual']:.0e}",
-            f"{found['torchdeq']['residual']:.0e}",
         )
-    table.caption = "drop-in: deq.torchdeq. block: its evaluations and products alone. its: forward + backward."
+    table.caption = (
+        "drop-in: deq.torchdeq. share: of the block's own evaluations and products in torchdeq's time. "
+        "its: forward + backward."
+    )
     return table
 
 

@@ -5,13 +5,18 @@ need them as arguments: :func:`watched` finds them, :class:`Exchange` makes the 
 Both are cheap where they can be: leaves are read off the graph of one evaluation, and need no exchange at all.
 """
 
+import dis
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass
+from types import CellType, CodeType, FunctionType
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -126,27 +131,111 @@ def watched(f: Callable[[Tensor], Tensor], z: Tensor, near: Sequence[Tensor] = (
     instead of 15.
     """
     if not (in_transform() or in_forward_mode()):
-        found = _from_graph(f, z, near)
-        if found is not None:
-            return found
+        with _unseen_by_hooks():
+            graph = _graph(f, z, _inner(near))
+        if graph is not None:
+            return graph.image.detach(), graph.leaves
+    return _watched_closely(f, z)
+
+
+def _watched_closely(f: Callable[[Tensor], Tensor], z: Tensor) -> tuple[Tensor, list[Tensor]]:
     with torch.no_grad(), _Calls() if in_transform() or in_forward_mode() else _Operators() as seen:
         return f(z), list(seen.found.values())
 
 
-def _from_graph(f: Callable[[Tensor], Tensor], z: Tensor, near: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]] | None:
-    """As :func:`watched`, from the graph of one evaluation: None where that ends at a tensor that is neither a leaf nor
-    in ``near``, since a graph knows its nodes but not their tensors."""
-    point = z.detach().requires_grad_()
-    first = next_node()
+@dataclass(eq=False)
+class Graph:
+    """One evaluation of a function: its image at ``point``, of which the graph ends at ``point`` and ``leaves``."""
+
+    image: Tensor | None
+    point: Tensor
+    leaves: list[Tensor]
+
+    def take(self) -> Tensor | None:
+        """The image, once, for a pass through its graph that frees it; None where hooks would tell somebody of it."""
+        image, self.image = self.image, None
+        return None if any(leaf._backward_hooks for leaf in self.leaves) else image
+
+
+class Recording:
+    """Evaluates ``make(f)``, f a function of a state and ``make(f)`` one of a matrix, and keeps the graph of the last
+    evaluation.
+
+    What f closes over and is no leaf is replaced by leaves in it.
+    """
+
+    def __init__(self, make: Callable[[Callable], Callable[[Tensor], Tensor]], f: Callable):
+        self._map = make(f)
+        self._old = _inner(held(f))
+        self._new = [tensor.detach().requires_grad_() for tensor in self._old]
+        free = with_others(f, self._old, self._new) if self._old else f
+        self._free = None if free is None else make(free)
+        self._last: tuple | None = None
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """The image of z, without gradients. With weights that :mod:`torch.nn.utils.parametrize` has kept, which were
+        made without gradients, it is of no other use."""
+        if parametrize._cache:
+            self._last = None
+            return self._map(z)
+        special = in_transform() or in_forward_mode() or torch.is_autocast_enabled(z.device.type) or _are_saves_hooked()
+        point = image = None
+        first = next_node()
+        if self._free is not None and not special:
+            point = z.detach().requires_grad_()
+            image = _with_gradients(self._free, point)
+        self._last = z, point, image, first
+        return self._map(z) if image is None else image.detach()
+
+    def forget(self) -> None:
+        self._last = None
+
+    def found(self) -> tuple[list[Tensor], Graph | None] | None:
+        """The tensors that f used in the last evaluation, as :func:`watched` finds them, and the graph, whose leaves
+        stand for them; None after :meth:`forget`.
+
+        There is no graph where hooks on saved tensors, transforms or autocast make this evaluation another than the
+        backward pass would make, or where it goes on to tensors that nobody knows.
+        """
+        if self._last is None:
+            return None
+        z, point, image, first = self._last
+        self._last = None
+        if image is None:
+            return watched(self._map, z, self._old)[1], None
+        found = _ends(image, first)
+        if found is None:
+            return _watched_closely(self._map, z)[1], None
+        originals = {id(b): a for a, b in zip(self._old, self._new, strict=True)}
+        leaves = [tensor for tensor in found if tensor is not point]
+        return [originals.get(id(leaf), leaf) for leaf in leaves], Graph(image, point, leaves)
+
+
+def _with_gradients(f: Callable[[Tensor], Tensor], point: Tensor) -> Tensor | None:
+    """``f(point)`` with its graph; None where there is none."""
     try:
-        with torch.enable_grad(), _unseen_by_hooks():
+        with torch.enable_grad():
             image = f(point)
     except RuntimeError:  # what cannot be done with gradients may be possible without, or fails there again
         return None
-    if not image.requires_grad:
+    return image if image.requires_grad else None
+
+
+def _graph(f: Callable[[Tensor], Tensor], z: Tensor, near: Sequence[Tensor] = ()) -> Graph | None:
+    """One evaluation: None where its graph ends at a tensor that is neither a leaf nor in ``near``, since a graph knows
+    its nodes but not their tensors."""
+    point = z.detach().requires_grad_()
+    first = next_node()
+    image = _with_gradients(f, point)
+    if image is None:
         return None
-    found = _ends(image, first, [tensor for tensor in near if tensor.requires_grad and not tensor.is_leaf])
-    return None if found is None else (image.detach(), [tensor for tensor in found if tensor is not point])
+    found = _ends(image, first, near)
+    return None if found is None else Graph(image, point, [tensor for tensor in found if tensor is not point])
+
+
+def _inner(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Those that need gradients and are no leaves, each once."""
+    return [tensor for tensor in _needing(tensors) if not tensor.is_leaf]
 
 
 def next_node() -> int:
@@ -185,9 +274,13 @@ def has_strangers(image: Tensor, first: int, known: Sequence[Tensor]) -> bool:
     return found is None or not {id(tensor) for tensor in found} <= {id(tensor) for tensor in known}
 
 
+def _are_saves_hooked() -> bool:
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
 def _unseen_by_hooks() -> AbstractContextManager:
     """Hooks on saved tensors do not see what is saved: of this graph only the nodes are wanted."""
-    if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
+    if not _are_saves_hooked():
         return nullcontext()
     return torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, lambda nothing: nothing)
 
@@ -196,16 +289,61 @@ _Leaf = torch._C._functions.AccumulateGrad
 
 
 def held(f: Callable) -> list[Tensor]:
-    """The tensors that a function holds itself: in its closure, or as inputs of :class:`Applied`."""
+    """The tensors that a function holds itself: in its closure and its defaults, or as inputs of :class:`Applied`."""
     if isinstance(f, Applied):
         values = f.inputs
     else:
-        values = []
+        values = [*(getattr(f, "__defaults__", None) or ()), *(getattr(f, "__kwdefaults__", None) or {}).values()]
         for cell in getattr(f, "__closure__", None) or ():
             with suppress(ValueError):  # an empty cell
                 content = cell.cell_contents
                 values += content if isinstance(content, (tuple, list)) else (content,)
     return [value for value in values if isinstance(value, Tensor)]
+
+
+def with_others(f: Callable, old: Sequence[Tensor], new: Sequence[Tensor]) -> Callable | None:
+    """f with the ``new`` tensors in place of those of the ``old`` ones that it holds itself, see :func:`held`; None if
+    it holds others in ways that are not known here, or assigns to a variable that holds them."""
+    if isinstance(f, Applied):
+        return f.to(old, new)
+    if type(f) is not FunctionType:
+        return None
+    exchange = {id(a): b for a, b in zip(old, new, strict=True) if a is not b}
+    if not exchange.keys() <= {id(tensor) for tensor in held(f)}:
+        return None
+
+    def other(value: object) -> object:
+        if type(value) in (tuple, list):
+            return type(value)(exchange.get(id(item), item) for item in value)
+        return exchange.get(id(value), value)
+
+    def holds(cell: CellType) -> bool:
+        with suppress(ValueError):
+            content = cell.cell_contents
+            return any(id(item) in exchange for item in (content if type(content) in (tuple, list) else (content,)))
+        return False
+
+    names, cells = f.__code__.co_freevars, f.__closure__ or ()
+    touched = {name for name, cell in zip(names, cells, strict=True) if holds(cell)}
+    if touched & _assigned(f.__code__):
+        return None
+    closure = tuple(
+        CellType(other(cell.cell_contents)) if name in touched else cell
+        for name, cell in zip(names, cells, strict=True)
+    )
+    defaults = None if f.__defaults__ is None else tuple(exchange.get(id(x), x) for x in f.__defaults__)
+    g = FunctionType(f.__code__, f.__globals__, f.__name__, defaults, closure)
+    if f.__kwdefaults__:
+        g.__kwdefaults__ = {name: exchange.get(id(x), x) for name, x in f.__kwdefaults__.items()}
+    return g
+
+
+@functools.lru_cache(maxsize=256)
+def _assigned(code: CodeType) -> frozenset[str]:
+    """The variables of outer functions that a function, or one inside of it, assigns to or deletes."""
+    inner = (_assigned(constant) for constant in code.co_consts if isinstance(constant, CodeType))
+    own = {i.argval for i in dis.get_instructions(code) if i.opname in ("STORE_DEREF", "DELETE_DEREF")}
+    return frozenset(own).union(*inner)
 
 
 class _Operators(TorchDispatchMode):

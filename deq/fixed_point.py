@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .closures import Applied, held, in_forward_mode, in_transform, watched
+from .closures import Applied, held, in_forward_mode, in_transform, watched, with_others
 from .implicit_function import Equation, closed_over, full_precision
 from .implicit_function import fixed_point as implicit
 from .solution import Solution, report_failures
@@ -298,8 +298,9 @@ class _MatrixMap:
         return functools.partial(self._at, flat, self.layout.unflatten(flat), loose=True)
 
     def of(self, old: Sequence[Tensor], *new: Tensor) -> "_MatrixMap | None":
-        """The same of the ``new`` tensors in place of the ``old`` ones; None if some of those are no inputs of f."""
-        g = self.f.to(old, new) if isinstance(self.f, Applied) else None
+        """The same of the ``new`` tensors in place of the ``old`` ones; None if f does not hold
+        some of those itself."""
+        g = with_others(self.f, old, new)
         return None if g is None else _MatrixMap(g, self.layout, self.device)
 
     def _at(self, flat: Tensor, state: State, loose: bool = False) -> Tensor:

@@ -3,7 +3,7 @@
 At ``z = f(z, t)`` with Jacobian ``J = df/dz`` and the loss gradient ``g``, the adjoint ``u = g + J^T u`` is again a
 fixed point, solved by the same means, and ``dL/dt = (df/dt)^T u``. A tangent ``dt`` of t gives
 ``dz = (df/dt) dt + J dz``. Both are equilibria themselves, differentiated in the same way when a gradient of a gradient
-is wanted. Between forward and backward nothing is kept but z and the tensors of t.
+is wanted. Between forward and backward nothing is kept but z, the tensors of t, and a graph of f where one is given.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 
 from .closures import (
     Exchange,
+    Graph,
     has_strangers,
     in_forward_mode,
     in_transform,
@@ -42,6 +43,8 @@ class Equation:
     report: told the result of every solve.
     direct: the tensors t -> the map as far as f takes them as arguments, or None; what it takes otherwise stays in it.
     owns_start: whether :func:`fixed_point` may overwrite z0.
+    graph: None, or an evaluation of f near the solution whose leaves stand for t: the first backward pass uses it
+        instead of evaluating f.
     stranger: None, or raises: called where the backward pass meets a tensor that f uses and that t lacks, though there
         should be none.
     """
@@ -56,6 +59,7 @@ class Equation:
     direct: Callable[..., Map | None] = field(default=lambda *tensors: None)
     stranger: Callable[[], None] | None = None
     owns_start: bool = False
+    graph: Graph | None = None
 
     def linear(self, bind: Callable[..., Map]) -> "Equation":
         """One of the linear equations that derivatives need."""
@@ -121,6 +125,14 @@ def closed_over(f: Callable[[Tensor], Tensor], tensors: Sequence[Tensor]) -> Cal
         return exchanged
 
     return bind
+
+
+def attached(equation: Equation, z: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+    """z, which is known to solve the equation, with a gradient to ``tensors``."""
+    if in_transform() or in_forward_mode():
+        known = replace(equation, rule=lambda f, z0, first: generic.Result(z0, generic.Told.unjudged(z0)))
+        return _FixedPoint.apply(known, z, None, *tensors)[0]
+    return _solved(equation, z, *tensors)
 
 
 def fixed_point(equation: Equation, z0: Tensor, tensors: Sequence[Tensor], first: Tensor | None) -> generic.Result:
@@ -237,15 +249,18 @@ _run_backward = torch.autograd.Variable._execution_engine.run_backward
 
 
 def _pullback(equation: Equation, z: Tensor, tensors: list[Tensor], g: Tensor, wanted: Sequence[bool]) -> tuple:
-    """Gradients of ``tensors`` for the gradient g of z; f is evaluated once, its graph serves every product J^T u."""
+    """Gradients of ``tensors`` for the gradient g of z; one graph of f serves every product J^T u."""
     g, finite, scale = _normalised(g)
-    point = z.detach().requires_grad_()
-    begin = next_node()
-    image, leaves, missed = _image(equation, point, tensors, wanted)
-    if not image.requires_grad:
-        return (None,) * len(tensors)
-    if equation.stranger is not None and has_strangers(image, begin, [point, *leaves, *tensors]):
-        equation.stranger()
+    image = None if equation.graph is None else equation.graph.take()
+    if image is not None:
+        point, leaves, missed = equation.graph.point, equation.graph.leaves, []
+    else:  # where the graph was, if there was one: the same gradients once more
+        point, begin = (z if equation.graph is None else equation.graph.point).detach().requires_grad_(), next_node()
+        image, leaves, missed = _image(equation, point, tensors, wanted)
+        if not image.requires_grad:
+            return (None,) * len(tensors)
+        if equation.stranger is not None and has_strangers(image, begin, [point, *leaves, *tensors]):
+            equation.stranger()
 
     images, points = (image,), (point,)
 

@@ -25,7 +25,7 @@ def drive(steps, f, max_iter, keep=()):
         if not steps.is_running():
             break
     steps.collect()
-    return generic.Result.of(steps, [], []), kept
+    return generic.Result.of(steps, []), kept
 
 
 def maps(D, dtype):

@@ -1,22 +1,23 @@
 """torchdeq's modules: ``deq(func, z_init) -> (states, info)``."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..closures import held, watched
-from ..implicit_function import Equation, closed_over
-from ..implicit_function import fixed_point as implicit
+from ..closures import Recording, with_others
+from ..implicit_function import Equation, attached, closed_over
 from ..solvers import generic
+from ..solvers.generic import Rule
 from ..state import Layout, layout_of
 from .arguments import OPTIONS, gather, refuse
 from .dropout import reset_dropout
 from .loss import power_method
 from .norm import reset_norm
-from .solver import SolverStat, get_solver
+from .solver import get_solver
 
 
 class DEQBase(nn.Module):
@@ -80,8 +81,9 @@ class DEQBase(nn.Module):
         if self.training:
             states, info = self._states(problem, limit, options)
         else:
-            z, _, info = problem.solve(problem.start, limit or self.eval_f_max_iter, options)
-            states = [problem.implicit(z, advance=False) if torch.is_grad_enabled() else z]
+            implicit = torch.is_grad_enabled()
+            z, _, info = problem.solve(problem.start, limit or self.eval_f_max_iter, options, record=implicit)
+            states = [problem.implicit(z, advance=False) if implicit else z]
             info["sradius"] = problem.spectral_radius(z) if sradius_mode else torch.zeros(1, device=problem.device)
         return [problem.unflatten(state) for state in states], info
 
@@ -111,7 +113,7 @@ class DEQIndexing(DEQBase):
 
     def _states(self, problem, limit, options):
         steps = self.steps if limit is None else self._steps(int(limit))
-        _, trajectory, info = problem.solve(problem.start, steps[-1], options, indexing=steps)
+        _, trajectory, info = problem.solve(problem.start, steps[-1], options, indexing=steps, record=self.ift)
         states = []
         for i, z in enumerate(trajectory):
             states += self._with_gradient(problem, problem.detach(z), i)
@@ -130,9 +132,10 @@ class DEQSliced(DEQBase):
 
     def _states(self, problem, limit, options):
         steps = self.steps if limit is None else self._steps(int(limit))
-        states, z, info = [], problem.start, SolverStat()
+        states, z, info = [], problem.start, {}
         for i, evaluations in enumerate(steps):
-            z, _, info = problem.solve(problem.detach(z), evaluations, options)
+            last = i == len(steps) - 1
+            z, _, info = problem.solve(problem.detach(z), evaluations, options, record=self.ift and last)
             states += self._with_gradient(problem, problem.detach(z), i)
             z = states[-1]
         return states, info
@@ -149,6 +152,7 @@ class _Problem:
         self.device = first.device
         self.layout: Layout = layout_of(z_init, min(1, first.dim()))
         self.listed = self.several and model.no_stat
+        self._recorded: Recording | None = None
         self.start = z_init if self.listed or not self.several else self.layout.flatten(z_init, "z_init")
 
     def __call__(self, z, tau: float = 1.0):
@@ -164,11 +168,14 @@ class _Problem:
     def unflatten(self, z):
         return self.layout.unflatten(z) if self.several and not self.listed else z
 
-    def solve(self, z, limit: int, options: dict, indexing=None):
+    def solve(self, z, limit: int, options: dict, indexing=None, record: bool = False):
+        """record: whether :meth:`implicit` follows, which takes what it needs from the last evaluation if it can."""
         config = self.model.args
         options = {"tol": config["f_tol"], "stop_mode": config["f_stop_mode"]} | options
         if indexing is not None:
             options["indexing"] = indexing
+        if record and hasattr(self.model.f_solver, "rule_of"):
+            options["record"] = self._recorded = Recording(self._matrix_map, self.func)
         with torch.no_grad(), parametrize.cached():  # weights are computed once a solve
             z, trajectory, info = self.model.f_solver(self, self.detach(z), max_iter=limit, **options)
         if indexing is not None:  # what the solver did not reach is its last state
@@ -176,32 +183,59 @@ class _Problem:
         return z, trajectory, info
 
     def implicit(self, z, advance: bool = True):
-        """z, or one evaluation on from it, with the exact gradient of the fixed point."""
+        """z, or one evaluation on from it, with the exact gradient of the fixed point.
+
+        One evaluation of f keeps its graph for the backward pass, as torchdeq's does: the solver's last one where that
+        could be foreseen, of which z is the image.
+        """
+        layout = self.layout
+        flat = layout.flatten(z) if self.listed or not self.several else z
+        image, found = flat, self._recorded.found() if self._recorded is not None else None
+        if found is None:
+            recording = Recording(self._matrix_map, self.func)
+            image, found = recording(flat), recording.found()
+        tensors, graph = found
+        equation = Equation(
+            closed_over(self._matrix_map(self.func), tensors),
+            None,
+            self._adjoint_rule(),
+            direct=lambda *new: self._with(tensors, new),
+            graph=graph,
+        )
+        out = attached(equation, image if advance else flat, tensors)
+        return layout.unflatten(out) if self.listed or not self.several else out
+
+    def _matrix_map(self, func: Callable) -> Callable[[Tensor], Tensor]:
         layout = self.layout
 
         def f(flat: Tensor) -> Tensor:
             state = layout.unflatten(flat)
-            return layout.flatten(list(self.func(*state)) if self.several else self.func(state))
+            return layout.flatten(list(func(*state)) if self.several else func(state))
 
-        flat = layout.flatten(z) if self.listed or not self.several else z
-        image, tensors = watched(f, flat, held(self.func))
-        value = image if advance else flat
-        equation = Equation(closed_over(f, tensors), _known, self._adjoint)
-        out = implicit(equation, flat, tensors, value).z
-        return layout.unflatten(out) if self.listed or not self.several else out
+        return f
 
-    def _adjoint(self, f, g: Tensor, first: Tensor | None) -> generic.Result:
-        """The backward solve by torchdeq's solver functions, its tolerance relative to the incoming gradient."""
+    def _with(self, old: Sequence[Tensor], new: Sequence[Tensor]) -> Callable[[Tensor], Tensor] | None:
+        func = with_others(self.func, old, new)
+        return None if func is None else self._matrix_map(func)
+
+    def _adjoint_rule(self) -> Rule | Callable:
+        """How the backward solve is done: its tolerance is relative to the incoming gradient."""
         config = self.model.args
+        options = {"max_iter": config["b_max_iter"], "tol": config["b_tol"], "stop_mode": "rel"}
+        rule_of = getattr(self.model.b_solver, "rule_of", None)
+        if rule_of is not None and self.writer is None:
+            return replace(rule_of(**options), affine=True)
 
-        def adjoint(u: Tensor, tau: float = 1.0) -> Tensor:
-            return f(u) if tau == 1.0 else torch.lerp(u, f(u), tau)
+        def solve(f, g: Tensor, first: Tensor | None) -> generic.Result:
+            def adjoint(u: Tensor, tau: float = 1.0) -> Tensor:
+                return f(u) if tau == 1.0 else torch.lerp(u, f(u), tau)
 
-        solve = self.model.b_solver
-        u, _, info = solve(adjoint, g, max_iter=config["b_max_iter"], tol=config["b_tol"], stop_mode="rel")
-        if self.writer is not None:
-            self.writer(info)
-        return generic.Result(u, generic.Told.unjudged(u))
+            u, _, info = self.model.b_solver(adjoint, g, **options)
+            if self.writer is not None:
+                self.writer(info)
+            return generic.Result(u, generic.Told.unjudged(u))
+
+        return solve
 
     def spectral_radius(self, z) -> Tensor:
         with torch.enable_grad():
@@ -210,10 +244,6 @@ class _Problem:
             state = self.layout.unflatten(point)
             image = self.layout.flatten(list(self.func(*state)) if self.several else self.func(state))
         return power_method(image, point)[1].detach()
-
-
-def _known(f, z0: Tensor, first: Tensor) -> generic.Result:
-    return generic.Result(first, generic.Told.unjudged(first))
 
 
 _cores: dict[str, type[nn.Module]] = {"indexing": DEQIndexing, "sliced": DEQSliced}

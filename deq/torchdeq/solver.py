@@ -1,5 +1,6 @@
 """torchdeq's solver functions: ``solver(func, x0, max_iter, tol, stop_mode, ...) -> (z, trajectory, info)``."""
 
+import functools
 import warnings
 from collections.abc import Callable, Sequence
 
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from ..solvers import generic
 from ..solvers.generic import Rule
-from ..state import layout_of
+from ..state import Layout, layout_of
 from .arguments import refuse
 
 Solver = Callable[..., tuple[Tensor, list[Tensor], dict]]
@@ -33,6 +34,30 @@ class SolverStat(dict):
 
 
 def _make(method: str, options: dict[str, str]) -> Solver:
+    def rule_of(max_iter: int = 50, tol: float = 1e-3, stop_mode: str = "abs", **given) -> Rule:
+        rule_options = {}
+        for name, value in given.items():
+            if name in options:
+                rule_options[options[name]] = value
+            elif name in _WITHOUT_EFFECT and value:
+                warnings.warn(f"{name} has no effect in deq: {_WITHOUT_EFFECT[name]}", UserWarning, stacklevel=3)
+            elif name not in _WITHOUT_EFFECT:
+                known = ("max_iter", "tol", "stop_mode", "indexing", "return_final", *options, *_WITHOUT_EFFECT)
+                refuse(f"the solver {method!r}", name, value, known)
+        if stop_mode not in _CRITERIA:
+            raise ValueError(f"stop_mode must be 'abs' or 'rel'; got {stop_mode!r}")
+        rule_options = {name: value for name, value in rule_options.items() if value is not None}
+        if "depth" in rule_options:
+            rule_options["depth"] = int(rule_options["depth"])
+        return Rule(
+            method,
+            tol,
+            max(1, int(max_iter)),
+            criterion=_CRITERIA[stop_mode],
+            margin=False,
+            **({"depth": 12 if method == "broyden" else 6} | rule_options),
+        )
+
     def solver(
         func: Callable[[Tensor], Tensor],
         x0: Tensor,
@@ -41,46 +66,19 @@ def _make(method: str, options: dict[str, str]) -> Solver:
         stop_mode: str = "abs",
         indexing: Sequence[int] | None = None,
         return_final: bool = False,
+        record: generic.Recorder | None = None,
         **given,
     ) -> tuple[Tensor, list[Tensor], dict]:
-        rule_options = {}
-        for name, value in given.items():
-            if name in options:
-                rule_options[options[name]] = value
-            elif name in _WITHOUT_EFFECT and value:
-                warnings.warn(f"{name} has no effect in deq: {_WITHOUT_EFFECT[name]}", UserWarning, stacklevel=2)
-            elif name not in _WITHOUT_EFFECT:
-                known = ("max_iter", "tol", "stop_mode", "indexing", "return_final", *options, *_WITHOUT_EFFECT)
-                refuse(f"the solver {method!r}", name, value, known)
-        if stop_mode not in _CRITERIA:
-            raise ValueError(f"stop_mode must be 'abs' or 'rel'; got {stop_mode!r}")
+        rule = rule_of(max_iter, 0.0 if return_final else tol, stop_mode, **given)
         layout = layout_of(x0, min(1, x0.dim()))
-        rule_options = {name: value for name, value in rule_options.items() if value is not None}
-        if "depth" in rule_options:
-            rule_options["depth"] = int(rule_options["depth"])
-        limit = max(1, int(max_iter))
-        last = []
-
-        def f(flat: Tensor) -> Tensor:
-            image = layout.flatten(func(layout.unflatten(flat)))
-            if return_final:
-                last[:] = [image]
-            return image
-
-        rule = Rule(
-            method,
-            0.0 if return_final else tol,
-            limit,
-            criterion=_CRITERIA[stop_mode],
-            margin=False,
-            **({"depth": 12 if method == "broyden" else 6} | rule_options),
-        )
+        f = _MatrixMap(func, layout, return_final)
         keep = tuple(sorted(set(indexing or ())))
-        result = generic.run(f, layout.flatten(x0), rule, keep=keep, traced=True)
-        z = layout.unflatten(last[0] if last else result.z)
+        result = generic.run(f, layout.flatten(x0), rule, keep=keep, traced=True, record=record)
+        z = layout.unflatten(f.last if return_final else result.z)
         trajectory = [z if state is None else layout.unflatten(state) for state in result.trajectory]
         return z, trajectory, _stat(result, x0.dtype)
 
+    solver.rule_of = rule_of
     solver.__name__ = f"{method}_solver"
     solver.__doc__ = (
         f"deq's {method} solver in torchdeq's shape. stop_mode 'abs' bounds ||f(z) - z||, 'rel' that over ||f(z)||, "
@@ -90,18 +88,45 @@ def _make(method: str, options: dict[str, str]) -> Solver:
     return solver
 
 
+class _MatrixMap:
+    """func as a map of matrices (B, D); its last image stays in ``last`` where that is wanted."""
+
+    def __init__(self, func: Callable[[Tensor], Tensor], layout: Layout, keeps_last: bool):
+        self.func, self.layout, self.keeps_last = func, layout, keeps_last
+
+    def __call__(self, flat: Tensor) -> Tensor:
+        image = self.layout.flatten(self.func(self.layout.unflatten(flat)))
+        if self.keeps_last:
+            self.last = image
+        return image
+
+    def on(self, flat: Tensor) -> Callable[[], Tensor]:
+        """See :func:`deq.solvers.generic.run`."""
+        if not self.layout.is_view or self.keeps_last:
+            return functools.partial(self, flat)
+        func, layout, state = self.func, self.layout, self.layout.unflatten(flat)
+
+        def evaluate() -> Tensor:
+            image = func(state)
+            fits = type(image) is Tensor and image.shape == state.shape and image.dtype == state.dtype
+            return image if fits else layout.flatten(image)
+
+        return evaluate
+
+
 def _stat(result: generic.Result, dtype: torch.dtype) -> SolverStat:
     trace = result.trace
     if trace is None or not trace.numel():
         return SolverStat(nstep=result.iterations.to(torch.float32))
     step, size = trace.unbind(2)  # (evaluations, B)
-    ratio = torch.where(step > 0, step / size, step)
-    pick = lambda t: t.nan_to_num(nan=torch.inf).amin(0).to(torch.float32)  # noqa: E731
+    both = torch.stack((step, step / size.clamp(min=torch.finfo(size.dtype).tiny))).to(torch.float32)
+    abs_lowest, rel_lowest = both.nan_to_num(nan=torch.inf, posinf=torch.inf).amin(1).unbind()
+    abs_trace, rel_trace = both.mT.unbind()
     return SolverStat(
-        abs_lowest=pick(step),
-        rel_lowest=pick(ratio),
-        abs_trace=step.T.to(torch.float32),
-        rel_trace=ratio.T.to(torch.float32),
+        abs_lowest=abs_lowest,
+        rel_lowest=rel_lowest,
+        abs_trace=abs_trace,
+        rel_trace=rel_trace,
         nstep=result.iterations.to(torch.float32),
     )
 

@@ -29,6 +29,7 @@ class _DeqSteps(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("y", "z", "fy", "shift", "image", "first", "second", "samples", "sums")),
         *((name, ctypes.c_void_p) for name in ("iterations", "residual", "norms", "status")),
         ("failed", ctypes.c_int64),
+        ("ends", ctypes.c_int32),
     )
 
 
@@ -173,13 +174,14 @@ class CompiledSteps:
         frame.use(self._workspace)
         self._shift = shift = None if shift is None else shift.contiguous()
         self._steps = steps = frame.steps
-        steps.evaluations = 0
+        steps.evaluations = steps.ends = 0
         steps.y, steps.z = self.y.data_ptr(), self.z.data_ptr()
         steps.shift = None if shift is None else shift.data_ptr()
         steps.iterations, steps.residual, steps.norms, steps.status = self.told.pointers()
         self._pointer = frame.pointer
         self._advance = _library.compiled.deq_cpu_advance
         self._running = B
+        self._trace: list[bytes] = []
 
     @property
     def norms(self) -> Tensor:
@@ -187,6 +189,20 @@ class CompiledSteps:
 
     def is_running(self) -> bool:
         return self._running > 0
+
+    def may_end(self) -> bool:
+        """Whether the next evaluation is expected to be the last."""
+        return bool(self._steps.ends)
+
+    def note(self) -> None:
+        self._trace.append(ctypes.string_at(self._steps.norms, 16 * self._steps.batch))
+
+    @property
+    def trace(self) -> Tensor | None:
+        if not self._trace:
+            return None
+        numbers = torch.frombuffer(bytearray(b"".join(self._trace)), dtype=torch.float64)
+        return numbers.view(len(self._trace), -1, 2)
 
     def advance(self, fy: Tensor) -> None:
         fy = fy.contiguous()

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,6 +14,15 @@ from .result import Result, Told
 from .rule import Rule
 from .torch_steps import TorchSteps
 from .triton_steps import TritonSteps
+
+
+class Recorder(Protocol):
+    """Calls f and keeps something of it."""
+
+    def __call__(self, y: Tensor) -> Tensor: ...
+
+    def forget(self) -> None: ...
+
 
 CHECK_EVERY = 4  # evaluations between two looks at a GPU's flag; on the CPU looking is free
 
@@ -27,6 +37,7 @@ def run(
     owned: bool = False,
     keep: Sequence[int] = (),
     traced: bool = False,
+    record: Recorder | None = None,
 ) -> Result:
     """Fixed point of every row of y0 (B, D), float32 or float64, of f: (B, D) -> (B, D).
 
@@ -35,7 +46,8 @@ def run(
 
     first: f(y0), if it is known. shift: (B, D), what is to be added to f(y), where f is the linear part of an affine
     map; not together with first. owned: whether y0 may be overwritten. keep: evaluations after which the best images
-    are wanted, ascending. traced: whether the result is to have a trace.
+    are wanted, ascending. traced: whether the result is to have a trace. record: takes the place of f for an evaluation
+    that is expected to be the last, and is told to forget it where it was not, or where a sample did not converge.
     """
     before = torch.is_grad_enabled()
     torch._C._set_grad_enabled(False)  # torch.no_grad in a tenth of its time, which is 20 us where caches are cold
@@ -54,22 +66,28 @@ def run(
             steps = (TritonSteps if triton_steps.serves(y0, rule) else TorchSteps)(y0, rule)
             evaluate = lambda: f(steps.y)  # noqa: E731
         every = 1 if y0.device.type == "cpu" else CHECK_EVERY
-        watched = traced or bool(keep)
         trajectory: list[Tensor | None] = [None] * len(keep)
-        trace: list[Tensor] = []
         for k in range(1, rule.max_iter + 1):
-            steps.advance(evaluate() if first is None or k > 1 else first)
-            if watched:
-                if traced:
-                    trace.append(steps.norms.clone())
-                if k in keep:
-                    steps.collect()
-                    trajectory[keep.index(k)] = steps.z.clone()
-            if k % every == 0 and not steps.is_running():
+            recording = record is not None and steps.may_end()
+            if recording:
+                steps.advance(record(steps.y))
+            else:
+                steps.advance(evaluate() if first is None or k > 1 else first)
+            if traced:
+                steps.note()
+            if k in keep:
+                steps.collect()
+                trajectory[keep.index(k)] = steps.z.clone()
+            ended = k % every == 0 and not steps.is_running()
+            if recording and not ended:
+                record.forget()
+            if ended:
                 break
         steps.collect()
         steps.release()
-        return Result.of(steps, trajectory, trace)
+        if recording and not steps.told.is_converged():
+            record.forget()
+        return Result.of(steps, trajectory)
     finally:
         torch._C._set_grad_enabled(before)
 

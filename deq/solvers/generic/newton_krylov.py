@@ -32,7 +32,6 @@ def newton_krylov(
     """See :func:`deq.solvers.generic.run`; products count as evaluations, but have no place in the trace."""
     steps = TorchSteps(y0, replace(rule, method="plain", damping=1.0))
     trajectory: list[Tensor | None] = [None] * len(keep)
-    trace: list[Tensor] = []
     point, direction = y0.clone(), torch.zeros_like(y0)
     best = torch.full_like(steps.residual, torch.inf)  # measure at point
     share = torch.zeros_like(best)  # of the direction that was taken; none before the first
@@ -48,7 +47,7 @@ def newton_krylov(
         image = f(trial) if first is None or steps.evaluations else first
         steps.advance(image)
         if traced:
-            trace.append(steps.norms.clone())
+            steps.note()
         for i, k in enumerate(keep):
             if trajectory[i] is None and steps.evaluations + products >= k:
                 trajectory[i] = steps.z.clone()
@@ -76,7 +75,7 @@ def newton_krylov(
         steps.y = torch.where(running.unsqueeze(1), following, steps.y)
     steps.status = torch.where(steps.status == RUNNING, int(Status.MAX_ITER), steps.status)
     steps.iterations += charged
-    return Result.of(steps, trajectory, trace)
+    return Result.of(steps, trajectory)
 
 
 def _product(f, y: Tensor, zero: Tensor | None, g: Tensor) -> Callable[[Tensor], Tensor]:

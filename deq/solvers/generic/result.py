@@ -40,9 +40,9 @@ class Result:
     trace: Tensor | None = None
 
     @classmethod
-    def of(cls, steps, trajectory: list[Tensor | None], trace: list[Tensor]) -> "Result":
+    def of(cls, steps, trajectory: list[Tensor | None]) -> "Result":
         """The result of finished steps."""
-        return cls(steps.z, steps.told, trajectory, torch.stack(trace) if trace else None)
+        return cls(steps.z, steps.told, trajectory, steps.trace)
 
     @property
     def iterations(self) -> Tensor:

@@ -47,6 +47,7 @@ class TorchSteps:
         self.gram = torch.zeros(B, depth, depth, **wide)
         self.head = torch.full((B,), depth - 1, device=y.device)  # slot of the newest pair
         self.pairs = self.count  # without this evaluation's
+        self._trace: list[Tensor] = []
 
     @property
     def told(self) -> Told:
@@ -60,6 +61,18 @@ class TorchSteps:
 
     def is_running(self) -> bool:
         return bool((self.status == RUNNING).any())
+
+    def may_end(self) -> bool:
+        """Whether the next evaluation is expected to be the last: to know that would be to wait for the device."""
+        return False
+
+    def note(self) -> None:
+        """The norms as they are go into the trace."""
+        self._trace.append(self.norms.clone())
+
+    @property
+    def trace(self) -> Tensor | None:
+        return torch.stack(self._trace) if self._trace else None
 
     def advance(self, fy: Tensor) -> None:
         rule, y = self.rule, self.y
