@@ -7,7 +7,9 @@ import weakref
 import pytest
 import torch
 
+import deq
 from deq import _library, cache
+from deq.profiling import record
 
 needs_library = pytest.mark.skipif(_library.compiled is None, reason=f"no compiled library: {_library.reason}")
 
@@ -192,3 +194,38 @@ def test_on_a_gpu_by_version():
     del W
     gc.collect()
     assert held() is None, "what was derived goes with its weight"
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_packed_weights_follow_every_change(dtype):
+    """A change that a sample of W shows spares the reading of the rest; no other change is missed, forward or backward.
+    Weights that stay are packed once more after that, and then found."""
+    m = 256
+    W = matrix(m, m, dtype=dtype) * 0.5 / m**0.5
+    c = matrix(5, m, seed=1, dtype=dtype)
+
+    def packed(W) -> tuple[int, torch.Tensor, torch.Tensor]:
+        leaf = W.detach().requires_grad_()
+        with record(inside=True) as recorder:
+            z = deq.solve(leaf, c).z
+            (dW,) = torch.autograd.grad(z.sum(), leaf)
+        return sum(event.name == "pack" for event in recorder.events), z.detach(), dW
+
+    def fresh(W) -> tuple[torch.Tensor, torch.Tensor]:
+        _library.compiled.deq_cpu_clear_cache()
+        answer = packed(W.clone())[1:]
+        _library.compiled.deq_cpu_clear_cache()
+        return answer
+
+    _library.compiled.deq_cpu_clear_cache()
+    assert [packed(W)[0] for _ in range(3)] == [2, 0, 0]
+    W *= 0.99
+    assert [packed(W)[0] for _ in range(4)] == [2, 2, 0, 0]
+    generator = torch.Generator().manual_seed(2)
+    for flat in [0, m * m - 1, *torch.randint(m * m, (12,), generator=generator).tolist()]:
+        packed(W)
+        W.view(-1)[flat] += 0.25
+        count, z, dW = packed(W)
+        expected = fresh(W)
+        assert count == 2 and torch.equal(z, expected[0]) and torch.equal(dW, expected[1])

@@ -36,7 +36,9 @@ struct Derived {
 // `derived` that too, kept with it.
 //
 // The key is the content itself (a 128-bit fingerprint, one read of W: about a third of the price of packing), not an address
-// or a version counter: writing through .data, views, freed and reused memory can never bring back old weights.
+// or a version counter: writing through .data, views, freed and reused memory can never bring back old weights. Weights that are
+// seen to have changed by a sample of them are packed at once, without a key; the second call after that, if they stay as they
+// are, packs them with one.
 // Null when out of memory.
 template <class T>
 std::shared_ptr<const Packed> packed_weights(const DeqProblem& problem, int threads, Derived* derived = nullptr);
@@ -49,5 +51,8 @@ int64_t clear_cache();
 
 // Aligned to 64 bytes (huge pages where the size allows); freed with free().
 void* allocate(int64_t bytes);
+// Memory that nobody has touched yet comes in huge pages where the system has them: 16 MB of a gradient that was allocated for
+// this call then take 12.2 instead of 13.8 ms to backward at m = 2048 with 16 samples.
+void prefer_huge_pages(void* data, int64_t bytes);
 
 }  // namespace deq

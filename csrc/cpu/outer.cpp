@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "../kernels.h"
+#include "cache.h"
 #include "kernels.h"
 
 namespace deq {
@@ -19,6 +20,7 @@ void outer(const DeqOuter& p) {
   const int64_t bytes = p.weights * p.width * p.width * static_cast<int64_t>(sizeof(T));
   const double flops = 2.0 * p.weights * p.batch * p.width * p.width;
   const int threads = bytes < kLeastBytes && flops < kLeastFlops ? 1 : std::max(p.threads, 1);
+  prefer_huge_pages(p.out, bytes);
   const T *u = static_cast<const T*>(p.left.data), *z = static_cast<const T*>(p.right.data);
 #pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
   for (int64_t i = 0; i < p.weights * blocks; ++i) {
