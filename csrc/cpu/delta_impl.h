@@ -110,7 +110,8 @@ DEQ_INLINE void products(Increment::Sum (&acc)[MR][NV * NP], const uint32_t* con
 }
 
 // One register tile of y += W_low increment: rows [row0, row0 + MR), NP panels of NV vectors from column j. The old increments
-// come first: the loads of the new ones, just stored, need not wait.
+// come first: the loads of the new ones, just stored, need not wait. The sums go to y here: left as integers for the settling
+// loop they cost a store more a vector, and a solve takes 1 to 9 % longer.
 template <int MR, int NV, int NP>
 __attribute__((noinline)) void tile(const DeltaStep& s, int row0, int64_t j) {
   using Sum = Increment::Sum;
