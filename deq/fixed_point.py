@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .closures import Applied, held, in_forward_mode, in_transform, watched, with_others
+from .closures import in_forward_mode, in_transform, watched
+from .held import Applied, held, with_others
 from .implicit_function import Equation, closed_over, full_precision
 from .implicit_function import fixed_point as implicit
 from .solution import Solution, report_failures

@@ -9,7 +9,7 @@ from problems import exact, gaussian, torch_adjoint, torch_loop
 
 import deq
 from deq import Status, implicit_function
-from deq.closures import Applied, with_others
+from deq.held import Applied, with_others
 
 SOLVERS = ("plain", "anderson", "broyden", "newton_krylov", "auto")
 

@@ -96,7 +96,8 @@ def test_python_calls_of_a_step(problem):
 
 def test_no_reference_cycles(problem):
     """Memory of a step is free at once: nothing waits for Python's cyclic collector."""
-    gc.collect()
+    while gc.collect():  # what torch.compile leaves behind takes several turns
+        pass
     gc.disable()
     try:
         before = len(gc.get_objects())

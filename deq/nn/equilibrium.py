@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..closures import Applied, Uses, parameters_of
 from ..fixed_point import StateSolution, fixed_point, fixed_point_with, unknown_option
+from ..held import Applied, Uses, parameters_of
 from ..state import State
 from .compiled import equilibrium, register
 from .dropout import reset_dropout

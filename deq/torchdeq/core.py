@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..closures import Recording, with_others
+from ..closures import Recording
+from ..held import with_others
 from ..implicit_function import Equation, attached, closed_over
 from ..solvers import generic
 from ..solvers.generic import Rule
