@@ -413,6 +413,42 @@ def test_the_last_evaluation_is_differentiated(solver):
         torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-8)
 
 
+@pytest.mark.parametrize("core", ["sliced", "indexing"])
+@pytest.mark.parametrize("grad", [1, 3])
+def test_the_last_evaluation_is_the_first_phantom_step(core, grad):
+    W, c = contraction(0.6)
+    calls = []
+
+    def f(z):
+        calls.append(torch.is_grad_enabled())
+        return torch.tanh(z @ W.T + c)
+
+    options = {"core": core, "grad": grad, "f_tol": 1e-9, "f_stop_mode": "rel", "f_max_iter": 100}
+    for model in (ours.get_deq(**options), ours.get_deq(**options, n_states=2)):
+        calls.clear()
+        states, info = model(f, torch.zeros_like(c))
+        used = [*calls]
+        z = torch.zeros_like(c)
+        for _ in range(60):
+            z = f(z).detach()
+        for _ in range(grad):
+            z = f(z)
+        (actual,), (expected,) = (torch.autograd.grad(state.sum(), W) for state in (states[-1], z))
+        torch.testing.assert_close(actual, expected, rtol=1e-7, atol=1e-9)
+        torch.testing.assert_close(states[-1], z, rtol=1e-7, atol=1e-9)
+        if model.args["n_states"] == 1:
+            assert len(used) == info["nstep"].max() + grad - 1
+    point = torch.utils.checkpoint.checkpoint(lambda: model(f, torch.zeros_like(c))[0][-1], use_reentrant=False)
+    torch.testing.assert_close(torch.autograd.grad(point.sum(), W)[0], expected, rtol=1e-7, atol=1e-9)
+    with torch.no_grad():
+        assert not model(f, torch.zeros_like(c))[0][-1].requires_grad
+    stopped = ours.get_deq(**options | {"f_max_iter": 3})(f, torch.zeros_like(c))[0][-1]  # nobody foresees its end
+    z = f(f(f(torch.zeros_like(c)))).detach()
+    for _ in range(grad):
+        z = f(z)
+    torch.testing.assert_close(stopped, z)
+
+
 def test_gradients_beside_the_kept_graph():
     """Hooks of leaves see one gradient; checkpoints, autocast, cached weights and what nobody holds go without it."""
     W, c = contraction(0.6)

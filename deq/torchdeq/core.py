@@ -82,21 +82,32 @@ class DEQBase(nn.Module):
         if self.training:
             states, info = self._states(problem, limit, options)
         else:
-            implicit = torch.is_grad_enabled()
-            z, _, info = problem.solve(problem.start, limit or self.eval_f_max_iter, options, record=implicit)
-            states = [problem.implicit(z, advance=False) if implicit else z]
+            recorder = problem.recording() if torch.is_grad_enabled() else None
+            z, _, info = problem.solve(problem.start, limit or self.eval_f_max_iter, options, recorder=recorder)
+            states = [z if recorder is None else problem.implicit(z, recorder, advance=False)]
             info["sradius"] = problem.spectral_radius(z) if sradius_mode else torch.zeros(1, device=problem.device)
         return [problem.unflatten(state) for state in states], info
 
-    def _with_gradient(self, problem: "_Problem", z: object, state: int) -> list:
-        """Gradient steps from z, the state of that number: implicit for the last where asked for, else phantom."""
-        if self.ift and state == len(self.steps) - 1:
-            return [problem.implicit(z)]
+    def _is_implicit(self, state: int) -> bool:
+        return self.ift and state == len(self.steps) - 1
+
+    def _recorder(self, problem: "_Problem", state: int) -> "Recording | _Step | None":
+        """What is to keep of the solve's last evaluation for the gradient of the state of that number."""
+        if self._is_implicit(state):
+            return problem.recording()
+        return problem.step() if self.args["tau"] == 1.0 and torch.is_grad_enabled() else None
+
+    def _with_gradient(self, problem: "_Problem", z: object, state: int, recorder: "Recording | _Step | None") -> list:
+        """Gradient steps from z, the state of that number: implicit for the last where asked for, else phantom.
+        recorder: of the evaluation that z is the image of, if there is one."""
+        if self._is_implicit(state):
+            return [problem.implicit(z, recorder)]
         steps = self.grad[state] if len(self.grad) > 1 else self.grad[0]
         gap, places = self.args["sup_gap"], self.args["sup_loc"]
         found = []
         for k in range(1, steps + 1):
-            z = problem(z, self.args["tau"])
+            known = recorder.image if recorder is not None and k == 1 else None
+            z = problem(z, self.args["tau"]) if known is None else problem.of_matrix(known)
             if k == steps or (gap > 0 and k % gap == 0) or (gap <= 0 and k in places):
                 found.append(z)
         return found
@@ -114,10 +125,12 @@ class DEQIndexing(DEQBase):
 
     def _states(self, problem, limit, options):
         steps = self.steps if limit is None else self._steps(int(limit))
-        _, trajectory, info = problem.solve(problem.start, steps[-1], options, indexing=steps, record=self.ift)
+        last = len(steps) - 1
+        recorder = self._recorder(problem, last)
+        _, trajectory, info = problem.solve(problem.start, steps[-1], options, indexing=steps, recorder=recorder)
         states = []
         for i, z in enumerate(trajectory):
-            states += self._with_gradient(problem, problem.detach(z), i)
+            states += self._with_gradient(problem, problem.detach(z), i, recorder if i == last else None)
         return states, info
 
 
@@ -135,9 +148,9 @@ class DEQSliced(DEQBase):
         steps = self.steps if limit is None else self._steps(int(limit))
         states, z, info = [], problem.start, {}
         for i, evaluations in enumerate(steps):
-            last = i == len(steps) - 1
-            z, _, info = problem.solve(problem.detach(z), evaluations, options, record=self.ift and last)
-            states += self._with_gradient(problem, problem.detach(z), i)
+            recorder = self._recorder(problem, i)
+            z, _, info = problem.solve(problem.detach(z), evaluations, options, recorder=recorder)
+            states += self._with_gradient(problem, problem.detach(z), i, recorder)
             z = states[-1]
         return states, info
 
@@ -153,7 +166,6 @@ class _Problem:
         self.device = first.device
         self.layout: Layout = layout_of(z_init, min(1, first.dim()))
         self.listed = self.several and model.no_stat
-        self._recorded: Recording | None = None
         self.start = z_init if self.listed or not self.several else self.layout.flatten(z_init, "z_init")
 
     def __call__(self, z, tau: float = 1.0):
@@ -169,31 +181,39 @@ class _Problem:
     def unflatten(self, z):
         return self.layout.unflatten(z) if self.several and not self.listed else z
 
-    def solve(self, z, limit: int, options: dict, indexing=None, record: bool = False):
-        """record: whether :meth:`implicit` follows, which takes what it needs from the last evaluation if it can."""
+    def of_matrix(self, flat: Tensor):
+        """The state in that form."""
+        return self.layout.unflatten(flat) if self.listed or not self.several else flat
+
+    def recording(self) -> Recording:
+        return Recording(self._matrix_map, self.func)
+
+    def step(self) -> "_Step":
+        return _Step(self._matrix_map(self.func))
+
+    def solve(self, z, limit: int, options: dict, indexing=None, recorder: generic.Recorder | None = None):
         config = self.model.args
         options = {"tol": config["f_tol"], "stop_mode": config["f_stop_mode"]} | options
         if indexing is not None:
             options["indexing"] = indexing
-        if record and hasattr(self.model.f_solver, "rule_of"):
-            options["record"] = self._recorded = Recording(self._matrix_map, self.func)
+        if recorder is not None and hasattr(self.model.f_solver, "rule_of"):
+            options["record"] = recorder
         with torch.no_grad(), parametrize.cached():  # weights are computed once a solve
             z, trajectory, info = self.model.f_solver(self, self.detach(z), max_iter=limit, **options)
         if indexing is not None:  # what the solver did not reach is its last state
             trajectory = list(trajectory) + [z] * (len(indexing) - len(trajectory))
         return z, trajectory, info
 
-    def implicit(self, z, advance: bool = True):
+    def implicit(self, z, recording: Recording, advance: bool = True):
         """z, or one evaluation on from it, with the exact gradient of the fixed point.
 
         One evaluation of f keeps its graph for the backward pass, as torchdeq's does: the solver's last one where that
-        could be foreseen, of which z is the image.
+        could be foreseen, of which z is the image, or else one at z.
         """
         layout = self.layout
         flat = layout.flatten(z) if self.listed or not self.several else z
-        image, found = flat, self._recorded.found() if self._recorded is not None else None
+        image, found = flat, recording.found()
         if found is None:
-            recording = Recording(self._matrix_map, self.func)
             image, found = recording(flat), recording.found()
         tensors, graph = found
         equation = Equation(
@@ -203,8 +223,7 @@ class _Problem:
             direct=lambda *new: self._with(tensors, new),
             graph=graph,
         )
-        out = attached(equation, image if advance else flat, tensors)
-        return layout.unflatten(out) if self.listed or not self.several else out
+        return self.of_matrix(attached(equation, image if advance else flat, tensors))
 
     def _matrix_map(self, func: Callable) -> Callable[[Tensor], Tensor]:
         layout = self.layout
@@ -245,6 +264,24 @@ class _Problem:
             state = self.layout.unflatten(point)
             image = self.layout.flatten(list(self.func(*state)) if self.several else self.func(state))
         return power_method(image, point)[1].detach()
+
+
+class _Step:
+    """Evaluates f for the solver and keeps the last image with its graph: the first phantom step."""
+
+    def __init__(self, f: Callable[[Tensor], Tensor]):
+        self._map, self.image = f, None
+
+    def __call__(self, y: Tensor) -> Tensor:
+        if parametrize._cache:  # of weights made without gradients
+            self.image = None
+            return self._map(y)
+        with torch.enable_grad():
+            self.image = self._map(y.detach())
+        return self.image.detach()
+
+    def forget(self) -> None:
+        self.image = None
 
 
 _cores: dict[str, type[nn.Module]] = {"indexing": DEQIndexing, "sliced": DEQSliced}
