@@ -20,7 +20,13 @@ from .timing import threads as use_threads
 
 TOL, LIMIT = 1e-4, 200
 JUDGED = ("deq", "deq.torchdeq")
-METHODS = {"plain": "fixed_point_iter", "anderson": "anderson"}
+# The solver by deq's and torchdeq's name, and whether the gradient is the exact one; "phantom" is what torchdeq does by
+# default, one differentiated step after the plain iteration.
+METHODS = {
+    "plain": ("plain", "fixed_point_iter", True),
+    "anderson": ("anderson", "anderson", True),
+    "phantom": ("plain", "fixed_point_iter", False),
+}
 
 
 class Convolution(nn.Module):
@@ -91,9 +97,11 @@ def competitors(case: PeerCase, method: str) -> tuple[dict[str, Callable[[], Ans
 
     block, x, g = case.problem()
     wanted = (x, *block.parameters())
-    layer = Equilibrium(block, solver=method, backward_solver=method, tol=TOL, max_iter=LIMIT)
-    options = {"ift": True, "f_max_iter": LIMIT, "b_max_iter": LIMIT, "f_tol": TOL, "b_tol": TOL}
-    options |= {"f_stop_mode": "rel", "b_stop_mode": "rel", "f_solver": METHODS[method], "b_solver": METHODS[method]}
+    solver, theirs, is_exact = METHODS[method]
+    how = {"backward_solver": solver} if is_exact else {"backward": "one_step"}
+    layer = Equilibrium(block, solver=solver, tol=TOL, max_iter=LIMIT, **how)
+    options = {"ift": is_exact, "f_max_iter": LIMIT, "b_max_iter": LIMIT, "f_tol": TOL, "b_tol": TOL}
+    options |= {"f_stop_mode": "rel", "b_stop_mode": "rel", "f_solver": theirs, "b_solver": theirs}
 
     def through(model: nn.Module) -> Answer:
         z = model(lambda z: block(z, x), torch.zeros_like(x))[0][-1]
@@ -104,11 +112,11 @@ def competitors(case: PeerCase, method: str) -> tuple[dict[str, Callable[[], Ans
         return z, torch.autograd.grad(z, wanted, g)
 
     counts = _counts(block, engine)
-    theirs, ours = get_deq(**options), drop_in.get_deq(**options)
+    torchdeq, ours = get_deq(**options), drop_in.get_deq(**options)
     return {
         "deq": engine,
         "deq.torchdeq": lambda: through(ours),
-        "torchdeq": lambda: through(theirs),
+        "torchdeq": lambda: through(torchdeq),
         "block": lambda: bare(block, x, g, **counts),
     }, counts
 
@@ -128,10 +136,11 @@ def bare(block: nn.Module, x: Tensor, g: Tensor, forward: int, backward: int) ->
     return image, torch.autograd.grad(image, (x, *block.parameters()), u)
 
 
-def exact(case: PeerCase) -> Answer:
-    """The answer in float64, both iterations run until rounding is all that is left."""
+def exact(case: PeerCase, is_exact: bool = True) -> Answer:
+    """The answer in float64, both iterations run until rounding is all that is left; or with the one-step gradient."""
     block, x, g = case.problem()
-    z, gradients = bare(block.double(), x.detach().double().requires_grad_(), g.double(), forward=200, backward=200)
+    x = x.detach().double().requires_grad_()
+    z, gradients = bare(block.double(), x, g.double(), forward=200, backward=200 if is_exact else 0)
     return z.detach(), gradients
 
 
@@ -158,7 +167,7 @@ def measure(case: PeerCase, method: str, threads: int, seconds: float) -> list[d
         runs, counts = competitors(case, method)
         block, x, _ = case.problem()
         quality = {}
-        solution, gradients = exact(case)
+        solution, gradients = exact(case, METHODS[method][2])
         for name, run in runs.items():
             z, found = run()
             z = z.detach()

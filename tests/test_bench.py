@@ -1,5 +1,6 @@
 """The harness: baselines solve the problem, statistics are what they say, files hold what they should."""
 
+import io
 import json
 import re
 import time
@@ -7,9 +8,10 @@ import time
 import pytest
 import torch
 from click.testing import CliRunner
+from rich.console import Console
 
 from deq import _library, reference
-from deq.bench import baselines, memory, record, report
+from deq.bench import baselines, memory, peers, record, report
 from deq.bench.cases import AUTO_CASES, CPU_CASES, KERNEL_CASES, MEMORY_CASE, TOL, Case
 from deq.bench.cli import bench
 from deq.bench.cpu import measure, measure_kernel
@@ -299,3 +301,37 @@ class TestRecord:
         path = record.write([{"a": 1}, {"b": None}], tmp_path, "cpu")
         assert path == tmp_path / "acme-r-cpu-3-0-ghz" / "cpu.json"
         assert json.loads(path.read_text()) == [{"a": 1}, {"b": None}]
+
+
+class TestPeers:
+    """Blocks of users, against torchdeq."""
+
+    @pytest.mark.parametrize("method", peers.METHODS)
+    @pytest.mark.parametrize("case", peers.CASES[::3], ids=lambda case: case.name)
+    def test_all_solve_the_same_problem(self, case, method):
+        pytest.importorskip("torchdeq")
+        runs, counts = peers.competitors(case, method)
+        assert set(runs) == {"deq", "deq.torchdeq", "torchdeq", "block"}
+        exact = peers.METHODS[method][2]
+        assert counts["forward"] > 3 and (counts["backward"] > 3 if exact else counts["backward"] == 0)
+        z, gradients = peers.exact(case, exact)
+        del runs["block"]  # so many evaluations and products, wherever they lead
+        for run in runs.values():
+            found, found_gradients = run()
+            assert worst_error(found.detach().flatten(1), z.flatten(1)) < 2e-4
+            for a, b in zip(found_gradients, gradients, strict=True):
+                assert relative_error(a, b) < 2e-3
+
+    def test_rows(self):
+        pytest.importorskip("torchdeq")
+        rows = peers.measure(peers.CASES[3], "anderson", 1, 0.01)
+        by_name = {row["variant"]: row for row in rows}
+        assert by_name["deq"]["ratio"] == by_name["torchdeq"]["lead"] == 1
+        assert {name for name, row in by_name.items() if row["must"]} == set(peers.JUDGED)
+        must = 2.0 if rows[0]["block_share"] < 0.5 else 1.0
+        assert all(by_name[name]["must"] == must for name in peers.JUDGED)
+        assert all(by_name[name]["reached"] == (by_name[name]["lead"] >= must) for name in peers.JUDGED)
+        console = Console(file=io.StringIO(), width=80)
+        console.print(report.peers(rows))
+        text = console.file.getvalue()
+        assert "attention-2x4x16" in text and "…" not in text
