@@ -278,6 +278,18 @@ def uncompiled() -> AbstractContextManager:
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
+def graph_break(function: Callable, why: str) -> Callable:
+    """``function`` for callers that are being compiled: it runs as it was written, outside of their graphs."""
+
+    def outside(*arguments):
+        return torch.compiler.disable(function)(*arguments)
+
+    # What torch.compiler.disable would mark, without importing the compiler for those who do not compile.
+    outside._torchdynamo_disable = True
+    outside._torchdynamo_disable_msg = why
+    return outside
+
+
 def strays(outputs: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[int]:
     """Which of ``tensors`` the graph of ``outputs`` still reaches, though Exchange was to keep it from them.
 

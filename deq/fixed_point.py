@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .closures import in_forward_mode, in_transform, watched
+from .closures import graph_break, in_forward_mode, in_transform, watched
 from .held import Applied, held, with_others
 from .implicit_function import Equation, closed_over, full_precision
 from .implicit_function import fixed_point as implicit
@@ -132,17 +132,6 @@ def fixed_point(
     return fixed_point_with(f, z0, options)
 
 
-def _outside_of_graphs(f: Callable[[State], State], z0: State, options: dict) -> StateSolution:
-    return torch.compiler.disable(fixed_point_with)(f, z0, options)
-
-
-# What torch.compiler.disable would mark, without importing the compiler for those who do not compile.
-_outside_of_graphs._torchdynamo_disable = True
-_outside_of_graphs._torchdynamo_disable_msg = (
-    "a solve stops by its numbers and is no graph: use deq.nn.Equilibrium for fullgraph=True, or compile f alone"
-)
-
-
 def fixed_point_with(
     f: Callable[[State], State], z0: State, options: dict[str, object], fresh: bool = False
 ) -> StateSolution:
@@ -219,6 +208,12 @@ def fixed_point_with(
             options["backward_damping"],
         )
     return _solution(layout.unflatten(z), result, layout, rule)
+
+
+_outside_of_graphs = graph_break(
+    fixed_point_with,
+    "a solve stops by its numbers and is no graph: use deq.nn.Equilibrium for fullgraph=True, or compile f alone",
+)
 
 
 def _refuse_stranger(f: Applied) -> None:

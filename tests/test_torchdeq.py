@@ -486,6 +486,23 @@ def test_gradients_beside_the_kept_graph():
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize("options", [{"ift": True, "f_solver": "anderson"}, {}])
+@pytest.mark.filterwarnings("error:.*does not know how to trace")
+def test_inside_of_compiled_code(options):
+    """A graph break: the same bits, and nothing for the compiler to complain of."""
+    W, c = contraction(0.6)
+    model = ours.get_deq(**options, f_tol=1e-9, f_stop_mode="rel", f_max_iter=100)
+
+    def loss(c):
+        x = 2 * c
+        return model(lambda z: torch.tanh(z @ W.T + x), torch.zeros_like(c))[0][-1].sum()
+
+    expected = loss(c)
+    actual = torch.compile(loss, backend="eager")(c)
+    assert torch.equal(actual, expected)
+    assert torch.equal(*(torch.autograd.grad(value, W)[0] for value in (actual, expected)))
+
+
 def test_a_sample_that_fails_keeps_the_gradients_of_the_others():
     """The last evaluation is then not the one that z is the image of."""
     rate = torch.tensor([[0.5], [2.0], [0.2]], requires_grad=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..closures import Recording
+from ..closures import Recording, graph_break
 from ..held import with_others
 from ..implicit_function import Equation, attached, closed_over
 from ..solvers import generic
@@ -74,8 +74,14 @@ class DEQBase(nn.Module):
         spectral radius into ``info["sradius"]``. backward_writer: told the statistics of the backward solve.
 
         Returns the states that carry gradients, the last one solved (tensors, or lists of tensors), and the statistics.
-        In evaluation that is one state; where gradients are enabled it carries the implicit gradient.
+        In evaluation that is one state; where gradients are enabled it carries the implicit gradient. Inside
+        torch.compile the solve is a graph break.
         """
+        if torch.compiler.is_compiling():
+            return _outside_of_graphs(self, func, z_init, solver_kwargs, sradius_mode, backward_writer)
+        return self._solve(func, z_init, solver_kwargs, sradius_mode, backward_writer)
+
+    def _solve(self, func, z_init, solver_kwargs, sradius_mode, backward_writer) -> tuple[list, dict]:
         options = dict(solver_kwargs or {})
         limit = options.pop("f_max_iter", None)
         problem = _Problem(self, func, z_init, backward_writer)
@@ -111,6 +117,9 @@ class DEQBase(nn.Module):
             if k == steps or (gap > 0 and k % gap == 0) or (gap <= 0 and k in places):
                 found.append(z)
         return found
+
+
+_outside_of_graphs = graph_break(DEQBase._solve, "a solve stops by its numbers and is no graph")
 
 
 class DEQIndexing(DEQBase):
