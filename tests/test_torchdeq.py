@@ -516,6 +516,43 @@ def test_a_sample_that_fails_keeps_the_gradients_of_the_others():
         torch.testing.assert_close(actual[[0, 2]], expected, rtol=1e-4, atol=1e-4)
 
 
+def test_statistics_are_a_dict():
+    """Made when they are first read, in whatever way."""
+    names = {"abs_lowest", "rel_lowest", "nstep", "sradius", "abs_trace", "rel_trace"}
+    solver = ours.get_solver("anderson")
+
+    def info() -> dict:
+        return solver(lambda z: 0.5 * z + 1, torch.zeros(3, 2), max_iter=5)[2]
+
+    views = {
+        "iteration": set,
+        "keyword arguments": lambda info: set({**info}),
+        "dict": lambda info: set(dict(info)),
+        "keys": lambda info: set(info.keys()),
+        "items": lambda info: {name for name, _ in info.items()},
+        "copy": lambda info: set(copy.copy(info)),
+        "deepcopy": lambda info: set(copy.deepcopy(info)),
+        "pickle": lambda info: set(pickle.loads(pickle.dumps(info))),
+        "reversed": lambda info: set(reversed(info)),
+        "or": lambda info: set(info | {}),
+        "ror": lambda info: set({} | info),
+        "update": lambda info: set({}) | {name for name in names if name in info},
+    }
+    for read in views.values():
+        assert read(info()) == names
+    assert isinstance(info(), dict) and len(info()) == 6 and "nstep" in repr(info())
+    assert torch.equal(info()["nstep"], info().get("nstep")) and torch.equal(info().pop("nstep"), info()["nstep"])
+    written = info()
+    written["sradius"] = torch.ones(3)
+    assert torch.equal(written["sradius"], torch.ones(3)) and set(written) == names
+    shorter = info()
+    del shorter["sradius"]
+    assert set(shorter) == names - {"sradius"}
+    cleared = info()
+    cleared.clear()
+    assert not cleared
+
+
 def test_backward_writer():
     W, c = contraction(0.5)
     seen = []
