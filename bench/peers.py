@@ -3,7 +3,9 @@
 deq's own layer, and a program written for torchdeq that imports deq.torchdeq instead, run the same block to the same
 relative tolerance with the same method forward and backward. ``block`` is the block alone: as many evaluations and
 vector-Jacobian products as deq needs, judged by nobody. Where that is less than half of torchdeq's time, both must be
-twice as fast as torchdeq, and never slower.
+twice as fast as torchdeq, and never slower; a figure counts only with an answer within the tolerance of the float64
+solution. The error of a gradient is recorded: a kink that lies between two such answers shows in it, 8e-3 for one
+element of the convolutions' 8192.
 """
 
 from collections.abc import Callable, Iterator
@@ -191,7 +193,7 @@ def measure(case: PeerCase, method: str, threads: int, seconds: float) -> list[d
             "lead": (lead := timings["torchdeq"].ratio(timing)),
             "block_share": share,
             "must": must if name in JUDGED else None,
-            "reached": lead >= must if name in JUDGED else None,
+            "reached": lead >= must and quality[name]["error"] <= TOL if name in JUDGED else None,
             **quality[name],
             **counts,
         }

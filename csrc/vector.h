@@ -35,7 +35,6 @@ struct DeqSteps {
   double* norms;        // (batch, 2) |f(y) - y| and |f(y)| of the last evaluation that was judged
   uint8_t* status;      // (batch) DeqStatus or DEQ_RUNNING
   int64_t failed;       // how many are done without having converged
-  int32_t ends;         // whether the next evaluation may be the last: every sample would then be within tol, as it goes
 };
 
 DEQ_API int64_t deq_cpu_sample_bytes(int32_t depth);

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -64,68 +63,27 @@ class Graph:
         return None if any(leaf._backward_hooks for leaf in self.leaves) else image
 
 
-class Recording:
-    """Evaluates ``make(f)``, f a function of a state and ``make(f)`` one of a matrix, and keeps the graph of the last
-    evaluation.
+def recorded(
+    make: Callable[[Callable], Callable[[Tensor], Tensor]], f: Callable, z: Tensor
+) -> tuple[Tensor, list[Tensor], Graph | None]:
+    """As :func:`watched` of ``make(f)``, f a function of a state and ``make(f)`` one of a matrix, and the graph of that
+    evaluation, whose leaves stand for the tensors.
 
-    What f closes over and is no leaf is replaced by leaves in it.
+    What f closes over and is no leaf is replaced by leaves in it. There is no graph where hooks on saved tensors,
+    transforms or autocast make this evaluation another than the backward pass would make, or where it goes on to
+    tensors that nobody knows.
     """
-
-    def __init__(self, make: Callable[[Callable], Callable[[Tensor], Tensor]], f: Callable):
-        self._map = make(f)
-        self._old = _inner(held(f))
-        self._new = [tensor.detach().requires_grad_() for tensor in self._old]
-        free = with_others(f, self._old, self._new) if self._old else f
-        self._free = None if free is None else make(free)
-        self._last: tuple | None = None
-
-    def __call__(self, z: Tensor) -> Tensor:
-        """The image of z, without gradients. With weights that :mod:`torch.nn.utils.parametrize` has kept, which were
-        made without gradients, it is of no other use."""
-        if parametrize._cache:
-            self._last = None
-            return self._map(z)
-        special = in_transform() or in_forward_mode() or torch.is_autocast_enabled(z.device.type) or _are_saves_hooked()
-        point = image = None
-        first = next_node()
-        if self._free is not None and not special:
-            point = z.detach().requires_grad_()
-            image = _with_gradients(self._free, point)
-        self._last = z, point, image, first
-        return self._map(z) if image is None else image.detach()
-
-    def forget(self) -> None:
-        self._last = None
-
-    def found(self) -> tuple[list[Tensor], Graph | None] | None:
-        """The tensors that f used in the last evaluation, as :func:`watched` finds them, and the graph, whose leaves
-        stand for them; None after :meth:`forget`.
-
-        There is no graph where hooks on saved tensors, transforms or autocast make this evaluation another than the
-        backward pass would make, or where it goes on to tensors that nobody knows.
-        """
-        if self._last is None:
-            return None
-        z, point, image, first = self._last
-        self._last = None
-        if image is None:
-            return watched(self._map, z, self._old)[1], None
-        found = _ends(image, first)
-        if found is None:
-            return _watched_closely(self._map, z)[1], None
-        originals = {id(b): a for a, b in zip(self._old, self._new, strict=True)}
-        leaves = [tensor for tensor in found if tensor is not point]
-        return [originals.get(id(leaf), leaf) for leaf in leaves], Graph(image, point, leaves)
-
-
-def _with_gradients(f: Callable[[Tensor], Tensor], point: Tensor) -> Tensor | None:
-    """``f(point)`` with its graph; None where there is none."""
-    try:
-        with torch.enable_grad():
-            image = f(point)
-    except RuntimeError:  # what cannot be done with gradients may be possible without, or fails there again
-        return None
-    return image if image.requires_grad else None
+    old = _inner(held(f))
+    new = [tensor.detach().requires_grad_() for tensor in old]
+    free = with_others(f, old, new) if old else f
+    special = in_transform() or in_forward_mode() or torch.is_autocast_enabled(z.device.type) or _are_saves_hooked()
+    if free is None or special:
+        return *watched(make(f), z, old), None
+    graph = _graph(make(free), z)
+    if graph is None:
+        return *_watched_closely(make(f), z), None
+    originals = {id(b): a for a, b in zip(old, new, strict=True)}
+    return graph.image.detach(), [originals.get(id(leaf), leaf) for leaf in graph.leaves], graph
 
 
 def _graph(f: Callable[[Tensor], Tensor], z: Tensor, near: Sequence[Tensor] = ()) -> Graph | None:
@@ -133,8 +91,12 @@ def _graph(f: Callable[[Tensor], Tensor], z: Tensor, near: Sequence[Tensor] = ()
     its nodes but not their tensors."""
     point = z.detach().requires_grad_()
     first = next_node()
-    image = _with_gradients(f, point)
-    if image is None:
+    try:
+        with torch.enable_grad():
+            image = f(point)
+    except RuntimeError:  # what cannot be done with gradients may be possible without, or fails there again
+        return None
+    if not image.requires_grad:
         return None
     found = _ends(image, first, near)
     return None if found is None else Graph(image, point, [tensor for tensor in found if tensor is not point])

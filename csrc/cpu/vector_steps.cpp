@@ -211,9 +211,6 @@ struct Steps {
     } else if (p.method == DEQ_STEP_BROYDEN) {
       broyden(b, s);
     }
-    // Anderson contracts a step further than its last ratio says as often as not: 12 solves of bench/peers.py were all
-    // foreseen, 4 of them an evaluation early as well.
-    if (p.status[b] == DEQ_RUNNING && !(k > 1 && measure * (step / s.step[0]) <= p.tol)) p.ends = 0;
     if (p.method == DEQ_STEP_AUTO && k >= kSlowAfter && std::min(step / s.step[0], s.step[0] / s.step[1]) > kSlowContraction)
       s.accelerated = 1;
     s.step[1] = s.step[0];
@@ -355,7 +352,6 @@ struct Steps {
   int64_t advance() const {
     if (p.evaluations == 0) begin();
     ++p.evaluations;
-    p.ends = 1;
     measure();
     int64_t running = 0;
     for (int64_t b = 0; b < p.batch; ++b) {

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..closures import Recording, graph_break
+from ..closures import graph_break, recorded
 from ..held import with_others
 from ..implicit_function import Equation, attached, closed_over
 from ..solvers import generic
@@ -88,32 +88,20 @@ class DEQBase(nn.Module):
         if self.training:
             states, info = self._states(problem, limit, options)
         else:
-            recorder = problem.recording() if torch.is_grad_enabled() else None
-            z, _, info = problem.solve(problem.start, limit or self.eval_f_max_iter, options, recorder=recorder)
-            states = [z if recorder is None else problem.implicit(z, recorder, advance=False)]
+            z, _, info = problem.solve(problem.start, limit or self.eval_f_max_iter, options)
+            states = [problem.implicit(z, advance=False) if torch.is_grad_enabled() else z]
             info["sradius"] = problem.spectral_radius(z) if sradius_mode else torch.zeros(1, device=problem.device)
         return [problem.unflatten(state) for state in states], info
 
-    def _is_implicit(self, state: int) -> bool:
-        return self.ift and state == len(self.steps) - 1
-
-    def _recorder(self, problem: "_Problem", state: int) -> "Recording | _Step | None":
-        """What is to keep of the solve's last evaluation for the gradient of the state of that number."""
-        if self._is_implicit(state):
-            return problem.recording()
-        return problem.step() if self.args["tau"] == 1.0 and torch.is_grad_enabled() else None
-
-    def _with_gradient(self, problem: "_Problem", z: object, state: int, recorder: "Recording | _Step | None") -> list:
-        """Gradient steps from z, the state of that number: implicit for the last where asked for, else phantom.
-        recorder: of the evaluation that z is the image of, if there is one."""
-        if self._is_implicit(state):
-            return [problem.implicit(z, recorder)]
+    def _with_gradient(self, problem: "_Problem", z: object, state: int) -> list:
+        """Gradient steps from z, the state of that number: implicit for the last where asked for, else phantom."""
+        if self.ift and state == len(self.steps) - 1:
+            return [problem.implicit(z)]
         steps = self.grad[state] if len(self.grad) > 1 else self.grad[0]
         gap, places = self.args["sup_gap"], self.args["sup_loc"]
         found = []
         for k in range(1, steps + 1):
-            known = recorder.image if recorder is not None and k == 1 else None
-            z = problem(z, self.args["tau"]) if known is None else problem.of_matrix(known)
+            z = problem(z, self.args["tau"])
             if k == steps or (gap > 0 and k % gap == 0) or (gap <= 0 and k in places):
                 found.append(z)
         return found
@@ -134,12 +122,10 @@ class DEQIndexing(DEQBase):
 
     def _states(self, problem, limit, options):
         steps = self.steps if limit is None else self._steps(int(limit))
-        last = len(steps) - 1
-        recorder = self._recorder(problem, last)
-        _, trajectory, info = problem.solve(problem.start, steps[-1], options, indexing=steps, recorder=recorder)
+        _, trajectory, info = problem.solve(problem.start, steps[-1], options, indexing=steps)
         states = []
         for i, z in enumerate(trajectory):
-            states += self._with_gradient(problem, problem.detach(z), i, recorder if i == last else None)
+            states += self._with_gradient(problem, problem.detach(z), i)
         return states, info
 
 
@@ -157,9 +143,8 @@ class DEQSliced(DEQBase):
         steps = self.steps if limit is None else self._steps(int(limit))
         states, z, info = [], problem.start, {}
         for i, evaluations in enumerate(steps):
-            recorder = self._recorder(problem, i)
-            z, _, info = problem.solve(problem.detach(z), evaluations, options, recorder=recorder)
-            states += self._with_gradient(problem, problem.detach(z), i, recorder)
+            z, _, info = problem.solve(problem.detach(z), evaluations, options)
+            states += self._with_gradient(problem, problem.detach(z), i)
             z = states[-1]
         return states, info
 
@@ -194,37 +179,27 @@ class _Problem:
         """The state in that form."""
         return self.layout.unflatten(flat) if self.listed or not self.several else flat
 
-    def recording(self) -> Recording:
-        return Recording(self._matrix_map, self.func)
-
-    def step(self) -> "_Step":
-        return _Step(self._matrix_map(self.func))
-
-    def solve(self, z, limit: int, options: dict, indexing=None, recorder: generic.Recorder | None = None):
+    def solve(self, z, limit: int, options: dict, indexing=None):
         config = self.model.args
         options = {"tol": config["f_tol"], "stop_mode": config["f_stop_mode"]} | options
         if indexing is not None:
             options["indexing"] = indexing
-        if recorder is not None and hasattr(self.model.f_solver, "rule_of"):
-            options["record"] = recorder
         with torch.no_grad(), parametrize.cached():  # weights are computed once a solve
             z, trajectory, info = self.model.f_solver(self, self.detach(z), max_iter=limit, **options)
         if indexing is not None:  # what the solver did not reach is its last state
             trajectory = list(trajectory) + [z] * (len(indexing) - len(trajectory))
         return z, trajectory, info
 
-    def implicit(self, z, recording: Recording, advance: bool = True):
+    def implicit(self, z, advance: bool = True):
         """z, or one evaluation on from it, with the exact gradient of the fixed point.
 
-        One evaluation of f keeps its graph for the backward pass, as torchdeq's does: the solver's last one where that
-        could be foreseen, of which z is the image, or else one at z.
+        The evaluation at z keeps its graph for the backward pass, as torchdeq's does. To keep that of the solver's last
+        evaluation instead, whose end can be foreseen, is 5 % faster, but the answer is two to three times as far from
+        the solution as torchdeq's.
         """
         layout = self.layout
         flat = layout.flatten(z) if self.listed or not self.several else z
-        image, found = flat, recording.found()
-        if found is None:
-            image, found = recording(flat), recording.found()
-        tensors, graph = found
+        image, tensors, graph = recorded(self._matrix_map, self.func, flat)
         equation = Equation(
             closed_over(self._matrix_map(self.func), tensors),
             None,
@@ -273,24 +248,6 @@ class _Problem:
             state = self.layout.unflatten(point)
             image = self.layout.flatten(list(self.func(*state)) if self.several else self.func(state))
         return power_method(image, point)[1].detach()
-
-
-class _Step:
-    """Evaluates f for the solver and keeps the last image with its graph: the first phantom step."""
-
-    def __init__(self, f: Callable[[Tensor], Tensor]):
-        self._map, self.image = f, None
-
-    def __call__(self, y: Tensor) -> Tensor:
-        if parametrize._cache:  # of weights made without gradients
-            self.image = None
-            return self._map(y)
-        with torch.enable_grad():
-            self.image = self._map(y.detach())
-        return self.image.detach()
-
-    def forget(self) -> None:
-        self.image = None
 
 
 _cores: dict[str, type[nn.Module]] = {"indexing": DEQIndexing, "sliced": DEQSliced}

@@ -101,14 +101,13 @@ def _make(method: str, options: dict[str, str]) -> Solver:
         stop_mode: str = "abs",
         indexing: Sequence[int] | None = None,
         return_final: bool = False,
-        record: generic.Recorder | None = None,
         **given,
     ) -> tuple[Tensor, list[Tensor], dict]:
         rule = rule_of(max_iter, 0.0 if return_final else tol, stop_mode, **given)
         layout = layout_of(x0, min(1, x0.dim()))
         f = _MatrixMap(func, layout, return_final)
         keep = tuple(sorted(set(indexing or ())))
-        result = generic.run(f, layout.flatten(x0), rule, keep=keep, traced=True, record=record)
+        result = generic.run(f, layout.flatten(x0), rule, keep=keep, traced=True)
         z = layout.unflatten(f.last if return_final else result.z)
         trajectory = [z if state is None else layout.unflatten(state) for state in result.trajectory]
         told, trace = result.told, result.trace

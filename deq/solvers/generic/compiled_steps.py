@@ -29,7 +29,6 @@ class _DeqSteps(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("y", "z", "fy", "shift", "image", "first", "second", "samples", "sums")),
         *((name, ctypes.c_void_p) for name in ("iterations", "residual", "norms", "status")),
         ("failed", ctypes.c_int64),
-        ("ends", ctypes.c_int32),
     )
 
 
@@ -174,7 +173,7 @@ class CompiledSteps:
         frame.use(self._workspace)
         self._shift = shift = None if shift is None else shift.contiguous()
         self._steps = steps = frame.steps
-        steps.evaluations = steps.ends = 0
+        steps.evaluations = 0
         steps.y, steps.z = self.y.data_ptr(), self.z.data_ptr()
         steps.shift = None if shift is None else shift.data_ptr()
         steps.iterations, steps.residual, steps.norms, steps.status = self.told.pointers()
@@ -189,10 +188,6 @@ class CompiledSteps:
 
     def is_running(self) -> bool:
         return self._running > 0
-
-    def may_end(self) -> bool:
-        """Whether the next evaluation is expected to be the last."""
-        return bool(self._steps.ends)
 
     def note(self) -> None:
         self._trace.append(ctypes.string_at(self._steps.norms, 16 * self._steps.batch))

@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,15 +13,6 @@ from .result import Result, Told
 from .rule import Rule
 from .torch_steps import TorchSteps
 from .triton_steps import TritonSteps
-
-
-class Recorder(Protocol):
-    """Calls f and keeps something of it."""
-
-    def __call__(self, y: Tensor) -> Tensor: ...
-
-    def forget(self) -> None: ...
-
 
 CHECK_EVERY = 4  # evaluations between two looks at a GPU's flag; on the CPU looking is free
 
@@ -37,7 +27,6 @@ def run(
     owned: bool = False,
     keep: Sequence[int] = (),
     traced: bool = False,
-    record: Recorder | None = None,
 ) -> Result:
     """Fixed point of every row of y0 (B, D), float32 or float64, of f: (B, D) -> (B, D).
 
@@ -46,8 +35,7 @@ def run(
 
     first: f(y0), if it is known. shift: (B, D), what is to be added to f(y), where f is the linear part of an affine
     map; not together with first. owned: whether y0 may be overwritten. keep: evaluations after which the best images
-    are wanted, ascending. traced: whether the result is to have a trace. record: takes the place of f for an evaluation
-    that is expected to be the last, and is told to forget it where it was not, or where a sample did not converge.
+    are wanted, ascending. traced: whether the result is to have a trace.
     """
     before = torch.is_grad_enabled()
     torch._C._set_grad_enabled(False)  # torch.no_grad in a tenth of its time, which is 20 us where caches are cold
@@ -68,25 +56,16 @@ def run(
         every = 1 if y0.device.type == "cpu" else CHECK_EVERY
         trajectory: list[Tensor | None] = [None] * len(keep)
         for k in range(1, rule.max_iter + 1):
-            recording = record is not None and steps.may_end()
-            if recording:
-                steps.advance(record(steps.y))
-            else:
-                steps.advance(evaluate() if first is None or k > 1 else first)
+            steps.advance(evaluate() if first is None or k > 1 else first)
             if traced:
                 steps.note()
             if k in keep:
                 steps.collect()
                 trajectory[keep.index(k)] = steps.z.clone()
-            ended = k % every == 0 and not steps.is_running()
-            if recording and not ended:
-                record.forget()
-            if ended:
+            if k % every == 0 and not steps.is_running():
                 break
         steps.collect()
         steps.release()
-        if recording and not steps.told.is_converged():
-            record.forget()
         return Result.of(steps, trajectory)
     finally:
         torch._C._set_grad_enabled(before)

@@ -62,10 +62,6 @@ class TorchSteps:
     def is_running(self) -> bool:
         return bool((self.status == RUNNING).any())
 
-    def may_end(self) -> bool:
-        """Whether the next evaluation is expected to be the last: to know that would be to wait for the device."""
-        return False
-
     def note(self) -> None:
         """The norms as they are go into the trace."""
         self._trace.append(self.norms.clone())
