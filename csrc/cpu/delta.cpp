@@ -411,8 +411,6 @@ class Tile {
   Slot slots_[kMaxTile];
 };
 
-constexpr double kLeastFlops = 4e6;
-
 }  // namespace
 
 bool delta_serves(const DeqProblem& p) {
@@ -424,7 +422,7 @@ bool delta_serves(const DeqProblem& p) {
 int32_t delta_solve(const DeqProblem& p) {
   const DeltaKernels& low = *delta_kernels(p.precision);
   const Segments segments(p.width, (p.width + low.lanes - 1) / low.lanes * low.lanes);
-  const Division division = divide(p, segments.count, kLeastFlops);
+  const Division division = divide(p, segments.count);
   const DeltaWeights weights = delta_weights(p, low, division.threads);
   if (!weights.packed) return DEQ_NO_MEMORY;
   *p.report = DeqReport{0, weights.packed->bad_element, 0, 0};

@@ -396,11 +396,9 @@ class LaneGroup {
   LaneSlot slots_[kMostLanes];
 };
 
-constexpr double kLeastFlops = 1e6;
-
 template <class T>
 int32_t solve(const DeqProblem& p) {
-  const Division division = divide(p, 1, kLeastFlops);
+  const Division division = divide(p, 1);
   std::shared_ptr<const Packed> packed = packed_weights<T>(p, division.threads);
   if (!packed) return DEQ_NO_MEMORY;
   *p.report = DeqReport{0, packed->bad_element, 0, 0};

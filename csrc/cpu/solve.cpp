@@ -314,13 +314,11 @@ class Tile {
   Slot<T> slots_[kMaxTile];
 };
 
-constexpr double kLeastFlops = 1e6;
-
 template <class T>
 int32_t solve(const DeqProblem& p) {
   const int64_t lanes = kernels<T>().lanes;
   const Segments segments(p.width, (p.width + lanes - 1) / lanes * lanes);
-  const Division division = divide(p, segments.count, kLeastFlops);
+  const Division division = divide(p, segments.count);
   std::shared_ptr<const Packed> packed = packed_weights<T>(p, division.threads);
   if (!packed) return DEQ_NO_MEMORY;
   *p.report = DeqReport{0, packed->bad_element, 0, 0};
@@ -340,7 +338,8 @@ template <class T>
 int32_t derivative(const DeqProblem& p) {
   const Kernels<T>& k = kernels<T>();
   const int64_t m = p.width, padded = (m + k.lanes - 1) / k.lanes * k.lanes;
-  const int threads = divide(p, 1, kLeastFlops).threads;
+  constexpr double kWorth = 1e6;  // 10 microseconds, once
+  const int threads = 2.0 * p.weights * p.batch * m * m < kWorth ? 1 : std::max(p.threads, 1);
   std::shared_ptr<const Packed> packed = packed_weights<T>(p, threads);
   if (!packed) return DEQ_NO_MEMORY;
   if (packed->bad_element) return DEQ_BAD_ARGUMENT;

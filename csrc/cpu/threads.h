@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <optional>
 
 #include "../kernels.h"
 #include "team.h"
@@ -13,7 +14,8 @@ namespace deq {
 
 struct Division {
   enum Kind { kMatrices, kSamples, kColumns } kind;
-  int threads;  // worth their start: a parallel region costs microseconds, milliseconds where another process holds a core
+  int threads;    // worth their start: a parallel region costs microseconds, milliseconds where another process holds a core
+  bool is_small;  // so small that a lost core would cost many times what the threads gain
 };
 
 // With fewer samples a thread, sharing columns is faster than sharing samples. Two threads against one, Zen 4: 1.9 x at (1024, 1)
@@ -22,31 +24,63 @@ struct Division {
 // to 10.
 constexpr int64_t kSamplesPerThread = 4;
 
-// `segments` of the columns can be shared; `least_flops` of one step take 10 microseconds.
-inline Division divide(const DeqProblem& p, int segments, double least_flops) {
+// Flops of one step that a thread is started for: 1 microsecond of a solve that has ten or more. Two threads against one, Zen 4,
+// whole solves, called in turn / every 4 ms: 1.7 / 1.6 x at (128, 64), 1.5 / 2 x at (128, 20) and 1.3 / 1.5 x at (128, 10) in
+// int8, 1.5 / 1.5 x at (64, 50) and 1.3 / 1.4 x at (64, 20) in float32, 1.3 / 1.6 x at (32, 128) in lanes.
+constexpr double kLeastFlops = 1e5;
+constexpr double kSmallFlops = 4e6;
+
+// `segments` of the columns can be shared.
+inline Division divide(const DeqProblem& p, int segments) {
+  const double flops = 2.0 * p.weights * p.batch * p.width * p.width;
   const int threads = std::max(p.threads, 1);
-  const bool is_small = 2.0 * p.weights * p.batch * p.width * p.width < least_flops;
-  if (!is_small && p.weights > 1 && p.weights >= threads) return {Division::kMatrices, threads};
-  if (threads > 1 && segments > 1 && p.weights < threads && p.batch < kSamplesPerThread * threads)
-    return LostCore::is_recent() ? Division{Division::kSamples, 1} : Division{Division::kColumns, std::min(threads, segments)};
-  return {Division::kSamples, is_small ? 1 : static_cast<int>(std::min<int64_t>(threads, p.weights * p.batch))};
+  const bool is_small = flops < kSmallFlops, is_lost = threads > 1 && is_small && LostCore::is_recent();
+  const int worth = is_lost ? 1 : static_cast<int>(std::clamp<double>(flops / kLeastFlops, 1, threads));
+  if (worth > 1 && p.weights > 1 && p.weights >= threads) return {Division::kMatrices, worth, is_small};
+  if (threads > 1 && segments > 1 && p.weights < threads && p.batch < kSamplesPerThread * threads) {
+    if (LostCore::is_recent()) return {Division::kSamples, 1, is_small};
+    return {Division::kColumns, std::min(threads, segments), is_small};
+  }
+  return {Division::kSamples, static_cast<int>(std::min<int64_t>(worth, p.weights * p.batch)), is_small};
 }
+
+// What a thread loses of the time since `start` to other processes, in which it could not work: reported when it is done.
+class Attendance {
+ public:
+  explicit Attendance(int64_t start) : start_(start), before_(clock_ns(CLOCK_THREAD_CPUTIME_ID)) {}
+  ~Attendance() {
+    const int64_t spent = clock_ns() - start_;
+    LostCore::report(spent - (clock_ns(CLOCK_THREAD_CPUTIME_ID) - before_), spent);
+  }
+
+ private:
+  const int64_t start_, before_;
+};
 
 // Calls solve(s, queue, sharing, team) so that all samples of all matrices are solved: `sharing` threads take samples of matrix
 // s from the queue at the same time, and the team shares the steps of each.
 template <class Solve>
 void run_divided(const DeqProblem& p, int segments, Division division, const Solve& solve) {
   const int threads = division.threads;
+  int64_t start = clock_ns();
+  auto attend = [&](std::optional<Attendance>& attendance) {
+    if (division.is_small) attendance.emplace(start);
+  };
   if (division.kind == Division::kMatrices) {
-#pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
-    for (int64_t s = 0; s < p.weights; ++s) {
-      std::atomic<int64_t> queue{0};
-      Team alone(segments, 1);
-      solve(s, queue, 1, alone);
+#pragma omp parallel num_threads(threads)
+    {
+      std::optional<Attendance> attendance;
+      attend(attendance);
+#pragma omp for schedule(dynamic) nowait
+      for (int64_t s = 0; s < p.weights; ++s) {
+        std::atomic<int64_t> queue{0};
+        Team alone(segments, 1);
+        solve(s, queue, 1, alone);
+      }
     }
     return;
   }
-  for (int64_t s = 0; s < p.weights; ++s) {
+  for (int64_t s = 0; s < p.weights; ++s, start = clock_ns()) {
     std::atomic<int64_t> queue{0};
     if (threads == 1) {  // a parallel region of one would cost two system calls
       Team alone(segments, 1);
@@ -54,6 +88,8 @@ void run_divided(const DeqProblem& p, int segments, Division division, const Sol
     } else if (division.kind == Division::kSamples) {
 #pragma omp parallel num_threads(threads)
       {
+        std::optional<Attendance> attendance;
+        attend(attendance);
         Team alone(segments, 1);
         solve(s, queue, threads, alone);
       }
@@ -61,7 +97,6 @@ void run_divided(const DeqProblem& p, int segments, Division division, const Sol
       // The first to come leads, so that nobody waits for a thread that has not come yet, or never will.
       Team team(segments, threads);
       std::atomic<int> come{0};
-      const int64_t start = clock_ns();
       int64_t worked = 0;
 #pragma omp parallel num_threads(threads)
       {

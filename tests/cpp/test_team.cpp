@@ -7,6 +7,7 @@
 #include "check.h"
 #include "cpu/segments.h"
 #include "cpu/team.h"
+#include "cpu/threads.h"
 
 namespace {
 
@@ -67,6 +68,44 @@ void segments() {
   }
 }
 
+// How many threads a problem is worth, and that it is worth none beside the caller's after a core was lost.
+void divisions() {
+  using deq::Division;
+  while (deq::LostCore::is_recent()) std::this_thread::sleep_for(std::chrono::milliseconds(10));
+  auto division = [](int64_t weights, int64_t batch, int64_t width, int threads, int segments = 1) {
+    DeqProblem p{};
+    p.weights = weights, p.batch = batch, p.width = width, p.threads = threads;
+    return deq::divide(p, segments);
+  };
+  CHECK(division(1, 256, 256, 1).threads == 1 && division(1, 0, 256, 8).threads == 0);
+  CHECK(division(1, 5, 64, 2).threads == 1);     // 4e4 flops
+  CHECK(division(1, 20, 100, 2).threads == 2);   // 4e5
+  CHECK(division(1, 20, 100, 16).threads == 4);  // a thread for every 1e5
+  CHECK(division(1, 20, 100, 16).is_small && !division(1, 256, 128, 16).is_small);
+  CHECK(division(1, 256, 128, 16).threads == 16 && division(1, 3, 1000, 16).threads == 3);
+  CHECK(division(8, 64, 32, 4).kind == Division::kMatrices && division(3, 64, 32, 4).kind == Division::kSamples);
+  CHECK(division(1, 2, 1024, 4, 8).kind == Division::kColumns && division(1, 2, 1024, 4, 8).threads == 4);
+  deq::LostCore::report(1000000, 1000000);
+  CHECK(deq::LostCore::is_recent());
+  CHECK(division(1, 20, 100, 16).threads == 1 && division(8, 64, 32, 4).threads == 1);
+  CHECK(division(1, 256, 128, 16).threads == 16);  // gains more than a lost core costs
+  CHECK(division(1, 2, 1024, 4, 8).threads == 1);
+}
+
+// Sleeping is what a lost core looks like; work is not.
+void attendance() {
+  while (deq::LostCore::is_recent()) std::this_thread::sleep_for(std::chrono::milliseconds(10));
+  {
+    const deq::Attendance working(deq::clock_ns());
+  }
+  CHECK(!deq::LostCore::is_recent());
+  {
+    const deq::Attendance sleeping(deq::clock_ns());
+    std::this_thread::sleep_for(std::chrono::milliseconds(5));
+  }
+  CHECK(deq::LostCore::is_recent());
+}
+
 }  // namespace
 
 int main() {
@@ -75,5 +114,7 @@ int main() {
       for (bool held_up : {false, true}) every_piece_once(pieces, members, held_up ? 300 : 5000, held_up);
   nobody_comes();
   segments();
+  divisions();
+  attendance();
   return check_result();
 }
