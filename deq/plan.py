@@ -15,8 +15,8 @@ ANDERSON_DEPTH = 5
 # What a step of the CPU backend multiplies (DeqPrecision in csrc/kernels.h): the iterate, or its increment, rounded.
 INCREMENTS = {"native": 0, "int8": 1, "bfloat16": 2}
 # Below this width a step on increments saves less than it costs (Zen 4, relu, forward: 64 x 256 0.8 x, 128 x 256 1.2 x,
-# 256 x 256 1.4 x, 2048 x 16 1.9 x the speed of float32 with zeros skipped). At 80 x 256 a Gaussian W is 1.2 times as fast
-# with them, but an outlier takes 1.5 times as long with two threads: its slow samples change the engine, those of
+# 256 x 256 1.4 x, 2048 x 16 1.9 x the speed of float32 with zeros skipped). At 80 x 256 a Gaussian W is 1.2 times as
+# fast with them, but an outlier takes 1.5 times as long with two threads: its slow samples change the engine, those of
 # float32 stay in it.
 INCREMENTS_FROM = 96
 INCREMENTS_TOL = 1e-6  # a tighter tolerance leaves the increments nothing to do but wait for float32 anchors
