@@ -131,7 +131,8 @@ GPU_CASES = tuple(
         *((8192, 1), (8192, 32), (8192, 256), (8192, 4096)),
     )
 )
-SCALING_CASES = (  # from one thread to two
+SCALING_CASES = (  # from one thread to two, 128 x 16 the smallest of which much is asked
+    *(Case(m, B) for m, B in ((128, 16), (128, 64), (256, 16))),
     Case(256, 256),
     Case(2048, 64),
     *(Case(m, B, "radius1.0") for m, B in ((128, 256), (256, 256), (512, 64), (1024, 16))),
