@@ -44,17 +44,19 @@ inline Division divide(const DeqProblem& p, int segments) {
   return {Division::kSamples, static_cast<int>(std::min<int64_t>(worth, p.weights * p.batch)), is_small};
 }
 
-// What a thread loses of the time since `start` to other processes, in which it could not work: reported when it is done.
+// What a thread loses to other processes, in which it could not work: reported when it is done. That it comes late is no loss
+// unless it is very late: a thread that slept takes 0.2 ms to come.
 class Attendance {
  public:
-  explicit Attendance(int64_t start) : start_(start), before_(clock_ns(CLOCK_THREAD_CPUTIME_ID)) {}
+  explicit Attendance(int64_t start) : start_(start), came_(clock_ns()), before_(clock_ns(CLOCK_THREAD_CPUTIME_ID)) {}
   ~Attendance() {
-    const int64_t spent = clock_ns() - start_;
-    LostCore::report(spent - (clock_ns(CLOCK_THREAD_CPUTIME_ID) - before_), spent);
+    constexpr int64_t kVeryLate = 1000000;
+    const int64_t end = clock_ns(), late = came_ - start_, worked = clock_ns(CLOCK_THREAD_CPUTIME_ID) - before_;
+    LostCore::report(end - came_ - worked + (late > kVeryLate ? late : 0), end - start_);
   }
 
  private:
-  const int64_t start_, before_;
+  const int64_t start_, came_, before_;
 };
 
 // Calls solve(s, queue, sharing, team) so that all samples of all matrices are solved: `sharing` threads take samples of matrix

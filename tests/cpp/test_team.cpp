@@ -97,8 +97,14 @@ void attendance() {
   while (deq::LostCore::is_recent()) std::this_thread::sleep_for(std::chrono::milliseconds(10));
   {
     const deq::Attendance working(deq::clock_ns());
+    const deq::Attendance late(deq::clock_ns() - 500000);
   }
   CHECK(!deq::LostCore::is_recent());
+  {
+    const deq::Attendance very_late(deq::clock_ns() - 5000000);
+  }
+  CHECK(deq::LostCore::is_recent());
+  while (deq::LostCore::is_recent()) std::this_thread::sleep_for(std::chrono::milliseconds(10));
   {
     const deq::Attendance sleeping(deq::clock_ns());
     std::this_thread::sleep_for(std::chrono::milliseconds(5));
