@@ -121,26 +121,20 @@ def with_others(f: Callable, old: Sequence[Tensor], new: Sequence[Tensor]) -> Ca
         return None
 
     def other(value: object) -> object:
-        if type(value) in (tuple, list):
+        if type(value) in (tuple, list) and any(id(item) in exchange for item in value):
             return type(value)(exchange.get(id(item), item) for item in value)
         return exchange.get(id(value), value)
 
-    def holds(cell: CellType) -> bool:
-        with suppress(ValueError):
-            content = cell.cell_contents
-            return any(id(item) in exchange for item in (content if type(content) in (tuple, list) else (content,)))
-        return False
-
-    names, cells = f.__code__.co_freevars, f.__closure__ or ()
-    touched = {name for name, cell in zip(names, cells, strict=True) if holds(cell)}
-    if touched & _assigned(f.__code__):
-        return None
-    closure = tuple(
-        CellType(other(cell.cell_contents)) if name in touched else cell
-        for name, cell in zip(names, cells, strict=True)
-    )
+    assigned, closure = _assigned(f.__code__), list(f.__closure__ or ())
+    for i, name in enumerate(f.__code__.co_freevars):
+        with suppress(ValueError):  # an empty cell
+            content = closure[i].cell_contents
+            if (new_content := other(content)) is not content:
+                if name in assigned:
+                    return None
+                closure[i] = CellType(new_content)
     defaults = None if f.__defaults__ is None else tuple(exchange.get(id(x), x) for x in f.__defaults__)
-    g = FunctionType(f.__code__, f.__globals__, f.__name__, defaults, closure)
+    g = FunctionType(f.__code__, f.__globals__, f.__name__, defaults, tuple(closure))
     if f.__kwdefaults__:
         g.__kwdefaults__ = {name: exchange.get(id(x), x) for name, x in f.__kwdefaults__.items()}
     return g

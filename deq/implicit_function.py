@@ -251,11 +251,12 @@ _run_backward = torch.autograd.Variable._execution_engine.run_backward
 def _pullback(equation: Equation, z: Tensor, tensors: list[Tensor], g: Tensor, wanted: Sequence[bool]) -> tuple:
     """Gradients of ``tensors`` for the gradient g of z; one graph of f serves every product J^T u."""
     g, finite, scale = _normalised(g)
-    image = None if equation.graph is None else equation.graph.take()
+    graph = equation.graph
+    image = None if graph is None else graph.take()
     if image is not None:
-        point, leaves, missed = equation.graph.point, equation.graph.leaves, []
+        point, leaves, missed = graph.point, graph.leaves, []
     else:  # where the graph was, if there was one: the same gradients once more
-        point, begin = (z if equation.graph is None else equation.graph.point).detach().requires_grad_(), next_node()
+        point, begin = (z if graph is None else graph.point).detach().requires_grad_(), next_node()
         image, leaves, missed = _image(equation, point, tensors, wanted)
         if not image.requires_grad:
             return (None,) * len(tensors)

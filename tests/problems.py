@@ -13,6 +13,14 @@ def gaussian(m: int, B: int, dtype=torch.float32, seed: int = 0, scale: float = 
     return draw(m, m) * (scale / m**0.5), draw(B, m), draw(B, m)
 
 
+def contraction(rate=0.9, m=12, B=6, dtype=torch.float64) -> tuple[Tensor, Tensor]:
+    """W (m, m) of that 2-norm, which needs a gradient, and injections (B, m)."""
+    generator = torch.Generator().manual_seed(5)
+    W = torch.randn(m, m, generator=generator, dtype=torch.float64)
+    W = (W * (rate / torch.linalg.matrix_norm(W, 2))).to(dtype)
+    return W.requires_grad_(), torch.randn(B, m, generator=generator, dtype=torch.float64).to(dtype)
+
+
 def _largest_residual(new: Tensor, old: Tensor) -> float:
     size = new.norm(dim=-1)
     step = (new - old).norm(dim=-1)

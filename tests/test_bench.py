@@ -1,6 +1,5 @@
 """The harness: baselines solve the problem, statistics are what they say, files hold what they should."""
 
-import io
 import json
 import re
 import time
@@ -21,6 +20,13 @@ from deq.bench.timing import MIN_TURNS, Timing, interleave
 SMALL = Case(17, 5)
 needs_library = pytest.mark.skipif(_library.compiled is None, reason=f"no compiled library: {_library.reason}")
 needs_proc = pytest.mark.skipif(not memory.CLEAR.exists(), reason="peak memory is read from Linux's /proc")
+
+
+def render(table) -> str:
+    console = Console(width=80, no_color=True)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get()
 
 
 class TestCases:
@@ -202,20 +208,12 @@ class TestReport:
         {"baseline": "gemm", "ratio": 0.85, "must": 0.9, "reached": False, "iterations": 14, "error": None},
     )
 
-    def render(self, table) -> str:
-        from rich.console import Console
-
-        console = Console(width=80, no_color=True)
-        with console.capture() as capture:
-            console.print(table)
-        return capture.get()
-
     def rows(self):
         common = {"case": "orthogonal-m2048-B16384-float64", "threads": 2, "median": 1.2345}
         return [common | {"variant": row["baseline"]} | row for row in self.ROWS]
 
     def test_times_fit_80_columns(self):
-        text = self.render(report.times(self.rows()))
+        text = render(report.times(self.rows()))
         assert "…" not in text
         line = next(line for line in text.splitlines() if line.startswith("2048od"))
         assert (
@@ -223,15 +221,15 @@ class TestReport:
         )
 
     def test_competitor_that_is_not_installed(self):
-        text = self.render(report.times([row for row in self.rows() if row["baseline"] != "torchdeq"]))
+        text = render(report.times([row for row in self.rows() if row["baseline"] != "torchdeq"]))
         assert re.search(r"2.50 \(2\) +- +0.85 \(0.9\)!", text)
 
     def test_kernels_and_memory(self):
         row = {"case": "kernel-m64-B8-float32", "gflops": 100.0, "peak": 125.0, "ratio": 0.8, "must": 0.9}
-        assert re.search(r"64 +8 +100.0 +125.0 +0.80 \(0.9\)!", self.render(report.kernels([row | {"reached": False}])))
+        assert re.search(r"64 +8 +100.0 +125.0 +0.80 \(0.9\)!", render(report.kernels([row | {"reached": False}])))
         row = {"case": "gaussian-m256-B64-float32", "variant": "deq", "buffers": 1.0, "must": 1.2, "reached": True}
         rows = [row | {"pass": "forward"}, row | {"pass": "forward + backward", "buffers": 2.0, "must": 2.5}]
-        text = self.render(report.memory(rows))
+        text = render(report.memory(rows))
         assert re.search(r"deq +1.00 \(1.2\) +2.00 \(2.5\)", text)
         assert "m = 256, B = 64" in text
 
@@ -331,7 +329,5 @@ class TestPeers:
         must = 2.0 if rows[0]["block_share"] < 0.5 else 1.0
         assert all(by_name[name]["must"] == must for name in peers.JUDGED)
         assert all(by_name[name]["reached"] == (by_name[name]["lead"] >= must) for name in peers.JUDGED)
-        console = Console(file=io.StringIO(), width=80)
-        console.print(report.peers(rows))
-        text = console.file.getvalue()
+        text = render(report.peers(rows))
         assert "attention-2x4x16" in text and "…" not in text

@@ -338,8 +338,9 @@ template <class T>
 int32_t derivative(const DeqProblem& p) {
   const Kernels<T>& k = kernels<T>();
   const int64_t m = p.width, padded = (m + k.lanes - 1) / k.lanes * k.lanes;
-  constexpr double kWorth = 1e6;  // 10 microseconds, once
-  const int threads = 2.0 * p.weights * p.batch * m * m < kWorth ? 1 : std::max(p.threads, 1);
+  constexpr double kWorth = 1e6;  // flops: 10 microseconds, once
+  const bool is_worth = 2.0 * p.weights * p.batch * m * m >= kWorth;
+  const int threads = is_worth ? static_cast<int>(std::min<int64_t>(std::max(p.threads, 1), p.weights * p.batch)) : 1;
   std::shared_ptr<const Packed> packed = packed_weights<T>(p, threads);
   if (!packed) return DEQ_NO_MEMORY;
   if (packed->bad_element) return DEQ_BAD_ARGUMENT;

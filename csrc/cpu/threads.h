@@ -34,11 +34,11 @@ constexpr double kSmallFlops = 4e6;
 inline Division divide(const DeqProblem& p, int segments) {
   const double flops = 2.0 * p.weights * p.batch * p.width * p.width;
   const int threads = std::max(p.threads, 1);
-  const bool is_small = flops < kSmallFlops, is_lost = threads > 1 && is_small && LostCore::is_recent();
-  const int worth = is_lost ? 1 : static_cast<int>(std::clamp<double>(flops / kLeastFlops, 1, threads));
+  const bool is_small = flops < kSmallFlops, is_lost = threads > 1 && LostCore::is_recent();
+  const int worth = is_small && is_lost ? 1 : static_cast<int>(std::clamp<double>(flops / kLeastFlops, 1, threads));
   if (worth > 1 && p.weights > 1 && p.weights >= threads) return {Division::kMatrices, worth, is_small};
   if (threads > 1 && segments > 1 && p.weights < threads && p.batch < kSamplesPerThread * threads) {
-    if (LostCore::is_recent()) return {Division::kSamples, 1, is_small};
+    if (is_lost) return {Division::kSamples, 1, is_small};
     return {Division::kColumns, std::min(threads, segments), is_small};
   }
   return {Division::kSamples, static_cast<int>(std::min<int64_t>(worth, p.weights * p.batch)), is_small};
