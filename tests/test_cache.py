@@ -200,7 +200,7 @@ def test_on_a_gpu_by_version():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_packed_weights_follow_every_change(dtype):
     """A change that a sample of W shows spares the reading of the rest; no other change is missed, forward or backward.
-    Weights that stay are packed once more after that, and then found."""
+    Weights that stay are packed once more after that, and then found; where they were used in place, only then (backward)."""
     m = 256
     W = matrix(m, m, dtype=dtype) * 0.5 / m**0.5
     c = matrix(5, m, seed=1, dtype=dtype)
@@ -219,9 +219,10 @@ def test_packed_weights_follow_every_change(dtype):
         return answer
 
     _library.compiled.deq_cpu_clear_cache()
-    assert [packed(W)[0] for _ in range(3)] == [2, 0, 0]
+    in_place = dtype == torch.float32 and _library.increments() != "native"
+    assert [packed(W)[0] for _ in range(3)] == [2, 1 if in_place else 0, 0]
     W *= 0.99
-    assert [packed(W)[0] for _ in range(4)] == [2, 2, 0, 0]
+    assert [packed(W)[0] for _ in range(4)] == [2, 2, 1 if in_place else 0, 0]
     generator = torch.Generator().manual_seed(2)
     for flat in [0, m * m - 1, *torch.randint(m * m, (12,), generator=generator).tolist()]:
         packed(W)

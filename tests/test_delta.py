@@ -291,6 +291,38 @@ def test_strides_batches_and_stacks(increments):
 
 
 @every
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("m", "B"), [(256, 1), (257, 3), (300, 8), (333, 16), (527, 4), (1030, 9), (1100, 2)])
+def test_weights_that_are_new_are_used_in_place(m, B, threads, increments):
+    """A W whose columns are contiguous is not packed for a few samples before it is seen again; no answer shows it."""
+    parts = [gaussian(m, 20, seed=s) for s in range(2)]
+    wide, c = torch.zeros(2, m, m + 7), torch.stack([p[1] for p in parts])
+    wide[..., 3 : m + 3] = torch.stack([p[0].mT for p in parts])
+    W, few = wide[..., 3 : m + 3].mT, c[:, :B]
+    library = _library.compiled
+
+    def run():
+        library.deq_cpu_clear_cache()
+        new = solve(W, few, "tanh", increments)
+        held = library.deq_cpu_cache_bytes()
+        known = solve(W, few, "tanh", increments)
+        assert library.deq_cpu_cache_bytes() >= held + W.numel() * W.element_size()
+        library.deq_cpu_clear_cache()
+        return new, known, solve(W, c, "tanh", increments)
+
+    ((new, known, packed),) = on_threads([threads], run)
+    for name in ("z", "iterations", "residual", "status"):
+        assert torch.equal(getattr(new, name), getattr(known, name))
+        assert torch.equal(getattr(new, name), getattr(packed, name)[:, :B])
+    assert_as_accurate(new.z[1], torch_loop(W[1], few[1], "tanh"), exact(W[1], few[1], "tanh"))
+    for at in ((0, m - 1, 0), (1, 5, m - 1)):
+        for value in (float("nan"), float("-inf")):
+            bad = W.mT.clone().mT
+            bad[at] = value
+            assert solve(bad, few, "tanh", increments).report[1] == 1 + (at[0] * m + at[1]) * m + at[2]
+
+
+@every
 def test_new_weights_in_old_memory_are_new_weights(increments):
     W, c, _ = gaussian(64, 10)
     for seed in range(3):

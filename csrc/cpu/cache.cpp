@@ -39,12 +39,18 @@ struct Form {
   }
 };
 
+// The memory of one form, or of what was there before.
+struct Held {
+  std::shared_ptr<Packed> packed;
+  bool current = false;
+};
+
 struct Entry {
   Form form;
   std::optional<Digest> content;  // of all of W, if that was read
   std::optional<Digest> glance;   // of a sample of it, where W is large
   const void* source;             // where W lay: new content there replaces the old
-  std::shared_ptr<Packed> packed;
+  Held held[3];                   // by DeqPrecision, the native one packed
 };
 
 std::mutex mutex;
@@ -154,30 +160,24 @@ bool for_panels(int64_t weights, int64_t m, int64_t panels, int64_t panel_bytes,
   return all;
 }
 
-// Of an entry with all its forms.
-int64_t bytes_of(const Packed& packed) {
-  int64_t bytes = packed.bytes;
-  for (const Packed::Form& form : packed.forms)
-    if (form.packed) bytes += form.packed->bytes;
+// Of all forms.
+int64_t bytes_of(const Entry& entry) {
+  int64_t bytes = 0;
+  for (const Held& held : entry.held)
+    if (held.packed) bytes += held.packed->bytes;
   return bytes;
 }
 
-std::shared_ptr<Packed> make_packed(int64_t weights, int64_t matrix_bytes) {
-  auto packed = std::make_shared<Packed>();
-  packed->data = allocate(matrix_bytes * weights);
-  packed->bytes = matrix_bytes * weights;
-  packed->matrix_bytes = matrix_bytes;
-  return packed->data ? packed : nullptr;
-}
-
-// Memory for form `derived` of `packed`, whose weights are new if it is not current. False when out of memory.
-bool reserve_form(Packed& packed, int64_t weights, const Derived& derived) {
-  Packed::Form& form = packed.forms[derived.form];
-  if (form.current) return true;
-  const bool fits =
-      form.packed && form.packed->matrix_bytes == derived.matrix_bytes && form.packed->bytes == derived.matrix_bytes * weights;
-  if (!fits || form.packed.use_count() > 1) form.packed = make_packed(weights, derived.matrix_bytes);
-  return form.packed != nullptr;
+// Memory for a form that is not current. False when out of memory.
+bool reserve(Held& held, int64_t weights, int64_t matrix_bytes) {
+  const bool fits = held.packed && held.packed->matrix_bytes == matrix_bytes && held.packed->bytes == matrix_bytes * weights;
+  if (fits && held.packed.use_count() == 1) return true;
+  held.packed = std::make_shared<Packed>();
+  held.packed->data = allocate(matrix_bytes * weights);
+  held.packed->matrix_bytes = matrix_bytes;
+  held.packed->bytes = matrix_bytes * weights;
+  if (!held.packed->data) held.packed = nullptr;
+  return held.packed != nullptr;
 }
 
 }  // namespace
@@ -200,7 +200,7 @@ void prefer_huge_pages(void* data, int64_t bytes) {
 Packed::~Packed() { free(data); }
 
 template <class T>
-std::shared_ptr<const Packed> packed_weights(const DeqProblem& p, int threads, Derived* derived) {
+Weights packed_weights(const DeqProblem& p, int threads, const Derived* derived) {
   const Kernels<T>& k = kernels<T>();
   const int64_t m = p.width, size = element_bytes(p.type);
   const bool native = size == static_cast<int64_t>(sizeof(T));
@@ -235,73 +235,69 @@ std::shared_ptr<const Packed> packed_weights(const DeqProblem& p, int threads, D
 
   const int64_t matrix_bytes = packed_elements<T>(k, m) * static_cast<int64_t>(sizeof(T));
   const int64_t panels = (m + k.panel - 1) / k.panel, panel_bytes = k.panel * m * static_cast<int64_t>(sizeof(T));
-  auto matrix = [&](const Packed& packed, int64_t s) {
-    return reinterpret_cast<T*>(static_cast<char*>(packed.data) + s * matrix_bytes);
-  };
-  auto derive = [&](const Packed& packed, int64_t s, int64_t first, int64_t last) {
-    const Packed& form = *packed.forms[derived->form].packed;
-    derived->fill(matrix(packed, s), static_cast<char*>(form.data) + s * form.matrix_bytes, first, last);
-  };
+  auto matrix = [](const Packed& packed, int64_t s) { return static_cast<char*>(packed.data) + s * packed.matrix_bytes; };
+  auto for_all = [&](const auto& piece) { return for_panels(p.weights, m, panels, panel_bytes, threads, piece); };
 
   std::lock_guard<std::mutex> lock(mutex);
-  for (auto it = entries.begin(); whole && it != entries.end(); ++it)
-    if (it->form == form && it->content && *it->content == *whole) {
-      entries.splice(entries.begin(), entries, it);
-      Packed& packed = *entries.front().packed;
-      if (derived && reserve_form(packed, p.weights, *derived)) {
-        Packed::Form& form = packed.forms[derived->form];
-        if (!form.current)
-          for_panels(p.weights, m, panels, panel_bytes, threads, [&](int64_t s, int64_t first, int64_t last) {
-            derive(packed, s, first, last);
-            return true;
-          });
-        form.current = true;
-        derived->made = form.packed;
-      }
-      return entries.front().packed;
+  auto found = std::find_if(entries.begin(), entries.end(),
+                            [&](const Entry& e) { return whole && e.form == form && e.content && *e.content == *whole; });
+  const bool is_known = found != entries.end();
+  if (is_known) {
+    entries.splice(entries.begin(), entries, found);
+  } else {
+    // In the memory of what lay here before, for kernels of any type.
+    found = std::find_if(entries.begin(), entries.end(),
+                         [&](const Entry& e) { return e.source == p.W.data && e.form.transposed == form.transposed; });
+    Entry entry{form, whole, sample, p.W.data, {}};
+    if (found != entries.end()) {
+      for (int i = 0; i < 3; ++i) entry.held[i].packed = std::move(found->held[i].packed);
+      entries.erase(found);
     }
-
-  if (!native && copy.empty()) gather();
-  std::shared_ptr<Packed> packed;
-  for (auto it = entries.begin(); it != entries.end(); ++it)
-    if (it->source == p.W.data && it->form.transposed == form.transposed) {
-      const bool fits = it->packed->matrix_bytes == matrix_bytes && it->packed->bytes == matrix_bytes * p.weights;
-      if (fits && it->packed.use_count() == 1) packed = it->packed;
-      entries.erase(it);
-      break;
+    entries.push_front(std::move(entry));
+  }
+  Entry& entry = entries.front();
+  Held &plain = entry.held[DEQ_NATIVE], *other = derived ? &entry.held[derived->form] : nullptr;
+  const bool straight = derived && derived->straight && !is_known && native && copy.empty();
+  const bool packs = !straight && !plain.current, derives = other && !other->current;
+  Weights result;
+  auto fail = [&] {
+    entries.pop_front();
+    return result;
+  };
+  if (packs && !reserve(plain, p.weights, matrix_bytes)) return fail();
+  if (derives && !reserve(*other, p.weights, derived->matrix_bytes)) return fail();
+  if (packs || derives) {
+    const Range range(Span::kPack, m);
+    if (packs && !native && copy.empty()) gather();
+    const bool finite = for_all([&](int64_t s, int64_t first, int64_t last) {
+      const T* from = w + s * stride[0];
+      char* to = derives ? matrix(*other->packed, s) : nullptr;
+      if (straight) return derived->straight(from, stride[1], stride[2], to, first, last);
+      T* packed = reinterpret_cast<T*>(matrix(*plain.packed, s));
+      if (packs && !k.pack(from, stride[1], stride[2], m, packed, first, last)) return false;
+      if (derives) derived->fill(packed, to, first, last);
+      return true;
+    });
+    if (!finite) {
+      result.bad_element = first_bad_element(p);
+      return fail();
     }
-  if (!packed) packed = make_packed(p.weights, matrix_bytes);
-  if (!packed) return nullptr;
-  for (Packed::Form& form : packed->forms) form.current = false;
-  const bool derives = derived && reserve_form(*packed, p.weights, *derived);
-  const Range range(Span::kPack, m);
-  const bool finite = for_panels(p.weights, m, panels, panel_bytes, threads, [&](int64_t s, int64_t first, int64_t last) {
-    const bool finite = k.pack(w + s * stride[0], stride[1], stride[2], m, matrix(*packed, s), first, last);
-    if (derives && finite) derive(*packed, s, first, last);
-    return finite;
-  });
-  if (!finite) {
-    auto bad = std::make_shared<Packed>();
-    bad->bad_element = first_bad_element(p);
-    return bad;
+    plain.current = plain.current || packs;
+    if (other) other->current = true;
   }
-  if (derives) {
-    Packed::Form& form = packed->forms[derived->form];
-    form.current = true;
-    derived->made = form.packed;
-  }
-  entries.push_front(Entry{form, whole, sample, p.W.data, packed});
+  if (plain.current) result.packed = plain.packed;
+  if (other) result.derived = other->packed;
   int64_t bytes = 0;
   size_t kept = 0;
   for (auto it = entries.begin(); it != entries.end();) {
-    bytes += bytes_of(*it->packed);
+    bytes += bytes_of(*it);
     it = ++kept > kAlwaysKept && (bytes > kBudgetBytes || kept > kMostKept) ? entries.erase(it) : std::next(it);
   }
-  return packed;
+  return result;
 }
 
-template std::shared_ptr<const Packed> packed_weights<float>(const DeqProblem&, int, Derived*);
-template std::shared_ptr<const Packed> packed_weights<double>(const DeqProblem&, int, Derived*);
+template Weights packed_weights<float>(const DeqProblem&, int, const Derived*);
+template Weights packed_weights<double>(const DeqProblem&, int, const Derived*);
 
 bool fingerprint(const DeqView& view, const int64_t (&size)[3], int64_t element_bytes, int threads, uint64_t (&result)[2]) {
   result[0] = result[1] = 0;
@@ -320,7 +316,7 @@ bool fingerprint(const DeqView& view, const int64_t (&size)[3], int64_t element_
 int64_t cache_bytes() {
   std::lock_guard<std::mutex> lock(mutex);
   int64_t bytes = 0;
-  for (const Entry& e : entries) bytes += bytes_of(*e.packed);
+  for (const Entry& e : entries) bytes += bytes_of(e);
   return bytes;
 }
 

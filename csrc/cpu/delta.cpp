@@ -69,7 +69,8 @@ struct alignas(64) Slot {
 
 class Tile {
  public:
-  Tile(const DeqProblem& p, const DeltaKernels& low, const Packed& packed, const Packed& increments, Totals& totals)
+  // W is in place where it is not packed.
+  Tile(const DeqProblem& p, const DeltaKernels& low, const Packed* packed, const Packed& increments, Totals& totals)
       : p_(p),
         k_(kernels<float>()),
         low_(low),
@@ -127,8 +128,8 @@ class Tile {
     const int64_t words = (m_ + 63) / 64;
     const int64_t share = (p_.batch + sharing - 1) / sharing, fit = kTileBytes / per_slot / k_.rows * k_.rows;
     size_ = static_cast<int>(std::min<int64_t>({kMaxTile, std::max<int64_t>(2 * k_.rows, fit), share}));
-    char* at = static_cast<char*>(
-        rows_arena.get(size_ * (per_slot + words * 8 + members * kSkipWidth * kFloat) + (2 * members + 1) * stride));
+    char* at = static_cast<char*>(rows_arena.get(size_ * (per_slot + words * 8 + members * kSkipWidth * kFloat) +
+                                                 (2 * members + 1 + (packed_ ? 0 : size_)) * stride));
     if (!at) return false;
     auto take = [&](int64_t bytes) {
       at += bytes;
@@ -155,6 +156,8 @@ class Tile {
       value_[i] = reinterpret_cast<float*>(take(stride));
       state_[i] = reinterpret_cast<float*>(take(stride));
     }
+    if (!packed_)
+      for (int i = 0; i < size_; ++i) partial_[i] = reinterpret_cast<float*>(take(stride));
     ones_ = reinterpret_cast<float*>(take(stride));
     std::fill(ones_, ones_ + padded_, 1.0f);
     total_ = reinterpret_cast<float*>(take(size_ * members * kSkipWidth * kFloat));
@@ -188,11 +191,11 @@ class Tile {
       group.rows[group.count++] = &slot.row;
       if (slot.next == Next::kCorrectedStep) group.corrections[group.corrected++] = &slot.rest;
     }
-    const float* w = static_cast<const float*>(packed_.data) + matrix_ * (packed_.matrix_bytes / 4);
+    const float* w = packed_ ? static_cast<const float*>(packed_->data) + matrix_ * (packed_->matrix_bytes / 4) : nullptr;
     // The float32 step with the mask 1 is y = W x + c; its sums are not used.
     const Step<float> anchor{x, y, c, ones, sums, nullptr, w, m_, kIdentity, 0, 0, padded_, nonzeros_, total_};
     const int64_t dense = anchors * m_;
-    const bool may_skip = anchors > 0 && (anchors >= kSkipRows || m_ <= kSkipAnyRows) && m_ <= kSkipUpTo;
+    const bool may_skip = packed_ && anchors > 0 && (anchors >= kSkipRows || m_ <= kSkipAnyRows) && m_ <= kSkipUpTo;
     const int64_t nonzeros = may_skip ? k_.find_nonzeros(anchor, anchors) : dense;
     const bool skips = static_cast<double>(nonzeros) < kSkipBelow * static_cast<double>(dense);
     const auto compute_anchors = skips ? k_.skip_step : k_.step;
@@ -214,7 +217,10 @@ class Tile {
             part.from = from;
             part.to = to;
             part.total += member * size_ * kSkipWidth;
-            compute_anchors(part, anchors);
+            if (packed_)
+              compute_anchors(part, anchors);
+            else
+              low_.affine(in_place(x, y, c, from, to), anchors);
           }
         }
         for (int old = 0; old < 3; ++old)
@@ -229,6 +235,12 @@ class Tile {
       });
     add_up(steps);
     for (const Group& group : sweeps) add_up(group);
+  }
+
+  // y = W x + c in some columns, with W in place.
+  Affine in_place(const float* const* x, float* const* y, const float* const* c, int64_t from, int64_t to) const {
+    const DeqView& W = p_.W;
+    return {x, y, c, partial_, static_cast<const float*>(W.data) + matrix_ * W.stride[0], W.stride[2], m_, from, to};
   }
 
   // The step of a group in some columns.
@@ -393,7 +405,7 @@ class Tile {
   const Kernels<float>& k_;
   const DeltaKernels& low_;
   Samples<float> samples_;
-  const Packed &packed_, &increments_;
+  const Packed *packed_, &increments_;
   Totals& totals_;
   const int64_t m_, padded_;
   const Reliable call_;
@@ -405,6 +417,7 @@ class Tile {
   int size_ = 0;
   DeqWork work_{};
   float *value_[Team::kMostPieces], *state_[Team::kMostPieces];  // of every member
+  float* partial_[kMaxTile];                                     // sums of an evaluation in place
   float *ones_ = nullptr, *total_ = nullptr;
   uint64_t* nonzeros_ = nullptr;
   float* d_[kMaxTile];
@@ -423,14 +436,13 @@ int32_t delta_solve(const DeqProblem& p) {
   const DeltaKernels& low = *delta_kernels(p.precision);
   const Segments segments(p.width, (p.width + low.lanes - 1) / low.lanes * low.lanes);
   const Division division = divide(p, segments.count);
-  const DeltaWeights weights = delta_weights(p, low, division.threads);
-  if (!weights.packed) return DEQ_NO_MEMORY;
-  *p.report = DeqReport{0, weights.packed->bad_element, 0, 0};
-  if (weights.packed->bad_element) return DEQ_OK;
-  if (!weights.planes) return DEQ_NO_MEMORY;
+  const Weights weights = delta_weights(p, low, division.threads);
+  *p.report = DeqReport{0, weights.bad_element, 0, 0};
+  if (weights.bad_element) return DEQ_OK;
+  if (!weights.derived) return DEQ_NO_MEMORY;
   Totals totals;
   run_divided(p, segments.count, division, [&](int64_t s, std::atomic<int64_t>& queue, int sharing, Team& team) {
-    std::make_unique<Tile>(p, low, *weights.packed, *weights.planes, totals)->run(s, queue, sharing, team);
+    std::make_unique<Tile>(p, low, weights.packed.get(), *weights.derived, totals)->run(s, queue, sharing, team);
   });
   last_work = totals.work;
   p.report->failed = totals.failed;

@@ -54,6 +54,18 @@ struct DeltaStep {
   int64_t from = 0, to = 0;
 };
 
+// out = W z + c for rows padded with zeros, in the columns [from, to) of out; W as the caller has it, its columns contiguous and
+// `stride` apart.
+struct Affine {
+  const float* const* z;
+  float* const* out;
+  const float* const* c;
+  float* const* total;  // scratch
+  const float* w;
+  int64_t stride, width;
+  int64_t from, to;
+};
+
 struct DeltaKernels {
   DeqPrecision precision;
   int lanes;  // of the float32 kernels that these work with
@@ -63,6 +75,10 @@ struct DeltaKernels {
   // float32 kernels have packed it, for panels [first, last).
   int64_t (*plane_bytes)(int64_t m);
   void (*pack)(const float* w, int64_t m, void* packed, int64_t first, int64_t last);
+  // The same of a matrix as the caller has it, whose columns are contiguous; false if one of its elements is not finite.
+  bool (*pack_columns)(const float* w, int64_t column_stride, int64_t m, void* packed, int64_t first, int64_t last);
+  // The affine map of n rows, with W in place.
+  void (*affine)(const Affine&, int n);
   // y += W_low increment for n rows and, unless the map is applied by row, settles them.
   void (*step)(const DeltaStep&, int n);
   // The next increment with x and the sums, in the columns of the piece; `state` holds f(y) there.
@@ -86,11 +102,8 @@ const DeltaKernels* avx512bf16_delta_kernels();
 // none.
 const DeltaKernels* delta_kernels(int32_t precision);
 
-// W as the float32 kernels take it, and the planes of every matrix.
-struct DeltaWeights {
-  std::shared_ptr<const Packed> packed, planes;  // null when out of memory; no planes of a W that is not finite
-};
-DeltaWeights delta_weights(const DeqProblem& problem, const DeltaKernels& low, int threads);
+// W as the float32 kernels take it, which may be in place and not packed, and derived from it the planes of every matrix.
+Weights delta_weights(const DeqProblem& problem, const DeltaKernels& low, int threads);
 
 // Whether delta_solve serves the problem: else the row engine does.
 bool delta_serves(const DeqProblem& problem);

@@ -44,7 +44,7 @@ struct Increment {
   };
   struct Weights {
     V scale[2];
-    explicit Weights(V) : scale{VecMath<float>::set(1.0), VecMath<float>::set(1.0)} {}
+    DEQ_INLINE Weights of(V) { return {{VecMath<float>::set(1.0), VecMath<float>::set(1.0)}}; }
     // Stores the words of these elements, and of what rounding left out of them.
     inline __attribute__((always_inline)) void split(const V (&terms)[2], uint32_t* high, uint32_t* low, Sum (&)[2]) const {
       const __m256i first = rounded(terms[0]), second = rounded(terms[1]);

@@ -7,7 +7,8 @@
 #include <type_traits>
 
 #include "delta.h"
-#include "sweep.h"
+#include "delta_pack_impl.h"
+#include "in_place_impl.h"
 #include "vec.h"
 
 namespace {
@@ -16,79 +17,6 @@ using deq::DeltaMap;
 using deq::DeltaRow;
 using deq::DeltaStep;
 using deq::Old;
-using M = VecMath<float>;
-using V = M::V;
-constexpr int kL = kLanes<float>;
-
-// A packed plane: for every panel of two vectors of outputs the words [k / kTerms][output], then of every output a scale, and for
-// every stage of a sweep the offset of the columns from there on. A matrix is two planes, the second what rounding left out of
-// the first.
-struct Layout {
-  int64_t columns, words;
-  explicit Layout(int64_t m) : columns(padded<float>(m)), words((m + Increment::kTerms - 1) / Increment::kTerms) {}
-  int64_t bytes() const { return (columns * (words + 1 + deq::Sweep::kStages) * 4 + 63) / 64 * 64; }
-  const float* scales(const void* packed) const {
-    return reinterpret_cast<const float*>(static_cast<const uint32_t*>(packed) + columns * words);
-  }
-  const int32_t* offsets(const void* packed, int stage) const {
-    return reinterpret_cast<const int32_t*>(scales(packed) + (1 + stage) * columns);
-  }
-};
-
-int64_t plane_bytes(int64_t m) { return Layout(m).bytes(); }
-
-// The largest magnitude of every output over k, `stride` elements apart.
-V largest_of(const float* src, int64_t stride, int64_t m) {
-  constexpr int kChains = 4;
-  V largest[kChains]{};
-  int64_t k = 0;
-  for (; k + kChains <= m; k += kChains)
-#pragma GCC unroll 4
-    for (int i = 0; i < kChains; ++i) largest[i] = Increment::maximum(largest[i], M::abs(M::load(src + (k + i) * stride)));
-  for (; k < m; ++k) largest[0] = Increment::maximum(largest[0], M::abs(M::load(src + k * stride)));
-  for (int i = 1; i < kChains; ++i) largest[0] = Increment::maximum(largest[0], largest[i]);
-  return largest[0];
-}
-
-// The float32 panels [k][output] become words [k / kTerms][output].
-void pack(const float* w, int64_t m, void* packed, int64_t first, int64_t last) {
-  constexpr int kTerms = Increment::kTerms;
-  const Layout layout(m);
-  const deq::Sweep sweep(m, layout.columns);
-  char* plane[2] = {static_cast<char*>(packed), static_cast<char*>(packed) + layout.bytes()};
-  for (int64_t j = first * 2 * kL; j < last * 2 * kL && j < layout.columns; j += kL) {
-    // Where vector j starts in its panel of one or two vectors.
-    const int64_t panel = j / (2 * kL) * (2 * kL), left = layout.columns - panel, width = left < 2 * kL ? left : 2 * kL;
-    const float* src = w + panel * m + (j - panel);
-    const Increment::Weights weights(largest_of(src, width, m));
-    uint32_t* at[2];
-    for (int i = 0; i < 2; ++i) at[i] = reinterpret_cast<uint32_t*>(plane[i]) + panel * layout.words + (j - panel);
-    V terms[kTerms];
-    Increment::Sum sums[2] = {};
-    auto words = [&](int64_t from, int64_t to) __attribute__((always_inline)) {
-      for (int64_t word = from; word < to; ++word) {
-#pragma GCC unroll 4
-        for (int t = 0; t < kTerms; ++t) terms[t] = M::load(src + (word * kTerms + t) * width);
-        weights.split(terms, at[0] + word * width, at[1] + word * width, sums);
-      }
-    };
-    // From the last stage to the first: the sums at its start are those of the columns from there on.
-    const int64_t whole = m / kTerms;
-    if (whole < layout.words) {
-      for (int t = 0; t < kTerms; ++t) terms[t] = whole * kTerms + t < m ? M::load(src + (whole * kTerms + t) * width) : V{};
-      weights.split(terms, at[0] + whole * width, at[1] + whole * width, sums);
-    }
-    for (int stage = sweep.stages - 1; stage >= 0; --stage) {
-      words(sweep.start[stage] / kTerms, stage + 1 < sweep.stages ? sweep.start[stage + 1] / kTerms : whole);
-      for (int i = 0; i < 2; ++i) {
-        const Increment::Sum offset = Increment::offset_of(sums[i]);
-        memcpy(const_cast<int32_t*>(layout.offsets(plane[i], stage)) + j, &offset, sizeof offset);
-      }
-    }
-    for (int i = 0; i < 2; ++i) M::store(const_cast<float*>(layout.scales(plane[i])) + j, weights.scale[i]);
-  }
-}
-
 // acc += the products of the words [k0, k1) of increments and weights.
 template <int MR, int NV, int NP>
 DEQ_INLINE void products(Increment::Sum (&acc)[MR][NV * NP], const uint32_t* const (&increment)[MR], const uint32_t* w,
@@ -329,6 +257,8 @@ const deq::DeltaKernels* table() {
       .element_bytes = Increment::kBytes,
       .plane_bytes = plane_bytes,
       .pack = pack,
+      .pack_columns = pack_columns,
+      .affine = affine,
       .step = step,
       .settle = settle,
       .add_up = add_up,

@@ -86,12 +86,11 @@ struct Increment {
   // rounded, the second the low one.
   struct Weights {
     V scale[2], inverse;
-    explicit Weights(V largest) {
+    DEQ_INLINE Weights of(V largest) {
       // Where 1 / scale would overflow the row is taken as zero: anchors add what it is.
       const auto normal = largest > M::set(1e-30);
-      scale[0] = M::select(normal, largest * M::set(1.0 / 127), V{});
-      scale[1] = M::select(normal, largest * M::set(1.0 / (127 * 256)), V{});
-      inverse = M::select(normal, M::set(127.0 * 256) / largest, V{});
+      return {{M::select(normal, largest * M::set(1.0 / 127), V{}), M::select(normal, largest * M::set(1.0 / (127 * 256)), V{})},
+              M::select(normal, M::set(127.0 * 256) / largest, V{})};
     }
     // Stores the words of these elements and adds 128 times each to the sums.
     inline __attribute__((always_inline)) void split(const V (&terms)[kTerms], uint32_t* high, uint32_t* low,

@@ -399,13 +399,13 @@ class LaneGroup {
 template <class T>
 int32_t solve(const DeqProblem& p) {
   const Division division = divide(p, 1);
-  std::shared_ptr<const Packed> packed = packed_weights<T>(p, division.threads);
-  if (!packed) return DEQ_NO_MEMORY;
-  *p.report = DeqReport{0, packed->bad_element, 0, 0};
-  if (packed->bad_element) return DEQ_OK;
+  const Weights weights = packed_weights<T>(p, division.threads);
+  *p.report = DeqReport{0, weights.bad_element, 0, 0};
+  if (weights.bad_element) return DEQ_OK;
+  if (!weights.packed) return DEQ_NO_MEMORY;
   Totals totals;
   run_divided(p, 1, division, [&](int64_t s, std::atomic<int64_t>& queue, int sharing, Team&) {
-    std::make_unique<LaneGroup<T>>(p, *packed, totals)->run(s, queue, sharing);
+    std::make_unique<LaneGroup<T>>(p, *weights.packed, totals)->run(s, queue, sharing);
   });
   last_work = totals.work;
   p.report->failed = totals.failed;

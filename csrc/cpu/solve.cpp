@@ -319,13 +319,13 @@ int32_t solve(const DeqProblem& p) {
   const int64_t lanes = kernels<T>().lanes;
   const Segments segments(p.width, (p.width + lanes - 1) / lanes * lanes);
   const Division division = divide(p, segments.count);
-  std::shared_ptr<const Packed> packed = packed_weights<T>(p, division.threads);
-  if (!packed) return DEQ_NO_MEMORY;
-  *p.report = DeqReport{0, packed->bad_element, 0, 0};
-  if (packed->bad_element) return DEQ_OK;
+  const Weights weights = packed_weights<T>(p, division.threads);
+  *p.report = DeqReport{0, weights.bad_element, 0, 0};
+  if (weights.bad_element) return DEQ_OK;
+  if (!weights.packed) return DEQ_NO_MEMORY;
   Totals totals;
   run_divided(p, segments.count, division, [&](int64_t s, std::atomic<int64_t>& queue, int sharing, Team& team) {
-    std::make_unique<Tile<T>>(p, *packed, totals)->run(s, queue, sharing, team);
+    std::make_unique<Tile<T>>(p, *weights.packed, totals)->run(s, queue, sharing, team);
   });
   last_work = totals.work;
   p.report->failed = totals.failed;
@@ -341,9 +341,10 @@ int32_t derivative(const DeqProblem& p) {
   constexpr double kWorth = 1e6;  // flops: 10 microseconds, once
   const bool is_worth = 2.0 * p.weights * p.batch * m * m >= kWorth;
   const int threads = is_worth ? static_cast<int>(std::min<int64_t>(std::max(p.threads, 1), p.weights * p.batch)) : 1;
-  std::shared_ptr<const Packed> packed = packed_weights<T>(p, threads);
-  if (!packed) return DEQ_NO_MEMORY;
-  if (packed->bad_element) return DEQ_BAD_ARGUMENT;
+  const Weights weights = packed_weights<T>(p, threads);
+  if (weights.bad_element) return DEQ_BAD_ARGUMENT;
+  if (!weights.packed) return DEQ_NO_MEMORY;
+  const Packed& packed = *weights.packed;
   const int64_t tiles = (p.batch + k.rows - 1) / k.rows;
   std::atomic<int32_t> error{DEQ_OK};
 #pragma omp parallel for num_threads(threads) if (threads > 1)
@@ -368,7 +369,7 @@ int32_t derivative(const DeqProblem& p) {
       c[r] = read(p.injection, row + padded);
       out[r] = row + 2 * padded;
     }
-    const T* w = static_cast<const T*>(packed->data) + s * (packed->matrix_bytes / static_cast<int64_t>(sizeof(T)));
+    const T* w = static_cast<const T*>(packed.data) + s * (packed.matrix_bytes / static_cast<int64_t>(sizeof(T)));
     k.derivative(Step<T>{z, out, c, nullptr, nullptr, nullptr, w, m, p.activation, 0, 0, padded}, n);
     for (int r = 0; r < n; ++r) store_row<T>(p.out, p.type, s * p.out.stride[0] + (first + r) * p.out.stride[1], T(1), m, out[r]);
     rows_arena.trim();

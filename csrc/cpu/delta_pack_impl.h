@@ -1,0 +1,185 @@
+// W in the precision of increments, for one instruction set: out of the float32 panels, or as the caller has it.
+#pragma once
+#include <stdint.h>
+#include <string.h>
+
+#include "sweep.h"
+#include "vec.h"
+
+namespace {
+
+using M = VecMath<float>;
+using V = M::V;
+constexpr int kL = kLanes<float>;
+
+DEQ_INLINE int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// A packed plane: for every panel of two vectors of outputs the words [k / kTerms][output], then of every output a scale, and for
+// every stage of a sweep the offset of the columns from there on. A matrix is two planes, the second what rounding left out of
+// the first.
+struct Layout {
+  int64_t columns, words;
+  explicit Layout(int64_t m) : columns(padded<float>(m)), words((m + Increment::kTerms - 1) / Increment::kTerms) {}
+  int64_t bytes() const { return (columns * (words + 1 + deq::Sweep::kStages) * 4 + 63) / 64 * 64; }
+  const float* scales(const void* packed) const {
+    return reinterpret_cast<const float*>(static_cast<const uint32_t*>(packed) + columns * words);
+  }
+  const int32_t* offsets(const void* packed, int stage) const {
+    return reinterpret_cast<const int32_t*>(scales(packed) + (1 + stage) * columns);
+  }
+};
+
+int64_t plane_bytes(int64_t m) { return Layout(m).bytes(); }
+
+// Where a vector of outputs, from j on, goes in the planes of a matrix.
+class Outputs {
+ public:
+  Outputs(const Layout& layout, void* packed, int64_t j) : layout_(layout), j_(j) {
+    const int64_t panel = j / (2 * kL) * (2 * kL);
+    width_ = lesser(layout.columns - panel, 2 * kL);
+    for (int i = 0; i < 2; ++i) {
+      plane_[i] = static_cast<char*>(packed) + i * layout.bytes();
+      words_[i] = reinterpret_cast<uint32_t*>(plane_[i]) + panel * layout.words + (j - panel);
+    }
+  }
+  int64_t width() const { return width_; }  // of the panel
+  inline __attribute__((always_inline)) void put(const Increment::Weights& weights, int64_t word,
+                                                 const V (&terms)[Increment::kTerms], Increment::Sum (&sums)[2]) const {
+    weights.split(terms, words_[0] + word * width_, words_[1] + word * width_, sums);
+  }
+  void put_offsets(int stage, const Increment::Sum (&sums)[2]) const {
+    for (int i = 0; i < 2; ++i) {
+      const Increment::Sum offset = Increment::offset_of(sums[i]);
+      memcpy(const_cast<int32_t*>(layout_.offsets(plane_[i], stage)) + j_, &offset, sizeof offset);
+    }
+  }
+  void put_scales(const Increment::Weights& weights) const {
+    for (int i = 0; i < 2; ++i) M::store(const_cast<float*>(layout_.scales(plane_[i])) + j_, weights.scale[i]);
+  }
+
+ private:
+  const Layout& layout_;
+  int64_t j_, width_;
+  char* plane_[2];
+  uint32_t* words_[2];
+};
+
+// Calls words(from, to) for the words of every stage, from the last to the first, and offsets(stage) after each: the sums at its
+// start are those of the columns from there on.
+template <class Words, class Offsets>
+DEQ_INLINE void for_stages(int64_t m, const Layout& layout, const Words& words, const Offsets& offsets) {
+  const deq::Sweep sweep(m, layout.columns);
+  for (int stage = sweep.stages - 1; stage >= 0; --stage) {
+    const bool last = stage + 1 == sweep.stages;
+    words(sweep.start[stage] / Increment::kTerms, last ? layout.words : sweep.start[stage + 1] / Increment::kTerms);
+    offsets(stage);
+  }
+}
+
+// The largest magnitude of every output over k, `stride` elements apart.
+V largest_of(const float* src, int64_t stride, int64_t m) {
+  constexpr int kChains = 4;
+  V largest[kChains]{};
+  int64_t k = 0;
+  for (; k + kChains <= m; k += kChains)
+#pragma GCC unroll 4
+    for (int i = 0; i < kChains; ++i) largest[i] = Increment::maximum(largest[i], M::abs(M::load(src + (k + i) * stride)));
+  for (; k < m; ++k) largest[0] = Increment::maximum(largest[0], M::abs(M::load(src + k * stride)));
+  for (int i = 1; i < kChains; ++i) largest[0] = Increment::maximum(largest[0], largest[i]);
+  return largest[0];
+}
+
+// The float32 panels [k][output] become words [k / kTerms][output].
+void pack(const float* w, int64_t m, void* packed, int64_t first, int64_t last) {
+  constexpr int kTerms = Increment::kTerms;
+  const Layout layout(m);
+  const int64_t end = lesser(last * 2 * kL, layout.columns), whole = m / kTerms;
+  for (int64_t j = first * 2 * kL; j < end; j += kL) {
+    const Outputs outputs(layout, packed, j);
+    const int64_t width = outputs.width(), panel = j / (2 * kL) * (2 * kL);
+    const float* src = w + panel * m + (j - panel);
+    const auto weights = Increment::Weights::of(largest_of(src, width, m));
+    V terms[kTerms];
+    Increment::Sum sums[2] = {};
+    auto words = [&](int64_t from, int64_t to) __attribute__((always_inline)) {
+      for (int64_t word = from; word < lesser(to, whole); ++word) {
+#pragma GCC unroll 4
+        for (int t = 0; t < kTerms; ++t) terms[t] = M::load(src + (word * kTerms + t) * width);
+        outputs.put(weights, word, terms, sums);
+      }
+      if (to <= whole) return;
+      for (int t = 0; t < kTerms; ++t) terms[t] = whole * kTerms + t < m ? M::load(src + (whole * kTerms + t) * width) : V{};
+      outputs.put(weights, whole, terms, sums);
+    };
+    for_stages(m, layout, words, [&](int stage) { outputs.put_offsets(stage, sums); });
+    outputs.put_scales(weights);
+  }
+}
+
+// Vector v of columns of a row; lanes from `valid` on are zero.
+DEQ_INLINE V load_columns(const float* row, int v, int64_t valid) {
+  const int64_t left = valid - v * kL;
+  return left >= kL ? M::load(row + v * kL) : load_first<float>(row + v * kL, left);
+}
+
+// The largest magnitudes of `vectors` vectors of columns; returns zero times every element.
+V largest_of_columns(const float* w, int64_t stride, int64_t m, int vectors, int64_t valid, V* largest) {
+  V zeros{};
+  for (int v = 0; v < vectors; ++v) largest[v] = V{};
+  for (int64_t k = 0; k < m; ++k, w += stride)
+    for (int v = 0; v < vectors; ++v) {
+      const V x = load_columns(w, v, valid);
+      zeros += x * M::set(0.0);
+      largest[v] = Increment::maximum(largest[v], M::abs(x));
+    }
+  return zeros;
+}
+
+constexpr int kGroup = 32;  // vectors of columns whose sums and scales stay in the L1 cache
+
+// Packs some vectors of columns from j0 on whose largest magnitudes are given.
+void pack_group(const float* w, int64_t stride, int64_t m, void* packed, int64_t j0, int vectors, const V* largest) {
+  // Of eight rows of W at a time: the lines of more may not fit one set of the L1 cache.
+  constexpr int kTerms = Increment::kTerms, kWords = 8 / kTerms;
+  const Layout layout(m);
+  Increment::Weights weights[kGroup];
+  Increment::Sum sums[kGroup][2] = {};
+  for (int v = 0; v < vectors; ++v) weights[v] = Increment::Weights::of(largest[v]);
+  auto words = [&](int64_t from, int64_t to) {
+    for (int64_t start = from; start < to; start += kWords)
+      for (int v = 0; v < vectors; ++v) {
+        const Outputs outputs(layout, packed, j0 + v * kL);
+        for (int64_t word = start; word < lesser(to, start + kWords); ++word) {
+          V terms[kTerms];
+#pragma GCC unroll 4
+          for (int t = 0; t < kTerms; ++t) {
+            const int64_t k = word * kTerms + t;
+            terms[t] = k < m ? load_columns(w + k * stride + j0, v, m - j0) : V{};
+          }
+          outputs.put(weights[v], word, terms, sums[v]);
+        }
+      }
+  };
+  for_stages(m, layout, words, [&](int stage) {
+    for (int v = 0; v < vectors; ++v) Outputs(layout, packed, j0 + v * kL).put_offsets(stage, sums[v]);
+  });
+  for (int v = 0; v < vectors; ++v) Outputs(layout, packed, j0 + v * kL).put_scales(weights[v]);
+}
+
+// pack() of a matrix whose columns are contiguous, `stride` apart; false if an element is not finite.
+bool pack_columns(const float* w, int64_t stride, int64_t m, void* packed, int64_t first, int64_t last) {
+  // In runs of a page, which the hardware fetches ahead by itself, and in pieces that the L3 cache still holds when they are
+  // packed.
+  constexpr int kLooked = 64;
+  V largest[kLooked], zeros{};
+  const int64_t end = lesser(last * 2 * kL, padded<float>(m));
+  for (int64_t j = first * 2 * kL; j < end; j += kLooked * kL) {
+    const int vectors = static_cast<int>(lesser((end - j) / kL, kLooked));
+    zeros += largest_of_columns(w + j, stride, m, vectors, m - j, largest);
+    for (int v = 0; v < vectors; v += kGroup)
+      pack_group(w, stride, m, packed, j + v * kL, static_cast<int>(lesser(vectors - v, kGroup)), largest + v);
+  }
+  return lane_sum<float>(zeros) == 0;
+}
+
+}  // namespace
