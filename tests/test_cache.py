@@ -200,7 +200,7 @@ def test_on_a_gpu_by_version():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_packed_weights_follow_every_change(dtype):
     """A change that a sample of W shows spares the reading of the rest; no other change is missed, forward or backward.
-    Weights that stay are packed once more after that, and then found; where they were used in place, only then (backward)."""
+    Weights that stay are packed once more after that, and then found; those used in place (backward) only then."""
     m = 256
     W = matrix(m, m, dtype=dtype) * 0.5 / m**0.5
     c = matrix(5, m, seed=1, dtype=dtype)
