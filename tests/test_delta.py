@@ -13,6 +13,7 @@ from deq import Status, _library, stats
 from deq.activations import ACTIVATIONS
 from deq.backends import cpu
 from deq.plan import INCREMENTS, make_plan
+from deq.profiling.counter import Work
 
 LOW = [n for n, i in INCREMENTS.items() if i and _library.compiled and _library.compiled.deq_cpu_has_precision(i)]
 pytestmark = pytest.mark.skipif(not LOW, reason="this CPU or build multiplies no low-precision increments")
@@ -165,7 +166,7 @@ def test_reflected_adjoint(increments):
 
 @every
 @pytest.mark.parametrize("activation", ["relu", "tanh"])
-@pytest.mark.parametrize("m", [40, 300])
+@pytest.mark.parametrize("m", [40, 300, 520])
 def test_a_sample_does_not_depend_on_its_batch_mates(m, activation, increments):
     W, c, _ = gaussian(m, 150, scale=0.8)
     together = solve(W, c, activation, increments)
@@ -175,6 +176,25 @@ def test_a_sample_does_not_depend_on_its_batch_mates(m, activation, increments):
     for b in range(0, 150, 7):
         alone = solve(W, c[b : b + 1], activation, increments)
         assert torch.equal(alone.z[0], together.z[b]) and alone.residual == together.residual[b]
+
+
+@every
+def test_anchors_of_a_wide_matrix_are_taken_together(increments):
+    """Samples that contract at different rates want their anchors at different times. W is read for several at once,
+    and every sample evaluates what it evaluates alone."""
+    W, c, _ = gaussian(600, 8, scale=0.85)
+    c = c * torch.linspace(-1, 4, 8).unsqueeze(1).exp() + torch.linspace(0, 2, 8).unsqueeze(
+        1
+    )  # other shares of units are live
+    (together,) = on_threads([1], lambda: solve(W, c, "tanh", increments))
+    shared = Work.last()
+    alone = 0
+    for b in range(8):
+        (single,) = on_threads([1], lambda b=b: solve(W, c[b : b + 1], "tanh", increments))
+        assert torch.equal(single.z[0], together.z[b])
+        alone += Work.last().native_sweeps
+    assert len(together.iterations.unique()) > 1
+    assert shared.native_rows == alone and shared.native_sweeps <= alone / 3
 
 
 def on_threads(counts, run):
