@@ -166,18 +166,16 @@ void pack_group(const float* w, int64_t stride, int64_t m, void* packed, int64_t
   for (int v = 0; v < vectors; ++v) Outputs(layout, packed, j0 + v * kL).put_scales(weights[v]);
 }
 
-// pack() of a matrix whose columns are contiguous, `stride` apart; false if an element is not finite.
+// pack() of a matrix whose columns are contiguous, `stride` apart; false if an element is not finite. W is read twice: the caller
+// asks for so few panels that it comes out of the L2 cache then (half of it; a quarter or all make training at 2048 x 16 6 %
+// slower).
 bool pack_columns(const float* w, int64_t stride, int64_t m, void* packed, int64_t first, int64_t last) {
-  // In runs of a page, which the hardware fetches ahead by itself, and in pieces that the L3 cache still holds when they are
-  // packed.
-  constexpr int kLooked = 64;
-  V largest[kLooked], zeros{};
+  V largest[kGroup], zeros{};
   const int64_t end = lesser(last * 2 * kL, padded<float>(m));
-  for (int64_t j = first * 2 * kL; j < end; j += kLooked * kL) {
-    const int vectors = static_cast<int>(lesser((end - j) / kL, kLooked));
+  for (int64_t j = first * 2 * kL; j < end; j += kGroup * kL) {
+    const int vectors = static_cast<int>(lesser((end - j) / kL, kGroup));
     zeros += largest_of_columns(w + j, stride, m, vectors, m - j, largest);
-    for (int v = 0; v < vectors; v += kGroup)
-      pack_group(w, stride, m, packed, j + v * kL, static_cast<int>(lesser(vectors - v, kGroup)), largest + v);
+    pack_group(w, stride, m, packed, j, vectors, largest);
   }
   return lane_sum<float>(zeros) == 0;
 }
