@@ -236,7 +236,6 @@ Weights packed_weights(const DeqProblem& p, int threads, const Derived* derived)
   const int64_t matrix_bytes = packed_elements<T>(k, m) * static_cast<int64_t>(sizeof(T));
   const int64_t panels = (m + k.panel - 1) / k.panel, panel_bytes = k.panel * m * static_cast<int64_t>(sizeof(T));
   auto matrix = [](const Packed& packed, int64_t s) { return static_cast<char*>(packed.data) + s * packed.matrix_bytes; };
-  auto for_all = [&](const auto& piece) { return for_panels(p.weights, m, panels, panel_bytes, threads, piece); };
 
   std::lock_guard<std::mutex> lock(mutex);
   auto found = std::find_if(entries.begin(), entries.end(),
@@ -257,7 +256,7 @@ Weights packed_weights(const DeqProblem& p, int threads, const Derived* derived)
   }
   Entry& entry = entries.front();
   Held &plain = entry.held[DEQ_NATIVE], *other = derived ? &entry.held[derived->form] : nullptr;
-  const bool straight = derived && derived->straight && !is_known && native && copy.empty();
+  const bool straight = derived && derived->straight && !is_known && native && columns;
   const bool packs = !straight && !plain.current, derives = other && !other->current;
   Weights result;
   auto fail = [&] {
@@ -269,10 +268,10 @@ Weights packed_weights(const DeqProblem& p, int threads, const Derived* derived)
   if (packs || derives) {
     const Range range(Span::kPack, m);
     if (packs && !native && copy.empty()) gather();
-    const bool finite = for_all([&](int64_t s, int64_t first, int64_t last) {
+    const bool finite = for_panels(p.weights, m, panels, panel_bytes, threads, [&](int64_t s, int64_t first, int64_t last) {
       const T* from = w + s * stride[0];
       char* to = derives ? matrix(*other->packed, s) : nullptr;
-      if (straight) return derived->straight(from, stride[1], stride[2], to, first, last);
+      if (straight) return derived->straight(from, stride[2], to, first, last);
       T* packed = reinterpret_cast<T*>(matrix(*plain.packed, s));
       if (packs && !k.pack(from, stride[1], stride[2], m, packed, first, last)) return false;
       if (derives) derived->fill(packed, to, first, last);

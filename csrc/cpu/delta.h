@@ -76,7 +76,7 @@ struct DeltaKernels {
   int64_t (*plane_bytes)(int64_t m);
   void (*pack)(const float* w, int64_t m, void* packed, int64_t first, int64_t last);
   // The same of a matrix as the caller has it, whose columns are contiguous; false if one of its elements is not finite.
-  bool (*pack_columns)(const float* w, int64_t column_stride, int64_t m, void* packed, int64_t first, int64_t last);
+  bool (*pack_columns)(const float* w, int64_t stride, int64_t m, void* packed, int64_t first, int64_t last);
   // The affine map of n rows, with W in place.
   void (*affine)(const Affine&, int n);
   // y += W_low increment for n rows and, unless the map is applied by row, settles them.

@@ -41,9 +41,9 @@ Weights delta_weights(const DeqProblem& p, const DeltaKernels& low, int threads)
                    low.pack(static_cast<const float*>(packed), m, to, first, last);
                  },
                  nullptr};
-  if (m >= kInPlaceFrom && p.batch <= kInPlaceBatch && p.W.stride[1] == 1)
-    planes.straight = [&](const void* w, int64_t, int64_t column_stride, char* to, int64_t first, int64_t last) {
-      return low.pack_columns(static_cast<const float*>(w), column_stride, m, to, first, last);
+  if (m >= kInPlaceFrom && p.batch <= kInPlaceBatch)
+    planes.straight = [&](const void* w, int64_t stride, char* to, int64_t first, int64_t last) {
+      return low.pack_columns(static_cast<const float*>(w), stride, m, to, first, last);
     };
   return packed_weights<float>(p, threads, &planes);
 }

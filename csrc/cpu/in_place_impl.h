@@ -3,9 +3,9 @@
 //
 // Every sum runs in the order of the packed W (kernels_impl.h): the result is the same to the last bit.
 #pragma once
+#include "ahead.h"
 #include "delta.h"
 #include "kernels.h"
-#include "pack_impl.h"
 #include "vec.h"
 
 namespace {
@@ -16,10 +16,8 @@ using deq::Affine;
 constexpr int64_t kRowsTogether = 64, kColumnsTogether = 1024;
 static_assert(deq::kSumChunk % kRowsTogether == 0, "a chunk of the sum ends with such a group");
 
-// Some values of k of one panel: element (k, j) at w[(k - k0) * stride + j].
+// Some values of k of one panel.
 struct Block {
-  const float* w;
-  int64_t stride;
   int64_t k0, k1;
   int64_t j;      // the panel's first column
   int64_t valid;  // lanes of the last vector that exist
@@ -32,7 +30,7 @@ __attribute__((noinline)) void affine_tile(const Affine& a, const Block& block, 
   using V = M::V;
   constexpr int64_t L = kLanes<float>, kChunk = deq::kSumChunk;
   const int64_t k0 = block.k0, k1 = block.k1;
-  const float *z[kRows], *w = block.w;
+  const float *z[kRows], *w = a.w + k0 * a.stride + block.j;
   V acc[kRows][NV];
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
@@ -50,7 +48,7 @@ __attribute__((noinline)) void affine_tile(const Affine& a, const Block& block, 
 #pragma GCC unroll 4
       for (int v = 0; v < NV; ++v) acc[r][v] += x * b[v];
     }
-    w += block.stride;
+    w += a.stride;
   };
   int64_t k = k0;
   if (block.valid < L)
@@ -104,17 +102,16 @@ void affine_columns(const Affine& a, int n, int64_t from, int64_t to) {
   for (int64_t k0 = 0, k1; k0 < a.width; k0 = k1) {
     k1 = a.width < k0 + kRowsTogether ? a.width : k0 + kRowsTogether;
     const int64_t k2 = a.width < k1 + kRowsTogether ? a.width : k1 + kRowsTogether;
-    const float* w = a.w + k0 * a.stride;
     Ahead<float> ahead(a.w + k1 * a.stride + from, run, a.stride, k2 - k1);
     int64_t j = from;
     if (n <= kFew)
-      for (; j + 4 * L <= from + run; j += 4 * L) affine_block<4, kFew>(a, Block{w + j, a.stride, k0, k1, j, L}, n, &ahead);
+      for (; j + 4 * L <= from + run; j += 4 * L) affine_block<4, kFew>(a, Block{k0, k1, j, L}, n, &ahead);
     for (; j < to; j += 2 * L) {
       const int64_t left = a.width - j;
       if (left > L)
-        affine_block<2, DEQ_TILE_ROWS>(a, Block{w + j, a.stride, k0, k1, j, left < 2 * L ? left - L : L}, n, &ahead);
+        affine_block<2, DEQ_TILE_ROWS>(a, Block{k0, k1, j, left < 2 * L ? left - L : L}, n, &ahead);
       else
-        affine_block<1, DEQ_TILE_ROWS>(a, Block{w + j, a.stride, k0, k1, j, left}, n, nullptr);
+        affine_block<1, DEQ_TILE_ROWS>(a, Block{k0, k1, j, left}, n, nullptr);
     }
   }
 }

@@ -407,11 +407,7 @@ int32_t solve(const DeqProblem& p) {
   run_divided(p, 1, division, [&](int64_t s, std::atomic<int64_t>& queue, int sharing, Team&) {
     std::make_unique<LaneGroup<T>>(p, *weights.packed, totals)->run(s, queue, sharing);
   });
-  last_work = totals.work;
-  p.report->failed = totals.failed;
-  p.report->bad_injection = totals.bad_injection;
-  p.report->bad_start = totals.bad_start;
-  return totals.error;
+  return totals.report(p);
 }
 
 }  // namespace

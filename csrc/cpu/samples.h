@@ -63,6 +63,14 @@ struct Totals {
     work.increment_sweeps += done.increment_sweeps;
     work.correction_sweeps += done.correction_sweeps;
   }
+  // At the end of a call: tells the caller, and returns its error.
+  int32_t report(const DeqProblem& p) const {
+    last_work = work;
+    p.report->failed = failed;
+    p.report->bad_injection = bad_injection;
+    p.report->bad_start = bad_start;
+    return error;
+  }
   static void keep_first(std::atomic<int64_t>& at, int64_t index) {
     int64_t now = at.load();
     while ((now == 0 || index + 1 < now) && !at.compare_exchange_weak(now, index + 1)) {

@@ -327,11 +327,7 @@ int32_t solve(const DeqProblem& p) {
   run_divided(p, segments.count, division, [&](int64_t s, std::atomic<int64_t>& queue, int sharing, Team& team) {
     std::make_unique<Tile<T>>(p, *weights.packed, totals)->run(s, queue, sharing, team);
   });
-  last_work = totals.work;
-  p.report->failed = totals.failed;
-  p.report->bad_injection = totals.bad_injection;
-  p.report->bad_start = totals.bad_start;
-  return totals.error;
+  return totals.report(p);
 }
 
 template <class T>
