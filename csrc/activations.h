@@ -1,7 +1,8 @@
 // The activations of z = act(W z + c), written once for every vector width and for the device.
 //
 // `M` is a math policy: M::V is the value type (a SIMD vector or a scalar) and M has set, select, positive, abs, exp, expm1,
-// log1p01 and erfc_abs. One struct per row of deq/activations.py; tests/test_activations.py holds the two languages together.
+// log1p01, tanh and erfc_abs. One struct per row of deq/activations.py; tests/test_activations.py holds the two languages
+// together.
 #pragma once
 #include <stdint.h>
 
@@ -112,11 +113,7 @@ template <class M>
 struct Tanh {
   using V = typename M::V;
   static constexpr bool kOfValue = true;
-  static DEQ_HD V value(V x) {
-    V t = M::expm1(M::set(-2.0) * M::abs(x));
-    V y = -t / (t + M::set(2.0));
-    return M::select(x > M::set(0.0), y, -y);
-  }
+  static DEQ_HD V value(V x) { return M::tanh(x); }
   static DEQ_HD V derivative(V x) { return of_value(value(x)); }
   static DEQ_HD V of_value(V y) { return M::set(1.0) - y * y; }
 };

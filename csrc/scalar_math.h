@@ -19,6 +19,7 @@ struct ScalarMath<float> {
   static DEQ_HD V exp(V x) { return expf(x); }
   static DEQ_HD V expm1(V x) { return expm1f(x); }
   static DEQ_HD V log1p01(V x) { return log1pf(x); }
+  static DEQ_HD V tanh(V x) { return tanhf(x); }
   static DEQ_HD V erfc_abs(V x) { return erfcf(fabsf(x)); }
 };
 
@@ -32,6 +33,7 @@ struct ScalarMath<double> {
   static DEQ_HD V exp(V x) { return ::exp(x); }
   static DEQ_HD V expm1(V x) { return ::expm1(x); }
   static DEQ_HD V log1p01(V x) { return log1p(x); }
+  static DEQ_HD V tanh(V x) { return ::tanh(x); }
   static DEQ_HD V erfc_abs(V x) { return erfc(fabs(x)); }
 };
 

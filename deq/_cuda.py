@@ -5,13 +5,15 @@ from functools import lru_cache
 import torch
 
 from . import _library
+from .backends import load
 
 LEAST_CAPABILITY = (8, 0)  # Ampere: bfloat16 on tensor cores
 
 
 @lru_cache(maxsize=8)
 def why_not(device: str) -> str:
-    """Why the compiled CUDA kernels cannot solve tensors of this device type ("cpu", "cuda", ...), "" if they can."""
+    """Why the compiled CUDA kernels cannot solve tensors of this device type ("cpu", "cuda", ...), "" if they can: then
+    the backend has been loaded."""
     if not _library.has_cuda:
         return _library.build.get("why_not_cuda") or _library.reason or "the library was built without CUDA"
     if device != "cuda":
@@ -23,4 +25,5 @@ def why_not(device: str) -> str:
     least = min(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
     if least < LEAST_CAPABILITY:
         return f"its kernels need compute capability 8.0; a GPU here has {least[0]}.{least[1]}"
+    load("cuda")
     return ""

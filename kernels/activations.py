@@ -72,9 +72,12 @@ def value(x, NUMBER: tl.constexpr):
     elif NUMBER == SILU:
         y = x * _sigmoid(x)
     elif NUMBER == TANH:
-        t = _expm1(-2.0 * tl.abs(x))
-        t = t / (2.0 + t)  # -tanh|x|
-        y = tl.where(x < 0, t, -t)
+        a = -2.0 * tl.abs(x)
+        e = tl.exp(a)
+        large = e < 0.5  # where 1 - tanh|x| is the better number: csrc/cpu/vec.h says by how much
+        y = tl.where(large, 2.0 * e, -_expm1(a)) / (1.0 + e)
+        y = tl.where(large, 1.0 - y, y)
+        y = tl.where(x < 0, -y, y)
     elif NUMBER == SIGMOID:
         y = _sigmoid(x)
     else:

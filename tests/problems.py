@@ -49,6 +49,32 @@ def torch_adjoint(W: Tensor, c: Tensor, z: Tensor, g: Tensor, activation: str = 
     return u
 
 
+def _each_sample(f, like: Tensor, tol: float) -> Tensor:
+    """Iterate f from zero; a sample keeps its first iterate that has converged."""
+    z, left = torch.zeros_like(like), torch.ones(len(like), dtype=torch.bool, device=like.device)
+    for _ in range(5000):
+        new = f(z)
+        step, size = (new - z).norm(dim=-1), new.norm(dim=-1)
+        z = torch.where(left[:, None], new, z)
+        left = left & ~(step <= tol * size)
+        if not left.any():
+            break
+    return z
+
+
+def sample_loop(W: Tensor, c: Tensor, activation: str = "relu", tol: float = 1e-5) -> Tensor:
+    """:func:`torch_loop` in which every sample stops by itself, as the engine's do. Where all go on for the worst, the
+    errors of the others are two to ten times below what the tolerance asks."""
+    act = ACTIVATIONS[activation].value
+    return _each_sample(lambda z: act(z @ W.mT + c), c, tol)
+
+
+def sample_adjoint(W: Tensor, c: Tensor, z: Tensor, g: Tensor, activation: str = "relu", tol: float = 1e-5) -> Tensor:
+    """The same of :func:`torch_adjoint`."""
+    d = ACTIVATIONS[activation].derivative(z @ W.mT + c)
+    return _each_sample(lambda u: d * (u @ W + g), g, tol)
+
+
 def exact(W: Tensor, c: Tensor, activation: str = "relu") -> Tensor:
     """The equilibrium in float64, to a residual of 20 machine epsilons."""
     return torch_loop(W.double(), c.double(), activation, tol=4e-15)

@@ -10,7 +10,7 @@ import pytest
 import torch
 import triton
 from close import assert_as_accurate
-from problems import exact, gaussian, torch_adjoint, torch_loop
+from problems import exact, gaussian, sample_adjoint, sample_loop, torch_loop
 
 import deq
 from deq import _library, reference
@@ -49,13 +49,14 @@ def test_forward_and_gradients(place, backend):
     solution = deq.solve(weight, injection, activation, backend=backend, tol=1e-6, solver=SOLVERS[place % 4])
     solution.z.backward(g)
     assert solution.converged.all() and (solution.iterations > 0).all()
-    z, true_z = torch_loop(W, c, activation, tol=1e-6), exact(W, c, activation)
+    z, true_z = sample_loop(W, c, activation, tol=1e-6), exact(W, c, activation)
     assert_as_accurate(solution.z.detach(), z, true_z)
     if activation != "relu":  # where a unit that flips its mask within the tolerance moves the gradient
-        plain = torch_adjoint(W, c, z, g, activation, tol=1e-6)
+        plain = sample_adjoint(W, c, z, g, activation, tol=1e-6)
         dW, dc = reference.implicit_gradient(W.double(), c.double(), true_z, g.double(), activation)
         assert_as_accurate(injection.grad, plain, dc)
-        assert_as_accurate(weight.grad, plain.mT @ z, dW)
+        # One row, since the rows of dW are units and no samples: a unit that hardly moves has a row of no consequence.
+        assert_as_accurate(*(t.flatten()[None] for t in (weight.grad, plain.mT @ z, dW)))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

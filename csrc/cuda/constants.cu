@@ -103,13 +103,17 @@ __global__ void __launch_bounds__(kThreads, 1) tensor_core(Memory memory, int st
 constexpr int kReads = 4;  // Quads of a thread and step
 
 __global__ void __launch_bounds__(kThreads, 1) shared_reads(Memory memory, int steps) {
-  __shared__ Quad data[kThreads * 4];
-  for (int i = threadIdx.x; i < kThreads * 4; i += kThreads) data[i] = memory.state[i];
+  __shared__ Quad data[kThreads * kReads];
+  for (int i = threadIdx.x; i < kThreads * kReads; i += kThreads) data[i] = memory.state[i];
   Device::sync();
   uint32_t sum = 0;
   for (int i = 0; i < steps; ++i) DEQ_UNROLL for (int r = 0; r < kReads; ++r) {
-      const Quad value = data[(threadIdx.x + (i + r) % 4 * kThreads) % (kThreads * 4)];
-      sum += value.word[0] ^ value.word[1] ^ value.word[2] ^ value.word[3];
+      const auto at = static_cast<uint32_t>(__cvta_generic_to_shared(data + threadIdx.x + r * kThreads));
+      uint32_t word[4];  // volatile: the same Quads in every step, which a compiler would read once
+      asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3])
+                   : "r"(at));
+      sum += word[0] ^ word[1] ^ word[2] ^ word[3];
     }
   if (sum == 1) memory.out[0] = 1;
 }
