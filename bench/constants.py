@@ -18,7 +18,7 @@ import triton.language as tl
 
 from deq import _library
 from deq.gpu_device import Device, find_device, key_of, table, write_table
-from deq.gpu_plan import PRECISIONS, grid_tiles, grid_time
+from deq.gpu_plan import LATENCY, PRECISIONS, grid_tiles, grid_time
 
 from .device import capture, clock, device_seconds
 from .record import device_name, environment, write
@@ -248,9 +248,9 @@ CLUSTER_PAYS = 0.8  # share of the grid's time below which a kernel of its own i
 def cluster_verdict(name: str, numbers: dict[str, dict]) -> str:
     """Whether a kernel that keeps W in a cluster of 16 multiprocessors would pay, by the numbers of one device.
 
-    An iteration there reads its share of W from shared memory and waits for two barriers of the cluster, one for the
-    states and one for the norms; that of the grid is :func:`deq.gpu_plan.grid_time`. One sample, which favours the
-    cluster: a device keeps eight of them at work at most.
+    An iteration there reads its share of W from shared memory, waits for two barriers of the cluster, one for the
+    states and one for the norms, and for what depends on each other as in one multiprocessor; that of the grid is
+    :func:`deq.gpu_plan.grid_time`. One sample, which favours the cluster: a device keeps eight of them at work at most.
     """
     if numbers["cluster_barrier"]["value"] is None:
         return f"Regime B (W in a cluster): the {name} has no clusters."
@@ -262,7 +262,8 @@ def cluster_verdict(name: str, numbers: dict[str, dict]) -> str:
             continue
         grid = grid_time(m, 1, device, PRECISIONS["bfloat16"], tiles)
         read = 2 * m * m / CLUSTER / device.shared_bandwidth
-        times.append((m, read + 2 * device.cluster_barrier + device.block_reduction, grid))
+        cluster = read + 2 * device.cluster_barrier + device.block_reduction + LATENCY["resident cuda"]
+        times.append((m, cluster, grid))
     each = ", ".join(f"{1e6 * cluster:.2f} us against {1e6 * grid:.2f} us at m = {m}" for m, cluster, grid in times)
     estimated = [key for key in ("cluster_barrier", "grid_barrier") if numbers[key]["basis"] != "measured"]
     pays = [m for m, cluster, grid in times if cluster < CLUSTER_PAYS * grid]

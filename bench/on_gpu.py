@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 import click
@@ -48,15 +49,17 @@ def plan(capability: tuple[int, int], out: Path) -> tuple[Step, ...]:
     small = (python, "-m", "bench.small_cases")
     sanitizer = ("compute-sanitizer", "--error-exitcode", "9", "--tool")
     files = ("tests/test_on_gpu.py", "tests/test_triton_gpu.py", "tests/test_cuda.py")
-    # Sanitizers have steps of their own; warnings of another torch are no errors here.
-    tests = (python, "-m", "pytest", "-q", "-W", "default", "-k", "not sanitizers", *files)
+    # Sanitizers have steps of their own; warnings of another torch are no errors here. A test compiles its kernels, in two
+    # to four seconds each: where pytest-xdist is, a process a core does.
+    workers = ("-n", str(os.cpu_count() or 1)) if find_spec("xdist") else ()
+    tests = (python, "-m", "pytest", "-q", "-W", "default", "-k", "not sanitizers", *workers, *files)
     return (
-        Step("build", 150, (*install, "--config-settings", f"cmake.define.CMAKE_CUDA_ARCHITECTURES={target}")),
-        Step("small", 60, small, compiled),  # also compiles what the sanitizer would wait for
-        Step("tests", 110, tests, compiled),
+        Step("build", 100, (*install, "--config-settings", f"cmake.define.CMAKE_CUDA_ARCHITECTURES={target}")),
+        Step("small", 100, small, compiled),  # also compiles what the sanitizer would wait for
+        Step("tests", 130, tests, compiled | ({"OMP_NUM_THREADS": "1"} if workers else {})),
         Step("memcheck", 60, (*sanitizer, "memcheck", *small), compiled),
-        Step("racecheck", 50, (*sanitizer, "racecheck", *small), compiled),
-        Step("constants", 50, (*deq, "constants", "--out", str(out))),
+        Step("racecheck", 40, (*sanitizer, "racecheck", *small), compiled),
+        Step("constants", 40, (*deq, "constants", "--out", str(out))),
         Step("bench", 3600, (*deq, "gpu", "--resume", "--budget", "{left}", "--out", str(out))),
         Step("ncu", 240, (python, "-m", "bench.ncu", "--out", str(out)), compiled),
         Step("synccheck", 60, (*sanitizer, "synccheck", *small), compiled),

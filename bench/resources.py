@@ -34,9 +34,20 @@ BUDGETS = {
 }
 # Stacks that are let be, by the beginning of a kernel's name: a resident program that holds a W of 256 has no register
 # to spare, and with Anderson's equations spills values into L1 once an iteration, 128 to 168 bytes a thread with Triton
-# 3.9 (8 to 24 without), 336 to 384 with 3.6 (40), which also spills 24 to 48 at 64. nvcc keeps small frames that are no
-# spills, which would fail the build of the C++ tests.
+# 3.9 (8 to 24 without), 336 to 384 with 3.6 (40), which also spills 24 to 48 at 64. Large steps are faster with a spill
+# where samples are judged than with tiles that do without (kernels/tiles.py has the times). nvcc keeps small frames
+# that are no spills, which would fail the build of the C++ tests.
 STACKS = {
+    "step, 1 split, 128x64x32": 432,
+    "step, accelerated, 1 split, 128x64x32": 600,
+    "step, 1 split, 64x32x64": 216,
+    "step, accelerated, 1 split, 64x32x64": 208,
+    "anchor, bfloat16, accelerated, 1 split, 128x64x32": 1408,
+    "anchor, float8, accelerated, 1 split, 128x64x32": 1224,
+    "anchor, bfloat16, accelerated, 1 split, 64x32x64": 232,
+    "anchor, float8, accelerated, 1 split, 64x32x64": 208,
+    "delta step, float8, 128x64x128": 952,
+    "delta step, float8, 64x32x128": 40,
     "resident solve, accelerated, native, 64x16": 48,
     "resident solve, accelerated, bfloat16, 256x16": 384,
     "resident solve, bfloat16, 256x16": 40,

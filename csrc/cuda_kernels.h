@@ -32,8 +32,8 @@ DEQ_API int32_t deq_cuda_kernel(int32_t regime, int64_t width, int64_t batch, in
 
 // Solves a float32 problem whose W has contiguous rows; `threads` and `precision` are not looked at, `reflected` must be 0,
 // and no more than five pairs are mixed whatever `depth` says. `regime`, `kernel` and `blocks` are those of a plan for the same
-// sizes and device; `scratch` holds so many bytes. The report lies on the device and must hold -1 in its fields: those for bad
-// input become the least 1 + index found.
+// sizes and device; `scratch` holds so many bytes. The report lies on the device: -1 in its fields, and in those
+// for bad input the least 1 + index found.
 DEQ_API int32_t deq_cuda_solve(const struct DeqProblem* problem, int32_t regime, int32_t kernel, int32_t blocks, void* scratch,
                                int64_t bytes, int32_t device, void* stream);
 

@@ -33,21 +33,25 @@ void expect_scratch(const Tensor& scratch, const Tensor& out) {
 
 [[noreturn]] void fail(const char* op) { throw std::runtime_error(std::string("deq::") + op + ": " + deq_cuda_why()); }
 
-// Runs the problem as the plan's three numbers say, which follow the options; tensors must share a device.
+// Runs the problem as the plan's three numbers say, which follow the options, and with as many blocks as the last one says, if
+// any, Newton's method for the samples that it leaves; tensors must share a device.
 void run(const char* op, DeqProblem& p, const Tensor& out, const Tensor& scratch, const StableIValue* options) {
   set_options(p, op, options);
   const int32_t regime = integer({op, "regime"}, options[7], DEQ_BLOCK, DEQ_GRID);
   const int32_t kernel = integer({op, "kernel"}, options[8], 0, INT32_MAX);
   const int32_t blocks = integer({op, "blocks"}, options[9], 1, INT32_MAX);
+  const int32_t rescuers = integer({op, "rescuers"}, options[10], 0, INT32_MAX);
   expect_scratch(scratch, out);
-  if (deq_cuda_solve(&p, regime, kernel, blocks, scratch.data<void>(), scratch.sizes()[0], out.device(), current_stream(out)))
-    fail(op);
+  void *memory = scratch.data<void>(), *stream = current_stream(out);
+  const int64_t bytes = scratch.sizes()[0];
+  if (deq_cuda_solve(&p, regime, kernel, blocks, memory, bytes, out.device(), stream)) fail(op);
+  if (rescuers && deq_cuda_rescue(&p, rescuers, memory, bytes, out.device(), stream)) fail(op);
 }
 
 constexpr const char* kSolve =
     "cuda_solve_(Tensor W, Tensor c, Tensor z0, Tensor(a!) z, Tensor(b!) stats, Tensor(c!) report, Tensor(d!) scratch, "
     "int activation, int acceleration, int depth, int criterion, float tol, int max_iter, int precision, int reflected, "
-    "int regime, int kernel, int blocks) -> ()";
+    "int regime, int kernel, int blocks, int rescuers) -> ()";
 
 void solve(StableIValue* stack, uint64_t, uint64_t) {
   constexpr const char* op = "cuda_solve_";
@@ -64,7 +68,7 @@ void solve(StableIValue* stack, uint64_t, uint64_t) {
 constexpr const char* kMaskedLinear =
     "cuda_masked_linear_(Tensor A, Tensor g, Tensor d, Tensor u0, Tensor(a!) u, Tensor(b!) stats, Tensor(c!) report, "
     "Tensor(d!) scratch, int value_of, int acceleration, int depth, int criterion, float tol, int max_iter, int precision, "
-    "int reflected, int regime, int kernel, int blocks) -> ()";
+    "int reflected, int regime, int kernel, int blocks, int rescuers) -> ()";
 
 void masked_linear(StableIValue* stack, uint64_t, uint64_t) {
   constexpr const char* op = "cuda_masked_linear_";

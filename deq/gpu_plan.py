@@ -34,6 +34,21 @@ CUDA_PAD, CUDA_SAMPLES = 16, 8  # of mma.sync: W is padded to multiples of 16, s
 GRID_BATCH = 32  # samples whose states the blocks of regime "grid" can exchange
 GRID_MULTICAST = 8  # blocks of a cluster that share one read of the states
 GRID_START = 0.3e-6  # the first block of states on its way
+# What is not bytes and products, from whole solves of 13 to 16 iterations on an H200 (tests/test_gpu_plan.py has them).
+# Of an iteration, the latency of what depends on each other: states, sums, judgement; of a streamed one, that of every
+# unit of the inner dimension too, where operands are split between two products.
+LATENCY = {"resident": 1.7e-6, "resident cuda": 2.5e-6, "grid": 2.2e-6, "cell": 8e-6}
+DEPTH_LATENCY = {"tf32x3": 19e-9}
+LEAST_DEPTH_LATENCY = 1.5e-9
+# An anchor on chip streams W with few loads under way: so many times what the multiprocessor could read, and on the
+# grid so many seconds for each unit.
+ANCHOR_SLOWDOWN = {"resident": 25.0, "resident cuda": 10.0}
+GRID_ANCHOR = 13e-9
+# Of the library's rate, what the kernel of an iteration reaches at 4096 x 4096: anchors 52 TFLOP/s, float8 305. That of
+# bfloat16 is not measured; were it 0.4, as without the rest of the step, it would be chosen before float8.
+FUSED_SHARE = {"tf32x3": 0.4, "float8": 0.21, "bfloat16": 0.25, "float16": 0.25}
+# Operators of torch that take the host as long as a solve does, from the call to the last launch.
+HOST_OPERATORS = {"resident": 32, "resident cuda": 15, "grid": 15, "cell": 58}
 
 
 @dataclass(frozen=True)
@@ -143,7 +158,8 @@ def resident_time(m: int, B: int, device: Device, precision: Precision, tiles: T
     read = precision.size * weight / device.shared_bandwidth
     multiply = 2 * weight * tiles.samples / precision.of_processor(device)
     together, waves = _residents(B, device, precision, tiles)
-    return waves * (together * max(read, multiply) + 2 * device.block_reduction)
+    latency = LATENCY["resident" if tiles.samples == TRITON_SAMPLES else "resident cuda"]
+    return waves * (together * max(read, multiply) + 2 * device.block_reduction + latency)
 
 
 def _residents(B: int, device: Device, precision: Precision, tiles: Tiles) -> tuple[int, int]:
@@ -162,23 +178,33 @@ def grid_time(m: int, B: int, device: Device, precision: Precision, tiles: Tiles
     multiply = 2 * weight * tiles.samples / precision.of_processor(device)
     states = device.processors * m * min(B, tiles.samples) * precision.size / GRID_MULTICAST / device.l2
     each = max(read, multiply) + states + GRID_START + device.grid_barrier + device.block_reduction
-    return turns * each
+    return turns * (each + LATENCY["grid"])
 
 
-def cell_time(m: int, B: int, device: Device, precision: Precision) -> float:
-    """One kernel: W from L2 or memory or the products, whichever takes longer; z, c and the output; a launch."""
+def cell_time(m: int, B: int, device: Device, precision: Precision, share: float = 1.0) -> float:
+    """One kernel: W from L2 or memory or the products, whichever takes longer; z, c and the output; a launch. share: of
+    the library's rate that the products are made at."""
     weight = precision.size * m * m
     bandwidth = device.l2 if weight < device.l2_bytes else device.copy
-    body = max(weight / bandwidth, 2 * m * m * B / precision.of(device))
+    body = max(weight / bandwidth, 2 * m * m * B / (share * precision.of(device)))
     return body + device.graph_kernel + 3 * m * B * precision.size / device.l2
 
 
-def anchor_time(regime: str, m: int, B: int, device: Device, precision: Precision, tiles: Tiles) -> float:
+def fused_time(m: int, B: int, device: Device, precision: str) -> float:
+    """The kernel of an iteration in regime "cell"."""
+    latency = LATENCY["cell"] + DEPTH_LATENCY.get(precision, LEAST_DEPTH_LATENCY) * m
+    return cell_time(m, B, device, PRECISIONS[precision], FUSED_SHARE.get(precision, 1.0)) + latency
+
+
+def anchor_time(regime: str, m: int, B: int, device: Device, precision: str, tiles: Tiles) -> float:
     """An iteration in full precision between increments, for which W is streamed, in "resident" by every block."""
-    if regime in ("grid", "cell"):
-        return cell_time(m, B, device, precision) - (device.graph_kernel if regime == "grid" else 0.0)
-    weight, blocks = precision.size * m * m, ceil(B / tiles.samples)
-    alone = weight / (L2_BYTES_PER_CLOCK * device.clock)
+    if regime == "cell":
+        return fused_time(m, B, device, precision)
+    kind = PRECISIONS[precision]
+    if regime == "grid":
+        return cell_time(m, B, device, kind) - device.graph_kernel + GRID_ANCHOR * m
+    weight, blocks = kind.size * m * m, ceil(B / tiles.samples)
+    alone = ANCHOR_SLOWDOWN[regime] * weight / (L2_BYTES_PER_CLOCK * device.clock)
     return (
         max(alone * max(1, ceil(blocks / device.processors)), blocks * weight / device.l2) + 2 * device.block_reduction
     )
@@ -212,7 +238,7 @@ def time_of(regime: str, m: int, B: int, device: Device, precision: str) -> floa
     kind, tiles = PRECISIONS[precision], tiles_of(regime, m, B, device, precision)
     if kind.of(device) is None or tiles is None:
         return None
-    return cell_time(m, B, device, kind) if regime == "cell" else ON_CHIP[regime][1](m, B, device, kind, tiles)
+    return fused_time(m, B, device, precision) if regime == "cell" else ON_CHIP[regime][1](m, B, device, kind, tiles)
 
 
 def loading_time(regime: str, m: int, B: int, device: Device, precision: str) -> float:
@@ -240,7 +266,7 @@ WHERE = {
 
 @dataclass(frozen=True)
 class Expected:
-    """Seconds of one iteration of the whole batch, and of a solve of :data:`ITERATIONS` of them."""
+    """Seconds of one iteration of the whole batch, and of a solve of :data:`ITERATIONS` of them, host included."""
 
     regime: str
     precision: str
@@ -265,9 +291,10 @@ def expected(
         if regime == "resident" and time_of(regime, m, B, device, precision) is not None:
             return None
         tiles = tiles_of(regime, m, B, device, kept)
-        anchor = anchor_time(regime, m, B, device, PRECISIONS[precision], tiles)
+        anchor = anchor_time(regime, m, B, device, precision, tiles)
         iteration += (anchor - iteration) / ANCHOR_EVERY[increments]
     solve = device.graph_launch + loading_time(regime, m, B, device, kept) + ITERATIONS * iteration
+    solve = max(solve, HOST_OPERATORS[regime] * device.eager_op)  # whichever is waited for
     return Expected(regime, precision, increments, iteration, solve)
 
 

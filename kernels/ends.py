@@ -31,12 +31,17 @@ from .records import (
     MARKS,
     MOVED,
     NEXT_SCALE,
+    OUT,
+    OUT_ITERATIONS,
+    OUT_RESIDUAL,
+    OUT_STATUS,
     PLACE,
     RECORD,
     RESIDUAL,
     RING,
     RUN,
     SCALE,
+    START,
     STATUS,
     STEP,
     UNIT,
@@ -48,6 +53,7 @@ from .records import (
     floats,
     ints,
     lows,
+    of_caller,
     rounded,
     scale_of,
     unit_of,
@@ -58,7 +64,6 @@ from .tiles import FLOAT8_FROM, MOST_REGISTERS, OLDEST
 @triton.jit(do_not_specialize=["B", "max_iter", "patience"])
 def start_kernel(
     table_ptr,
-    start_ptr,
     B,
     m,
     stride_c,
@@ -73,17 +78,19 @@ def start_kernel(
     HOMOGENEOUS: tl.constexpr,
     ACCELERATION: tl.constexpr,
     CRITERION: tl.constexpr,
+    STARTS: tl.constexpr,
     FREE_FIRST: tl.constexpr,
     INCREMENTS: tl.constexpr,
     TILE_B: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One sample: is it finite, what is its unit, its first iterate and its record. ``start_ptr`` is None for zero;
-    with FREE_FIRST the first evaluation, of zero, is made here, where it costs no product."""
+    """One sample: is it finite, what is its unit, its first iterate and its record. It begins at zero, or where
+    STARTS at START; with FREE_FIRST the first evaluation, of zero, is made here, where it costs no product."""
     sample = tl.program_id(0)
     b = sample.to(tl.int64)
     c_ptr = floats(table_ptr, C) + b * stride_c
     d_ptr = floats(table_ptr, D) + b * stride_d
+    start_ptr = of_caller(table_ptr, START) + b * stride_start
     largest, largest_value, bad, bad_start = 0.0, 0.0, 0, 0
     at = 0
     while at < m:
@@ -94,8 +101,8 @@ def start_kernel(
         if not HOMOGENEOUS:
             value = tl.where(j < m, ending(c, d_ptr + j, j < m, ENDING, ACTIVATION), 0.0)
             largest_value = tl.maximum(largest_value, tl.max(tl.abs(value)))
-        if start_ptr is not None:
-            start = tl.load(start_ptr + b * stride_start + j, mask=j < m, other=0.0)
+        if STARTS:
+            start = tl.load(start_ptr + j, mask=j < m, other=0.0)
             bad_start = tl.maximum(bad_start, tl.max(tl.where(tl.abs(start) < float("inf"), 0, 1)))
             largest = tl.maximum(largest, tl.max(tl.abs(start)))
             largest_value = tl.maximum(largest_value, tl.max(tl.abs(start)))
@@ -115,8 +122,8 @@ def start_kernel(
             if HOMOGENEOUS:
                 c = c * unit
             y = tl.where(j < m, ending(c, d_ptr + j, j < m, ENDING, ACTIVATION), 0.0)
-        elif start_ptr is not None:
-            y = tl.load(start_ptr + b * stride_start + j, mask=j < m, other=0.0)
+        elif STARTS:
+            y = tl.load(start_ptr + j, mask=j < m, other=0.0)
             if HOMOGENEOUS:
                 y = y * unit
         else:
@@ -183,13 +190,9 @@ def start_kernel(
         tl.atomic_max(counters + BAD_START, B - sample)
 
 
-@triton.jit(do_not_specialize=["B", "residual_ptr", "iterations_ptr", "status_ptr"])
+@triton.jit(do_not_specialize=["B"])
 def finish_kernel(
     table_ptr,
-    out_ptr,
-    residual_ptr,
-    iterations_ptr,
-    status_ptr,
     B,
     m,
     largest,
@@ -218,15 +221,15 @@ def finish_kernel(
         z = tl.minimum(tl.maximum(z, -largest), largest)
         if MASKED:
             z = tl.where(status == NONFINITE, float("nan"), z)
-        tl.store(out_ptr + b * m + j, z, mask=j < m)
+        tl.store(of_caller(table_ptr, OUT) + b * m + j, z, mask=j < m)
         first += BLOCK
     if beyond > 0:
         if status == CONVERGED:
             tl.atomic_add(ints(table_ptr, COUNTERS) + FAILED, 1)
         status = status * 0 + DIVERGED
-    tl.store(residual_ptr + b, tl.load(record + RESIDUAL * B))
-    tl.store(iterations_ptr + b, tl.load(marks + ITERATION * B))
-    tl.store(status_ptr + b, status.to(tl.uint8))
+    tl.store(of_caller(table_ptr, OUT_RESIDUAL) + b, tl.load(record + RESIDUAL * B))
+    tl.store(ints(table_ptr, OUT_ITERATIONS) + b, tl.load(marks + ITERATION * B))
+    tl.store(tl.load(table_ptr + OUT_STATUS).to(tl.pointer_type(tl.uint8)) + b, status.to(tl.uint8))
 
 
 def compilations() -> list[Compilation]:
@@ -250,21 +253,20 @@ def _start_compilation(end: str, activation: str, increments: str, starts: bool)
             "table_ptr": "*i64",
             **dict.fromkeys(("B", "m", "stride_c", "stride_d", "stride_start"), "i32"),
             **RULE_TYPES,
-            **({"start_ptr": "*fp32"} if starts else {}),
         },
         constants={
-            **({} if starts else {"start_ptr": None}),
             "ENDING": ENDINGS[end],
             "ACTIVATION": ACTIVATIONS[activation].number,
             "HOMOGENEOUS": int(end == "adjoint" or ACTIVATIONS[activation].homogeneous),
             "ACCELERATION": ACCELERATIONS["on_demand"],
             "CRITERION": 0,
+            "STARTS": int(starts),
             "FREE_FIRST": int(not starts),
             "INCREMENTS": INCREMENTS[increments],
             "TILE_B": 16,
             "BLOCK": 1024,
         },
-        aligned=("table_ptr", "m", "stride_c", "stride_d", *(("start_ptr", "stride_start") if starts else ())),
+        aligned=("table_ptr", "m", "stride_c", "stride_d", "stride_start"),
         warps=4,
         stages=3,
         registers=MOST_REGISTERS,
@@ -279,16 +281,12 @@ def _finish_compilation(masked: bool) -> Compilation:
         function="ends:finish_kernel",
         types={
             "table_ptr": "*i64",
-            "out_ptr": "*fp32",
-            "residual_ptr": "*fp32",
-            "iterations_ptr": "*i32",
-            "status_ptr": "*u8",
             "B": "i32",
             "m": "i32",
             "largest": "fp32",
         },
         constants={"HOMOGENEOUS": int(masked), "MASKED": int(masked), "BLOCK": 1024},
-        aligned=("table_ptr", "out_ptr", "m"),
+        aligned=("table_ptr", "m"),
         warps=4,
         stages=3,
     )

@@ -88,7 +88,7 @@ from .records import (
 )
 from .tiles import DELTA_TILES, FLOAT8_FROM, MOST_SPLITS, OLDEST, RAGGED_SAMPLES, STEP_TILES, Tiles, step_tiles
 
-__all__ = ["compilations", "ending", "mix_kernel", "step_kernel", "step_tiles"]
+__all__ = ["compilations", "ending", "mix_kernel", "registers", "step_kernel", "step_tiles"]
 
 MOST_SLOTS = 64  # partial sums of a sample that are loaded at a time
 
@@ -410,6 +410,12 @@ def mix_kernel(
 _KINDS = (("value", "relu", "rows"), ("value", "gelu", "rows"), ("adjoint", "identity", "columns"))
 
 
+def registers(tiles: Tiles, increments: str) -> int | None:
+    """That a thread of a step may have: those of the tiles, but of few samples and without increments what the compiler
+    likes, which seats more blocks."""
+    return tiles.registers if increments != "native" or tiles.samples > RAGGED_SAMPLES else None
+
+
 def compilations() -> list[Compilation]:
     """Every tile with every ending and kind of acceleration; split, ragged and anchoring ones with the dearest."""
     found = []
@@ -484,6 +490,6 @@ def _step_compilation(
         aligned=("table_ptr", "m", across, "stride_c", "stride_d") if width == "aligned" else ("table_ptr",),
         warps=tiles.warps,
         stages=tiles.stages,
-        registers=None if increments == "native" else tiles.registers,
+        registers=registers(tiles, increments),
         oldest=FLOAT8_FROM if increments == "float8" else OLDEST,
     )

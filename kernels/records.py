@@ -1,7 +1,7 @@
 """Where the kernels of an iteration find their tensors, and what they know of every sample.
 
 Kernels take one table of addresses instead of a dozen pointers, so that a captured graph of them serves every solve of
-its shape: ``bind_kernel`` writes the table. Its entries, and the layout of the records, are the constants below.
+its shape: the table is written before. Its entries, and the layout of the records, are the constants below.
 """
 
 import triton
@@ -23,13 +23,16 @@ NATIVE, BFLOAT16, FLOAT8 = (tl.constexpr(n) for n in range(3))
 # float64; WEIGHTS (DEPTH, B) by ring position; PARTS (SPLITS, B, m); SUMS (2 + DEPTH, tiles, B); RECORD; MARKS int32;
 # COUNTERS int32. With increments LOW (m, m), the W of their steps; Y, X (B, m): the iterate and its W y + c; EVEN, ODD
 # (B, m): increments, like LOW in bfloat16 or float8 (e4m3), for which ROW_SCALES (m,) are the units of the rows of LOW.
-# All float32 but those.
+# START (B, m) of the caller; OUT (B, m), OUT_RESIDUAL (B,), OUT_ITERATIONS (B,) int32 and OUT_STATUS (B,) uint8: handed
+# out. These five may begin anywhere, all others are aligned to 16 bytes. All float32 but those.
 TABLE = ("W", "C", "D", "FRONT", "BACK", "BEST", "VALUES", "RESIDUALS", "GRAM", "WEIGHTS", "PARTS", "SUMS", "RECORD")
 TABLE += ("MARKS", "COUNTERS", "LOW", "Y", "X", "EVEN", "ODD", "ROW_SCALES")
+TABLE += ("START", "OUT", "OUT_RESIDUAL", "OUT_ITERATIONS", "OUT_STATUS")
 W, C, D, FRONT, BACK, BEST, VALUES, RESIDUALS, GRAM, WEIGHTS, PARTS, SUMS, RECORD, MARKS, COUNTERS = (
     tl.constexpr(n) for n in range(15)
 )
 LOW, Y, X, EVEN, ODD, ROW_SCALES = (tl.constexpr(n) for n in range(15, 21))
+START, OUT, OUT_RESIDUAL, OUT_ITERATIONS, OUT_STATUS = (tl.constexpr(n) for n in range(21, 26))
 # Fields of RECORD (8, B): the last two steps, the smallest residual, the limit of divergence (before the first
 # evaluation the norm of the start), the power of two that a sample is judged in, homogeneous ones also solved in, and
 # the sum of the steps since the last anchor; the units of the float8 increment to be read next and of the one to be
@@ -55,6 +58,12 @@ NEAR = tl.constexpr(2.0**20)  # magnitudes between 1 / NEAR and NEAR are left as
 @triton.jit
 def floats(table_ptr, which):
     return tl.multiple_of(tl.load(table_ptr + which).to(tl.pointer_type(tl.float32)), 16)
+
+
+@triton.jit
+def of_caller(table_ptr, which):
+    """START, OUT and OUT_RESIDUAL."""
+    return tl.load(table_ptr + which).to(tl.pointer_type(tl.float32))
 
 
 @triton.jit
@@ -138,8 +147,13 @@ def bind_kernel(
     address_18,
     address_19,
     address_20,
+    address_21,
+    address_22,
+    address_23,
+    address_24,
+    address_25,
 ):
-    """Fill the table, in the order of TABLE. Launched and not copied, so that no later solve can overtake it."""
+    """Fill the table, in the order of TABLE, inside of a capture: the graph then needs no memory of the host."""
     tl.store(table_ptr + 0, address_0)
     tl.store(table_ptr + 1, address_1)
     tl.store(table_ptr + 2, address_2)
@@ -161,3 +175,8 @@ def bind_kernel(
     tl.store(table_ptr + 18, address_18)
     tl.store(table_ptr + 19, address_19)
     tl.store(table_ptr + 20, address_20)
+    tl.store(table_ptr + 21, address_21)
+    tl.store(table_ptr + 22, address_22)
+    tl.store(table_ptr + 23, address_23)
+    tl.store(table_ptr + 24, address_24)
+    tl.store(table_ptr + 25, address_25)

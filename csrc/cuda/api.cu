@@ -150,6 +150,7 @@ int32_t deq_cuda_solve(const DeqProblem* p, int32_t regime, int32_t kernel, int3
   if (bytes < needed) return too_little(bytes, needed);
   const Call call = call_of(*p, scratch);
   const auto queue = static_cast<cudaStream_t>(stream);
+  if (int32_t error = check_cuda(cudaMemsetAsync(p->report, 0xff, sizeof *p->report, queue), "clearing the report")) return error;
   constexpr int64_t kSamples = kPrepareThreads / kWarp;
   const dim3 grid(static_cast<unsigned>((p->batch + kSamples - 1) / kSamples), static_cast<unsigned>(p->weights));
   prepare<<<grid, kPrepareThreads, 0, queue>>>(call);

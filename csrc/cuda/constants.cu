@@ -109,8 +109,8 @@ __global__ void __launch_bounds__(kThreads, 1) shared_reads(Memory memory, int s
   uint32_t sum = 0;
   for (int i = 0; i < steps; ++i) DEQ_UNROLL for (int r = 0; r < kReads; ++r) {
       const auto at = static_cast<uint32_t>(__cvta_generic_to_shared(data + threadIdx.x + r * kThreads));
-      uint32_t word[4];  // volatile: the same Quads in every step, which a compiler would read once
-      asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+      uint32_t word[4];  // volatile, both: the same Quads in every step, which compiler and assembler would read once
+      asm volatile("ld.volatile.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
                    : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3])
                    : "r"(at));
       sum += word[0] ^ word[1] ^ word[2] ^ word[3];

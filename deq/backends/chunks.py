@@ -1,10 +1,12 @@
 """Repeats a turn of GPU kernels until the device says that it is done, without waiting for it.
 
-A chunk of turns is captured once in a CUDA graph and replayed. After every chunk the numbers of samples at work and of
-those that failed are copied to pinned memory, and the host looks at them one chunk later: the device always has a chunk
-to go on with, and chunks beyond the last cost their empty kernels only. So the host learns without further waiting
-whether all is well (deq/solvers/ladder.py). Inside a capture of the caller's own nothing can be looked at, and
-all turns that are allowed are launched. Triton's interpreter works on the host, which then looks after every turn.
+A chunk of turns is captured once in a CUDA graph and replayed; what goes before is part of the first, what goes after a
+graph of its own, since a launch by Triton takes the host ten times as long as a replay. After every chunk the numbers
+of samples at work and of those that failed are copied to pinned memory, and the host looks at them one chunk later: the
+device always has a chunk to go on with, and chunks beyond the last cost their empty kernels only. So the host learns
+without further waiting whether all is well (deq/solvers/ladder.py). Inside a capture of the caller's own nothing can be
+looked at, and all turns that are allowed are launched. Triton's interpreter works on the host, which then looks after
+every turn.
 """
 
 import threading
@@ -13,6 +15,8 @@ from collections.abc import Callable, Hashable
 
 import torch
 from torch import Tensor
+
+from deq.kernels import records
 
 KEPT = 64  # loops of different shapes, with graphs of some tens of kilobytes
 
@@ -23,64 +27,96 @@ _lock = threading.Lock()
 class Loop:
     """The captured chunks of a shape and what they need beyond the tensors of a solve.
 
-    table: (32,) int64 on the device, the addresses that the captured kernels look up; lock: held from the filling of
-    the table to the last launch, as the next solve of the shape fills it anew.
+    table: (32,) int64 on the device, the addresses that the captured kernels look up; lock: held from :meth:`fill` to
+    the last launch, as the next solve of the shape fills it anew.
     """
 
     def __init__(self, device: torch.device):
         self.table = torch.zeros(32, dtype=torch.int64, device=device)
         self.lock = threading.Lock()
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}  # by the first turn
+        self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
         self._seen: list[tuple[Tensor, torch.cuda.Event]] = []
-        self._is_compiled = False
+        self._compiled: set[str] = set()
 
-    def repeat(self, turn: Callable[[int], None], turns: int, period: int, chunk: int, counters: Tensor) -> int | None:
-        """Launch ``turn(0)``, ``turn(1)``, ... until no sample is at work or ``turns`` were launched, and at most a
-        chunk more. Launches of turns that differ by ``period`` are the same: turn gets the remainder.
+    def fill(self, addresses: list[int]) -> None:
+        """Write the table: by a copy, in the order of the stream as kernels are, of memory that is read before it
+        returns. In a capture, which would read that memory at every replay, and at first, so that it is compiled when a
+        capture comes, by a kernel that is handed the addresses; it takes the host ten times as long."""
+        if self._graphs and not torch.cuda.is_current_stream_capturing():
+            self.table[: len(addresses)].copy_(torch.tensor(addresses), non_blocking=True)
+        else:
+            records.bind_kernel[(1,)](self.table, *addresses, enable_fp_fusion=True)
 
-        counters (2,) int32: samples at work, and those that failed. Returns the latter in the end, None where they were
-        not looked at.
+    def repeat(
+        self,
+        begin: Callable[[], None],
+        turn: Callable[[int], None],
+        end: Callable[[], None],
+        turns: int,
+        period: int,
+        chunk: int,
+        counters: Tensor,
+    ) -> int | None:
+        """Launch ``begin()``, then ``turn(0)``, ``turn(1)``, ... until no sample is at work or ``turns`` were launched,
+        and at most a chunk more, then ``end()``. Launches of turns that differ by ``period`` are the same: turn gets
+        the remainder. All that they launch depends on nothing but what the loop was found by, and the table.
+
+        counters (2,) int32: samples at work, and those that failed. Returns the latter after the last turn, None where
+        they were not looked at.
         """
         if counters.device.type == "cpu":
+            begin()
             for t in range(turns):
                 if int(counters[0]) == 0:
                     break
                 turn(t % period)
-            return int(counters[1])
+            failed = int(counters[1])
+            end()
+            return failed
         if turns <= chunk or torch.cuda.is_current_stream_capturing():
+            begin()
             for t in range(turns):
                 turn(t % period)
+            end()
             return None
         if not self._seen:
             pinned = torch.empty(2, 2, dtype=torch.int32, pin_memory=True)
             self._seen = [(pinned[i], torch.cuda.Event()) for i in range(2)]
         chunks = -(-turns // chunk)
+        failed = None
         for i in range(chunks + 1):
             if i < chunks:
-                self._launch(turn, i * chunk % period, period, chunk)
+                first = i * chunk % period
+
+                def launch(first: int = first, before: Callable[[], None] | None = begin if i == 0 else None) -> None:
+                    if before is not None:
+                        before()
+                    for t in range(first, first + chunk):
+                        turn(t % period)
+
+                self._launch("turns", (i == 0, first), launch)
                 numbers, event = self._seen[i % 2]
                 numbers.copy_(counters, non_blocking=True)
                 event.record()
             if i > 0:
                 numbers, event = self._seen[(i - 1) % 2]
                 event.synchronize()
-                working, failed = numbers.tolist()
+                working, at_fault = numbers.tolist()
                 if working == 0:
-                    return failed
-        return None
+                    failed = at_fault
+                    break
+        self._launch("end", "end", end)
+        return failed
 
-    def _launch(self, turn: Callable[[int], None], first: int, period: int, chunk: int) -> None:
-        def launch() -> None:
-            for t in range(first, first + chunk):
-                turn(t % period)
-
-        if not self._is_compiled:  # what is not compiled yet a capture could not load
+    def _launch(self, kind: str, key: Hashable, launch: Callable[[], None]) -> None:
+        if key in self._graphs:
+            self._graphs[key].replay()
+        elif kind in self._compiled:
+            self._graphs[key] = _captured(launch, self.table.device)
+            self._graphs[key].replay()
+        else:  # what is not compiled yet a capture could not load
             launch()
-            self._is_compiled = True
-            return
-        if first not in self._graphs:
-            self._graphs[first] = _captured(launch, self.table.device)
-        self._graphs[first].replay()
+            self._compiled.add(kind)
 
 
 def _captured(launch: Callable[[], None], device: torch.device) -> torch.cuda.CUDAGraph:

@@ -32,6 +32,7 @@ __all__ = ["derivative", "masked_linear", "measure", "outer", "plan_launch", "re
 NOT_SUPPORTED = 3  # of DeqCudaError in csrc/cuda_kernels.h
 REGIMES = {"block": 0, "grid": 1}  # DeqCudaRegime of csrc/cuda_kernels.h
 _PLANNED = {"resident cuda": "block", "grid": "grid"}  # their names in deq.gpu_plan
+UNRESCUED = "the CUDA engine could not take on the samples that failed"
 _told: set[str] = set()  # reasons that were warned of
 
 
@@ -247,6 +248,24 @@ def _rescued(outcome: Outcome, W: Tensor, batch: tuple[Tensor, ...], number: int
     return Outcome(z, said, _Rescued(report, stats.status(z, said)))
 
 
+def _rescuers(plan: Plan, weights: int, batch: int, width: int, device: int) -> _library.CudaPlan | None:
+    """How the solve itself goes on to Newton's method, if it does."""
+    if not _rescues(plan):
+        return None
+    try:
+        return plan_rescue(weights, batch, width, device)
+    except Refused as error:
+        _tell(str(error), UNRESCUED)
+        return None
+
+
+@lru_cache(maxsize=64)
+def _none_of(device: torch.device, dims: int) -> Tensor:
+    """Without elements: a tensor that there is not."""
+    with torch.inference_mode(False):
+        return torch.empty((0,) * dims, device=device)
+
+
 def _rescue(
     W: Tensor, batch: tuple[Tensor, ...], number: int, z: Tensor, said: Tensor, report: Tensor, plan: Plan
 ) -> None:
@@ -259,7 +278,7 @@ def _rescue(
         torch.ops.deq.cuda_rescue_.default(
             W,
             c,
-            mask[0] if mask else z.new_empty((0,) * c.dim()),
+            mask[0] if mask else _none_of(c.device, c.dim()),
             z,
             said,
             report,
@@ -271,7 +290,7 @@ def _rescue(
             launch.blocks,
         )
     except RuntimeError as error:  # Refused is one
-        _tell(str(error), "the CUDA engine could not take on the samples that failed")
+        _tell(str(error), UNRESCUED)
 
 
 def _regime(c: Tensor, plan: Plan) -> str | None:
@@ -308,30 +327,30 @@ def _run(
 ) -> Outcome:
     """One call of an operator of csrc/torch_cuda_ops.cpp; raises Refused where it cannot be launched."""
     c = batch[0]
-    launch = plan_launch(W.shape[0] if W.dim() == 3 else 1, *c.shape[-2:], c.device.index, regime)
+    sizes = W.shape[0] if W.dim() == 3 else 1, *c.shape[-2:], c.device.index
+    launch, rescue = plan_launch(*sizes, regime), _rescuers(plan, *sizes)
     z = torch.empty_like(c, dtype=torch.float32, memory_format=torch.contiguous_format)
     said = stats.allocate(z)
-    report = torch.full((4,), -1, dtype=torch.int64, device=c.device)
-    wide, rows = W.detach().float().contiguous(), tuple(t.float() for t in batch)
+    report = torch.empty(4, dtype=torch.int64, device=c.device)
+    most = launch.scratch if rescue is None else max(launch.scratch, rescue.scratch)
     try:
         getattr(torch.ops.deq, operator).default(
-            wide,
-            *rows,
-            z.new_empty((0,) * c.dim()) if start is None else start.float(),
+            W.detach().float().contiguous(),
+            *(t.float() for t in batch),
+            _none_of(c.device, c.dim()) if start is None else start.float(),
             z,
             said,
             report,
-            torch.empty(launch.scratch, dtype=torch.uint8, device=c.device),
+            torch.empty(most, dtype=torch.uint8, device=c.device),
             number,
             *_options(plan, False),
             launch.regime,
             launch.kernel,
             launch.blocks,
+            0 if rescue is None else rescue.blocks,
         )
     except RuntimeError as error:
         raise Refused(str(error)) from error
-    if _rescues(plan):
-        _rescue(wide, rows, number, z, said, report, plan)
     if c.dtype != torch.float32:
         z = _rounded(z, said, c.dtype)
     return Outcome(z if out is None else out.copy_(z), said, _Report(report, stats.status(z, said), W))

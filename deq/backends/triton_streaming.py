@@ -10,6 +10,7 @@ from torch import Tensor
 from deq.kernels import delta, ends, iteration, judge, records
 from deq.kernels.tiles import MOST_REGISTERS, Tiles
 
+from ..cache import remembered
 from ..gpu_plan import GpuPlan
 from . import chunks
 from .triton_kind import PRECISION, Kind
@@ -43,9 +44,10 @@ def solve_rows(
         steps = _Grid(B, m, next(t for t in delta.DELTA_TILES[how.increments] if t.samples == rows))
     grid = _Grid(B, m, tiles)
     free_first = start is None and plan.acceleration != "anderson"
-    state, addresses = _memory(kind, how.increments, grid, splits, W, c, d)
+    held, addresses, counters = _memory(kind, how.increments, grid, splits, W, c, d, start, z, fields)
     rule = judge.rule(plan.tol, plan.max_iter, m)
     strides = {"stride_c": c.stride(0), "stride_d": 0 if d is None else d.stride(0)}
+    stride_start = None if start is None else start.stride(0)
     step = {
         **kind.constants,
         "DEPTH": kind.depth,
@@ -53,9 +55,9 @@ def solve_rows(
         "INCREMENTS": records.INCREMENTS[how.increments],
         "SPLITS": splits,
         **grid.options,
-        "maxnreg": tiles.registers if by_increments else None,
+        "maxnreg": iteration.registers(tiles, how.increments),
     }
-    key = (B, m, W.stride(), *strides.values(), *rule.values(), *step.values())
+    key = (B, m, W.stride(), *strides.values(), stride_start, largest, *rule.values(), *step.values())
     loop = chunks.loop_of(key, device)
     advance = _delta_steps(kind, how.increments, steps, loop, strides["stride_d"], rule) if by_increments else None
     mix_grid = (triton.cdiv(B, MIX[0]) * triton.cdiv(m, MIX[1]),)
@@ -78,42 +80,40 @@ def solve_rows(
             )
 
     row = min(ROW, triton.next_power_of_2(m))
+
+    def begin() -> None:
+        ends.start_kernel[(B,)](
+            loop.table,
+            B,
+            m,
+            **strides,
+            stride_start=stride_start or 0,
+            **rule,
+            **kind.constants,
+            STARTS=start is not None,
+            FREE_FIRST=free_first,
+            INCREMENTS=step["INCREMENTS"],
+            TILE_B=tiles.samples,
+            BLOCK=row,
+            maxnreg=MOST_REGISTERS,
+            **FUSES,
+        )
+
+    def end() -> None:
+        ends.finish_kernel[(B,)](
+            loop.table, B, m, largest, HOMOGENEOUS=kind.homogeneous, MASKED=kind.masked, BLOCK=row, **FUSES
+        )
+
     period = 2 * kind.depth if kind.depth % 2 else kind.depth
     chunk = DELTA_CHUNK if by_increments else -(-LEAST_CHUNK // period) * period
     failed = 0
-    with loop.lock:
-        records.bind_kernel[(1,)](loop.table, *addresses, **FUSES)
-        if B > 0:
-            ends.start_kernel[(B,)](
-                loop.table,
-                start,
-                B,
-                m,
-                **strides,
-                stride_start=0 if start is None else start.stride(0),
-                **rule,
-                **kind.constants,
-                FREE_FIRST=free_first,
-                INCREMENTS=step["INCREMENTS"],
-                TILE_B=tiles.samples,
-                BLOCK=row,
-                maxnreg=MOST_REGISTERS,
-                **FUSES,
-            )
-            failed = loop.repeat(turn, plan.max_iter - int(free_first), period, chunk, state["COUNTERS"][:2])
-            ends.finish_kernel[(B,)](
-                loop.table,
-                z,
-                *fields,
-                B,
-                m,
-                largest,
-                HOMOGENEOUS=kind.homogeneous,
-                MASKED=kind.masked,
-                BLOCK=row,
-                **FUSES,
-            )
-    return state["COUNTERS"], failed
+    if B > 0:
+        with loop.lock:
+            loop.fill(addresses)
+            turns = plan.max_iter - int(free_first)
+            failed = loop.repeat(begin, turn, end, turns, period, chunk, counters[:2])
+    del held  # until now: what is freed may be used again by what is launched from now on
+    return counters, failed
 
 
 @dataclass(frozen=True)
@@ -175,45 +175,63 @@ def _delta_steps(
 
 
 def _memory(
-    kind: Kind, increments: str, grid: _Grid, splits: int, W: Tensor, c: Tensor, d: Tensor | None
-) -> tuple[dict[str, Tensor], list[int]]:
-    """The tensors of a solve (kernels/records.py) by name, and their addresses in the order of the table."""
+    kind: Kind,
+    increments: str,
+    grid: _Grid,
+    splits: int,
+    W: Tensor,
+    c: Tensor,
+    d: Tensor | None,
+    start: Tensor | None,
+    z: Tensor,
+    fields: list[Tensor],
+) -> tuple[list[Tensor], list[int], Tensor]:
+    """What must live as long as the solve, the addresses of its tensors (kernels/records.py) in the order of the table,
+    and the counters. One allocation and no views: an operator of torch takes the host 3 to 7 us."""
     B, m, depth = grid.B, grid.m, kind.depth
-    new = {"device": c.device}
     most = -(-m // 32)  # columns of the narrowest tiles
-    held = depth if kind.accelerates else 0
-    sizes = {
-        "FRONT": B * m,
-        "BACK": B * m,
-        "BEST": B * m,
-        "VALUES": held * B * m,
-        "RESIDUALS": held * B * m,
-        "WEIGHTS": held * B,
-        "PARTS": splits * B * m if splits > 1 else 0,
-        "SUMS": (2 + held) * max(most, grid.columns) * B,
-        "RECORD": records.RECORDS * B,
+    window = depth if kind.accelerates else 0
+    low, units = (None, None) if increments == "native" else _low_weight(W, increments)
+    each = 0 if low is None else low.element_size() * B * m
+    sizes = {  # in bytes
+        "FRONT": 4 * B * m,
+        "BACK": 4 * B * m,
+        "BEST": 4 * B * m,
+        "VALUES": 4 * window * B * m,
+        "RESIDUALS": 4 * window * B * m,
+        "WEIGHTS": 4 * window * B,
+        "PARTS": 4 * splits * B * m if splits > 1 else 0,
+        "SUMS": 4 * (2 + window) * max(most, grid.columns) * B,
+        "RECORD": 4 * records.RECORDS * B,
+        "GRAM": 8 * window * window * B,
+        "MARKS": 4 * records.MARKINGS * B,
+        "Y": 0 if low is None else 4 * B * m,
+        "X": 0 if low is None else 4 * B * m,
+        "EVEN": each,
+        "ODD": each,
     }
-    if increments != "native":
-        sizes |= {"Y": B * m, "X": B * m}
-    starts, total = {}, 0
-    for name, size in sizes.items():
-        starts[name] = total
-        total += -(-size // 4) * 4  # each at a multiple of 16 bytes
-    floats = torch.empty(total, **new)
+    scratch = torch.empty(sum(map(_aligned, sizes.values())), dtype=torch.uint8, device=c.device)
     lists = records.HEADER + 2 * grid.rows + grid.programs
-    state = {name: floats[first : first + sizes[name]] for name, first in starts.items()}
-    state |= {
-        "W": W,
-        "C": c,
-        "D": c if d is None else d,
-        "GRAM": torch.empty(held * held * B, dtype=torch.float64, **new),
-        "MARKS": torch.empty(records.MARKINGS * B, dtype=torch.int32, **new),
-        "COUNTERS": torch.zeros(lists, dtype=torch.int32, **new),
-    }
-    if increments != "native":
-        low, units = delta.low_weight(W, increments)
-        state |= {"LOW": low, "EVEN": c.new_empty(B * m, dtype=low.dtype), "ODD": c.new_empty(B * m, dtype=low.dtype)}
-        if units is not None:
-            state["ROW_SCALES"] = units
-    nowhere = c.data_ptr()  # of what this solve never looks up
-    return state, [state[name].data_ptr() if name in state else nowhere for name in records.TABLE]
+    counters = torch.zeros(lists, dtype=torch.int32, device=c.device)
+    given = {"W": W, "C": c, "D": d, "LOW": low, "ROW_SCALES": units, "START": start, "COUNTERS": counters}
+    given |= {"OUT": z, **dict(zip(("OUT_RESIDUAL", "OUT_ITERATIONS", "OUT_STATUS"), fields, strict=True))}
+    addresses = {name: tensor.data_ptr() for name, tensor in given.items() if tensor is not None}
+    place = scratch.data_ptr()
+    for name, size in sizes.items():
+        addresses[name] = place
+        place += _aligned(size)
+    nowhere = addresses["C"]  # of what this solve never looks up
+    held = [scratch, *(tensor for tensor in (low, units) if tensor is not None)]
+    return held, [addresses.get(name, nowhere) for name in records.TABLE], counters
+
+
+def _aligned(size: int) -> int:
+    return -(-size // 16) * 16
+
+
+def _low_weight(W: Tensor, increments: str) -> tuple[Tensor, Tensor | None]:
+    """:func:`deq.kernels.delta.low_weight`, kept with a frozen W while nobody writes to it: eight operators, 80 us of
+    the host."""
+    if not W.is_cuda or W.requires_grad:
+        return delta.low_weight(W, increments)
+    return remembered(W, ("low", increments), lambda: delta.low_weight(W, increments))
