@@ -49,7 +49,7 @@ def plan(capability: tuple[int, int], out: Path) -> tuple[Step, ...]:
     small = (python, "-m", "bench.small_cases")
     sanitizer = ("compute-sanitizer", "--error-exitcode", "9", "--tool")
     files = ("tests/test_on_gpu.py", "tests/test_triton_gpu.py", "tests/test_cuda.py")
-    # Sanitizers have steps of their own; warnings of another torch are no errors here. A test compiles its kernels, in two
+    # Sanitizers have steps of their own; warnings of another torch are no errors here. A test compiles its kernels, two
     # to four seconds each: where pytest-xdist is, a process a core does.
     workers = ("-n", str(os.cpu_count() or 1)) if find_spec("xdist") else ()
     tests = (python, "-m", "pytest", "-q", "-W", "default", "-k", "not sanitizers", *workers, *files)

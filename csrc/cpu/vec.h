@@ -73,10 +73,11 @@ struct VecMath {
   }
   DEQ_INLINE void store(T* p, V v) { memcpy(p, &v, sizeof v); }
 
-  // x = n ln 2 + r with |r| <= ln 2 / 2; returns expm1(r) and 2^n.
+  // x = n ln 2 + r with |r| <= ln 2 / 2; returns expm1(r) and 2^n. kBelow: x is known to be at most kExpMax.
+  template <bool kBelow = false>
   DEQ_INLINE V expm1_reduced(V x, V* scale) {
     x = select(x < set(S::kExpMin), set(S::kExpMin), x);
-    x = select(x > set(S::kExpMax), set(S::kExpMax), x);
+    if constexpr (!kBelow) x = select(x > set(S::kExpMax), set(S::kExpMax), x);
     V shifted = x * set(1.44269504088896340736) + set(S::kRound);
     V n = shifted - set(S::kRound);
     V r = (x - n * set(S::kLn2Hi)) - n * set(S::kLn2Lo);
@@ -98,12 +99,12 @@ struct VecMath {
   // With e = exp(-2 |x|), (1 - e) / (1 + e) where it is small, else 1 - 2 e / (1 + e): within 0.6 units of the last place near 1,
   // where the first form loses 1.3, and 1 - tanh^2 ten times of that.
   DEQ_INLINE V tanh(V x) {
-    V scale, p = expm1_reduced(set(-2.0) * abs(x), &scale);
-    V e = p * scale + scale, t = p * scale + (scale - set(1.0));
+    V scale, p = expm1_reduced<true>(set(-2.0) * abs(x), &scale);
+    V e = p * scale + scale, minus = (set(1.0) - scale) - p * scale;  // 1 - e
     I is_large = e < set(0.5);
-    V q = select(is_large, e + e, -t) / (e + set(1.0));
+    V q = select(is_large, e + e, minus) / (e + set(1.0));
     q = select(is_large, set(1.0) - q, q);
-    return select(x > set(0.0), q, -q);
+    return reinterpret_cast<V>(reinterpret_cast<I>(q) | (reinterpret_cast<I>(x) & reinterpret_cast<I>(set(-0.0))));
   }
   // log(1 + x) for 0 <= x <= 1: 2 atanh(s), s = x / (2 + x) <= 1/3.
   DEQ_INLINE V log1p01(V x) {

@@ -103,8 +103,8 @@ struct Device {
     __threadfence();
     asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
   }
-  // A barrier of 132 blocks by such flags takes 1.6 us on an H200, with relaxed looks and one fence after them 2.1, by cooperative
-  // groups 1.0 (deq_cuda_measure).
+  // A barrier of 132 blocks by such flags takes 1.6 us on an H200, with relaxed looks and one fence after them 2.1, by
+  // cooperative groups 1.0 (deq_cuda_measure).
   static DEQ_GPU uint32_t acquire(const uint32_t* flag) {
     uint32_t value;
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
