@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,9 +13,9 @@ from torch.func import grad, jvp, vmap
 
 import deq
 from deq import _triton, reference, stats
-from deq.backends import get_backend, triton_kind
+from deq.backends import chunks, get_backend, triton_kind
 from deq.gpu_plan import choose
-from deq.kernels import delta, iteration
+from deq.kernels import delta, iteration, records
 from deq.kernels.tiles import Tiles
 from deq.plan import make_plan
 from deq.solve import _make_problem
@@ -346,3 +347,57 @@ def test_a_deferred_report_surfaces_when_the_status_is_read(monkeypatch):
     raises = deq.solve(5 * torch.eye(4), c[:1].abs(), backend="triton", solver="plain", on_failure="raise").detach()
     with pytest.raises(deq.ConvergenceError):
         raises.status  # noqa: B018
+
+
+def test_what_is_launched_on_a_device_and_in_which_order(monkeypatch):
+    """The part of a loop that only a GPU runs, with its streams, events and graphs replaced: four turns are needed."""
+    launched, left = [], [0]
+
+    class Graph:
+        def __init__(self, launch):
+            launched.append("capture")
+            self.replay = launch
+
+    class Copy:  # in pinned memory
+        def copy_(self, counters, non_blocking):
+            self.read = left[0]
+
+        def tolist(self):
+            return [self.read, 7]
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(chunks, "_captured", lambda launch, device: Graph(launch))
+    event = SimpleNamespace(record=lambda: None, synchronize=lambda: None)
+    loop = chunks.Loop(torch.device("cpu"))
+    loop._seen = [(Copy(), event), (Copy(), event)]
+
+    def begin():
+        launched.append("begin")
+        left[0] = 4
+
+    def turn(t):
+        launched.append(t)
+        left[0] -= 1
+
+    counters = SimpleNamespace(device=SimpleNamespace(type="cuda"))
+    for expected in (
+        ["begin", 0, 1, "capture", 2, 3, "capture", 4, 5, "end"],  # at first nothing is compiled
+        ["capture", "begin", 0, 1, 2, 3, 4, 5, "capture", "end"],
+        ["begin", 0, 1, 2, 3, 4, 5, "end"],
+    ):
+        launched.clear()
+        assert loop.repeat(begin, turn, lambda: launched.append("end"), 40, 6, 2, counters) == 7
+        assert launched == expected
+    launched.clear()
+    assert loop.repeat(begin, turn, lambda: launched.append("end"), 2, 6, 2, counters) is None
+    assert launched == ["begin", 0, 1, "end"]
+
+
+def test_the_table_is_written_either_way():
+    loop = chunks.Loop(torch.device("cpu"))
+    loop.fill(list(range(100, 100 + len(records.TABLE))))
+    by_kernel = loop.table.clone()
+    loop.table.zero_()
+    loop._graphs["any"] = None
+    loop.fill(list(range(100, 100 + len(records.TABLE))))
+    assert torch.equal(loop.table, by_kernel) and by_kernel[len(records.TABLE) - 1] == 99 + len(records.TABLE)

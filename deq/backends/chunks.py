@@ -12,6 +12,7 @@ every turn.
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -74,9 +75,7 @@ class Loop:
             end()
             return failed
         if turns <= chunk or torch.cuda.is_current_stream_capturing():
-            begin()
-            for t in range(turns):
-                turn(t % period)
+            _in_order(begin, turn, range(turns), period)
             end()
             return None
         if not self._seen:
@@ -86,14 +85,8 @@ class Loop:
         failed = None
         for i in range(chunks + 1):
             if i < chunks:
-                first = i * chunk % period
-
-                def launch(first: int = first, before: Callable[[], None] | None = begin if i == 0 else None) -> None:
-                    if before is not None:
-                        before()
-                    for t in range(first, first + chunk):
-                        turn(t % period)
-
+                first, before = i * chunk % period, begin if i == 0 else None
+                launch = partial(_in_order, before, turn, range(first, first + chunk), period)
                 self._launch("turns", (i == 0, first), launch)
                 numbers, event = self._seen[i % 2]
                 numbers.copy_(counters, non_blocking=True)
@@ -117,6 +110,13 @@ class Loop:
         else:  # what is not compiled yet a capture could not load
             launch()
             self._compiled.add(kind)
+
+
+def _in_order(begin: Callable[[], None] | None, turn: Callable[[int], None], turns: range, period: int) -> None:
+    if begin is not None:
+        begin()
+    for t in turns:
+        turn(t % period)
 
 
 def _captured(launch: Callable[[], None], device: torch.device) -> torch.cuda.CUDAGraph:
