@@ -7,7 +7,9 @@ Three regimes, by where W stays between iterations:
     cell        one fused kernel an iteration streams W from L2 or memory, in a captured graph; any size
 
 A time is counted from the constants of the device (deq/gpu_device.py): bytes over bandwidths, products over rates,
-launches and barriers. It is that of one iteration of the whole batch; that samples leave is not counted.
+launches and barriers, and from what solves on an H200 took beyond that. It is that of one iteration of the whole batch;
+that samples leave is not counted. What is chosen has the shortest solve, of the device or, where that takes longer, of
+the host that launches it.
 """
 
 from collections.abc import Callable

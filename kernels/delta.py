@@ -13,10 +13,8 @@ A turn is STEPS such steps and one anchor. Step s of a turn reads its increments
 and writes the other; an anchor writes EVEN.
 """
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from deq.activations import ACTIVATIONS
 
@@ -50,11 +48,14 @@ from .records import (
     SUMS,
     UNIT,
     D,
+    W,
     X,
     Y,
+    exponent_of,
     floats,
     ints,
     lows,
+    power_of_two,
     rounded,
 )
 from .tiles import DELTA_TILES, FLOAT8_FROM, OLDEST, RAGGED_SAMPLES, Tiles
@@ -68,20 +69,45 @@ STEPS = 4  # in a turn; even, so that the next turn begins with EVEN
 SAFE, LONGEST = tl.constexpr(2.0), tl.constexpr(12)
 DRIFT = tl.constexpr(2.0**-7)
 DRIFT_FLOAT8 = tl.constexpr(2.0**-6)
-FLOAT8_EXPONENT = 8  # rows of W are below 2^8 in their units
+FLOAT8_EXPONENT = tl.constexpr(8)
+LOW_TILE = (16, 128)  # rows of W and elements of them that a program of low_kernel has at a time
 
 
-def low_weight(W: Tensor, increments: str) -> tuple[Tensor, Tensor | None]:
-    """W (m, m) float32 as steps multiply it, contiguous, and for float8 the units (m,) float32 of its rows.
-
-    increments: "bfloat16" or "float8". Does not wait for the device.
-    """
-    if increments == "bfloat16":
-        return W.to(torch.bfloat16, memory_format=torch.contiguous_format), None
-    exponents = (torch.frexp(W.abs().amax(1)).exponent - FLOAT8_EXPONENT).clamp_(-100, 120)
-    units = torch.ldexp(torch.ones_like(W[0]), exponents)
-    low = (W / units[:, None]).to(torch.float8_e4m3fn, memory_format=torch.contiguous_format)
-    return low, units
+@triton.jit
+def low_kernel(
+    table_ptr,
+    m,
+    stride_wn,
+    stride_wk,
+    INCREMENTS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """LOW, what steps multiply, of BLOCK_N rows of W; for float8 ROW_SCALES too, the powers of two in which no element
+    of a row reaches 2^FLOAT8_EXPONENT."""
+    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    w_ptrs = floats(table_ptr, W) + n[:, None] * stride_wn
+    unit = tl.full((BLOCK_N,), 1.0, tl.float32)
+    if INCREMENTS == FLOAT8:
+        largest = tl.zeros((BLOCK_N,), tl.float32)
+        first = 0
+        while first < m:
+            k = first + tl.arange(0, BLOCK_K).to(tl.int64)
+            inside = (n < m)[:, None] & (k < m)[None, :]
+            w = tl.load(w_ptrs + k[None, :] * stride_wk, mask=inside, other=0.0)
+            largest = tl.maximum(largest, tl.max(tl.abs(w), axis=1))
+            first += BLOCK_K
+        unit = tl.where(largest > 0, power_of_two(exponent_of(largest) + (1 - FLOAT8_EXPONENT)), unit)
+        tl.store(floats(table_ptr, ROW_SCALES) + n, unit, mask=n < m)
+    first = 0
+    while first < m:
+        k = first + tl.arange(0, BLOCK_K).to(tl.int64)
+        inside = (n < m)[:, None] & (k < m)[None, :]
+        w = tl.load(w_ptrs + k[None, :] * stride_wk, mask=inside, other=0.0)
+        tl.store(
+            lows(table_ptr, LOW, INCREMENTS) + n[:, None] * m + k[None, :], rounded(w, unit, INCREMENTS), mask=inside
+        )
+        first += BLOCK_K
 
 
 @triton.jit
@@ -244,7 +270,23 @@ def compilations() -> list[Compilation]:
                 found.append(_compilation(increments, tiles, *kind, "aligned"))
             if tiles.samples <= RAGGED_SAMPLES:
                 found.append(_compilation(increments, tiles, "value", "gelu", "ragged"))
+        found += [_low_compilation(increments, weight) for weight in ("rows", "columns")]
     return found
+
+
+def _low_compilation(increments: str, weight: str) -> Compilation:
+    unit, across = ("stride_wk", "stride_wn") if weight == "rows" else ("stride_wn", "stride_wk")
+    return Compilation(
+        name=f"low weight, {increments}, by {weight}",
+        group=f"low weight, {increments}",
+        function="delta:low_kernel",
+        types={"table_ptr": "*i64", "m": "i32", across: "i32"},
+        constants={unit: 1, "INCREMENTS": INCREMENTS[increments], "BLOCK_N": LOW_TILE[0], "BLOCK_K": LOW_TILE[1]},
+        aligned=("table_ptr", "m", across),
+        warps=4,
+        stages=3,
+        oldest=FLOAT8_FROM if increments == "float8" else OLDEST,
+    )
 
 
 def _compilation(increments: str, tiles: Tiles, end: str, activation: str, width: str) -> Compilation:

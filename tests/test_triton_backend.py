@@ -402,3 +402,32 @@ def test_the_table_is_written_either_way(monkeypatch):
     loop._graphs["any"] = None
     loop.fill(list(range(100, 100 + len(records.TABLE))))
     assert torch.equal(loop.table, by_kernel) and by_kernel[len(records.TABLE) - 1] == 99 + len(records.TABLE)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("m", [1, 17, 160])
+@pytest.mark.parametrize("increments", ["bfloat16", "float8"])
+def test_what_steps_multiply_is_the_weight_rounded(increments, m, turned):
+    W = gaussian(m, 1, scale=30.0)[0]
+    W[m // 2] *= 1e-30 if m > 1 else 1  # a row of its own unit
+    W[m // 3] = 0
+    W = W.mT if turned else W
+    dtype = torch.bfloat16 if increments == "bfloat16" else torch.float8_e4m3fn
+    low, units = torch.empty(m, m).to(dtype), torch.full((m,), torch.nan)
+    table = torch.zeros(32, dtype=torch.int64)
+    for name, tensor in (("W", W), ("LOW", low), ("ROW_SCALES", units)):
+        table[records.TABLE.index(name)] = tensor.data_ptr()
+    rows, columns = delta.LOW_TILE
+    kind = records.INCREMENTS[increments]
+    delta.low_kernel[(-(-m // rows),)](table, m, *W.stride(), INCREMENTS=kind, BLOCK_N=rows, BLOCK_K=columns)
+    if increments == "bfloat16":
+        torch.testing.assert_close(low.float(), W, rtol=2**-7, atol=0)  # the interpreter cuts off where a GPU rounds
+        return
+    scaled = W / units[:, None]
+    expected = scaled.to(dtype).float()
+    # The interpreter loses what carries into the exponent, and rounds subnormals down.
+    carried = (torch.frexp(expected).mantissa.abs() == 0.5) & (expected.abs() > scaled.abs())
+    tiny = (expected.abs() < 2**-6) & ((low.float() - scaled).abs() < 2**-9)
+    assert ((low.float() == expected) | carried | tiny).all() and (low.float() == expected).float().mean() > 0.9
+    mantissas, largest = torch.frexp(units).mantissa, scaled.abs().amax(1)
+    assert (mantissas == 0.5).all() and ((largest == 0) | ((largest >= 128) & (largest < 256))).all()

@@ -10,7 +10,6 @@ from torch import Tensor
 from deq.kernels import delta, ends, iteration, judge, records
 from deq.kernels.tiles import MOST_REGISTERS, Tiles
 
-from ..cache import remembered
 from ..gpu_plan import GpuPlan
 from . import chunks
 from .triton_kind import PRECISION, Kind
@@ -20,6 +19,7 @@ ROW = 1024  # elements of a row that start and finish look at at a time
 MIX = (4, 256)  # samples and units of a tile of the next accelerated iterates
 LEAST_CHUNK = 8  # turns between two looks at the samples at work
 DELTA_CHUNK = 2  # the same of turns by increments, which are five kernels each
+LOW_BYTES = {"native": 0, "bfloat16": 2, "float8": 1}  # of an increment, and of an element of the W that it meets
 
 
 def solve_rows(
@@ -44,7 +44,7 @@ def solve_rows(
         steps = _Grid(B, m, next(t for t in delta.DELTA_TILES[how.increments] if t.samples == rows))
     grid = _Grid(B, m, tiles)
     free_first = start is None and plan.acceleration != "anderson"
-    held, addresses, counters = _memory(kind, how.increments, grid, splits, W, c, d, start, z, fields)
+    scratch, addresses, counters = _memory(kind, how.increments, grid, splits, W, c, d, start, z, fields)
     rule = judge.rule(plan.tol, plan.max_iter, m)
     strides = {"stride_c": c.stride(0), "stride_d": 0 if d is None else d.stride(0)}
     stride_start = None if start is None else start.stride(0)
@@ -82,6 +82,17 @@ def solve_rows(
     row = min(ROW, triton.next_power_of_2(m))
 
     def begin() -> None:
+        if by_increments:
+            rows, columns = delta.LOW_TILE
+            delta.low_kernel[(triton.cdiv(m, rows),)](
+                loop.table,
+                m,
+                *W.stride(),
+                INCREMENTS=step["INCREMENTS"],
+                BLOCK_N=rows,
+                BLOCK_K=columns,
+                **FUSES,
+            )
         ends.start_kernel[(B,)](
             loop.table,
             B,
@@ -112,7 +123,7 @@ def solve_rows(
             loop.fill(addresses)
             turns = plan.max_iter - int(free_first)
             failed = loop.repeat(begin, turn, end, turns, period, chunk, counters[:2])
-    del held  # until now: what is freed may be used again by what is launched from now on
+    del scratch  # until now: what is freed may be used again by what is launched from now on
     return counters, failed
 
 
@@ -185,14 +196,15 @@ def _memory(
     start: Tensor | None,
     z: Tensor,
     fields: list[Tensor],
-) -> tuple[list[Tensor], list[int], Tensor]:
-    """What must live as long as the solve, the addresses of its tensors (kernels/records.py) in the order of the table,
-    and the counters. One allocation and no views: an operator of torch takes the host 3 to 7 us."""
+) -> tuple[Tensor, list[int], Tensor]:
+    """Memory that must live as long as the solve, the addresses of its tensors in the order of the table
+    (kernels/records.py), and the counters. One allocation and no views: an operator of torch takes the host 3 to 7 us.
+    """
     B, m, depth = grid.B, grid.m, kind.depth
     most = -(-m // 32)  # columns of the narrowest tiles
     window = depth if kind.accelerates else 0
-    low, units = (None, None) if increments == "native" else _low_weight(W, increments)
-    each = 0 if low is None else low.element_size() * B * m
+    low = LOW_BYTES[increments]
+    wide = 4 if low else 0
     sizes = {  # in bytes
         "FRONT": 4 * B * m,
         "BACK": 4 * B * m,
@@ -205,15 +217,17 @@ def _memory(
         "RECORD": 4 * records.RECORDS * B,
         "GRAM": 8 * window * window * B,
         "MARKS": 4 * records.MARKINGS * B,
-        "Y": 0 if low is None else 4 * B * m,
-        "X": 0 if low is None else 4 * B * m,
-        "EVEN": each,
-        "ODD": each,
+        "Y": wide * B * m,
+        "X": wide * B * m,
+        "EVEN": low * B * m,
+        "ODD": low * B * m,
+        "LOW": low * m * m,
+        "ROW_SCALES": wide * m,
     }
     scratch = torch.empty(sum(map(_aligned, sizes.values())), dtype=torch.uint8, device=c.device)
     lists = records.HEADER + 2 * grid.rows + grid.programs
     counters = torch.zeros(lists, dtype=torch.int32, device=c.device)
-    given = {"W": W, "C": c, "D": d, "LOW": low, "ROW_SCALES": units, "START": start, "COUNTERS": counters}
+    given = {"W": W, "C": c, "D": d, "START": start, "COUNTERS": counters}
     given |= {"OUT": z, **dict(zip(("OUT_RESIDUAL", "OUT_ITERATIONS", "OUT_STATUS"), fields, strict=True))}
     addresses = {name: tensor.data_ptr() for name, tensor in given.items() if tensor is not None}
     place = scratch.data_ptr()
@@ -221,17 +235,8 @@ def _memory(
         addresses[name] = place
         place += _aligned(size)
     nowhere = addresses["C"]  # of what this solve never looks up
-    held = [scratch, *(tensor for tensor in (low, units) if tensor is not None)]
-    return held, [addresses.get(name, nowhere) for name in records.TABLE], counters
+    return scratch, [addresses.get(name, nowhere) for name in records.TABLE], counters
 
 
 def _aligned(size: int) -> int:
     return -(-size // 16) * 16
-
-
-def _low_weight(W: Tensor, increments: str) -> tuple[Tensor, Tensor | None]:
-    """:func:`deq.kernels.delta.low_weight`, kept with a frozen W while nobody writes to it: eight operators, 80 us of
-    the host."""
-    if not W.is_cuda or W.requires_grad:
-        return delta.low_weight(W, increments)
-    return remembered(W, ("low", increments), lambda: delta.low_weight(W, increments))
