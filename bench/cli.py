@@ -20,6 +20,9 @@ class ShapeType(click.ParamType):
         return int(parts[0]), int(parts[1])
 
 
+shapes_option = click.option(
+    "--case", "shapes", type=ShapeType(), multiple=True, help="Only cases of this shape; repeatable."
+)
 out_option = click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
@@ -46,7 +49,7 @@ def _family(ctx: click.Context, param: click.Parameter, values: tuple[str, ...])
 
 
 @bench.command()
-@click.option("--case", "shapes", type=ShapeType(), multiple=True, help="Only cases of this shape; repeatable.")
+@shapes_option
 @click.option("--family", "families", multiple=True, callback=_family, help="Only these problems; repeatable.")
 @click.option("--pass", "which", type=click.Choice(["forward", "training"]), help="One pass instead of both.")
 @click.option("--threads", type=click.IntRange(min=1), multiple=True, help="Repeatable; 1 and 2 if not given.")
@@ -88,7 +91,7 @@ def cpu(
 
 
 @bench.command()
-@click.option("--case", "shapes", type=ShapeType(), multiple=True, help="Only cases of this shape; repeatable.")
+@shapes_option
 @click.option("--family", "families", multiple=True, callback=_family, help="Only these problems; repeatable.")
 @click.option("--pass", "which", type=click.Choice(["forward", "training"]), help="One pass instead of both.")
 @click.option(

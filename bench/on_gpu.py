@@ -61,6 +61,7 @@ def plan(capability: tuple[int, int], out: Path) -> tuple[Step, ...]:
         Step("racecheck", 40, (*sanitizer, "racecheck", *small), compiled),
         Step("constants", 40, (*deq, "constants", "--out", str(out))),
         Step("bench", 3600, (*deq, "gpu", "--resume", "--budget", "{left}", "--out", str(out))),
+        Step("regimes", 150, (python, "-m", "bench.regimes", "--out", str(out)), compiled),
         Step("ncu", 240, (python, "-m", "bench.ncu", "--out", str(out)), compiled),
         Step("synccheck", 60, (*sanitizer, "synccheck", *small), compiled),
         Step("initcheck", 60, (*sanitizer, "initcheck", *small), compiled),

@@ -11,7 +11,7 @@ import torch
 from click.testing import CliRunner
 
 from deq import gpu_device
-from deq.bench import cli, constants, figure, goals, gpu, graphed, ncu, on_gpu, record, report, small_cases
+from deq.bench import cli, constants, figure, goals, gpu, graphed, ncu, on_gpu, record, regimes, report, small_cases
 from deq.bench.baselines import torch_loop
 from deq.bench.cases import GPU_CASES, TOL, Case
 from deq.bench.cli import bench
@@ -21,6 +21,7 @@ from deq.bench.gpu import Ceilings, GpuRun
 from deq.bench.quality import relative_error, worst_error
 from deq.bench.run import Selection
 from deq.gpu_device import find_device
+from deq.gpu_plan import choose
 
 CPU = torch.device("cpu")
 SMALL = Case(17, 5)
@@ -330,6 +331,41 @@ def test_whether_a_kernel_for_clusters_would_pay():
     assert "it would pay at m = 512, 768" in verdict(0.1e-6, 3e-6)
     assert "not decided, cluster_barrier and grid_barrier being estimated" in verdict(0.2e-6, 1.2e-6, "estimated")
     assert "has no clusters" in verdict(None, 1e-6)
+
+
+class TestRegimes:
+    """Every regime on the same shape, in the interpreter."""
+
+    def test_rows(self, tmp_path):
+        arguments = ["--device", "cpu", "--case", "17,5", "--case", "70,2", "--out", str(tmp_path)]
+        result = CliRunner().invoke(regimes.main, arguments)
+        assert result.exit_code == 0, result.output
+        rows = json.loads(next(tmp_path.glob("*/regimes.json")).read_text())
+        assert [(row["m"], row["regime"]) for row in rows] == [(m, r) for m in (17, 70) for r in ("resident", "cell")]
+        for row in rows:
+            assert row["failed"] == 0 and row["mean_iterations"] <= row["iterations"] < 20 and row["expected_us"] > 0
+            assert 0 < row["host_us"] <= row["clock_us"] and row["device_us"] is None
+            assert f"{row['m']} x {row['B']}" in result.output
+
+    def test_a_regime_is_forced_and_let_go(self):
+        from deq.backends import triton_kind
+
+        ways = []
+        for regime in ("resident", "cell"):
+            with regimes.forced(regime) as backend:
+                assert backend == "triton"
+                ways.append(triton_kind.choose(64, 4, dtype="float32", device=find_device("H200")).regime)
+        assert ways == ["resident", "cell"] and triton_kind.choose is choose
+        with regimes.forced("grid") as backend:
+            assert backend == "cuda" and regimes.cuda.regime_for(64, 4, 0) == "grid"
+
+    def test_what_cannot_run_is_said(self, monkeypatch, tmp_path):
+        def fails(*_):
+            raise RuntimeError("out of memory\nand more")
+
+        monkeypatch.setattr(regimes, "measure", fails)
+        result = CliRunner().invoke(regimes.main, ["--device", "cpu", "--case", "17,5", "--out", str(tmp_path)])
+        assert result.exit_code == 0 and "17 x 5     cell           out of memory" in result.output
 
 
 class TestNcu:
