@@ -55,8 +55,11 @@ def test_forward_and_gradients(place, backend):
         plain = sample_adjoint(W, c, z, g, activation, tol=1e-6)
         dW, dc = reference.implicit_gradient(W.double(), c.double(), true_z, g.double(), activation)
         assert_as_accurate(injection.grad, plain, dc)
-        # One row, since the rows of dW are units and no samples: a unit that hardly moves has a row of no consequence.
-        assert_as_accurate(*(t.flatten()[None] for t in (weight.grad, plain.mT @ z, dW)))
+        # As one whole, since the rows of dW are units and no samples, and beside all that is summed up: of the single
+        # number of m = 1 much cancels.
+        mass = (plain.abs().mT @ z.abs()).double().norm()
+        ours, theirs = ((found.double() - dW).norm() / mass for found in (weight.grad, plain.mT @ z))
+        assert ours <= 2 * theirs + 2 * torch.finfo(torch.float32).eps
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
