@@ -7,7 +7,7 @@ of the device after every row; Ctrl-C keeps what there is. On the CPU, in Triton
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -17,15 +17,14 @@ import click
 import torch
 
 import deq
-from deq.backends import cuda, load
-from deq.gpu_device import Device, find_device
-from deq.gpu_plan import REGIMES, TRITON_INCREMENTS, choose, expected
+from deq.backends import cuda, triton_kind
+from deq.gpu_plan import ON_CUDA, REGIMES, choose, fastest
 from deq.solution import Solution
 
 from .cases import TOL, Case
 from .cli import out_option, shapes_option
 from .device import synchronize
-from .record import device_name, environment, write
+from .record import environment, write
 
 # Where more than one regime can run, and those that only the streamed one can.
 SHAPES = (
@@ -33,34 +32,19 @@ SHAPES = (
     *((512, 1), (512, 32), (1024, 1), (1024, 32), (2048, 1), (2048, 32), (4096, 1), (4096, 8)),
     *((1024, 256), (2048, 256), (1024, 4096), (4096, 4096)),
 )
-ON_CUDA = {"resident cuda": "block", "grid": "grid"}  # names of deq/backends/cuda.py
 WARM_UPS, CALLS, PROFILED = 3, 9, 2  # solves of each kind
 KERNELS = 5  # that a row lists
-
-
-def options_of(m: int, B: int, plans: Device) -> Iterator[tuple[str, float]]:
-    """The regimes that can solve a shape and that this machine has, with the seconds expected of an iteration."""
-    for regime in REGIMES:
-        if regime in ON_CUDA and deq.info().backends["cuda"]:  # why it cannot be used
-            continue
-        kinds, precision = (("bfloat16",), "ieee") if regime in ON_CUDA else (TRITON_INCREMENTS, "tf32x3")
-        found = [option for kind in kinds if (option := expected(regime, m, B, plans, precision, kind)) is not None]
-        if found:
-            yield regime, min(found, key=lambda option: option.solve).iteration
 
 
 @contextmanager
 def forced(regime: str) -> Iterator[str]:
     """Solves run in this regime; gives the backend to ask for."""
     if regime in ON_CUDA:
-        with patch.object(cuda, "regime_for", lambda *_: ON_CUDA[regime]):
+        with patch.object(cuda, "regime_for", lambda *_: cuda.PLANNED[regime]):
             yield "cuda"
-        return
-    load("triton")
-    from deq.backends import triton_kind
-
-    with patch.object(triton_kind, "choose", partial(choose, allowed=(regime,))):
-        yield "triton"
+    else:
+        with patch.object(triton_kind, "choose", partial(choose, allowed=(regime,))):
+            yield "triton"
 
 
 def measure(m: int, B: int, regime: str, device: torch.device) -> dict:
@@ -98,7 +82,7 @@ def measure(m: int, B: int, regime: str, device: torch.device) -> dict:
     }
 
 
-def _profile(run, device: torch.device) -> dict[str, tuple[float, float]]:
+def _profile(run: Callable[[], object], device: torch.device) -> dict[str, tuple[float, float]]:
     """By kernel: how often a solve launches it, and microseconds of all those launches; nothing on the CPU."""
     if device.type != "cuda":
         return {}
@@ -118,21 +102,25 @@ def main(shapes: tuple[tuple[int, int], ...], device: str, out: Path) -> None:
     """Every regime of a GPU solve on the same shapes. About two minutes, most of it compiling."""
     if device == "cuda" and not torch.cuda.is_available():
         raise click.ClickException("torch sees no CUDA GPU here")
-    capability = torch.cuda.get_device_capability() if device == "cuda" else (9, 0)
-    plans = find_device(device_name("cuda"), capability) if device == "cuda" else find_device("H200")
+    plans = triton_kind.constants_of(torch.device(device))
+    usable = [regime for regime in REGIMES if regime not in ON_CUDA or not deq.info().backends["cuda"]]
     where, rows, path = environment(device), [], None
     for m, B in shapes or SHAPES:
-        for regime, seconds in options_of(m, B, plans):
+        for regime in usable:
+            option = fastest(regime, m, B, plans)
+            if option is None:
+                continue
             try:
                 row = measure(m, B, regime, torch.device(device))
             except (RuntimeError, ValueError) as error:  # out of memory, say: the others go on
                 click.echo(f"{m:>5} x {B:<5} {regime:<14} {str(error).splitlines()[0]}")
                 continue
-            rows.append(row | {"expected_us": 1e6 * seconds} | where)
+            expected = 1e6 * option.iteration
+            rows.append(row | {"expected_us": expected} | where)
             path = write(rows, out, "regimes", device)
             alone = "" if row["device_us"] is None else f"{row['device_us']:9.0f} us of the device"
-            each = 1e6 * seconds * row["iterations"]
-            click.echo(f"{m:>5} x {B:<5} {regime:<14}{row['clock_us']:9.0f} us{alone}, expected {each:.0f}")
+            total = expected * row["iterations"]
+            click.echo(f"{m:>5} x {B:<5} {regime:<14}{row['clock_us']:9.0f} us{alone}, expected {total:.0f}")
     if path:
         click.echo(f"Written to {path}")
 

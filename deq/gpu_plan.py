@@ -14,7 +14,7 @@ the host that launches it.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import ceil
 
 from .cuda_capacity import GRID_KERNELS, block_kernel, grid_kernel
@@ -153,14 +153,13 @@ def grid_tiles(m: int, B: int, device: Device, size: int) -> Tiles | None:
 # ---- expected seconds of one iteration of the whole batch ------------------------------------------------------------
 
 
-def resident_time(m: int, B: int, device: Device, precision: Precision, tiles: Tiles) -> float:
+def resident_time(m: int, B: int, device: Device, precision: Precision, tiles: Tiles, latency: float) -> float:
     """Every program reads W from shared memory and multiplies its samples; two sums over the block judge them. Programs
     that share a multiprocessor share its rates and hide each other's waits."""
     weight = tiles.units * tiles.depth
     read = precision.size * weight / device.shared_bandwidth
     multiply = 2 * weight * tiles.samples / precision.of_processor(device)
     together, waves = _residents(B, device, precision, tiles)
-    latency = LATENCY["resident" if tiles.samples == TRITON_SAMPLES else "resident cuda"]
     return waves * (together * max(read, multiply) + 2 * device.block_reduction + latency)
 
 
@@ -253,8 +252,8 @@ def loading_time(regime: str, m: int, B: int, device: Device, precision: str) ->
 
 
 ON_CHIP: dict[str, tuple[Callable[..., Tiles | None], Callable[..., float]]] = {
-    "resident": (resident_tiles, resident_time),
-    "resident cuda": (resident_cuda_tiles, resident_time),
+    "resident": (resident_tiles, partial(resident_time, latency=LATENCY["resident"])),
+    "resident cuda": (resident_cuda_tiles, partial(resident_time, latency=LATENCY["resident cuda"])),
     "grid": (grid_tiles, grid_time),
 }
 REGIMES = (*ON_CHIP, "cell")
@@ -298,6 +297,17 @@ def expected(
     solve = device.graph_launch + loading_time(regime, m, B, device, kept) + ITERATIONS * iteration
     solve = max(solve, HOST_OPERATORS[regime] * device.eager_op)  # whichever is waited for
     return Expected(regime, precision, increments, iteration, solve)
+
+
+ON_CUDA = ("resident cuda", "grid")  # the regimes of the CUDA backend; Triton has the others
+
+
+def fastest(regime: str, m: int, B: int, device: Device) -> Expected | None:
+    """The shortest solve of a float32 problem in a regime, as its backend has it: CUDA's kernels judge in float32 and
+    multiply bfloat16 in between, Triton's judge by three products of tf32. None where it cannot run."""
+    kinds, precision = (("bfloat16",), "ieee") if regime in ON_CUDA else (TRITON_INCREMENTS, ACCURATE["float32"])
+    found = [option for kind in kinds if (option := expected(regime, m, B, device, precision, kind)) is not None]
+    return min(found, key=lambda option: option.solve, default=None)
 
 
 # ---- the choice -----------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from deq.gpu_plan import (
     WORTH_IT,
     choose,
     expected,
+    fastest,
     resident_shared,
     tiles_of,
     time_of,
@@ -71,25 +72,16 @@ def measured():
         yield int(m), int(B), " ".join(regime), float(device) / int(iterations), None if clock == "-" else float(clock)
 
 
-def fastest(m, B, regime):
-    """As the backends have it: those of CUDA hold increments and judge by float32, those of Triton by products of
-    tf32."""
-    cuda = regime in ("resident cuda", "grid")
-    kinds, precision = (("bfloat16",), "ieee") if cuda else (("native", "bfloat16", "float8"), "tf32x3")
-    found = [option for kind in kinds if (option := expected(regime, m, B, H200, precision, kind)) is not None]
-    return min(found, key=lambda option: option.solve, default=None)
-
-
 @pytest.mark.parametrize(("m", "B", "regime", "us"), [row[:4] for row in measured()])
 def test_times_are_near_what_was_measured(m, B, regime, us):
-    assert 0.5 < 1e6 * fastest(m, B, regime).iteration / us < 1.5
+    assert 0.5 < 1e6 * fastest(regime, m, B, H200).iteration / us < 1.5
 
 
 def test_what_is_chosen_is_near_the_fastest_measured():
     for m, B in dict.fromkeys(row[:2] for row in measured()):
         by_clock = {row[2]: row[4] for row in measured() if row[:2] == (m, B) and row[4] is not None}
         if len(by_clock) > 1:
-            chosen = min(by_clock, key=lambda regime: fastest(m, B, regime).solve)
+            chosen = min(by_clock, key=lambda regime: fastest(regime, m, B, H200).solve)
             assert by_clock[chosen] <= 1.1 * min(by_clock.values()), (m, B, chosen)
 
 

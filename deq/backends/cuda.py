@@ -16,10 +16,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .. import _library, _triton, stats
+from .. import _library, _triton, gpu_plan, stats
 from ..activations import ACTIVATIONS
 from ..gpu_device import find_device
-from ..gpu_plan import TRITON_INCREMENTS, expected
 from ..plan import Plan
 from ..solution import Status
 from . import reference
@@ -31,7 +30,7 @@ __all__ = ["derivative", "masked_linear", "measure", "outer", "plan_launch", "re
 
 NOT_SUPPORTED = 3  # of DeqCudaError in csrc/cuda_kernels.h
 REGIMES = {"block": 0, "grid": 1}  # DeqCudaRegime of csrc/cuda_kernels.h
-_PLANNED = {"resident cuda": "block", "grid": "grid"}  # their names in deq.gpu_plan
+PLANNED = {"resident cuda": "block", "grid": "grid"}  # by their names in deq.gpu_plan
 UNRESCUED = "the CUDA engine could not take on the samples that failed"
 _told: set[str] = set()  # reasons that were warned of
 
@@ -142,16 +141,10 @@ def regime_for(width: int, batch: int, device: int) -> str | None:
 
     device: index of the CUDA device.
     """
-    name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
-    constants = find_device(name, capability)
-
-    def seconds(regime: str, precision: str, increments: str) -> float:
-        found = expected(regime, width, batch, constants, precision, increments)
-        return float("inf") if found is None else found.solve
-
-    ours = min(_PLANNED, key=lambda regime: seconds(regime, "ieee", "bfloat16"))
-    theirs = min(seconds(r, "tf32x3", i) for r in ("resident", "cell") for i in TRITON_INCREMENTS)
-    return _PLANNED[ours] if seconds(ours, "ieee", "bfloat16") < theirs else None
+    constants = find_device(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
+    regimes = sorted(gpu_plan.REGIMES, key=gpu_plan.ON_CUDA.__contains__)  # at the same time Triton's
+    found = [option for regime in regimes if (option := gpu_plan.fastest(regime, width, batch, constants)) is not None]
+    return PLANNED.get(min(found, key=lambda option: option.solve).regime)
 
 
 @lru_cache(maxsize=1024)

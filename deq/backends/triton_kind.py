@@ -68,11 +68,14 @@ class Kind(NamedTuple):
     def gpu_plan(self, B: int, m: int, device: torch.device) -> GpuPlan:
         """Regime, tiles and increments for B samples of width m. Raises ValueError where the plan's increments are not
         to be had on this device."""
-        return choose(m, B, dtype="float32", device=_constants(device), increments=self.increments, precision=PRECISION)
+        return choose(
+            m, B, dtype="float32", device=constants_of(device), increments=self.increments, precision=PRECISION
+        )
 
 
 @lru_cache(maxsize=16)
-def _constants(device: torch.device) -> Device:
+def constants_of(device: torch.device) -> Device:
+    """What plans for tensors on a device are made from."""
     if device.type == "cuda":
         return find_device(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
     return find_device("H200")  # what is interpreted is what would run there

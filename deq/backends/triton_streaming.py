@@ -44,7 +44,9 @@ def solve_rows(
         steps = _Grid(B, m, next(t for t in delta.DELTA_TILES[how.increments] if t.samples == rows))
     grid = _Grid(B, m, tiles)
     free_first = start is None and plan.acceleration != "anderson"
-    scratch, addresses, counters = _memory(kind, how.increments, grid, splits, W, c, d, start, z, fields)
+    given = {"W": W, "C": c, "D": d, "START": start, "OUT": z}
+    given |= zip(("OUT_RESIDUAL", "OUT_ITERATIONS", "OUT_STATUS"), fields, strict=True)
+    scratch, addresses, counters = _memory(kind, how.increments, grid, splits, given)
     rule = judge.rule(plan.tol, plan.max_iter, m)
     strides = {"stride_c": c.stride(0), "stride_d": 0 if d is None else d.stride(0)}
     stride_start = None if start is None else start.stride(0)
@@ -190,17 +192,12 @@ def _memory(
     increments: str,
     grid: _Grid,
     splits: int,
-    W: Tensor,
-    c: Tensor,
-    d: Tensor | None,
-    start: Tensor | None,
-    z: Tensor,
-    fields: list[Tensor],
+    given: dict[str, Tensor | None],
 ) -> tuple[Tensor, list[int], Tensor]:
-    """Memory that must live as long as the solve, the addresses of its tensors in the order of the table
-    (kernels/records.py), and the counters. One allocation and no views: an operator of torch takes the host 3 to 7 us.
-    """
-    B, m, depth = grid.B, grid.m, kind.depth
+    """Memory that must live as long as the solve, the addresses of its tensors and of those given, in the order of the
+    table (kernels/records.py), and the counters. One allocation and no views: an operator of torch takes the host 3 to
+    7 us."""
+    B, m, depth, device = grid.B, grid.m, kind.depth, given["C"].device
     most = -(-m // 32)  # columns of the narrowest tiles
     window = depth if kind.accelerates else 0
     low = LOW_BYTES[increments]
@@ -224,12 +221,11 @@ def _memory(
         "LOW": low * m * m,
         "ROW_SCALES": wide * m,
     }
-    scratch = torch.empty(sum(map(_aligned, sizes.values())), dtype=torch.uint8, device=c.device)
+    scratch = torch.empty(sum(map(_aligned, sizes.values())), dtype=torch.uint8, device=device)
     lists = records.HEADER + 2 * grid.rows + grid.programs
-    counters = torch.zeros(lists, dtype=torch.int32, device=c.device)
-    given = {"W": W, "C": c, "D": d, "START": start, "COUNTERS": counters}
-    given |= {"OUT": z, **dict(zip(("OUT_RESIDUAL", "OUT_ITERATIONS", "OUT_STATUS"), fields, strict=True))}
+    counters = torch.zeros(lists, dtype=torch.int32, device=device)
     addresses = {name: tensor.data_ptr() for name, tensor in given.items() if tensor is not None}
+    addresses["COUNTERS"] = counters.data_ptr()
     place = scratch.data_ptr()
     for name, size in sizes.items():
         addresses[name] = place
