@@ -164,13 +164,15 @@ def memory(shape: tuple[int, int] | None, out: Path) -> None:
     """Peak memory of a solve and of its gradient beyond the inputs, each in a fresh process (Linux)."""
     from rich.console import Console
 
+    from deq.profiling.memory import STATUS, can_measure
+
     from . import memory as run
     from . import report
     from .cases import MEMORY_CASE, Case
 
     _need_compiled()
-    if not run.CLEAR.exists():
-        raise click.ClickException(f"peak memory is read from Linux's {run.STATUS.parent}, which is not here")
+    if not can_measure():
+        raise click.ClickException(f"peak memory is read from Linux's {STATUS.parent}, which is not here")
     case = MEMORY_CASE if shape is None else Case(*shape)
     console = Console()
     with console.status("Measuring"):

@@ -11,16 +11,15 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 
 import torch
+
+from deq.profiling.memory import peak_of
 
 from .baselines import engine, has_torchdeq, make_torchdeq, torch_loop
 from .cases import MEMORY_MUST, Case
 
 PASSES = ("forward", "forward + backward")
-STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-RESET_PEAK = "5"  # see proc(5): sets VmHWM to VmRSS
 
 
 def competitors() -> list[str]:
@@ -67,14 +66,6 @@ def _in_fresh_process(name: str, case: Case, which: str) -> int:
     return int(subprocess.run(child, env=os.environ | {"PYTHONPATH": path}, check=True, capture_output=True).stdout)
 
 
-def peak_of(run: Callable[[], object]) -> int:
-    """Bytes by which the resident set grew at most while ``run`` ran. Linux only."""
-    CLEAR.write_text(RESET_PEAK)
-    before = _status("VmRSS")
-    run()
-    return _status("VmHWM") - before
-
-
 def _measure_here(name: str, case: dict, which: str) -> int:
     torch.set_num_threads(1)
     case = Case(**case)
@@ -83,8 +74,3 @@ def _measure_here(name: str, case: dict, which: str) -> int:
     run(Case(case.m, 16, case.family, case.dtype).make(), backward)  # loads and starts everything that comes but once
     problem = case.make()
     return peak_of(lambda: run(problem, backward))
-
-
-def _status(field: str) -> int:
-    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(field + ":"))
-    return 1024 * int(line.split()[1])

@@ -16,10 +16,11 @@ from deq.bench.cli import bench
 from deq.bench.cpu import measure, measure_kernel
 from deq.bench.quality import relative_error, worst_error
 from deq.bench.timing import MIN_TURNS, Timing, interleave
+from deq.profiling.memory import can_measure, peak_of
 
 SMALL = Case(17, 5)
 needs_library = pytest.mark.skipif(_library.compiled is None, reason=f"no compiled library: {_library.reason}")
-needs_proc = pytest.mark.skipif(not memory.CLEAR.exists(), reason="peak memory is read from Linux's /proc")
+needs_proc = pytest.mark.skipif(not can_measure(), reason="peak memory is read from Linux's /proc")
 
 
 def render(table) -> str:
@@ -196,7 +197,7 @@ class TestMemory:
             for _ in range(3):  # not their sum: each is freed before the next
                 torch.ones(megabytes * 2**18)
 
-        peak = memory.peak_of(run) / 2**20
+        peak = peak_of(run) / 2**20
         assert megabytes - 1 < peak < megabytes + 8
 
 

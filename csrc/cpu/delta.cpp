@@ -30,11 +30,12 @@ constexpr int64_t kRowSkew = 64;
 // Rounding of W leaves about this share of the increments in y, and a correction this share of that: smaller increments than
 // what is left gain nothing.
 constexpr double kPollution[] = {0, 1e-2, 2e-3}, kRest[] = {0, 1.0 / 256, 1.0 / 512};
-// Anchors skip the products with zeros where less than this share of the rows' elements is not zero: 1.25 x the dense kernel for
-// 64 rows at m = 256, 512 and 1024, but 0.89 x for (1024, 4) and 0.73 x for (2048, 16) on Zen 4.
+// Anchors skip the products with zeros where less than this share of the rows' elements is not zero: 1.25 to 1.35 x the dense
+// kernel for 64 rows at m = 256 to 4096 and 1.1 x for 16 at 2048, but 0.85 x for (2048, 8) and 0.7 x for (1024, 4) on Zen 4, of
+// W that is not in the cache.
 constexpr double kSkipBelow = 0.65;
 constexpr int kSkipRows = 16;
-constexpr int64_t kSkipUpTo = 1024, kSkipAnyRows = 256;  // W of 256 KB is in the L2 cache, whoever reads it
+constexpr int64_t kSkipAnyRows = 256;  // W of 256 KB is in the L2 cache, whoever reads it
 // Anchors of fewer rows wait for others; where W is narrower than kWide and in the L2 cache anyway, only for so many. Zen 4,
 // spectral radius 1, one thread: 1.14 x as fast at 1024 x 4, 1.18 at 2048 x 8, 1.15 at 2048 x 64, 1.03 at 1024 x 16 and at 128 x
 // 256, where waiting for kManyAnchors gains as much, but loses 3 % with two threads.
@@ -218,7 +219,7 @@ class Tile {
     // The float32 step with the mask 1 is y = W x + c; its sums are not used.
     const Step<float> anchor{x, y, c, ones, sums, nullptr, w, m_, kIdentity, 0, 0, padded_, nonzeros_, total_};
     const int64_t dense = anchors * m_;
-    const bool may_skip = packed_ && anchors > 0 && (anchors >= kSkipRows || m_ <= kSkipAnyRows) && m_ <= kSkipUpTo;
+    const bool may_skip = packed_ && anchors > 0 && (anchors >= kSkipRows || m_ <= kSkipAnyRows);
     const int64_t nonzeros = may_skip ? k_.find_nonzeros(anchor, anchors) : dense;
     const bool skips = static_cast<double>(nonzeros) < kSkipBelow * static_cast<double>(dense);
     const auto compute_anchors = skips ? k_.skip_step : k_.step;
@@ -379,6 +380,7 @@ class Tile {
     slot.next = after_step<true>(call_, slot.progress, row.step2, row.size2);
     if (slot.progress.sweeps) slot.old = swept ? Old::kRest : Old::kAll;
     expect(slot);
+    if (slot.next == Next::kAnchor && map_ == DeltaMap::kRelu) low_.drop_inactive(row, padded_);
     if (slot.next == Next::kCorrectedStep) {
       low_.measure(slot.rest, DeltaMap::kByRow, row.x, padded_);
       slot.rest.set_next_scale(slot.rest.largest / 127.0);

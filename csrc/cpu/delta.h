@@ -88,6 +88,9 @@ struct DeltaKernels {
   // The state is f(y), formed in passing, or where the map is applied by row as given.
   // Sets step2, size2 and largest.
   void (*measure)(DeltaRow&, DeltaMap, const float* state, int64_t padded);
+  // x = 0 where relu(y) is: rounding has left there what an anchor would multiply, a tenth of all products for a Gaussian W, and
+  // a third with slow modes.
+  void (*drop_inactive)(DeltaRow&, int64_t padded);
   // next = Q(state - x), x += next; what x was goes to `before` if that is not null.
   void (*feed)(DeltaRow&, DeltaMap, const float* state, float* before, int64_t padded);
 };

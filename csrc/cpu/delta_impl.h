@@ -250,6 +250,10 @@ void feed(DeltaRow& row, DeltaMap map, const float* given, float* before, int64_
   });
 }
 
+void drop_inactive(DeltaRow& row, int64_t n) {
+  for (int64_t j = 0; j < n; j += kL) M::store(row.x + j, M::select(M::load(row.y + j) <= M::set(0.0), V{}, M::load(row.x + j)));
+}
+
 const deq::DeltaKernels* table() {
   static constexpr deq::DeltaKernels kTable = {
       .precision = Increment::kPrecision,
@@ -263,6 +267,7 @@ const deq::DeltaKernels* table() {
       .settle = settle,
       .add_up = add_up,
       .measure = measure,
+      .drop_inactive = drop_inactive,
       .feed = feed,
   };
   return &kTable;

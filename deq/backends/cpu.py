@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .. import stats
+from .. import recycle, stats
 from ..activations import ACTIVATIONS
 from ..plan import INCREMENTS, LARGE_WEIGHT, LargeWeight, Plan
 from .outcome import Outcome
@@ -28,7 +28,7 @@ def solve(
     out: Tensor | None = None,
     reflected: bool = False,
 ) -> Outcome:
-    z = torch.empty_like(c, memory_format=torch.contiguous_format) if out is None else out
+    z = recycle.empty_like(c) if out is None else out
     start = _ZERO[c.dim()] if z0 is None else z0
     number = ACTIVATIONS[activation].number
     options = *_options(plan, reflected), LARGE_WEIGHT if plan.unless_large else 0.0
@@ -49,24 +49,25 @@ def masked_linear(
     out: Tensor | None = None,
     reflected: bool = False,
 ) -> Outcome:
-    u = torch.empty_like(g, memory_format=torch.contiguous_format) if out is None else out
+    u = recycle.empty_like(g) if out is None else out
     start = _ZERO[g.dim()] if u0 is None else u0
     number = -1 if value_of is None else ACTIVATIONS[value_of].number
     return _run(torch.ops.deq.masked_linear_.default, (A, g, d, start), u, number, _options(plan, reflected))
 
 
 def derivative(W: Tensor, c: Tensor, z: Tensor, activation: str) -> Tensor:
-    d = torch.empty_like(c, memory_format=torch.contiguous_format)
+    d = recycle.empty_like(c)
     torch.ops.deq.derivative_.default(W, c, z, d, ACTIVATIONS[activation].number)
     return d
 
 
 def outer(u: Tensor, z: Tensor) -> Tensor:
-    plain = type(u) is type(z) is Tensor and u.dtype in _OUTER_DTYPES and u.stride(-1) == 1 == z.stride(-1)
-    if not plain or u.shape[-2] > OUTER_UP_TO:
+    if not type(u) is type(z) is Tensor:
         return torch.matmul(u.mT, z)
     m = u.shape[-1]
-    out = u.new_empty(*u.shape[:-2], m, m)
+    out = recycle.empty(u, (*u.shape[:-2], m, m))
+    if u.dtype not in _OUTER_DTYPES or u.stride(-1) != 1 or z.stride(-1) != 1 or u.shape[-2] > OUTER_UP_TO:
+        return torch.matmul(u.mT, z, out=out)
     torch.ops.deq.outer_.default(u, z, out)
     return out
 

@@ -12,7 +12,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import cache
+from .. import cache, recycle
 from ..activations import ACTIVATIONS
 from ..reference import _History
 from .methods import (
@@ -167,7 +167,7 @@ def _evaluations(
         return following, size.double()
 
     def last(q: Tensor, following: Tensor) -> tuple[Tensor, Tensor]:
-        out, residual = torch.empty(c.shape, dtype=c.dtype), torch.empty(c.shape[0], dtype=c.dtype)
+        out, residual = recycle.empty_like(c), torch.empty(c.shape[0], dtype=c.dtype)
         torch.ops.deq.reduced_.default(*panels, d, *every, rows_contiguous(q), following, residual, out, activation)
         return out, residual
 

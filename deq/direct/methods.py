@@ -23,7 +23,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _library, _triton, cache
+from .. import _library, _triton, cache, recycle
 from ..activations import ACTIVATIONS
 from . import roots
 
@@ -343,8 +343,8 @@ def _substitute(
     packed: Tensor, diagonal: Tensor, c: Tensor, mask: Tensor | None, activation: int, derives: bool, reversed: bool
 ) -> Result:
     none = c.new_empty(0)
-    z = torch.empty(c.shape, dtype=c.dtype)
-    derivative = torch.empty(c.shape, dtype=c.dtype) if derives else none
+    z = recycle.empty_like(c)
+    derivative = recycle.empty_like(c) if derives else none
     residual = torch.empty(c.shape[0], dtype=c.dtype)
     mask = none if mask is None else rows_contiguous(mask)
     torch.ops.deq.substitute_.default(

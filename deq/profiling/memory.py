@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from .. import _library, cache
+from .. import _library, cache, recycle
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 RESET_PEAK = "5"  # see proc(5): sets VmHWM to VmRSS
@@ -74,8 +74,9 @@ def can_measure() -> bool:
 def peak_of(run: Callable[[], object]) -> int:
     """Bytes by which the resident set grew at most while ``run`` ran. Linux only.
 
-    What the allocator keeps of earlier work is given back first, so that it cannot serve ``run`` unnoticed.
+    What was kept of earlier work is given back first, so that it cannot serve ``run`` unnoticed.
     """
+    recycle.clear()
     ctypes.CDLL(None).malloc_trim(0)
     CLEAR.write_text(RESET_PEAK)
     before = resident()
