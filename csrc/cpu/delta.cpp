@@ -6,14 +6,13 @@
 // answer does not depend on its batch mates.
 #include "delta.h"
 
-#include <string.h>
-
 #include <algorithm>
 #include <atomic>
 #include <memory>
 
 #include "../reliable.h"
 #include "samples.h"
+#include "scales.h"
 #include "segments.h"
 #include "sweep.h"
 #include "threads.h"
@@ -41,24 +40,6 @@ constexpr int64_t kSkipAnyRows = 256;  // W of 256 KB is in the L2 cache, whoeve
 // 256, where waiting for kManyAnchors gains as much, but loses 3 % with two threads.
 constexpr int64_t kWide = 512;
 constexpr int kManyAnchors = 32, kFewAnchors = 16;
-// Increments are expected to shrink like the last one, with this allowance; a wrong guess costs digits or is cut off, never lost.
-constexpr double kHeadroom = 1.3, kLeastRatio = 0.1, kMostRatio = 4;
-constexpr int kMostGrowth = 3;  // of a scale in one step, as a power of two
-
-// floor(log2(x)) of a normal number, some large number of infinity and NaN, some small one of zero; a tenth of the time of ilogb.
-int exponent_of(double x) {
-  int64_t bits;
-  memcpy(&bits, &x, sizeof bits);
-  return static_cast<int>(bits >> 52 & 2047) - 1023;
-}
-
-double power_of_two(int exponent) {
-  const int64_t bits = static_cast<int64_t>(exponent + 1023) << 52;
-  double x;
-  memcpy(&x, &bits, sizeof x);
-  return x;
-}
-
 thread_local Arena rows_arena;
 
 struct alignas(64) Slot {
@@ -88,8 +69,7 @@ class Tile {
         padded_(samples_.padded()),
         call_{make_rule(p.tol, p.max_iter, p.criterion, p.width, false), kPollution[p.precision], kRest[p.precision],
               p.acceleration == DEQ_ON_DEMAND},
-        // The products of 2^shift units and those of one, at most 127 x 127 each, fit an int32.
-        most_shift_(exponent_of(0x1p31 / (127.0 * 127.0 * static_cast<double>(p.width)) - 1)),
+        scales_(p.width),
         segments_(m_, padded_),
         sweep_(m_, padded_),
         map_(map_of(p)) {}
@@ -363,13 +343,13 @@ class Tile {
     if (slot.progress.sweeps) {
       slot.old = Old::kNothing;
       std::copy(row.x, row.x + padded_, slot.rest.x);
-      row.set_next_scale(kHeadroom / 127 * row.largest);
+      Scales::set_first_of_sweeps(row);
       return true;
     }
     slot.old = Old::kAll;
-    row.set_next_scale(row.largest / 127.0);
+    Scales::set_known(row);
     low_.feed(row, map_, state, slot.rest.x, padded_);
-    expect(slot);
+    scales_.expect(row, slot.progress.ratio2[0], slot.progress.sweeps);
     return true;
   }
 
@@ -379,31 +359,15 @@ class Tile {
     const bool swept = slot.progress.sweeps;
     slot.next = after_step<true>(call_, slot.progress, row.step2, row.size2);
     if (slot.progress.sweeps) slot.old = swept ? Old::kRest : Old::kAll;
-    expect(slot);
+    scales_.expect(row, slot.progress.ratio2[0], slot.progress.sweeps);
     if (slot.next == Next::kAnchor && map_ == DeltaMap::kRelu) low_.drop_inactive(row, padded_);
     if (slot.next == Next::kCorrectedStep) {
       low_.measure(slot.rest, DeltaMap::kByRow, row.x, padded_);
-      slot.rest.set_next_scale(slot.rest.largest / 127.0);
+      Scales::set_known(slot.rest);
       slot.rest.scale = slot.rest.next_scale;
       low_.feed(slot.rest, DeltaMap::kByRow, row.x, nullptr, padded_);
     }
     return true;
-  }
-
-  // The increment just written becomes that of the step before, and the scale of the one after it is set; in a sweep it is a
-  // power of two times this one, so that a sum of products can go from one to the other.
-  void expect(Slot& slot) {
-    DeltaRow& row = slot.row;
-    std::swap(row.increment, row.next);
-    const double ratio = std::sqrt(static_cast<float>(slot.progress.ratio2[0]));
-    const double cut = row.largest - 127.0 * row.next_scale, expected = std::clamp(ratio, kLeastRatio, kMostRatio);
-    double scale = kHeadroom / 127 * std::max(row.largest * expected, cut);
-    row.scale = row.next_scale;
-    if (slot.progress.sweeps) {
-      row.shift = std::clamp(exponent_of(row.scale / scale), -kMostGrowth, most_shift_);
-      scale = row.scale * power_of_two(-row.shift);
-    }
-    row.set_next_scale(scale);
   }
 
   void finish(Slot& slot, Verdict verdict, bool is_best) {
@@ -434,7 +398,7 @@ class Tile {
   Totals& totals_;
   const int64_t m_, padded_;
   const Reliable call_;
-  const int most_shift_;
+  const Scales scales_;
   const Segments segments_;
   const Sweep sweep_;
   const DeltaMap map_;
