@@ -1,11 +1,14 @@
 """The compiled row engine (csrc/cpu): the whole solve in one call."""
 
+import math
+
 import torch
 from torch import Tensor
 
 from .. import recycle, stats
 from ..activations import ACTIVATIONS
 from ..plan import INCREMENTS, LARGE_WEIGHT, LargeWeight, Plan
+from ..recycle import LEAST_BYTES
 from .outcome import Outcome
 
 _ACCELERATION = {"none": 0, "anderson": 1, "on_demand": 2}
@@ -13,6 +16,7 @@ _CRITERION = {"residual": 0, "error": 1}
 # Samples up to which the gradient of W is summed here and not by torch. Torch's time over this, Zen 4, one thread: 1.2
 # from 16 to 256 samples at any m, 5.2 at (1024, 4), 3.5 at (2048, 4).
 OUTER_UP_TO = 256
+_CONTIGUOUS = torch.contiguous_format
 _OUTER_DTYPES = (torch.float32, torch.float64)
 _ZERO = {dim: torch.empty((0,) * dim) for dim in (2, 3)}  # the operator's z0 without elements: start at zero
 _reports: list[Tensor] = []  # those not in use; a list, whose pop and append are safe between threads
@@ -28,7 +32,9 @@ def solve(
     out: Tensor | None = None,
     reflected: bool = False,
 ) -> Outcome:
-    z = recycle.empty_like(c) if out is None else out
+    z = out
+    if z is None:  # asked here: a call for nothing costs a microsecond where caches are cold
+        z = torch.empty_like(c, memory_format=_CONTIGUOUS) if c.nbytes < LEAST_BYTES else recycle.empty_like(c)
     start = _ZERO[c.dim()] if z0 is None else z0
     number = ACTIVATIONS[activation].number
     options = *_options(plan, reflected), LARGE_WEIGHT if plan.unless_large else 0.0
@@ -49,7 +55,9 @@ def masked_linear(
     out: Tensor | None = None,
     reflected: bool = False,
 ) -> Outcome:
-    u = recycle.empty_like(g) if out is None else out
+    u = out
+    if u is None:
+        u = torch.empty_like(g, memory_format=_CONTIGUOUS) if g.nbytes < LEAST_BYTES else recycle.empty_like(g)
     start = _ZERO[g.dim()] if u0 is None else u0
     number = -1 if value_of is None else ACTIVATIONS[value_of].number
     return _run(torch.ops.deq.masked_linear_.default, (A, g, d, start), u, number, _options(plan, reflected))
@@ -65,9 +73,12 @@ def outer(u: Tensor, z: Tensor) -> Tensor:
     if not type(u) is type(z) is Tensor:
         return torch.matmul(u.mT, z)
     m = u.shape[-1]
-    out = recycle.empty(u, (*u.shape[:-2], m, m))
+    shape = *u.shape[:-2], m, m
+    out = recycle.empty(u, shape) if math.prod(shape) * u.element_size() >= LEAST_BYTES else None
     if u.dtype not in _OUTER_DTYPES or u.stride(-1) != 1 or z.stride(-1) != 1 or u.shape[-2] > OUTER_UP_TO:
         return torch.matmul(u.mT, z, out=out)
+    if out is None:
+        out = u.new_empty(shape)
     torch.ops.deq.outer_.default(u, z, out)
     return out
 
