@@ -40,6 +40,7 @@ constexpr int64_t kSkipAnyRows = 256;  // W of 256 KB is in the L2 cache, whoeve
 // 256, where waiting for kManyAnchors gains as much, but loses 3 % with two threads.
 constexpr int64_t kWide = 512;
 constexpr int kManyAnchors = 32, kFewAnchors = 16;
+
 thread_local Arena rows_arena;
 
 struct alignas(64) Slot {
