@@ -42,7 +42,7 @@ def remembered(W: Tensor, what: Hashable, make: Callable[[], T]) -> T:
     on other devices than CPUs and GPUs, inside torch.func transforms, torch.compile and the capture of a CUDA graph,
     for subclasses of Tensor.
     """
-    if W.is_cuda and _is_plain(W) and not W.is_inference() and not torch.cuda.is_current_stream_capturing():
+    if W.is_cuda and is_plain(W) and not W.is_inference() and not torch.cuda.is_current_stream_capturing():
         return by_version(W, what, make)
     key = _key(W, what)
     if key is None:
@@ -79,6 +79,13 @@ def by_version(W: Tensor, what: Hashable, make: Callable[[], T]) -> T:
     return value
 
 
+def is_plain(W: Tensor) -> bool:
+    """Whether W is a tensor of its own, and neither traced nor transformed."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    return type(W) in (Tensor, torch.nn.Parameter)
+
+
 def clear() -> int:
     """Forget everything; returns the bytes that were held, without those of GPUs."""
     global _held
@@ -94,16 +101,9 @@ def held() -> int:
     return _held
 
 
-def _is_plain(W: Tensor) -> bool:
-    """Whether W is a tensor of its own, and neither traced nor transformed."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return False
-    return type(W) in (Tensor, torch.nn.Parameter)
-
-
 def _key(W: Tensor, what: Hashable) -> Hashable | None:
     """None where the content of W cannot be read."""
-    if not _is_plain(W) or _library.compiled is None:
+    if not is_plain(W) or _library.compiled is None:
         return None
     if W.device.type != "cpu" or W.layout != torch.strided or W.dtype not in _DTYPES:
         return None

@@ -9,10 +9,13 @@ to gain: the C library keeps that itself, and Python takes some microseconds for
 import math
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from .cache import is_plain
 
 BUDGET_BYTES = 256 << 20  # of what waits to be used
 LEAST_BYTES = 8 << 20
@@ -25,21 +28,20 @@ _held = 0  # bytes of all that is free
 
 def empty_like(x: Tensor) -> Tensor:
     """A contiguous tensor of any content, with the shape, dtype and device of x; see :func:`empty`."""
-    if x.nbytes < LEAST_BYTES or not _serves(x):
-        return torch.empty_like(x, memory_format=torch.contiguous_format)
-    return _lend(x.shape, x.dtype)
+    return empty(x, x.shape)
 
 
-def empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+def empty(like: Tensor, shape: Sequence[int]) -> Tensor:
     """A contiguous tensor of any content, with the dtype and device of ``like``.
 
     One that is large, on a CPU and of a dtype that numpy knows, lies in memory that was used before, if there is any,
     unless it is traced, transformed or watched by a dispatch mode. It is as good as any other but for one thing: its
     storage cannot be resized.
     """
-    if math.prod(shape) * like.dtype.itemsize < LEAST_BYTES or not _serves(like):
+    dtype = like.dtype
+    if not _serves(like) or (size := math.prod(shape) * dtype.itemsize) < LEAST_BYTES:
         return like.new_empty(shape)
-    return _lend(shape, like.dtype)
+    return torch.from_numpy(_Lent(shape, _NUMPY[dtype], _take(size)))
 
 
 def held() -> int:
@@ -56,16 +58,9 @@ def clear() -> int:
     return freed
 
 
-def _serves(x: Tensor) -> bool:
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return False
-    if torch._C._len_torch_dispatch_stack():  # who watches the operators counts the memory that they make
-        return False
-    return x.is_cpu and x.dtype in _NUMPY and type(x) in (Tensor, torch.nn.Parameter)
-
-
-def _lend(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    return torch.from_numpy(_Lent(shape, _NUMPY[dtype], _take(math.prod(shape) * dtype.itemsize)))
+def _serves(like: Tensor) -> bool:
+    # Who watches the operators counts the memory that they make.
+    return is_plain(like) and like.is_cpu and like.dtype in _NUMPY and not torch._C._len_torch_dispatch_stack()
 
 
 class _Lent(np.ndarray):

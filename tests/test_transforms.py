@@ -182,6 +182,19 @@ def test_compile(net):
             torch.testing.assert_close(compiled(x), twin(x), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_compile_for_any_number_of_samples(activation):
+    """The second number is compiled for as one of any, which no result may be compared with, large or small."""
+    layer = deq.nn.EquilibriumLinear(3, 64, activation)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for samples in (5, 9, 40000):
+        x = torch.randn(samples, 3)
+        expected, z = layer(x), compiled(x)
+        torch.testing.assert_close(z, expected, rtol=1e-4, atol=1e-5)
+        for a, b in zip(gradients(layer, z), gradients(layer, expected), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * samples)
+
+
 def test_compile_of_several_states():
     class Pair(nn.Module):
         def __init__(self):

@@ -16,7 +16,6 @@ _CRITERION = {"residual": 0, "error": 1}
 # Samples up to which the gradient of W is summed here and not by torch. Torch's time over this, Zen 4, one thread: 1.2
 # from 16 to 256 samples at any m, 5.2 at (1024, 4), 3.5 at (2048, 4).
 OUTER_UP_TO = 256
-_CONTIGUOUS = torch.contiguous_format
 _OUTER_DTYPES = (torch.float32, torch.float64)
 _ZERO = {dim: torch.empty((0,) * dim) for dim in (2, 3)}  # the operator's z0 without elements: start at zero
 _reports: list[Tensor] = []  # those not in use; a list, whose pop and append are safe between threads
@@ -32,13 +31,10 @@ def solve(
     out: Tensor | None = None,
     reflected: bool = False,
 ) -> Outcome:
-    z = out
-    if z is None:  # asked here: a call for nothing costs a microsecond where caches are cold
-        z = torch.empty_like(c, memory_format=_CONTIGUOUS) if c.nbytes < LEAST_BYTES else recycle.empty_like(c)
     start = _ZERO[c.dim()] if z0 is None else z0
     number = ACTIVATIONS[activation].number
     options = *_options(plan, reflected), LARGE_WEIGHT if plan.unless_large else 0.0
-    outcome = _run(torch.ops.deq.solve_.default, (W, c, start), z, number, options)
+    outcome = _run(torch.ops.deq.solve_.default, (W, c, start), out, number, options)
     if plan.unless_large and outcome.report[1] < 0:
         raise LargeWeight
     return outcome
@@ -55,12 +51,9 @@ def masked_linear(
     out: Tensor | None = None,
     reflected: bool = False,
 ) -> Outcome:
-    u = out
-    if u is None:
-        u = torch.empty_like(g, memory_format=_CONTIGUOUS) if g.nbytes < LEAST_BYTES else recycle.empty_like(g)
     start = _ZERO[g.dim()] if u0 is None else u0
     number = -1 if value_of is None else ACTIVATIONS[value_of].number
-    return _run(torch.ops.deq.masked_linear_.default, (A, g, d, start), u, number, _options(plan, reflected))
+    return _run(torch.ops.deq.masked_linear_.default, (A, g, d, start), out, number, _options(plan, reflected))
 
 
 def derivative(W: Tensor, c: Tensor, z: Tensor, activation: str) -> Tensor:
@@ -95,9 +88,16 @@ def _options(plan: Plan, reflected: bool) -> tuple:
     )
 
 
-def _run(operator, inputs: tuple[Tensor, ...], out: Tensor, number: int, options: tuple) -> Outcome:
+def _run(operator, inputs: tuple[Tensor, ...], out: Tensor | None, number: int, options: tuple) -> Outcome:
+    """Its second input is the injection, whose shape the result has where there is no memory for it."""
+    injection, is_traced = inputs[1], torch.compiler.is_compiling()  # a traced size may be any: it is not asked for
+    if out is None:
+        if is_traced or injection.nbytes < LEAST_BYTES:  # without a call: it costs a microsecond where caches are cold
+            out = torch.empty_like(injection, memory_format=torch.contiguous_format)
+        else:
+            out = recycle.empty_like(injection)
     said = stats.allocate(out)
-    if torch.compiler.is_compiling():
+    if is_traced:
         operator(*inputs, out, said, _new_report(), number, *options)
         return Outcome(out, said, None)
     try:  # a report is read at once and used again: 2 us less than a new one, 10 us where caches are cold
