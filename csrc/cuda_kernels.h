@@ -30,6 +30,10 @@ DEQ_API int32_t deq_cuda_plan(int64_t weights, int64_t batch, int64_t width, int
 // is made from, for any device.
 DEQ_API int32_t deq_cuda_kernel(int32_t regime, int64_t width, int64_t batch, int32_t processors, int64_t shared);
 
+// Copies float32 weights W (S, m, m) of any strides to `packed`, rows side by side and one after the other.
+DEQ_API int32_t deq_cuda_pack(const struct DeqView* W, int64_t weights, int64_t width, float* packed, int32_t device,
+                              void* stream);
+
 // Solves a float32 problem whose W has contiguous rows; `threads` and `precision` are not looked at, `reflected` must be 0,
 // and no more than five pairs are mixed whatever `depth` says. `regime`, `kernel` and `blocks` are those of a plan for the same
 // sizes and device; `scratch` holds so many bytes. The report lies on the device: -1 in its fields, and in those

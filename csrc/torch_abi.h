@@ -16,18 +16,20 @@ using TorchLibraryHandle = TorchLibraryOpaque*;
 using BoxedKernel = void (*)(StableIValue* stack, uint64_t arguments, uint64_t returns);
 
 // name, argument types; each returns int32_t, 0 on success.
-#define DEQ_TORCH_FUNCTIONS(F)                                                                            \
-  F(aoti_torch_library_init_fragment, (const char*, const char*, uint32_t, TorchLibraryHandle*))          \
-  F(aoti_torch_library_init_impl, (const char*, const char*, const char*, uint32_t, TorchLibraryHandle*)) \
-  F(aoti_torch_library_def, (TorchLibraryHandle, const char*))                                            \
-  F(aoti_torch_library_impl, (TorchLibraryHandle, const char*, BoxedKernel))                              \
-  F(aoti_torch_get_data_ptr, (AtenTensorHandle, void**))                                                  \
-  F(aoti_torch_get_dim, (AtenTensorHandle, int64_t*))                                                     \
-  F(aoti_torch_get_sizes, (AtenTensorHandle, int64_t**))                                                  \
-  F(aoti_torch_get_strides, (AtenTensorHandle, int64_t**))                                                \
-  F(aoti_torch_get_dtype, (AtenTensorHandle, int32_t*))                                                   \
-  F(aoti_torch_get_device_index, (AtenTensorHandle, int32_t*))                                            \
-  F(aoti_torch_delete_tensor_object, (AtenTensorHandle))                                                  \
+#define DEQ_TORCH_FUNCTIONS(F)                                                                                         \
+  F(aoti_torch_library_init_fragment, (const char*, const char*, uint32_t, TorchLibraryHandle*))                       \
+  F(aoti_torch_library_init_impl, (const char*, const char*, const char*, uint32_t, TorchLibraryHandle*))              \
+  F(aoti_torch_library_def, (TorchLibraryHandle, const char*))                                                         \
+  F(aoti_torch_library_impl, (TorchLibraryHandle, const char*, BoxedKernel))                                           \
+  F(aoti_torch_get_data_ptr, (AtenTensorHandle, void**))                                                               \
+  F(aoti_torch_get_dim, (AtenTensorHandle, int64_t*))                                                                  \
+  F(aoti_torch_get_sizes, (AtenTensorHandle, int64_t**))                                                               \
+  F(aoti_torch_get_strides, (AtenTensorHandle, int64_t**))                                                             \
+  F(aoti_torch_get_dtype, (AtenTensorHandle, int32_t*))                                                                \
+  F(aoti_torch_get_device_index, (AtenTensorHandle, int32_t*))                                                         \
+  F(aoti_torch_get_device_type, (AtenTensorHandle, int32_t*))                                                          \
+  F(aoti_torch_empty_strided, (int64_t, const int64_t*, const int64_t*, int32_t, int32_t, int32_t, AtenTensorHandle*)) \
+  F(aoti_torch_delete_tensor_object, (AtenTensorHandle))                                                               \
   F(torch_get_num_threads, (uint32_t*))
 
 // The same of torch's CUDA half; looked up when the first CUDA operator runs.

@@ -70,6 +70,11 @@ class Tensor {
     if (torch_.aoti_torch_get_device_index(handle_, &index)) place_.fail("has no device");
     return index;
   }
+  int32_t device_type() const {
+    int32_t type = -1;
+    if (torch_.aoti_torch_get_device_type(handle_, &type)) place_.fail("has no device");
+    return type;
+  }
   template <class T>
   T* data() const {
     void* data = nullptr;
@@ -130,6 +135,31 @@ class Tensor {
   int64_t dim_ = -1;
   int64_t *sizes_ = nullptr, *strides_ = nullptr;  // borrowed from the tensor
   int32_t dtype_ = -1;
+};
+
+// Memory on the device of a tensor for as long as this lives: torch's allocator knows to hand it on in the order of the stream.
+class Memory {
+ public:
+  Memory(const Tensor& beside, int64_t bytes) {
+    const int64_t stride = 1;
+    if (torch_.aoti_torch_empty_strided(1, &bytes, &stride, torch_.dtype.uint8, beside.device_type(), beside.device(),
+                                        &handle_) ||
+        torch_.aoti_torch_get_data_ptr(handle_, &data_)) {
+      free();
+      beside.place().fail("lies on a device that has no " + std::to_string(bytes) + " bytes left");
+    }
+  }
+  Memory(const Memory&) = delete;
+  Memory& operator=(const Memory&) = delete;
+  ~Memory() { free(); }
+  void* data() const { return data_; }
+
+ private:
+  void free() {
+    if (handle_) torch_.aoti_torch_delete_tensor_object(handle_);
+  }
+  AtenTensorHandle handle_ = nullptr;
+  void* data_ = nullptr;
 };
 
 inline int32_t integer(const Place& place, StableIValue boxed, int64_t low, int64_t high) {
@@ -196,22 +226,38 @@ inline DeqView output_of(const DeqProblem& p, const Tensor& W, const Tensor& ten
   return view;
 }
 
-// Where a call reports, and the pieces of the buffer that says what every sample did, laid out as deq/stats.py tells.
-inline void set_outcome(DeqProblem& p, const Tensor& stats, const Tensor& report) {
+// The pieces of the buffer that says what every sample did, laid out as deq/stats.py tells, and the bytes that they take.
+inline int64_t set_stats(DeqProblem& p, const Tensor& stats) {
   const int64_t n = p.weights * p.batch, residual = p.type == DEQ_FLOAT64 ? sizeof(double) : sizeof(float);
-  stats.expect_shape({n * static_cast<int64_t>(residual + sizeof(int32_t) + sizeof(uint8_t))});
   stats.expect_dtype(torch_.dtype.uint8);
   stats.expect_contiguous();
-  report.expect_shape({static_cast<int64_t>(sizeof(DeqReport) / sizeof(int64_t))});
-  report.expect_dtype(torch_.dtype.int64);
-  report.expect_contiguous();
   char* at = stats.data<char>();
   if (reinterpret_cast<uintptr_t>(at) % residual)
     stats.place().fail("must begin at a multiple of " + std::to_string(residual) + " bytes");
   p.residual = at;
   p.iterations = reinterpret_cast<int32_t*>(at + n * residual);
   p.status = reinterpret_cast<uint8_t*>(at + n * (residual + sizeof(int32_t)));
+  return n * static_cast<int64_t>(residual + sizeof(int32_t) + sizeof(uint8_t));
+}
+
+// Where a call reports, and what it says of every sample.
+inline void set_outcome(DeqProblem& p, const Tensor& stats, const Tensor& report) {
+  const int64_t bytes = set_stats(p, stats);
+  stats.expect_shape({bytes});
+  report.expect_shape({static_cast<int64_t>(sizeof(DeqReport) / sizeof(int64_t))});
+  report.expect_dtype(torch_.dtype.int64);
+  report.expect_contiguous();
   p.report = report.data<DeqReport>();
+}
+
+// Both in one buffer: the report behind what is said of the samples, at the next multiple of its alignment.
+inline void set_outcome(DeqProblem& p, const Tensor& said) {
+  constexpr int64_t kAlign = alignof(DeqReport);
+  const int64_t bytes = set_stats(p, said), at = (bytes + kAlign - 1) / kAlign * kAlign;
+  said.expect_shape({at + static_cast<int64_t>(sizeof(DeqReport))});
+  if (reinterpret_cast<uintptr_t>(said.data<char>()) % kAlign)
+    said.place().fail("must begin at a multiple of " + std::to_string(kAlign) + " bytes");
+  p.report = reinterpret_cast<DeqReport*>(said.data<char>() + at);
 }
 
 // How the iteration is run, in seven arguments.

@@ -7,7 +7,8 @@ TILE, TILE_BYTES, INCREMENT_BYTES = 16, 512, 256  # a fragment of W, and one of 
 SLOTS = 8  # samples that one column tile of a product holds
 SLOT_BYTES = 280 + 136 + 48  # Mixture, SlotControl and Action
 NORMS_BYTES = 7 * 8  # of one slot and warp
-ACTIVE_BYTES = 16
+ORDERS_BYTES = 16  # of a warp that judges
+JUDGES = 4  # such warps of a block of the grid
 
 # (tiles of a warp, k-steps held in registers, warps that multiply at most)
 BLOCK_KERNELS = ((1, 0, 8), (2, 0, 10), (2, 2, 11))
@@ -22,7 +23,7 @@ def block_kernel(width: int, shared: int) -> int | None:
     for i, (rows, held, most) in enumerate(BLOCK_KERNELS):
         warps = -(-tiles // rows)
         weights = tiles * (tiles - held) * TILE_BYTES
-        states = tiles * INCREMENT_BYTES + warps * SLOTS * NORMS_BYTES + SLOTS * SLOT_BYTES + ACTIVE_BYTES
+        states = tiles * INCREMENT_BYTES + warps * SLOTS * NORMS_BYTES + SLOTS * SLOT_BYTES + ORDERS_BYTES
         if tiles > held and warps <= most and weights + states <= shared:
             return i
     return None
@@ -35,7 +36,7 @@ def grid_kernel(width: int, batch: int, processors: int, shared: int) -> int | N
     for rows, columns, held in GRID_KERNELS:
         weights = (steps - held * GRID_WARPS) * rows * TILE_BYTES
         sums = GRID_WARPS * rows * TILE * columns * SLOTS * 4
-        needed = weights + sums + columns * SLOTS * SLOT_BYTES + ACTIVE_BYTES
+        needed = weights + sums + columns * SLOTS * SLOT_BYTES + JUDGES * ORDERS_BYTES
         fits.append(-(-steps // rows) <= processors and steps // GRID_WARPS >= held and needed <= shared)
     if batch > SLOTS and fits[1]:
         return 1

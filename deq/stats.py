@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 
-def allocate(z: Tensor) -> Tensor:
-    """An unwritten buffer for the samples of z (..., m)."""
-    bytes_each = (8 if z.dtype == torch.float64 else 4) + 4 + 1
-    return z.new_empty(z.numel() // z.shape[-1] * bytes_each, dtype=torch.uint8)
+def allocate(z: Tensor, more: int = 0) -> Tensor:
+    """An unwritten buffer for the samples of z (..., m); with ``more`` bytes behind it, from the next multiple of 8."""
+    size = z.numel() // z.shape[-1] * ((8 if z.dtype == torch.float64 else 4) + 4 + 1)
+    return z.new_empty(-(-size // 8) * 8 + more if more else size, dtype=torch.uint8)
 
 
 def pack(iterations: Tensor, residual: Tensor, status: Tensor) -> Tensor:
@@ -35,6 +35,21 @@ def iterations(z: Tensor, stats: Tensor) -> Tensor:
 def status(z: Tensor, stats: Tensor) -> Tensor:
     """(...) uint8 view."""
     return _field(z, stats, _residual_bytes(z) + 4, 1, torch.uint8)
+
+
+def residuals(samples: int, stats: Tensor) -> Tensor:
+    """(n,) float32 view of n samples' residuals, where they are float32."""
+    return stats[: 4 * samples].view(torch.float32)
+
+
+def counts(samples: int, stats: Tensor) -> Tensor:
+    """(n,) int32 view of the iterations of n samples whose residuals are float32."""
+    return stats[4 * samples : 8 * samples].view(torch.int32)
+
+
+def statuses(samples: int, stats: Tensor) -> Tensor:
+    """(n,) uint8 view of the statuses of n samples whose residuals are float32."""
+    return stats[8 * samples : 9 * samples]
 
 
 def _residual_bytes(z: Tensor) -> int:

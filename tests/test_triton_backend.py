@@ -367,7 +367,9 @@ def test_what_is_launched_on_a_device_and_in_which_order(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(chunks, "_captured", lambda launch, device: Graph(launch))
-    event = SimpleNamespace(record=lambda: None, synchronize=lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "this one")
+    recorded = []
+    event = SimpleNamespace(record=recorded.append, synchronize=lambda: None)
     loop = chunks.Loop(torch.device("cpu"))
     loop._seen = [(Copy(), event), (Copy(), event)]
 
@@ -390,7 +392,7 @@ def test_what_is_launched_on_a_device_and_in_which_order(monkeypatch):
         assert launched == expected
     launched.clear()
     assert loop.repeat(begin, turn, lambda: launched.append("end"), 2, 6, 2, counters) is None
-    assert launched == ["begin", 0, 1, "end"]
+    assert launched == ["begin", 0, 1, "end"] and set(recorded) == {"this one"}
 
 
 def test_the_table_is_written_either_way(monkeypatch):

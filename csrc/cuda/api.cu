@@ -3,22 +3,24 @@
 #include <stdio.h>
 
 #include <algorithm>
+#include <atomic>
+#include <mutex>
 #include <utility>
 
 #include "capacity.h"
 #include "launch.h"
+#include "pack.h"
 
 namespace deq {
 namespace {
 
 thread_local char why[256] = "nothing has failed";
 
-constexpr int kPrepareThreads = 256;
 constexpr int64_t kNoteBytes = 256;  // what follows the notes begins at a multiple
 
-__global__ void __launch_bounds__(kPrepareThreads) prepare(const __grid_constant__ Call call) {
-  const int64_t sample = static_cast<int64_t>(blockIdx.x) * (kPrepareThreads / kWarp) + threadIdx.x / kWarp;
-  if (sample < call.batch) prepare_sample<Device>(call, blockIdx.y, sample);
+__global__ void __launch_bounds__(kPackThreads) pack_weight(DeqView from, float* to, int64_t width) {
+  __shared__ float tile[kPackFloats];
+  pack_tile<Device>(from, to, width, tile);
 }
 
 int64_t note_bytes(int64_t samples) {
@@ -69,6 +71,21 @@ int32_t check_cuda(cudaError_t error, const char* what) {
   return failed(DEQ_LAUNCH_FAILED, "%s failed: %s", what, cudaGetErrorString(error));
 }
 
+namespace {
+
+// What plans have found out about the first devices: asking again took a call as long as two launches.
+constexpr int kKnown = 64;
+Limits known[kKnown];
+std::atomic<bool> is_known[kKnown];
+
+}  // namespace
+
+int32_t known_limits(int32_t device, Limits* limits) {
+  if (device < 0 || device >= kKnown || !is_known[device].load(std::memory_order_acquire)) return find_limits(device, limits);
+  *limits = known[device];
+  return DEQ_OK;
+}
+
 int32_t find_limits(int32_t device, Limits* limits) {
   int major = 0;
   for (const auto& [value, attribute] :
@@ -77,6 +94,12 @@ int32_t find_limits(int32_t device, Limits* limits) {
         std::pair{&limits->cooperates, cudaDevAttrCooperativeLaunch}, std::pair{&limits->clusters, cudaDevAttrClusterLaunch}})
     if (int32_t error = check_cuda(cudaDeviceGetAttribute(value, attribute, device), "asking for the device")) return error;
   if (major < 8) return failed(DEQ_NOT_SUPPORTED, "the device has compute capability %d, 8 is needed for bfloat16", major);
+  static std::mutex one;
+  const std::lock_guard<std::mutex> guard(one);
+  if (device >= 0 && device < kKnown && !is_known[device]) {
+    known[device] = *limits;
+    is_known[device].store(true, std::memory_order_release);
+  }
   return DEQ_OK;
 }
 
@@ -116,12 +139,24 @@ int32_t deq_cuda_rescue_plan(int64_t weights, int64_t batch, int64_t width, int3
   return plan_rescue(weights * batch, width, limits, plan);
 }
 
+int32_t deq_cuda_pack(const DeqView* W, int64_t weights, int64_t width, float* packed, int32_t device, void* stream) {
+  using namespace deq;
+  if (!W || weights < 0 || width < 0 || weights > 65535) return failed(DEQ_BAD_ARGUMENT, "an argument is out of range");
+  if (weights * width == 0) return DEQ_OK;
+  const DeviceScope scope(device);
+  if (int32_t error = check_cuda(scope.error(), "choosing the device")) return error;
+  const int64_t tiles = (width + kPackTile - 1) / kPackTile;
+  const dim3 grid(static_cast<unsigned>(tiles * tiles), static_cast<unsigned>(weights));
+  pack_weight<<<grid, kPackThreads, 0, static_cast<cudaStream_t>(stream)>>>(*W, packed, width);
+  return check_cuda(cudaGetLastError(), "the launch of a copy of W");
+}
+
 int32_t deq_cuda_rescue(const DeqProblem* p, int32_t blocks, void* scratch, int64_t bytes, int32_t device, void* stream) {
   using namespace deq;
   if (!p || !is_well_formed(*p) || blocks < 1) return failed(DEQ_BAD_ARGUMENT, "an argument is out of range");
   if (p->weights * p->batch == 0) return DEQ_OK;
   Limits limits{};
-  if (int32_t error = find_limits(device, &limits)) return error;
+  if (int32_t error = known_limits(device, &limits)) return error;
   const DeviceScope scope(device);
   if (int32_t error = check_cuda(scope.error(), "choosing the device")) return error;
   DeqCudaPlan plan{};
@@ -139,21 +174,17 @@ int32_t deq_cuda_solve(const DeqProblem* p, int32_t regime, int32_t kernel, int3
   if (!p || !is_well_formed(*p)) return failed(DEQ_BAD_ARGUMENT, "an argument is out of range");
   if (p->weights * p->batch == 0) return DEQ_OK;
   Limits limits{};
-  if (int32_t error = find_limits(device, &limits)) return error;
+  if (int32_t error = known_limits(device, &limits)) return error;
   const DeviceScope scope(device);
   if (int32_t error = check_cuda(scope.error(), "choosing the device")) return error;
   DeqCudaPlan plan{};
   plan.kernel = kernel, plan.blocks = blocks;
-  if (int32_t error = regime == DEQ_GRID ? complete_grid(p->width, &plan) : complete_block(p->weights, p->width, &plan))
+  if (int32_t error = regime == DEQ_GRID ? complete_grid(p->width, &plan) : complete_block(p->weights, p->width, limits, &plan))
     return error;
   const int64_t needed = plan.scratch + note_bytes(p->weights * p->batch);
   if (bytes < needed) return too_little(bytes, needed);
   const Call call = call_of(*p, scratch);
   const auto queue = static_cast<cudaStream_t>(stream);
   if (int32_t error = check_cuda(cudaMemsetAsync(p->report, 0xff, sizeof *p->report, queue), "clearing the report")) return error;
-  constexpr int64_t kSamples = kPrepareThreads / kWarp;
-  const dim3 grid(static_cast<unsigned>((p->batch + kSamples - 1) / kSamples), static_cast<unsigned>(p->weights));
-  prepare<<<grid, kPrepareThreads, 0, queue>>>(call);
-  if (int32_t error = check_cuda(cudaGetLastError(), "the launch of prepare")) return error;
   return regime == DEQ_GRID ? launch_grid(call, p->weights, plan, queue) : launch_block(call, p->weights, plan, limits, queue);
 }

@@ -19,7 +19,7 @@ constexpr Kernel kKernels[kBlockKernelCount] = {solve_block<0>, solve_block<1>, 
 
 }  // namespace
 
-int32_t complete_block(int64_t weights, int64_t width, DeqCudaPlan* plan) {
+int32_t complete_block(int64_t weights, int64_t width, const Limits& limits, DeqCudaPlan* plan) {
   if (plan->kernel < 0 || plan->kernel >= kBlockKernelCount || !holds(kBlockKernels[plan->kernel], width) || plan->blocks < 1)
     return failed(DEQ_BAD_ARGUMENT, "kernel %d in %d blocks is no plan for width %lld", plan->kernel, plan->blocks,
                   static_cast<long long>(width));
@@ -27,9 +27,9 @@ int32_t complete_block(int64_t weights, int64_t width, DeqCudaPlan* plan) {
   const BlockLayout at = block_layout(width, kernel.rows, kernel.held);
   plan->regime = DEQ_BLOCK;
   plan->threads = (at.warps + 1) * kWarp, plan->shared = at.bytes;
+  if (at.bytes + at.exchange <= limits.shared) plan->shared += at.exchange;
   plan->scratch = weights * plan->blocks * block_scratch(width) * static_cast<int64_t>(sizeof(float));
-  return check_cuda(cudaFuncSetAttribute(kKernels[plan->kernel], cudaFuncAttributeMaxDynamicSharedMemorySize, at.bytes),
-                    "asking for shared memory");
+  return DEQ_OK;
 }
 
 int32_t plan_block(int64_t weights, int64_t batch, int64_t width, const Limits& limits, DeqCudaPlan* plan) {
@@ -38,7 +38,8 @@ int32_t plan_block(int64_t weights, int64_t batch, int64_t width, const Limits& 
   if (plan->kernel < 0)
     return failed(DEQ_NOT_SUPPORTED, "a weight of width %lld does not fit into the %d bytes of one multiprocessor",
                   static_cast<long long>(width), limits.shared);
-  if (int32_t error = complete_block(weights, width, plan)) return error;
+  if (int32_t error = complete_block(weights, width, limits, plan)) return error;
+  if (int32_t error = allow_shared(kKernels[plan->kernel], limits)) return error;
   int resident = 0;
   if (int32_t error = check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kKernels[plan->kernel], plan->threads,
                                                                                static_cast<size_t>(plan->shared)),
@@ -48,10 +49,12 @@ int32_t plan_block(int64_t weights, int64_t batch, int64_t width, const Limits& 
   // Samples are spread over all blocks first: eight in one take no longer than one.
   const int64_t all = static_cast<int64_t>(resident) * limits.processors, share = std::max<int64_t>(1, all / weights);
   plan->blocks = static_cast<int32_t>(limits.clusters ? block_count(width, batch, share) : std::min(batch, share));
-  return complete_block(weights, width, plan);
+  return complete_block(weights, width, limits, plan);
 }
 
-int32_t launch_block(const Call& call, int64_t weights, const DeqCudaPlan& plan, const Limits& limits, cudaStream_t stream) {
+int32_t launch_block(Call call, int64_t weights, const DeqCudaPlan& plan, const Limits& limits, cudaStream_t stream) {
+  const BlockKernel& kernel = kBlockKernels[plan.kernel];
+  call.exchanges = plan.shared > block_layout(call.width, kernel.rows, kernel.held).bytes;
   const dim3 grid(plan.blocks, static_cast<unsigned>(weights));
   if (limits.clusters && shares_weight(call.width, plan.blocks)) {
     cudaLaunchConfig_t config{};

@@ -12,7 +12,8 @@ namespace deq {
 // Where things lie in the shared memory of a block, in bytes.
 struct BlockLayout {
   int tiles, warps;  // of outputs; that compute
-  int increments, norms, mixtures, controls, actions, active, bytes;
+  int increments, norms, mixtures, controls, actions, orders, bytes;
+  int exchange;  // bytes more, where anchors exchange x and y there and not through L2
 };
 
 // `rows` tiles a warp, the first `held` k-steps of whose weights are in registers.
@@ -25,18 +26,19 @@ DEQ_HD BlockLayout block_layout(int64_t width, int rows, int held) {
   at.mixtures = at.norms + at.warps * kSlots * kNorms * static_cast<int>(sizeof(double));
   at.controls = at.mixtures + kSlots * static_cast<int>(sizeof(Mixture));
   at.actions = at.controls + kSlots * static_cast<int>(sizeof(SlotControl));
-  at.active = at.actions + kSlots * static_cast<int>(sizeof(Action));
-  at.bytes = at.active + 16;
+  at.orders = (at.actions + kSlots * static_cast<int>(sizeof(Action)) + 15) / 16 * 16;
+  at.bytes = at.orders + static_cast<int>(sizeof(Orders));
+  at.exchange = kSlots * static_cast<int>((anchor_space(width) + width) * sizeof(float));
   return at;
 }
 
 // Floats of scratch a block: x of the anchors, their y, f at the last anchor of every slot, and Anderson's window.
-DEQ_HD int64_t block_scratch(int64_t width) { return (3 + 3 * kWindow) * kSlots * width; }
+DEQ_HD int64_t block_scratch(int64_t width) { return kSlots * (anchor_space(width) + (2 + 3 * kWindow) * width); }
 
 // Elements as the tensor core leaves them: RT tiles, two slots a thread.
 template <class Gpu, int RT>
 struct BlockMap {
-  static constexpr int E = 4 * RT, G = 2;
+  static constexpr int E = 4 * RT, G = 2, kGroup = 4;
   int first;  // row of the warp
   int lane;
   DEQ_GPU bool owns(int) const { return true; }
@@ -59,17 +61,20 @@ class BlockSolve {
         mixtures_(reinterpret_cast<Mixture*>(shared + at_.mixtures)),
         controls_(reinterpret_cast<SlotControl*>(shared + at_.controls)),
         actions_(reinterpret_cast<Action*>(shared + at_.actions)),
-        active_(reinterpret_cast<int32_t*>(shared + at_.active)),
+        orders_(reinterpret_cast<Orders*>(shared + at_.orders)),
         warp_(Gpu::thread() / kWarp),
         lane_(Gpu::thread() % kWarp),
         weight_(call.first_weight + Gpu::row()) {
     float* scratch = call.scratch + (static_cast<int64_t>(Gpu::row()) * Gpu::blocks() + Gpu::block()) * block_scratch(call.width);
-    x_ = scratch;
-    y_ = scratch + kSlots * call.width;
-    best_ = scratch + 2 * kSlots * call.width;
+    x_ = call.exchanges ? reinterpret_cast<float*>(shared + at_.bytes) : scratch;
+    y_ = x_ + kSlots * anchor_space(call.width);
+    best_ = scratch + kSlots * (anchor_space(call.width) + call.width);
   }
 
   DEQ_GPU void run() {
+    prepare_samples<Gpu>(call_, weight_, Gpu::block() + static_cast<int64_t>(warp_) * Gpu::blocks(),
+                         static_cast<int64_t>(at_.warps + 1) * Gpu::blocks());
+    Gpu::sync();
     if (sharers_ > 1) Gpu::sync_cluster();  // all have begun: only then may their memory be written
     if (warp_ < at_.warps) {
       compute();
@@ -96,10 +101,10 @@ class BlockSolve {
       const int64_t first = Gpu::block() + static_cast<int64_t>(lane_) * Gpu::blocks();
       actions_[lane_] = slot.begin(call_, weight_, first_solved(call_, weight_, first, stride));
     }
-    tell_all(slot);
+    tell(slot, false);
     sync_loaded();
-    while (active_[0]) {
-      if (anchored_slots(call_, actions_, kSlots)) Gpu::sync();
+    while (orders_->has(Orders::kActive)) {
+      if (orders_->anchors) Gpu::sync();
       Gpu::sync();
       if (lane_ < kSlots) {
         const auto norms = [&](int i) {
@@ -110,18 +115,16 @@ class BlockSolve {
         const auto next = [&] { return first_solved(call_, weight_, slot.sample + stride, stride); };
         actions_[lane_] = slot.decide(call_, weight_, norms, mixtures_[lane_], true, next);
       }
-      tell_all(slot);
+      tell(slot, orders_->idle >> lane_ & 1);
       Gpu::sync();
     }
   }
 
-  // Whether any slot has a sample, and whether any of them is wide or accelerated.
-  DEQ_GPU void tell_all(const SlotControl& slot) {
-    const bool is_active = lane_ < kSlots && slot.sample >= 0;
-    const bool is_wide = is_active && call_.notes[weight_ * call_.batch + slot.sample].is_wide;
-    const bool any_active = Gpu::any(is_active), any_wide = Gpu::any(is_wide);
-    const bool any_accelerated = Gpu::any(is_active && slot.is_accelerated);
-    if (lane_ == 0) active_[0] = any_active, active_[1] = any_wide, active_[2] = any_accelerated;
+  DEQ_GPU void tell(const SlotControl& slot, bool was_idle) {
+    Gpu::sync_warp();
+    const Orders orders = orders_of<Gpu>(call_, slot, actions_[lane_ % kSlots], kSlots, 0, was_idle);
+    if (lane_ == 0) *orders_ = orders;
+    Gpu::sync_warp();
   }
 
   DEQ_GPU void compute() {
@@ -129,17 +132,18 @@ class BlockSolve {
     State state(call_, {warp_ * RT * kTileRows, lane_}, weight_, actions_, mixtures_, kSlots, best_);
     load_weights(held);
     sync_loaded();
-    while (active_[0]) {
-      state.save();
-      if (active_[2]) state.mix();
-      state.load();
-      if (const uint32_t slots = anchored_slots(call_, actions_, kSlots)) anchor(slots, state);
-      measure(state);
+    for (;;) {
+      const Orders orders = *orders_;
+      if (orders.has(Orders::kSaves)) state.save();
+      if (!orders.has(Orders::kActive)) return;
+      if (orders.has(Orders::kAccelerated)) state.mix();
+      if (orders.has(Orders::kMoves)) state.load();
+      if (orders.anchors) anchor(orders.anchors, state);
+      measure(orders, state);
       Gpu::sync();
       multiply(held, state.y);
       Gpu::sync();
     }
-    state.save();
   }
 
   DEQ_GPU void load_weights(Quad (&held)[RT][HELD > 0 ? HELD : 1]) {
@@ -147,17 +151,17 @@ class BlockSolve {
     DEQ_UNROLL for (int r = 0; r < RT; ++r) {
       const int tile = warp_ * RT + r;
       if (tile >= at_.tiles) continue;
-      if constexpr (HELD > 0) {
-        DEQ_UNROLL for (int k = 0; k < HELD; ++k) {
-          held[r][k] = weight_fragment<Gpu>(call_, weight_, tile, k, poison);
-          Gpu::sync_warp();  // one after the other: all at once would take more registers than there are
+      if constexpr (HELD > 0) weight_fragments<Gpu, HELD>(call_, weight_, tile, 0, 1, poison, held[r]);
+      constexpr int kAtOnce = 4;
+      for (int k = HELD + sharer_; k < at_.tiles; k += kAtOnce * sharers_) {
+        Quad fragments[kAtOnce];
+        weight_fragments<Gpu, kAtOnce>(call_, weight_, tile, k, sharers_, poison, fragments);
+        DEQ_UNROLL for (int n = 0; n < kAtOnce; ++n) {
+          if (k + n * sharers_ >= at_.tiles) break;
+          Quad* own = weights_ + (tile * (at_.tiles - HELD) + k + n * sharers_ - HELD) * kWarp + lane_;
+          if (sharers_ == 1) *own = fragments[n];
+          for (int i = 0; sharers_ > 1 && i < sharers_; ++i) *Gpu::in_block(own, i) = fragments[n];
         }
-      }
-      for (int k = HELD + sharer_; k < at_.tiles; k += sharers_) {
-        const Quad fragment = weight_fragment<Gpu>(call_, weight_, tile, k, poison);
-        Quad* own = weights_ + (tile * (at_.tiles - HELD) + k - HELD) * kWarp + lane_;
-        if (sharers_ == 1) *own = fragment;
-        for (int i = 0; sharers_ > 1 && i < sharers_; ++i) *Gpu::in_block(own, i) = fragment;
       }
     }
     report_weight<Gpu>(call_, weight_, warp_ * RT * kTileRows, (warp_ + 1) * RT * kTileRows, poison);
@@ -167,23 +171,23 @@ class BlockSolve {
   DEQ_GPU void anchor(uint32_t slots, State& state) {
     state.publish(slots, x_);
     Gpu::sync();
-    constexpr int kRows = HELD > 0 ? 1 : 4;  // more sums would not fit into the registers beside held weights
-    for (int first = warp_ * RT * kTileRows; first < (warp_ + 1) * RT * kTileRows && first < call_.width; first += kRows)
-      exact_rows_of<Gpu, kRows>(call_, weight_, slots, first, x_, y_);
+    constexpr int kRows = HELD > 0 ? Gpu::kAnchorRows / 2 : Gpu::kAnchorRows,
+                  kOwn = RT * kTileRows;  // more sums do not fit beside held weights
+    exact_product<Gpu, kRows, BlockMap<Gpu, RT>::kGroup>(call_, weight_, slots, kSlots, warp_ * kOwn, (warp_ + 1) * kOwn, x_, y_);
     Gpu::sync_warp();
     DEQ_UNROLL for (int e = 0; e < E; ++e) if ((slots >> state.map.slot(e) & 1) && state.exists(e)) state.y[e] =
         y_[state.place(e)] + state.c[e];
   }
 
   // f at y, the next increments and the norms of this evaluation.
-  DEQ_GPU void measure(State& state) {
+  DEQ_GPU void measure(const Orders& orders, State& state) {
     float f[E];
-    state.respond(f);
-    if (active_[1])
+    state.respond(orders, f);
+    if (orders.has(Orders::kWide))
       add_up<double>(f, state.x);
     else
       add_up<float>(f, state.x);
-    if (active_[2]) add_window(f, state);
+    if (orders.has(Orders::kAccelerated)) add_window(f, state);
     uint16_t* increments = reinterpret_cast<uint16_t*>(increments_);
     DEQ_UNROLL for (int e = 0; e < E; ++e) {
       const uint32_t increment = state.feed(e, f[e]);
@@ -248,7 +252,7 @@ class BlockSolve {
   Mixture* mixtures_;
   SlotControl* controls_;
   Action* actions_;
-  int32_t* active_;
+  Orders* orders_;
   const int warp_, lane_;
   const int sharers_ = Gpu::cluster_blocks(), sharer_ = Gpu::cluster_block();
   const int64_t weight_;

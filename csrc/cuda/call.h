@@ -40,6 +40,7 @@ struct Call {
   Note* notes;     // (S, B)
   float* scratch;  // block_scratch floats for every block, or grid_scratch for all
   int64_t first_weight;
+  int32_t exchanges;  // whether a block's anchors have room in its shared memory (BlockLayout)
 };
 
 DEQ_HD float* row_of(const DeqView& view, int64_t weight, int64_t sample) {
@@ -63,6 +64,22 @@ struct Action {
 
 DEQ_HD Action idle() { return Action{-1, -1, Action::kIdle, 0, 0, -1, 0, -1, 0}; }
 
+// What the slots of a warp that judges are about to do, one bit a slot: a turn in which nobody comes, goes or is anchored need
+// not look at their actions, nor pass the code for it. Of a step at m = 64 two thirds of the instructions were for what hardly
+// ever is.
+struct alignas(16) Orders {
+  enum : uint32_t { kActive = 1, kWide = 2, kAccelerated = 4, kSaves = 8, kMoves = 16 };
+  uint32_t flags;    // of any slot; kMoves: a sample moves in, or none is left
+  uint32_t anchors;  // whose y is formed anew from x
+  uint32_t exact;    // whose evaluation is judged
+  uint32_t idle;     // that have no sample
+
+  DEQ_HD bool has(uint32_t flag) const { return flags & flag; }
+  DEQ_HD void join(const Orders& other) {
+    flags |= other.flags, anchors |= other.anchors, exact |= other.exact, idle |= other.idle;
+  }
+};
+
 // A slot's share of what its threads and the one that decides exchange.
 struct Mixture {
   double norms[kNorms];           // of the evaluation just made, where one thread adds them up for another
@@ -76,6 +93,7 @@ struct SlotControl {
   int64_t sample = -1;  // none
   float limit = 0;
   bool is_exact = false;  // the evaluation under way is an anchor
+  bool is_wide = false;   // as its note says
   bool is_accelerated = false;
   // Anderson: where the residual of the evaluation under way goes, the pairs held, and those whose y rests on the last anchor.
   int32_t entry = 0, window = 0, fresh = 0;
@@ -87,8 +105,9 @@ struct SlotControl {
     progress = new_progress();
     is_accelerated = call.acceleration == DEQ_ANDERSON;
     entry = window = fresh = 0;
-    const float scale = call.notes[weight * call.batch + sample].scale;
-    limit = kLargest * (scale < 1 ? scale : 1);
+    const Note note = call.notes[weight * call.batch + sample];
+    is_wide = note.is_wide;
+    limit = kLargest * (note.scale < 1 ? note.scale : 1);
     return Action{-1, sample, Action::kLoad, 0, limit, -1, 0, is_accelerated ? 0 : -1, 0};
   }
 
@@ -162,52 +181,36 @@ struct SlotControl {
   }
 };
 
+// The orders of a warp whose lanes below `slots` hold a slot each, the first of them number `first`.
+template <class Gpu>
+DEQ_GPU Orders orders_of(const Call& call, const SlotControl& slot, const Action& action, int slots, int first, bool was_idle) {
+  const bool holds = Gpu::thread() % kWarp < slots, is_active = holds && slot.sample >= 0;
+  const bool loads = holds && action.kind == Action::kLoad, is_idle = holds && action.kind == Action::kIdle;
+  const auto any = [](bool value, uint32_t flag) { return Gpu::any(value) ? flag : 0u; };
+  Orders orders;
+  orders.flags = any(is_active, Orders::kActive) | any(is_active && slot.is_wide, Orders::kWide) |
+                 any(is_active && slot.is_accelerated, Orders::kAccelerated) | any(holds && action.save >= 0, Orders::kSaves) |
+                 any(loads || (is_idle && !was_idle), Orders::kMoves);
+  const bool anchors = holds && action.kind == Action::kAnchor;
+  orders.anchors = Gpu::ballot(anchors || (loads && call.start.data)) << first;
+  orders.exact = Gpu::ballot(anchors || loads) << first;
+  orders.idle = Gpu::ballot(is_idle) << first;
+  return orders;
+}
+
 // The first sample that is solved of `sample`, `sample` + stride, ..., or -1.
 DEQ_HD int64_t first_solved(const Call& call, int64_t weight, int64_t sample, int64_t stride) {
   while (sample < call.batch && call.notes[weight * call.batch + sample].scale == 0) sample += stride;
   return sample < call.batch ? sample : -1;
 }
 
-// f at y: value(y), or with a mask d y.
-template <int E>
-DEQ_GPU void evaluate(const Call& call, const float (&y)[E], const float (&d)[E], float (&f)[E]) {
-  if (call.mask.data) {
-    DEQ_UNROLL for (int e = 0; e < E; ++e) f[e] = d[e] * y[e];
-    return;
-  }
-  with_activation<ScalarMath<float>>(
-      call.activation, [&](auto activation) { DEQ_UNROLL for (int e = 0; e < E; ++e) f[e] = decltype(activation)::value(y[e]); });
-}
-
-template <int N>
-struct alignas(N < 4 ? 4 * N : 16) Row {
-  float value[N];
-};
-
-// y (slot, row) = W x for R rows of W and N slots, by one warp: float32 throughout. Every sum runs over the same lanes in the
-// same order whatever R and N are. Bound by the bytes of W in flight: with eight loads of a thread under way a multiprocessor of
-// an H200 reads 13 GB/s, as 8 KiB in 0.6 us would have it; more of them fit into the registers of one slot only. `x` is (width,
-// N): one load for all slots; `y` holds `width` floats a slot, from `first_slot` on.
-template <class Gpu, int R, int N>
-DEQ_GPU void exact_rows(const float* W, int64_t row_stride, int64_t width, int64_t first_row, const float* x, float* y,
-                        int first_slot) {
+// The sums of N numbers over the lanes of a warp: of number i in sum[0] of the lanes from i kWarp / N on, N a power of two up to
+// kWarp. Every step adds lanes that differ in one bit; while there are several sums, the lanes also share them out. Each sum is
+// formed in the same order, whatever N is.
+template <class Gpu, int N, class T>
+DEQ_GPU void add_lanes(T (&sum)[N]) {
   const int lane = Gpu::thread() % kWarp;
-  float sum[R * N];
-  DEQ_UNROLL for (int i = 0; i < R * N; ++i) sum[i] = 0;
-  const float* w[R];
-  DEQ_UNROLL for (int r = 0; r < R; ++r) w[r] = W + (first_row + r < width ? first_row + r : width - 1) * row_stride;
-#ifdef __CUDACC__
-#pragma unroll(R* N < 32 ? 4 : 1)
-#endif
-  for (int64_t k = lane; k < width; k += kWarp) {
-    const Row<N> at = reinterpret_cast<const Row<N>*>(x)[k];
-    DEQ_UNROLL for (int r = 0; r < R; ++r) {
-      const float weight = w[r][k];
-      DEQ_UNROLL for (int n = 0; n < N; ++n) sum[r * N + n] = fmaf(weight, at.value[n], sum[r * N + n]);
-    }
-  }
-  // Every step adds lanes that differ in one bit; while there are several sums, the lanes also share them out.
-  int count = R * N, mask = kWarp / 2;
+  int count = N, mask = kWarp / 2;
   DEQ_UNROLL for (int step = 0; step < 5; ++step, mask /= 2) {
     const bool upper = lane & mask;
     if (count == 1) {
@@ -215,16 +218,137 @@ DEQ_GPU void exact_rows(const float* W, int64_t row_stride, int64_t width, int64
       continue;
     }
     count /= 2;
-    DEQ_UNROLL for (int i = 0; i < R * N / 2; ++i) {
+    DEQ_UNROLL for (int i = 0; i < N / 2; ++i) {
       if (i >= count) break;
-      const float kept = upper ? sum[count + i] : sum[i], sent = upper ? sum[i] : sum[count + i];
+      const T kept = upper ? sum[count + i] : sum[i], sent = upper ? sum[i] : sum[count + i];
       sum[i] = kept + Gpu::shuffle_xor(sent, mask);
     }
   }
-  const int index = lane * (R * N) / kWarp;
-  if (lane % (kWarp / (R * N)) == 0) {
-    const int64_t row = first_row + index / N;
-    if (row < width) y[(first_slot + index % N) * width + row] = sum[0];
+}
+
+// numbers[e] = f(numbers[e]) for the elements of the set, in a loop that is not unrolled, by passing the numbers on: unrolled,
+// nine activations wherever an element is evaluated made kernels of 180 to 270 KB, and a fifth of their time on an H200 was the
+// wait for instructions. (Out of line, f would cost the registers that a call may not keep.)
+template <int E, class Function>
+DEQ_GPU void for_each_of(uint32_t set, float (&numbers)[E], const Function& f) {
+  DEQ_ROLLED for (int i = 0; i < E; ++i, set >>= 1) {
+    const float first = set & 1 ? f(numbers[0]) : numbers[0];
+    DEQ_UNROLL for (int e = 0; e + 1 < E; ++e) numbers[e] = numbers[e + 1];
+    numbers[E - 1] = first;
+  }
+}
+
+// f at y: value(y), or with a mask d y. relu, which nearly everybody uses, is in line.
+template <int E>
+DEQ_GPU void evaluate(const Call& call, const float (&y)[E], const float (&d)[E], float (&f)[E]) {
+  if (call.mask.data) {
+    DEQ_UNROLL for (int e = 0; e < E; ++e) f[e] = d[e] * y[e];
+    return;
+  }
+  DEQ_UNROLL for (int e = 0; e < E; ++e) f[e] = y[e];
+  if (call.activation == kRelu) {
+    DEQ_UNROLL for (int e = 0; e < E; ++e) f[e] = Relu<ScalarMath<float>>::value(f[e]);
+    return;
+  }
+  for_each_of(~0u, f, [&](float y) {
+    with_activation<ScalarMath<float>>(call.activation, [&](auto act) { y = decltype(act)::value(y); });
+    return y;
+  });
+}
+
+// act' of the elements of the set from the values that d holds.
+template <int E>
+DEQ_GPU void slopes_of(const Call& call, uint32_t set, float (&d)[E]) {
+  if (call.activation == kRelu) {
+    DEQ_UNROLL for (int e = 0; e < E; ++e) if (set >> e & 1) d[e] = Relu<ScalarMath<float>>::of_value(d[e]);
+    return;
+  }
+  for_each_of(set, d, [&](float y) { return derivative_of_value<ScalarMath<float>>(call.activation, y); });
+}
+
+template <int N>
+struct alignas(N < 4 ? 4 * N : 16) Row {
+  float value[N];
+};
+
+// An anchor reads W by 16 bytes a lane: inputs 4 l to 4 l + 3 of every kAnchorInputs are lane l's. Its x lies so that neighbours
+// read neighbours.
+constexpr int kLaneInputs = 4, kAnchorInputs = kLaneInputs * kWarp;
+DEQ_HD int64_t anchor_input(int64_t k) {
+  return k / kAnchorInputs * kAnchorInputs + k % kLaneInputs * kWarp + k % kAnchorInputs / kLaneInputs;
+}
+// Places of the inputs of a slot.
+DEQ_HD int64_t anchor_space(int64_t width) { return (width + kAnchorInputs - 1) / kAnchorInputs * kAnchorInputs; }
+
+// y (slot, row) = W x for the rows [first_row, last_row) of W, R at a time, and N slots, by one warp: float32 throughout. Every
+// sum runs over the same lanes in the same order whatever R and N are. `x` is (anchor_space, N), at the places that anchor_input
+// says: one load for all slots; `y` holds `width` floats a slot, from `first_slot` on. Bound by the latency of the bytes of W
+// under way: as many are asked for before any is multiplied as there are registers for.
+template <class Gpu, int R, int N>
+DEQ_GPU void exact_rows(const float* W, int64_t row_stride, int64_t width, int64_t first_row, int64_t last_row, const float* x,
+                        float* y, int first_slot) {
+  using Weights = Row<kLaneInputs>;
+  const int lane = Gpu::thread() % kWarp, columns = static_cast<int>(width);
+  const bool is_aligned =
+      columns % kLaneInputs == 0 && row_stride % kLaneInputs == 0 && reinterpret_cast<uintptr_t>(W) % sizeof(Weights) == 0;
+  constexpr bool kAhead = R == Gpu::kAnchorReads && R > 1;
+  const auto* inputs = reinterpret_cast<const Row<N>*>(x) + lane;  // of lane's k they lie k - 4 lane further
+  const float* w[R];
+  const auto find = [&](int64_t row) {
+    DEQ_UNROLL for (int r = 0; r < R; ++r) w[r] = W + (row + r < width ? row + r : width - 1) * row_stride;
+  };
+  const auto read = [&](int k, Weights(&weights)[R]) {
+    DEQ_UNROLL for (int r = 0; r < R; ++r) weights[r] = *reinterpret_cast<const Weights*>(w[r] + k);
+  };
+  Weights next[R];
+  find(first_row);
+  if (kAhead && is_aligned && kLaneInputs * lane < columns) read(kLaneInputs * lane, next);
+  DEQ_ROLLED for (int64_t first = first_row; first < last_row; first += R) {
+    float sum[R * N];
+    DEQ_UNROLL for (int i = 0; i < R * N; ++i) sum[i] = 0;
+    const auto multiply = [&](int k, int i, const Weights(&weights)[R], int place) {
+      const Row<N> at = inputs[k - kLaneInputs * lane + i * kWarp];
+      DEQ_UNROLL for (int r = 0; r < R; ++r) DEQ_UNROLL for (int n = 0; n < N; ++n) sum[r * N + n] =
+          fmaf(weights[r].value[place], at.value[n], sum[r * N + n]);
+    };
+    if (!is_aligned) {
+      find(first);
+      DEQ_ROLLED for (int k = kLaneInputs * lane; k < columns; k += kAnchorInputs) {
+        Weights weights[R];
+        DEQ_ROLLED for (int i = 0; i < kLaneInputs && k + i < columns; ++i) {
+          DEQ_UNROLL for (int r = 0; r < R; ++r) weights[r].value[0] = w[r][k + i];
+          multiply(k, i, weights, 0);
+        }
+      }
+    } else if constexpr (kAhead) {  // of many rows those to come, while these are multiplied
+      DEQ_ROLLED for (int k = kLaneInputs * lane; k < columns; k += kAnchorInputs) {
+        Weights weights[R];
+        DEQ_UNROLL for (int r = 0; r < R; ++r) weights[r] = next[r];
+        const bool is_last = k + kAnchorInputs >= columns;
+        if (is_last) find(first + R);
+        if (!is_last || first + R < last_row) read(is_last ? kLaneInputs * lane : k + kAnchorInputs, next);
+        DEQ_UNROLL for (int i = 0; i < kLaneInputs; ++i) multiply(k, i, weights, i);
+      }
+    } else {  // of few rows several inputs
+      constexpr int D = R < Gpu::kAnchorReads ? Gpu::kAnchorReads / R : 1;
+      find(first);
+      DEQ_ROLLED for (int begin = kLaneInputs * lane; begin < columns; begin += D * kAnchorInputs) {
+        Weights weights[D][R];
+        DEQ_UNROLL for (int i = 0; i < D; ++i) if (begin + i * kAnchorInputs < columns)
+            read(begin + i * kAnchorInputs, weights[i]);
+        DEQ_UNROLL for (int i = 0; i < D; ++i) {
+          const int k = begin + i * kAnchorInputs;
+          if (k >= columns) break;
+          DEQ_UNROLL for (int j = 0; j < kLaneInputs; ++j) multiply(k, j, weights[i], j);
+        }
+      }
+    }
+    add_lanes<Gpu, R * N>(sum);
+    const int index = lane * (R * N) / kWarp;
+    if (lane % (kWarp / (R * N)) == 0) {
+      const int64_t row = first + index / N;
+      if (row < width) y[(first_slot + index % N) * width + row] = sum[0];
+    }
   }
 }
 
@@ -253,7 +377,7 @@ DEQ_HD float to_unit(float reach) {
   return ldexpf(1, exponent > 126 ? 126 : exponent < -126 ? -126 : exponent);
 }
 
-// What `prepare` writes: notes, and for samples that are not solved their status, residual and output. One warp a sample.
+// What is found out before a solve: a sample's note, and for one that is not solved its status, residual and output. By one warp.
 template <class Gpu>
 DEQ_GPU void prepare_sample(const Call& call, int64_t weight, int64_t sample) {
   const int lane = Gpu::thread() % kWarp;
@@ -288,6 +412,12 @@ DEQ_GPU void prepare_sample(const Call& call, int64_t weight, int64_t sample) {
     if (!(reach[0] < INFINITY)) Gpu::keep_least(&call.report->bad_injection, index + 1);
     if (!(reach[1] < INFINITY)) Gpu::keep_least(&call.report->bad_start, index + 1);
   }
+}
+
+// The samples first, first + stride, ..., by one warp.
+template <class Gpu>
+DEQ_GPU void prepare_samples(const Call& call, int64_t weight, int64_t first, int64_t stride) {
+  for (int64_t sample = first; sample < call.batch; sample += stride) prepare_sample<Gpu>(call, weight, sample);
 }
 
 }  // namespace deq

@@ -7,8 +7,10 @@
 
 #ifdef __CUDACC__
 #define DEQ_GPU __device__ __forceinline__
+#define DEQ_ROLLED _Pragma("unroll 1")
 #else
 #define DEQ_GPU inline
+#define DEQ_ROLLED
 #endif
 
 namespace deq {
@@ -34,6 +36,13 @@ DEQ_HD float bfloat16_to_float(uint32_t low_half) { return bits_to_float(low_hal
 
 #ifdef __CUDACC__
 struct Device {
+// Rows of W that an anchor multiplies at once, and reads of a lane that are under way: before Hopper the compiler finds no
+// registers for more.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  static constexpr int kAnchorRows = 2, kAnchorReads = 1;
+#else
+  static constexpr int kAnchorRows = 4, kAnchorReads = 4;
+#endif
   static DEQ_GPU int thread() { return threadIdx.x; }
   static DEQ_GPU int threads() { return blockDim.x; }
   static DEQ_GPU int block() { return blockIdx.x; }
@@ -71,7 +80,8 @@ struct Device {
   static DEQ_GPU T shuffle(T value, int lane) {
     return __shfl_sync(0xffffffffu, value, lane);
   }
-  static DEQ_GPU bool any(bool value) { return __any_sync(0xffffffffu, value); }
+  static DEQ_GPU uint32_t ballot(bool value) { return __ballot_sync(0xffffffffu, value); }  // one bit a lane
+  static DEQ_GPU bool any(bool value) { return ballot(value) != 0; }
   // Two bfloat16, rounded to nearest even: `low` in the lower half.
   static DEQ_GPU uint32_t pack_bfloat16(float low, float high) {
     uint32_t both;

@@ -1,6 +1,7 @@
 // The elements (output, slot) of a thread, in registers, and what happens to them between two products.
 //
-// `Map` says which they are: E elements, of which e, e + G, e + 2 G ... belong to one slot; row(e) and slot(e).
+// `Map` says which they are: E elements, of which e, e + G, e + 2 G ... belong to one slot; row(e) and slot(e); and how many
+// slots are anchored together.
 #pragma once
 #include "call.h"
 
@@ -8,8 +9,17 @@ namespace deq {
 
 DEQ_HD bool is_single(uint32_t set) { return (set & (set - 1)) == 0; }
 
-// Where exact_rows_of reads x of eight slots, for a set of them that is not empty: of one alone, or of all side by side.
-DEQ_HD int64_t anchor_place(uint32_t set, int64_t row, int slot) { return is_single(set) ? row : row * kSlots + slot; }
+// The slots of a set among the N from `first` on, which are multiplied together.
+template <int N>
+DEQ_HD uint32_t group_of(uint32_t slots, int first) {
+  return slots >> first & ((1u << N) - 1);
+}
+
+// Where x of a slot of a group lies for exact_product, whose anchored `set` is not empty: of one alone, or of all side by side.
+template <int N>
+DEQ_HD int64_t anchor_place(uint32_t set, int64_t row, int slot) {
+  return is_single(set) ? anchor_input(row) : anchor_input(row) * N + slot;
+}
 
 template <class Gpu, class Map>
 struct Elements {
@@ -63,6 +73,7 @@ struct Elements {
 
   // Moves the next samples in where the last ones are done.
   DEQ_GPU void load() {
+    uint32_t loaded = 0;
     DEQ_UNROLL for (int q = 0; q < G; ++q) {
       if (!map.owns(q)) continue;
       const Action action = actions[map.slot(q)];
@@ -79,9 +90,10 @@ struct Elements {
         x[e] = exists(e) && call.start.data ? start[row * call.start.stride[2]] * scale : 0.0f;
         y[e] = c[e];  // W x of x = 0 needs no product
         d[e] = exists(e) && call.mask.data ? mask[row * call.mask.stride[2]] : 0.0f;
-        if (call.mask_is_value) d[e] = exists(e) ? derivative_of_value<ScalarMath<float>>(call.activation, d[e]) : 0.0f;
+        if (exists(e)) loaded |= 1u << e;
       }
     }
+    if (call.mask_is_value && loaded) slopes_of(call, loaded, d);
   }
 
   DEQ_GPU float& held(int kind, int ring, int e) const { return window[(kind * kWindow + ring) * plane + place(e)]; }
@@ -100,7 +112,7 @@ struct Elements {
         if (action.mix == 0) continue;
         x[e] *= weights[0];
         y[e] *= weights[0];
-        for (int i = 1; i < action.mix; ++i) {
+        DEQ_ROLLED for (int i = 1; i < action.mix; ++i) {
           const int ring = (action.complete - i + call.depth) % call.depth;
           x[e] = fmaf(weights[i], held(0, ring, e), x[e]);
           y[e] = fmaf(weights[i], held(1, ring, e), y[e]);
@@ -125,29 +137,25 @@ struct Elements {
   }
 
   // f at y; kept where it comes from an anchor, and infinite there if it is out of the range of the result.
-  DEQ_GPU void respond(float (&f)[E]) const {
+  DEQ_GPU void respond(const Orders& orders, float (&f)[E]) const {
     evaluate(call, y, d, f);
-    DEQ_UNROLL for (int q = 0; q < G; ++q) {
-      const Action& action = actions[map.owns(q) ? map.slot(q) : 0];
-      const int32_t kind = action.kind;
-      DEQ_UNROLL for (int e = q; e < E; e += G) {
-        if (kind == Action::kIdle || !exists(e)) {
-          f[e] = 0;
-        } else if (kind != Action::kStep) {
-          best[place(e)] = f[e];
-          if (!(fabsf(f[e]) <= action.limit)) f[e] = INFINITY;
-        }
-      }
+    DEQ_UNROLL for (int e = 0; e < E; ++e) if (!exists(e) || (orders.idle >> map.slot(e) & 1)) f[e] = 0;
+    if (!orders.exact) return;
+    DEQ_UNROLL for (int e = 0; e < E; ++e) {
+      if (!exists(e) || !(orders.exact >> map.slot(e) & 1)) continue;
+      best[place(e)] = f[e];
+      if (!(fabsf(f[e]) <= actions[map.slot(e)].limit)) f[e] = INFINITY;
     }
   }
 
   // x to where the anchors of the set read it.
   DEQ_GPU void publish(uint32_t slots, float* at) const {
     DEQ_UNROLL for (int e = 0; e < E; ++e) {
-      const int slot = map.slot(e), first = slot / kSlots * kSlots;
-      const uint32_t set = slots >> first & ((1u << kSlots) - 1);
+      constexpr int N = Map::kGroup;
+      const int slot = map.slot(e), first = slot / N * N;
+      const uint32_t set = group_of<N>(slots, first);
       if (!exists(e) || set == 0 || (is_single(set) && !(slots >> slot & 1))) continue;
-      at[first * call.width + anchor_place(set, map.row(e), slot - first)] = x[e];
+      at[first * anchor_space(call.width) + anchor_place<N>(set, map.row(e), slot - first)] = x[e];
     }
   }
 
@@ -159,32 +167,24 @@ struct Elements {
   }
 };
 
-// One bit for every slot whose y is to be evaluated anew from its x.
-DEQ_GPU uint32_t anchored_slots(const Call& call, const Action* actions, int slots) {
-  uint32_t set = 0;
-  for (int s = 0; s < slots; ++s) {
-    const int32_t kind = actions[s].kind;
-    if (kind == Action::kAnchor || (kind == Action::kLoad && call.start.data)) set |= 1u << s;
-  }
-  return set;
-}
-
-// The fragment a of tile (tile, k) of W, rounded to bfloat16, zero beyond its edge. `poison` becomes NaN with an element that is
-// not finite.
-template <class Gpu>
-DEQ_GPU Quad weight_fragment(const Call& call, int64_t weight, int tile, int k, float& poison) {
+// The fragments a of N tiles (tile, k), (tile, k + step), ... of W, rounded to bfloat16, zero beyond its edges. Everything is
+// asked for before anything is used: a fragment at a time, waiting for its loads was a fifth of a solve at m = 256. `poison`
+// becomes NaN with an element that is not finite.
+template <class Gpu, int N>
+DEQ_GPU void weight_fragments(const Call& call, int64_t weight, int tile, int k, int step, float& poison, Quad (&a)[N]) {
   const float* W = call.W + weight * call.matrix_stride;
   const int lane = Gpu::thread() % kWarp;
-  Quad a;
-  DEQ_UNROLL for (int q = 0; q < 4; ++q) {
-    const int64_t i = tile * kTileRows + weight_row(lane, q), j = k * kTileDepth + weight_column(lane, q);
+  float low[N][4], high[N][4];
+  DEQ_UNROLL for (int n = 0; n < N; ++n) DEQ_UNROLL for (int q = 0; q < 4; ++q) {
+    const int64_t i = tile * kTileRows + weight_row(lane, q), j = (k + n * step) * kTileDepth + weight_column(lane, q);
     const float* at = W + i * call.row_stride + j;
-    const float low = i < call.width && j < call.width ? at[0] : 0.0f;
-    const float high = i < call.width && j + 1 < call.width ? at[1] : 0.0f;
-    poison = fmaf(low, 0.0f, fmaf(high, 0.0f, poison));
-    a.word[q] = Gpu::pack_bfloat16(low, high);
+    low[n][q] = i < call.width && j < call.width ? at[0] : 0.0f;
+    high[n][q] = i < call.width && j + 1 < call.width ? at[1] : 0.0f;
   }
-  return a;
+  DEQ_UNROLL for (int n = 0; n < N; ++n) DEQ_UNROLL for (int q = 0; q < 4; ++q) {
+    poison = fmaf(low[n][q], 0.0f, fmaf(high[n][q], 0.0f, poison));
+    a[n].word[q] = Gpu::pack_bfloat16(low[n][q], high[n][q]);
+  }
 }
 
 // Names the first element of a warp's rows [first, last) of W that is not finite, if its `poison` says that there is one.
@@ -198,16 +198,23 @@ DEQ_GPU void report_weight(const Call& call, int64_t weight, int64_t first, int6
   }
 }
 
-// y = W x for the slots of the set.
-template <class Gpu, int R>
-DEQ_GPU void exact_rows_of(const Call& call, int64_t weight, uint32_t set, int64_t row, const float* x, float* y) {
+// y = W x for the rows [first_row, last_row) of W, R at a time, and those of `count` slots that are in the set, N at a time.
+template <class Gpu, int R, int N>
+DEQ_GPU void exact_product(const Call& call, int64_t weight, uint32_t slots, int count, int64_t first_row, int64_t last_row,
+                           const float* x, float* y) {
   const float* W = call.W + weight * call.matrix_stride;
-  if (is_single(set)) {
-    int single = 0;
-    while (!(set >> single & 1)) ++single;
-    exact_rows<Gpu, R, 1>(W, call.row_stride, call.width, row, x, y, single);
-  } else {
-    exact_rows<Gpu, R, kSlots>(W, call.row_stride, call.width, row, x, y, 0);
+  if (last_row > call.width) last_row = call.width;
+  DEQ_ROLLED for (int first = 0; first < count; first += N) {
+    const uint32_t set = group_of<N>(slots, first);
+    if (set == 0) continue;
+    const float* group = x + first * anchor_space(call.width);
+    if (is_single(set)) {
+      int single = first;
+      while (!(slots >> single & 1)) ++single;
+      exact_rows<Gpu, R, 1>(W, call.row_stride, call.width, first_row, last_row, group, y, single);
+    } else {
+      exact_rows<Gpu, R, N>(W, call.row_stride, call.width, first_row, last_row, group, y, first);
+    }
   }
 }
 

@@ -28,8 +28,7 @@ int32_t complete_grid(int64_t width, DeqCudaPlan* plan) {
   plan->regime = DEQ_GRID;
   plan->threads = kGridThreads, plan->shared = at.bytes;
   plan->scratch = grid_scratch(width, kernel.rows, kernel.columns).floats * static_cast<int64_t>(sizeof(float));
-  return check_cuda(cudaFuncSetAttribute(kKernels[plan->kernel], cudaFuncAttributeMaxDynamicSharedMemorySize, at.bytes),
-                    "asking for shared memory");
+  return DEQ_OK;
 }
 
 int32_t plan_grid(int64_t batch, int64_t width, const Limits& limits, DeqCudaPlan* plan) {
@@ -41,6 +40,7 @@ int32_t plan_grid(int64_t batch, int64_t width, const Limits& limits, DeqCudaPla
   const GridKernel kernel = kGridKernels[plan->kernel];
   plan->blocks = grid_layout(width, kernel.rows, kernel.columns, kernel.held).blocks;
   if (int32_t error = complete_grid(width, plan)) return error;
+  if (int32_t error = allow_shared(kKernels[plan->kernel], limits)) return error;
   int resident = 0;
   if (int32_t error = check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kKernels[plan->kernel], plan->threads,
                                                                                static_cast<size_t>(plan->shared)),

@@ -19,7 +19,7 @@ constexpr int kGridThreads = (kGridWarps + kJudges) * kWarp;
 struct GridLayout {
   int steps;   // of the inner dimension, 16 each
   int blocks;  // that the rows need
-  int sums, mixtures, controls, actions, active, bytes;
+  int sums, mixtures, controls, actions, orders, bytes;
 };
 
 // `rows` tiles of 16 outputs a block, 8 `columns` slots, the first `held` k-steps of every warp in registers.
@@ -31,8 +31,8 @@ DEQ_HD GridLayout grid_layout(int64_t width, int rows, int columns, int held) {
   at.mixtures = at.sums + kGridWarps * rows * kTileRows * columns * kSlots * static_cast<int>(sizeof(float));
   at.controls = at.mixtures + columns * kSlots * static_cast<int>(sizeof(Mixture));
   at.actions = at.controls + columns * kSlots * static_cast<int>(sizeof(SlotControl));
-  at.active = at.actions + columns * kSlots * static_cast<int>(sizeof(Action));
-  at.bytes = at.active + 16;
+  at.orders = (at.actions + columns * kSlots * static_cast<int>(sizeof(Action)) + 15) / 16 * 16;
+  at.bytes = at.orders + kJudges * static_cast<int>(sizeof(Orders));
   return at;
 }
 
@@ -52,7 +52,7 @@ DEQ_HD GridScratch grid_scratch(int64_t width, int rows, int columns) {
   at.norms = 2 * steps * columns * (kIncrementBytes / 4);
   at.products = at.norms + 2 * blocks * slots * (sizeof(Norms) / 4);
   at.x = at.products + 2 * blocks * slots * kWindow * (sizeof(double) / 4);
-  at.y = at.x + slots * width;
+  at.y = at.x + slots * anchor_space(width);
   at.best = at.y + slots * width;
   at.flags = at.best + (1 + 3 * kWindow) * slots * width;  // and Anderson's window
   at.floats = (at.flags + 2 * blocks + 63) / 64 * 64;
@@ -64,7 +64,8 @@ template <class Gpu, int RT, int BT>
 struct GridMap {
   static constexpr int kRows = RT * kTileRows, kElements = kRows * BT * kSlots, kOwners = kGridWarps * kWarp;
   static constexpr int E = (kElements + kOwners - 1) / kOwners, G = E;
-  int first;  // row of the block
+  static constexpr int kGroup = RT > 1 ? kSlots : 4;  // a W so wide lies in memory, which is read once for all
+  int first;                                          // row of the block
   int thread;
   DEQ_GPU int index(int e) const { return e * kOwners + thread; }
   DEQ_GPU bool owns(int e) const { return index(e) < kElements; }
@@ -87,7 +88,7 @@ class GridSolve {
         mixtures_(reinterpret_cast<Mixture*>(shared + at_.mixtures)),
         controls_(reinterpret_cast<SlotControl*>(shared + at_.controls)),
         actions_(reinterpret_cast<Action*>(shared + at_.actions)),
-        active_(reinterpret_cast<int32_t*>(shared + at_.active)),
+        orders_(reinterpret_cast<Orders*>(shared + at_.orders)),
         warp_(Gpu::thread() / kWarp),
         lane_(Gpu::thread() % kWarp),
         weight_(call.first_weight),
@@ -104,7 +105,13 @@ class GridSolve {
     anchor_flags_ = flags_ + at_.blocks;
   }
 
+  // Every block prepares a share of the samples; those that judge wait for all of them, the others load W meanwhile.
   DEQ_GPU void run() {
+    constexpr int kWarps = kGridWarps + kJudges;
+    prepare_samples<Gpu>(call_, weight_, static_cast<int64_t>(Gpu::block()) * kWarps + warp_,
+                         static_cast<int64_t>(at_.blocks) * kWarps);
+    Gpu::sync();
+    if (Gpu::thread() == 0) Gpu::release(anchor_flags_ + Gpu::block(), anchor_epoch_);
     if (warp_ < kGridWarps) {
       compute();
     } else {
@@ -120,64 +127,72 @@ class GridSolve {
     const int judge = warp_ - kGridWarps, own = judge * kJudged + lane_ % kJudged;
     const bool decides = lane_ < kJudged;
     SlotControl& slot = controls_[own];  // in shared memory: the registers are needed for Anderson's weights
+    wait_for(anchor_flags_, 0, at_.blocks, anchor_epoch_);
     if (decides) actions_[own] = slot.begin(call_, weight_, first_solved(call_, weight_, own, kAllSlots));
-    tell_all(judge, decides, slot);
+    tell(judge, slot, false);
     Gpu::sync();
-    while (is_active()) {
-      if (const uint32_t slots = anchored_slots(call_, actions_, kAllSlots)) exact_rows_of_all(slots);
+    for (Orders orders = told(); orders.has(Orders::kActive); orders = told()) {
+      if (orders.anchors) exact_rows_of_all(orders.anchors);
       Gpu::sync();
       ++epoch_;
       wait_for(flags_, 0, at_.blocks, epoch_);
-      add_up(judge);
+      add_up(judge, orders_[judge].has(Orders::kAccelerated));
       if (decides) {
         const auto norms = [&](int i) { return mixtures_[own].norms[i]; };
         const auto next = [&] { return first_solved(call_, weight_, slot.sample + kAllSlots, kAllSlots); };
         actions_[own] = slot.decide(call_, weight_, norms, mixtures_[own], Gpu::block() == 0, next);
       }
-      tell_all(judge, decides, slot);
+      tell(judge, slot, orders_[judge].idle >> own & 1);
       Gpu::sync();
     }
   }
 
-  // Whether any slot of this judge has a sample, and whether one of them is accelerated.
-  DEQ_GPU void tell_all(int judge, bool decides, const SlotControl& slot) {
-    const bool any_active = Gpu::any(decides && slot.sample >= 0);
-    const bool any_accelerated = Gpu::any(decides && slot.sample >= 0 && slot.is_accelerated);
-    if (lane_ == 0) active_[judge] = any_active + 2 * any_accelerated;
+  DEQ_GPU void tell(int judge, const SlotControl& slot, bool was_idle) {
+    Gpu::sync_warp();
+    const int first = judge * kJudged;
+    const Orders orders = orders_of<Gpu>(call_, slot, actions_[first + lane_ % kJudged], kJudged, first, was_idle);
+    if (lane_ == 0) orders_[judge] = orders;
   }
-  DEQ_GPU int told() const { return active_[0] | active_[1] | active_[2] | active_[3]; }
-  DEQ_GPU bool is_active() const { return told() != 0; }
-  DEQ_GPU bool is_accelerated() const { return told() & 2; }
+  DEQ_GPU Orders told() const {
+    Orders all = orders_[0];
+    DEQ_UNROLL for (int judge = 1; judge < kJudges; ++judge) all.join(orders_[judge]);
+    return all;
+  }
 
-  // The norms of all blocks for this judge's slots. Lanes share out the blocks, always in the same way.
-  DEQ_GPU void add_up(int judge) {
-    for (int slot = judge * kJudged; slot < (judge + 1) * kJudged; ++slot) {
-      if (actions_[slot].kind == Action::kIdle) continue;
-      const Norms* norms = norms_ + ((epoch_ & 1) * kAllSlots + slot) * at_.blocks;
-      Norms sum{0, 0};
+  // The norms of all blocks for this judge's slots. Lanes share out the blocks, always in the same way; what a slot without a
+  // sample adds up is not looked at. All slots at once: one after the other took a third of a solve of 32 samples at m = 2048.
+  DEQ_GPU void add_up(int judge, bool is_accelerated) {
+    const int first = judge * kJudged;
+    const Norms* norms = norms_ + ((epoch_ & 1) * kAllSlots + first) * at_.blocks;
+    double sum[2 * kJudged] = {};
 #ifdef __CUDACC__
-#pragma unroll 5
+#pragma unroll(kJudged > 4 ? 1 : 5)
 #endif
-      for (int block = lane_; block < at_.blocks; block += kWarp) {
-        const Norms part = Gpu::load(norms + block);
-        sum.step2 += part.step2;
-        sum.size2 += part.size2;
+    for (int block = lane_; block < at_.blocks; block += kWarp) DEQ_UNROLL for (int slot = 0; slot < kJudged; ++slot) {
+        const Norms part = Gpu::load(norms + slot * at_.blocks + block);
+        sum[2 * slot] += part.step2;
+        sum[2 * slot + 1] += part.size2;
       }
-      DEQ_UNROLL for (int mask = 1; mask < kWarp; mask *= 2) {
-        sum.step2 += Gpu::shuffle_xor(sum.step2, mask);
-        sum.size2 += Gpu::shuffle_xor(sum.size2, mask);
-      }
-      if (lane_ == 0) mixtures_[slot].norms[0] = sum.step2, mixtures_[slot].norms[1] = sum.size2;
-      if (actions_[slot].entry < 0) continue;
-      for (int ring = 0; ring < call_.depth; ++ring) {
+    add_lanes<Gpu, 2 * kJudged>(sum);
+    constexpr int kHolders = kWarp / (2 * kJudged);  // lanes that hold the same sum
+    const int index = lane_ / kHolders;
+    if (lane_ % kHolders == 0) mixtures_[first + index / 2].norms[index % 2] = sum[0];
+    if (is_accelerated) add_products(first);
+    Gpu::sync_warp();
+  }
+
+  // And the products of the residuals with those of the window, for the slots that are accelerated.
+  DEQ_GPU void add_products(int first) {
+    DEQ_ROLLED for (int slot = first; slot < first + kJudged; ++slot) {
+      if (actions_[slot].kind == Action::kIdle || actions_[slot].entry < 0) continue;
+      DEQ_ROLLED for (int ring = 0; ring < call_.depth; ++ring) {
         const double* products = products_ + (((epoch_ & 1) * kWindow + ring) * kAllSlots + slot) * at_.blocks;
-        double product = 0;
-        for (int block = lane_; block < at_.blocks; block += kWarp) product += Gpu::load(products + block);
-        DEQ_UNROLL for (int mask = 1; mask < kWarp; mask *= 2) product += Gpu::shuffle_xor(product, mask);
-        if (lane_ == 0) mixtures_[slot].norms[2 + ring] = product;
+        double product[1] = {0};
+        DEQ_ROLLED for (int block = lane_; block < at_.blocks; block += kWarp) product[0] += Gpu::load(products + block);
+        add_lanes<Gpu, 1>(product);
+        if (lane_ == 0) mixtures_[slot].norms[2 + ring] = product[0];
       }
     }
-    Gpu::sync_warp();
   }
 
   DEQ_GPU void compute() {
@@ -185,13 +200,15 @@ class GridSolve {
     State state(call_, {Gpu::block() * kRows, Gpu::thread()}, weight_, actions_, mixtures_, kAllSlots, best_);
     load_weights(held);
     Gpu::sync();
-    while (is_active()) {
-      state.save();
-      if (is_accelerated()) state.mix();
-      state.load();
-      if (const uint32_t slots = anchored_slots(call_, actions_, kAllSlots)) anchor(slots, state);
+    for (;;) {
+      const Orders orders = told();
+      if (orders.has(Orders::kSaves)) state.save();
+      if (!orders.has(Orders::kActive)) return;
+      if (orders.has(Orders::kAccelerated)) state.mix();
+      if (orders.has(Orders::kMoves)) state.load();
+      if (orders.anchors) anchor(orders.anchors, state);
       ++epoch_;
-      measure(state);
+      measure(orders, state);
       Gpu::sync();
       if (Gpu::thread() == 0) Gpu::release(flags_ + Gpu::block(), epoch_);
       wait_for(flags_, begin_ / RT, (end_ + RT - 1) / RT, epoch_);
@@ -199,7 +216,6 @@ class GridSolve {
       Gpu::sync();
       add_product(state);
     }
-    state.save();
   }
 
   // Waits until the blocks [first, last) have come to `epoch`; what they wrote before is then seen by the whole warp.
@@ -219,13 +235,19 @@ class GridSolve {
     float poison = 0;
     DEQ_UNROLL for (int r = 0; r < RT; ++r) {
       const int tile = Gpu::block() * RT + r;  // one beyond the last is zero
-      if constexpr (HELD > 0) {
-        DEQ_UNROLL for (int k = 0; k < HELD; ++k) {
-          held[r][k] = weight_fragment<Gpu>(call_, weight_, tile, begin_ + k, poison);
-          Gpu::sync_warp();  // one after the other: all at once would take more registers than there are
-        }
+      DEQ_UNROLL for (int k = 0; k < HELD; k += 2) {
+        Quad fragments[2];
+        weight_fragments<Gpu, 2>(call_, weight_, tile, begin_ + k, 1, poison, fragments);
+        held[r][k] = fragments[0];
+        if (k + 1 < HELD) held[r][k + 1] = fragments[1];
+        Gpu::sync_warp();  // more at once would take more registers than there are
       }
-      for (int k = begin_ + HELD; k < end_; ++k) weight_at(r, k) = weight_fragment<Gpu>(call_, weight_, tile, k, poison);
+      constexpr int kAtOnce = HELD > 0 ? 2 : 4;
+      for (int k = begin_ + HELD; k < end_; k += kAtOnce) {
+        Quad fragments[kAtOnce];
+        weight_fragments<Gpu, kAtOnce>(call_, weight_, tile, k, 1, poison, fragments);
+        DEQ_UNROLL for (int n = 0; n < kAtOnce; ++n) if (k + n < end_) weight_at(r, k + n) = fragments[n];
+      }
     }
     report_weight<Gpu>(call_, weight_, static_cast<int64_t>(Gpu::block()) * kRows, static_cast<int64_t>(Gpu::block() + 1) * kRows,
                        poison);
@@ -246,25 +268,20 @@ class GridSolve {
     if (Gpu::thread() == 0) Gpu::release(anchor_flags_ + Gpu::block(), anchor_epoch_);
     if (warp_ < kGridWarps) {
       wait_for(anchor_flags_, 0, at_.blocks, anchor_epoch_);
-      constexpr int kOwn = kRows / kGridWarps, kAtOnce = HELD > 0 ? 2 : kOwn;  // more sums do not fit beside held weights
+      constexpr int kOwn = kRows / kGridWarps, kAtOnce = HELD > 0 ? 1 : kOwn;  // more sums do not fit beside held weights
       const int64_t row = static_cast<int64_t>(Gpu::block()) * kRows + warp_ * kOwn;
-      for (int first = 0; first < kAllSlots && row < call_.width; first += kSlots) {
-        const uint32_t set = slots >> first & ((1u << kSlots) - 1);
-        const int64_t at = first * call_.width;
-        for (int r = 0; set && r < kOwn; r += kAtOnce)
-          exact_rows_of<Gpu, kAtOnce>(call_, weight_, set, row + r, x_ + at, y_ + at);
-      }
+      exact_product<Gpu, kAtOnce, Map::kGroup>(call_, weight_, slots, kAllSlots, row, row + kOwn, x_, y_);
     }
     Gpu::sync();
   }
 
   // f at y; the increments and norms of this evaluation to where the other blocks read them.
-  DEQ_GPU void measure(State& state) {
+  DEQ_GPU void measure(const Orders& orders, State& state) {
     float f[E];
-    state.respond(f);
+    state.respond(orders, f);
     uint16_t* increments = reinterpret_cast<uint16_t*>(increments_ + (epoch_ & 1) * at_.steps * BT * kWarp);
     Norms* norms = norms_ + (epoch_ & 1) * kAllSlots * at_.blocks + Gpu::block();
-    if (is_accelerated()) add_window(f, state);
+    if (orders.has(Orders::kAccelerated)) add_window(f, state);
     DEQ_UNROLL for (int e = 0; e < E; ++e) {
       double sum[2] = {static_cast<double>(f[e]) - static_cast<double>(state.x[e]), static_cast<double>(f[e])};
       DEQ_UNROLL for (int i = 0; i < 2; ++i) {
@@ -284,12 +301,12 @@ class GridSolve {
   // The new row of Anderson's Gram matrix.
   DEQ_GPU void add_window(const float (&f)[E], const State& state) {
     double* products = products_ + (epoch_ & 1) * kWindow * kAllSlots * at_.blocks + Gpu::block();
-    for (int ring = 0; ring < call_.depth; ++ring) DEQ_UNROLL for (int e = 0; e < E; ++e) {
-        double sum = state.residual_product(e, ring, f);
-        DEQ_UNROLL for (int mask = 1; mask < kRows; mask *= 2) sum += Gpu::shuffle_xor(sum, mask);
-        if (state.map.owns(e) && state.map.index(e) % kRows == 0)
-          products[(ring * kAllSlots + state.map.slot(e)) * at_.blocks] = sum;
-      }
+    DEQ_ROLLED for (int ring = 0; ring < call_.depth; ++ring) DEQ_UNROLL for (int e = 0; e < E; ++e) {
+      double sum = state.residual_product(e, ring, f);
+      DEQ_UNROLL for (int mask = 1; mask < kRows; mask *= 2) sum += Gpu::shuffle_xor(sum, mask);
+      if (state.map.owns(e) && state.map.index(e) % kRows == 0)
+        products[(ring * kAllSlots + state.map.slot(e)) * at_.blocks] = sum;
+    }
   }
 
   DEQ_GPU void multiply(const Quad (&held)[RT][HELD > 0 ? HELD : 1]) {
@@ -335,11 +352,11 @@ class GridSolve {
   Mixture* mixtures_;
   SlotControl* controls_;
   Action* actions_;
-  int32_t* active_;
+  Orders* orders_;  // one a warp that judges
   const int warp_, lane_;
   const int64_t weight_;
-  const int begin_, end_;  // k-steps of the warp
-  uint32_t epoch_ = 0, anchor_epoch_ = 0;
+  const int begin_, end_;                  // k-steps of the warp
+  uint32_t epoch_ = 0, anchor_epoch_ = 1;  // the first: samples are prepared
   Pair* increments_;
   Norms* norms_;      // (2, slots, blocks)
   double* products_;  // (2, kWindow, slots, blocks): of the residuals with those of the window

@@ -44,11 +44,21 @@ struct Limits {
 
 // Of a device; DEQ_NOT_SUPPORTED for one that is too old for all kernels.
 int32_t find_limits(int32_t device, Limits* limits);
+// The same without asking CUDA again, where a plan has asked.
+int32_t known_limits(int32_t device, Limits* limits);
+
+// Lets a kernel have as much dynamic shared memory as a block can: once, when a launch of it is planned. What a launch needs is
+// said there.
+template <class Kernel>
+int32_t allow_shared(Kernel* kernel, const Limits& limits) {
+  return check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limits.shared),
+                    "asking for shared memory");
+}
 
 // Regime A, one weight a row of blocks: completes a plan of its kernel and blocks, chooses both, and launches it.
-int32_t complete_block(int64_t weights, int64_t width, DeqCudaPlan* plan);
+int32_t complete_block(int64_t weights, int64_t width, const Limits& limits, DeqCudaPlan* plan);
 int32_t plan_block(int64_t weights, int64_t batch, int64_t width, const Limits& limits, DeqCudaPlan* plan);
-int32_t launch_block(const Call& call, int64_t weights, const DeqCudaPlan& plan, const Limits& limits, cudaStream_t stream);
+int32_t launch_block(Call call, int64_t weights, const DeqCudaPlan& plan, const Limits& limits, cudaStream_t stream);
 
 // Regime C, one weight after the other.
 int32_t complete_grid(int64_t width, DeqCudaPlan* plan);

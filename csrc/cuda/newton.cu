@@ -21,15 +21,15 @@ int32_t complete_rescue(int64_t width, const Limits& limits, DeqCudaPlan* plan) 
   plan->scratch = is_shared ? 0 : plan->blocks * jacobian_bytes(width);
   if (rescued_by_a_block(width) < 1 || plan->shared > limits.shared)
     return failed(DEQ_NOT_SUPPORTED, "a Newton step of width %lld takes a block too long", static_cast<long long>(width));
-  return check_cuda(cudaFuncSetAttribute(rescue_samples, cudaFuncAttributeMaxDynamicSharedMemorySize, limits.shared),
-                    "asking for shared memory");
+  return DEQ_OK;
 }
 
 int32_t plan_rescue(int64_t samples, int64_t width, const Limits& limits, DeqCudaPlan* plan) {
   const int64_t by_memory =
       jacobian_is_shared(width, limits.shared) ? samples : std::max<int64_t>(1, kJacobianBytes / jacobian_bytes(width));
   plan->blocks = static_cast<int32_t>(std::min<int64_t>({samples, by_memory, limits.processors}));
-  return complete_rescue(width, limits, plan);
+  if (int32_t error = complete_rescue(width, limits, plan)) return error;
+  return allow_shared(rescue_samples, limits);
 }
 
 int32_t launch_rescue(const Rescue& rescue, const DeqCudaPlan& plan, cudaStream_t stream) {

@@ -81,6 +81,7 @@ class Loop:
         if not self._seen:
             pinned = torch.empty(2, 2, dtype=torch.int32, pin_memory=True)
             self._seen = [(pinned[i], torch.cuda.Event()) for i in range(2)]
+        stream = torch.cuda.current_stream(counters.device)
         chunks = -(-turns // chunk)
         failed = None
         for i in range(chunks + 1):
@@ -90,7 +91,7 @@ class Loop:
                 self._launch("turns", (i == 0, first), launch)
                 numbers, event = self._seen[i % 2]
                 numbers.copy_(counters, non_blocking=True)
-                event.record()
+                event.record(stream)
             if i > 0:
                 numbers, event = self._seen[(i - 1) % 2]
                 event.synchronize()

@@ -9,6 +9,7 @@ solved.
 
 import warnings
 import weakref
+from collections.abc import Callable
 from ctypes import byref, c_double
 from functools import lru_cache
 from types import ModuleType
@@ -28,6 +29,7 @@ from .reference import outer
 
 __all__ = ["derivative", "masked_linear", "measure", "outer", "plan_launch", "regime_for", "solve", "substitute"]
 
+REPORT_BYTES = 32  # of four numbers, DeqReport of csrc/kernels.h
 NOT_SUPPORTED = 3  # of DeqCudaError in csrc/cuda_kernels.h
 REGIMES = {"block": 0, "grid": 1}  # DeqCudaRegime of csrc/cuda_kernels.h
 PLANNED = {"resident cuda": "block", "grid": "grid"}  # by their names in deq.gpu_plan
@@ -117,7 +119,6 @@ def _substitute(
         raise Refused(_library.build.get("why_not_cuda") or _library.reason or "the library was built without CUDA")
     z = torch.empty_like(c, memory_format=torch.contiguous_format)
     residual = c.new_empty(c.shape[0])
-    bytes_needed = _library.compiled.deq_cuda_substitute_bytes(*c.shape)
     try:
         torch.ops.deq.cuda_substitute_.default(
             W.detach(),
@@ -125,7 +126,6 @@ def _substitute(
             c.new_empty((0, 0)) if mask is None else mask,
             z,
             residual,
-            torch.empty(bytes_needed, dtype=torch.uint8, device=c.device),
             0 if activation is None else ACTIVATIONS[activation].number,
             int(strict),
             int(upper),
@@ -187,18 +187,18 @@ def measure(name: str, device: int = 0) -> float:
 
 
 class _Report(Deferred):
-    """A report that is still on the GPU: one plus the least index of what is not finite, -1 where there is nothing."""
+    """A report that is still on the GPU, behind what is said of the samples: one plus the least index of what is not
+    finite, -1 where there is nothing."""
 
-    def __init__(self, report: Tensor, status: Tensor, W: Tensor):
-        self.report, self.status, self.weight = report, status, weakref.ref(W)
+    samples: int = 0
 
-    @property
-    def samples(self) -> int:
-        return self.status.numel()
+    def __init__(self, samples: int, said: Tensor, W: Tensor):
+        self.samples, self.said, self.weight = samples, said, weakref.ref(W)
 
     def read(self) -> list[int]:
-        _, *bad = self.report.tolist()
-        return [int((self.status != Status.CONVERGED).sum()), *(max(place, 0) for place in bad)]
+        _, *bad = self.said[-REPORT_BYTES:].view(torch.int64).tolist()
+        failed = int((stats.statuses(self.samples, self.said) != Status.CONVERGED).sum())
+        return [failed, *(max(place, 0) for place in bad)]
 
 
 class _Rescued(Deferred):
@@ -241,15 +241,24 @@ def _rescued(outcome: Outcome, W: Tensor, batch: tuple[Tensor, ...], number: int
     return Outcome(z, said, _Rescued(report, stats.status(z, said)))
 
 
-def _rescuers(plan: Plan, weights: int, batch: int, width: int, device: int) -> _library.CudaPlan | None:
-    """How the solve itself goes on to Newton's method, if it does."""
-    if not _rescues(plan):
-        return None
-    try:
-        return plan_rescue(weights, batch, width, device)
-    except Refused as error:
-        _tell(str(error), UNRESCUED)
-        return None
+@lru_cache(maxsize=1024)
+def _launch(weights: int, batch: int, width: int, device: int, regime: str | None, rescues: bool) -> tuple[int, ...]:
+    """The last arguments of a solve's operator: regime, kernel, blocks, blocks of the rescue (0: none) and bytes of
+    scratch memory. Raises Refused where there is no kernel."""
+    sizes = weights, batch, width, device
+    launch, rescue = plan_launch(*sizes, regime), None
+    if rescues:
+        try:
+            rescue = plan_rescue(*sizes)
+        except Refused as error:
+            _tell(str(error), UNRESCUED)
+    blocks, scratch = (0, 0) if rescue is None else (rescue.blocks, rescue.scratch)
+    return launch.regime, launch.kernel, launch.blocks, blocks, max(launch.scratch, scratch)
+
+
+@lru_cache(maxsize=2)
+def _operator(name: str) -> Callable[..., None]:
+    return getattr(torch.ops.deq, name).default
 
 
 @lru_cache(maxsize=64)
@@ -275,12 +284,12 @@ def _rescue(
             z,
             said,
             report,
-            torch.empty(launch.scratch, dtype=torch.uint8, device=c.device),
             max(number, 0),
             int(bool(mask) and number >= 0),
             plan.tol,
             plan.max_iter,
             launch.blocks,
+            launch.scratch,
         )
     except RuntimeError as error:  # Refused is one
         _tell(str(error), UNRESCUED)
@@ -318,35 +327,33 @@ def _run(
     out: Tensor | None,
     regime: str | None,
 ) -> Outcome:
-    """One call of an operator of csrc/torch_cuda_ops.cpp; raises Refused where it cannot be launched."""
-    c = batch[0]
-    sizes = W.shape[0] if W.dim() == 3 else 1, *c.shape[-2:], c.device.index
-    launch, rescue = plan_launch(*sizes, regime), _rescuers(plan, *sizes)
-    z = torch.empty_like(c, dtype=torch.float32, memory_format=torch.contiguous_format)
-    said = stats.allocate(z)
-    report = torch.empty(4, dtype=torch.int64, device=c.device)
-    most = launch.scratch if rescue is None else max(launch.scratch, rescue.scratch)
+    """One call of an operator of csrc/torch_cuda_ops.cpp; raises Refused where it cannot be launched.
+
+    Every operator of torch takes the host 2 to 5 us here, whether there is anything for it to do or not: so there are
+    two, both of them allocations.
+    """
+    c, weight = batch[0], W
+    launch = _launch(W.shape[0] if W.dim() == 3 else 1, *c.shape[-2:], c.device.index, regime, _rescues(plan))
+    if c.dtype != torch.float32:
+        W, start, *batch = (t if t is None else t.float() for t in (W, start, *batch))
+    z = torch.empty_like(batch[0], memory_format=torch.contiguous_format)
+    said = stats.allocate(z, REPORT_BYTES)
     try:
-        getattr(torch.ops.deq, operator).default(
-            W.detach().float().contiguous(),
-            *(t.float() for t in batch),
-            _none_of(c.device, c.dim()) if start is None else start.float(),
+        _operator(operator)(
+            W.detach() if W.requires_grad else W,
+            *batch,
+            _none_of(c.device, c.dim()) if start is None else start,
             z,
             said,
-            report,
-            torch.empty(most, dtype=torch.uint8, device=c.device),
             number,
             *_options(plan, False),
-            launch.regime,
-            launch.kernel,
-            launch.blocks,
-            0 if rescue is None else rescue.blocks,
+            *launch,
         )
     except RuntimeError as error:
         raise Refused(str(error)) from error
     if c.dtype != torch.float32:
         z = _rounded(z, said, c.dtype)
-    return Outcome(z if out is None else out.copy_(z), said, _Report(report, stats.status(z, said), W))
+    return Outcome(z if out is None else out.copy_(z), said, _Report(z.numel() // z.shape[-1], said, weight))
 
 
 def _rounded(z: Tensor, said: Tensor, dtype: torch.dtype) -> Tensor:

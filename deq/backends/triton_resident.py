@@ -1,7 +1,6 @@
 """Regime "resident" of the Triton backend: one launch a solve."""
 
 import torch
-import triton
 from torch import Tensor
 
 from deq.kernels import judge, records, solve_resident
@@ -24,7 +23,7 @@ def solve_rows(
     """Write z (B, m) float32, contiguous, and residual, iterations, status (B,); returns the counters."""
     (B, m), plan = c.shape, kind.plan
     width, block = solve_resident.padded(m), solve_resident.BLOCK_B
-    programs = triton.cdiv(B, block)
+    programs = -(-B // block)
     counters = torch.zeros(records.HEADER, dtype=torch.int32, device=c.device)
     by_increments = how.increments != "native"
     each = solve_resident.scratch_floats(m, kind.depth if kind.accelerates else 0)

@@ -1,14 +1,13 @@
 """Regime "cell" of the Triton backend: one kernel an iteration, or steps by increments between anchors."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
-import triton
 from torch import Tensor
 
 from deq.kernels import delta, ends, iteration, judge, records
-from deq.kernels.tiles import MOST_REGISTERS, Tiles
+from deq.kernels.tiles import MOST_REGISTERS, Tiles, padded_power
 
 from ..gpu_plan import GpuPlan
 from . import chunks
@@ -22,6 +21,15 @@ DELTA_CHUNK = 2  # the same of turns by increments, which are five kernels each
 LOW_BYTES = {"native": 0, "bfloat16": 2, "float8": 1}  # of an increment, and of an element of the W that it meets
 
 
+@dataclass(frozen=True)
+class Said:
+    """Where residual, iterations and status (B,) are written: addresses in a buffer of :mod:`deq.stats`."""
+
+    residual: int
+    iterations: int
+    status: int
+
+
 def solve_rows(
     kind: Kind,
     how: GpuPlan,
@@ -30,46 +38,34 @@ def solve_rows(
     d: Tensor | None,
     start: Tensor | None,
     z: Tensor,
-    fields: list[Tensor],
+    said: Said,
     largest: float,
 ) -> tuple[Tensor, int | None]:
-    """Write z (B, m) float32, contiguous, and residual, iterations, status (B,); returns the counters, and how many
-    samples failed where the host has seen that."""
+    """Write z (B, m) float32, contiguous, and what is said of the samples; returns the counters, and how many samples
+    failed where the host has seen that."""
     (B, m), plan, device = c.shape, kind.plan, c.device
-    by_increments = how.increments != "native"
-    tiles, splits = iteration.step_tiles(B, m)
-    if by_increments:  # rows of tiles of both are the same samples
-        rows = how.tiles.samples
-        tiles, splits = next(t for t in iteration.STEP_TILES if t.samples == rows), 1
-        steps = _Grid(B, m, next(t for t in delta.DELTA_TILES[how.increments] if t.samples == rows))
-    grid = _Grid(B, m, tiles)
+    shape = _shape(kind, how.increments, how.tiles.samples if how.increments != "native" else None, B, m)
+    tiles, grid, step, rule = shape.grid.tiles, shape.grid, shape.step, shape.rule
     free_first = start is None and plan.acceleration != "anderson"
-    given = {"W": W, "C": c, "D": d, "START": start, "OUT": z}
-    given |= zip(("OUT_RESIDUAL", "OUT_ITERATIONS", "OUT_STATUS"), fields, strict=True)
-    scratch, addresses, counters = _memory(kind, how.increments, grid, splits, given)
-    rule = judge.rule(plan.tol, plan.max_iter, m)
+    given = {"W": W.data_ptr(), "C": c.data_ptr(), "OUT": z.data_ptr()}
+    given |= {"OUT_RESIDUAL": said.residual, "OUT_ITERATIONS": said.iterations, "OUT_STATUS": said.status}
+    for name, tensor in (("D", d), ("START", start)):
+        if tensor is not None:
+            given[name] = tensor.data_ptr()
+    scratch, counters, addresses = shape.memory(given, device)
     strides = {"stride_c": c.stride(0), "stride_d": 0 if d is None else d.stride(0)}
     stride_start = None if start is None else start.stride(0)
-    step = {
-        **kind.constants,
-        "DEPTH": kind.depth,
-        "PRECISION": PRECISION,
-        "INCREMENTS": records.INCREMENTS[how.increments],
-        "SPLITS": splits,
-        **grid.options,
-        "maxnreg": iteration.registers(tiles, how.increments),
-    }
-    key = (B, m, W.stride(), *strides.values(), stride_start, largest, *rule.values(), *step.values())
+    key = (shape, W.stride(), *strides.values(), stride_start, largest)
     loop = chunks.loop_of(key, device)
-    advance = _delta_steps(kind, how.increments, steps, loop, strides["stride_d"], rule) if by_increments else None
-    mix_grid = (triton.cdiv(B, MIX[0]) * triton.cdiv(m, MIX[1]),)
 
     def turn(t: int) -> None:
-        if advance is not None:
-            advance()
-        iteration.step_kernel[(grid.programs * splits,)](loop.table, t, B, m, *W.stride(), **strides, **rule, **step)
+        if shape.steps is not None:
+            shape.advance(loop, strides["stride_d"])
+        iteration.step_kernel[(grid.programs * shape.splits,)](
+            loop.table, t, B, m, *W.stride(), **strides, **rule, **step
+        )
         if kind.accelerates:
-            iteration.mix_kernel[mix_grid](
+            iteration.mix_kernel[(-(-B // MIX[0]) * -(-m // MIX[1]),)](
                 loop.table,
                 t,
                 B,
@@ -81,12 +77,12 @@ def solve_rows(
                 **FUSES,
             )
 
-    row = min(ROW, triton.next_power_of_2(m))
+    row = min(ROW, padded_power(m))
 
     def begin() -> None:
-        if by_increments:
+        if shape.steps is not None:
             rows, columns = delta.LOW_TILE
-            delta.low_kernel[(triton.cdiv(m, rows),)](
+            delta.low_kernel[(-(-m // rows),)](
                 loop.table,
                 m,
                 *W.stride(),
@@ -118,7 +114,7 @@ def solve_rows(
         )
 
     period = 2 * kind.depth if kind.depth % 2 else kind.depth
-    chunk = DELTA_CHUNK if by_increments else -(-LEAST_CHUNK // period) * period
+    chunk = DELTA_CHUNK if shape.steps is not None else -(-LEAST_CHUNK // period) * period
     failed = 0
     if B > 0:
         with loop.lock:
@@ -139,11 +135,11 @@ class _Grid:
 
     @property
     def rows(self) -> int:
-        return triton.cdiv(self.B, self.tiles.samples)
+        return -(-self.B // self.tiles.samples)
 
     @property
     def columns(self) -> int:
-        return triton.cdiv(self.m, self.tiles.units)
+        return -(-self.m // self.tiles.units)
 
     @property
     def programs(self) -> int:
@@ -153,7 +149,7 @@ class _Grid:
     def options(self) -> dict[str, int | bool]:
         """What a kernel over these tiles is launched with."""
         return {
-            "SLOTS": min(iteration.MOST_SLOTS, triton.next_power_of_2(self.columns)),
+            "SLOTS": min(iteration.MOST_SLOTS, padded_power(self.columns)),
             "BLOCK_B": self.tiles.samples,
             "BLOCK_N": self.tiles.units,
             "BLOCK_K": self.tiles.depth,
@@ -163,43 +159,71 @@ class _Grid:
         }
 
 
-def _delta_steps(
-    kind: Kind, increments: str, grid: _Grid, loop: chunks.Loop, stride_d: int, rule: dict
-) -> Callable[[], None]:
-    """What launches the steps by increments of a turn."""
-    constants = {name: value for name, value in kind.constants.items() if name != "ACCELERATION"}
-    constants["INCREMENTS"] = records.INCREMENTS[increments]
+@dataclass(eq=False)
+class _Shape:
+    """What a solve of (B, m) needs beyond its tensors, made once: whatever is computed in Python at every call, the
+    host computes while the device waits. Two shapes are the same object or different, as keys of loops."""
 
-    def advance() -> None:
+    kind: Kind
+    grid: _Grid
+    splits: int
+    steps: _Grid | None  # of increments
+    step: dict
+    rule: dict
+    bytes: int
+    places: dict[str, int]  # of what lies in the scratch memory
+
+    def memory(self, given: dict[str, int], device: torch.device) -> tuple[Tensor, Tensor, list[int]]:
+        """Memory that must live as long as the solve, the counters, and the addresses of all that is there and of what
+        is given, in the order of the table (kernels/records.py). Two allocations and a view: an operator of torch takes
+        the host 3 to 7 us."""
+        scratch = torch.empty(self.bytes, dtype=torch.uint8, device=device)
+        lists = records.HEADER + 2 * self.grid.rows + self.grid.programs
+        counters = torch.zeros(lists, dtype=torch.int32, device=device)
+        base = scratch.data_ptr()
+        addresses = {name: base + place for name, place in self.places.items()} | given
+        addresses["COUNTERS"] = counters.data_ptr()
+        nowhere = given["C"]  # of what this solve never looks up
+        return scratch, counters, [addresses.get(name, nowhere) for name in records.TABLE]
+
+    def advance(self, loop: chunks.Loop, stride_d: int) -> None:
+        """Launch the steps by increments of a turn."""
+        constants = {name: value for name, value in self.kind.constants.items() if name != "ACCELERATION"}
+        constants["INCREMENTS"] = self.step["INCREMENTS"]
         for s in range(delta.STEPS):
-            delta.delta_kernel[(grid.programs,)](
+            delta.delta_kernel[(self.steps.programs,)](
                 loop.table,
                 s,
-                grid.B,
-                grid.m,
+                self.steps.B,
+                self.steps.m,
                 stride_d,
-                **rule,
+                **self.rule,
                 **constants,
-                **grid.options,
-                maxnreg=grid.tiles.registers,
+                **self.steps.options,
+                maxnreg=self.steps.tiles.registers,
             )
 
-    return advance
 
-
-def _memory(
-    kind: Kind,
-    increments: str,
-    grid: _Grid,
-    splits: int,
-    given: dict[str, Tensor | None],
-) -> tuple[Tensor, list[int], Tensor]:
-    """Memory that must live as long as the solve, the addresses of its tensors and of those given, in the order of the
-    table (kernels/records.py), and the counters. One allocation and no views: an operator of torch takes the host 3 to
-    7 us."""
-    B, m, depth, device = grid.B, grid.m, kind.depth, given["C"].device
+@lru_cache(maxsize=256)
+def _shape(kind: Kind, increments: str, rows: int | None, B: int, m: int) -> _Shape:
+    """rows: samples of a tile where steps are by increments."""
+    steps, (tiles, splits) = None, iteration.step_tiles(B, m)
+    if rows is not None:  # rows of tiles of both are the same samples
+        tiles, splits = next(t for t in iteration.STEP_TILES if t.samples == rows), 1
+        steps = _Grid(B, m, next(t for t in delta.DELTA_TILES[increments] if t.samples == rows))
+    grid = _Grid(B, m, tiles)
+    step = {
+        **kind.constants,
+        "DEPTH": kind.depth,
+        "PRECISION": PRECISION,
+        "INCREMENTS": records.INCREMENTS[increments],
+        "SPLITS": splits,
+        **grid.options,
+        "maxnreg": iteration.registers(tiles, increments),
+    }
+    rule = judge.rule(kind.plan.tol, kind.plan.max_iter, m)
     most = -(-m // 32)  # columns of the narrowest tiles
-    window = depth if kind.accelerates else 0
+    window = kind.depth if kind.accelerates else 0
     low = LOW_BYTES[increments]
     wide = 4 if low else 0
     sizes = {  # in bytes
@@ -221,17 +245,11 @@ def _memory(
         "LOW": low * m * m,
         "ROW_SCALES": wide * m,
     }
-    scratch = torch.empty(sum(map(_aligned, sizes.values())), dtype=torch.uint8, device=device)
-    lists = records.HEADER + 2 * grid.rows + grid.programs
-    counters = torch.zeros(lists, dtype=torch.int32, device=device)
-    addresses = {name: tensor.data_ptr() for name, tensor in given.items() if tensor is not None}
-    addresses["COUNTERS"] = counters.data_ptr()
-    place = scratch.data_ptr()
+    places, place = {}, 0
     for name, size in sizes.items():
-        addresses[name] = place
+        places[name] = place
         place += _aligned(size)
-    nowhere = addresses["C"]  # of what this solve never looks up
-    return scratch, [addresses.get(name, nowhere) for name in records.TABLE], counters
+    return _Shape(kind, grid, splits, steps, step, rule, place, places)
 
 
 def _aligned(size: int) -> int:

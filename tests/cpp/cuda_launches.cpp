@@ -192,27 +192,26 @@ void check_launch(size_t i, const char* kernel, unsigned blocks, bool cooperativ
 void regimes() {
   reset();
   CHECK(solve(1024, 256) == DEQ_OK);  // one multiprocessor holds W; W is read once a cluster
-  check_launch(0, "prepare", 128);
-  check_launch(1, "solve_block", 128, false, deq::kCluster);
+  check_launch(0, "solve_block", 128, false, deq::kCluster);
   CHECK(solve(5, 256) == DEQ_OK);
-  check_launch(1, "solve_block", 5);
+  check_launch(0, "solve_block", 5);
   fake().clusters_together = 15;
   CHECK(solve(1024, 256) == DEQ_OK);
-  check_launch(1, "solve_block", 128);
+  check_launch(0, "solve_block", 128);
   reset();
   fake().fails = "cudaLaunchKernelExC";  // no cluster, but blocks
   CHECK(solve(1024, 256) == DEQ_OK);
-  check_launch(1, "solve_block", 128);
+  check_launch(0, "solve_block", 128);
   CHECK(cudaGetLastError() == cudaSuccess);
   reset();
   fake().clusters = 0;
   CHECK(solve(1024, 256) == DEQ_OK);
-  check_launch(1, "solve_block", 132);
+  check_launch(0, "solve_block", 132);
   reset();
   CHECK(solve(8, 2048) == DEQ_OK);  // all of them together hold W
-  check_launch(1, "solve_grid", 128, true);
+  check_launch(0, "solve_grid", 128, true);
   CHECK(solve(8, 64, DEQ_GRID) == DEQ_OK);
-  check_launch(1, "solve_grid", 4, true);
+  check_launch(0, "solve_grid", 4, true);
 }
 
 void refusals() {
@@ -252,6 +251,13 @@ int32_t substitute(int64_t B, int64_t m, int64_t missing = 0) {
   return deq_cuda_substitute(&s, nullptr, deq_cuda_substitute_bytes(B, m) - missing, 0, nullptr);
 }
 
+int32_t pack(int64_t m, int64_t S = 1) {
+  static float here;
+  const DeqView W{&here, {m * m, 1, m}};
+  fake().launches.clear();
+  return deq_cuda_pack(&W, S, m, &here, 0, nullptr);
+}
+
 int32_t rescue(int64_t B, int64_t m, int64_t missing = 0) {
   DeqCudaPlan plan;
   if (int32_t error = deq_cuda_rescue_plan(1, B, m, 0, &plan)) return error;
@@ -269,6 +275,9 @@ void others() {
   check_launch(1, "substituteILi4E", 34);
   CHECK(substitute(0, 50) == DEQ_OK && fake().launches.empty());
   CHECK(substitute(20, 50, 1) == DEQ_BAD_ARGUMENT && says("scratch holds"));
+  CHECK(pack(100, 3) == DEQ_OK && fake().launches[0].grid.y == 3);
+  check_launch(0, "pack_weight", 16);
+  CHECK(pack(0) == DEQ_OK && fake().launches.empty() && pack(-1) == DEQ_BAD_ARGUMENT && says("out of range"));
   CHECK(rescue(1000, 100) == DEQ_OK);  // the Jacobian finds room in shared memory
   check_launch(0, "rescue_samples", 132);
   CHECK(rescue(1000, 512) == DEQ_OK);
@@ -291,7 +300,8 @@ void failures() {
       {"cudaOccupancyMaxActiveBlocksPerMultiprocessor", {[] { return solve(8, 100); }, [] { return solve(8, 2048); }}},
       {"cudaMemsetAsync", {[] { return solve(8, 2048); }}},
       {"cudaLaunchCooperativeKernel", {[] { return solve(8, 2048); }}},
-      {"cudaLaunchKernel", {[] { return solve(8, 100); }, [] { return substitute(8, 100); }, [] { return rescue(8, 100); }}},
+      {"cudaLaunchKernel",
+       {[] { return solve(8, 100); }, [] { return pack(8); }, [] { return substitute(8, 100); }, [] { return rescue(8, 100); }}},
   };
   for (const auto& [function, calls] : all)
     for (const auto& call : calls) {

@@ -24,6 +24,7 @@ namespace deq {
 
 class Emulator {
  public:
+  static constexpr int kAnchorRows = 4, kAnchorReads = 4;
   // Runs `body(shared memory of the block)` by `threads` threads each in blocks x rows blocks, clusters of so many.
   static void launch(int blocks, int rows, int threads, size_t shared_bytes, unsigned seed,
                      const std::function<void(char*)>& body, int cluster = 1) {
@@ -64,12 +65,13 @@ class Emulator {
     memcpy(&other, &lanes[lane], sizeof other);
     return other;
   }
-  static bool any(bool value) {
+  static uint32_t ballot(bool value) {
     Lane* lanes = now_->exchange(&value, sizeof value);
-    bool result = false;
-    for (int lane = 0; lane < kWarp; ++lane) result |= *reinterpret_cast<bool*>(&lanes[lane]);
-    return result;
+    uint32_t bits = 0;
+    for (int lane = 0; lane < kWarp; ++lane) bits |= static_cast<uint32_t>(*reinterpret_cast<bool*>(&lanes[lane])) << lane;
+    return bits;
   }
+  static bool any(bool value) { return ballot(value) != 0; }
   static uint32_t pack_bfloat16(float low, float high) { return round(low) | round(high) << 16; }
   static void multiply(float (&d)[4], const Quad& a, const Pair& b) {
     const Lane mine{{a.word[0], a.word[1], a.word[2], a.word[3], b.word[0], b.word[1]}};

@@ -6,6 +6,7 @@
 
 #include "check.h"
 #include "cuda/capacity.h"
+#include "cuda/pack.h"
 #include "emulator.h"
 
 using namespace deq;
@@ -43,10 +44,10 @@ struct Case {
   void solve_in_blocks(int blocks, unsigned seed = 1, int cluster = 1) {
     scratch.assign(blocks * block_scratch(m), NAN);
     call.scratch = scratch.data();
-    prepare();
     const BlockLayout at = block_layout(m, RT, HELD);
+    call.exchanges = seed % 2;
     Emulator::launch(
-        blocks, 1, (at.warps + 1) * kWarp, at.bytes, seed,
+        blocks, 1, (at.warps + 1) * kWarp, at.bytes + (call.exchanges ? at.exchange : 0), seed,
         [&](char* shared) { BlockSolve<Emulator, RT, HELD>(call, shared).run(); }, cluster);
   }
 
@@ -56,14 +57,9 @@ struct Case {
     scratch.assign(memory.floats, NAN);
     std::fill(scratch.begin() + memory.flags, scratch.end(), 0.0f);
     call.scratch = scratch.data();
-    prepare();
     const GridLayout at = grid_layout(m, RT, BT, HELD);
     Emulator::launch(at.blocks, 1, kGridThreads, at.bytes, seed,
                      [&](char* shared) { GridSolve<Emulator, RT, BT, HELD>(call, shared).run(); });
-  }
-
-  void prepare() {
-    Emulator::launch(static_cast<int>(B), 1, kWarp, 0, 1, [&](char*) { prepare_sample<Emulator>(call, 0, Emulator::block()); });
   }
 
   double value(double x) const {
@@ -111,6 +107,37 @@ void blocks() {
       held.solve_in_blocks<2, 2>(2, 3);
       CHECK(wide.z == held.z && wide.iterations == held.iterations);
     }
+}
+
+// Anchors read W by 128 inputs at a time, whether its rows lie at multiples of 16 bytes or not.
+void widths() {
+  for (int64_t m : {128, 132, 150}) {
+    Case block(3, m), grid(3, m), held(3, m);
+    block.solve_in_blocks<2, 0>(2);
+    block.check_solved();
+    grid.solve_in_grid<1, 1, 0>();
+    grid.check_solved();
+    held.solve_in_blocks<2, 2>(2, 3);
+    CHECK(block.z == held.z);
+  }
+}
+
+// A weight of any strides, row by row.
+void packing() {
+  for (int64_t m : {1, 32, 45}) {
+    const int64_t S = 2, tiles = (m + kPackTile - 1) / kPackTile;
+    std::vector<float> from(S * m * m), to(S * m * m, NAN);
+    for (size_t i = 0; i < from.size(); ++i) from[i] = static_cast<float>(i);
+    for (const DeqView view : {DeqView{from.data(), {m * m, 1, m}}, DeqView{from.data(), {1, 2, 2 * m}}}) {
+      Emulator::launch(static_cast<int>(tiles * tiles), S, kPackThreads, kPackFloats * sizeof(float), 1,
+                       [&](char* shared) { pack_tile<Emulator>(view, to.data(), m, reinterpret_cast<float*>(shared)); });
+      bool same = true;
+      for (int64_t s = 0; s < S; ++s)
+        for (int64_t i = 0; i < m * m; ++i)
+          same = same && to[s * m * m + i] == from[s * view.stride[0] + i / m * view.stride[1] + i % m * view.stride[2]];
+      CHECK(same);
+    }
+  }
 }
 
 // Blocks of a cluster share out the reading of W: the same bits, and the same report of what is not finite in it.
@@ -359,6 +386,8 @@ void capacities() {
 
 int main() {
   blocks();
+  widths();
+  packing();
   clusters();
   grids();
   exact_steps();
