@@ -61,8 +61,8 @@ def measure(
     truth = Truth(problem, *problem.exact())
     for which in passes:
         backward = which == "training"
-        # Autograd has a thread for every GPU. Handing it a backward pass, whoever's, and coming back takes 0.1 to 0.5 ms;
-        # a program that can do without says so as is done here.
+        # Autograd has a thread for every GPU. Handing it a backward pass, whoever's, and coming back takes 0.1 to 0.5
+        # ms; a program that can do without says so as is done here.
         with use_threads(1), torch.autograd.set_multithreading_enabled(False):
             competitors = {"deq": solver("deq", partial(deq_at, problem, backward), truth)}
             competitors |= find_rivals(case, truth, backward)

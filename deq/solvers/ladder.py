@@ -172,14 +172,14 @@ def postpone(outcome: Outcome, W: Tensor, c: Tensor, activation: str, plan: Plan
         return outcome
     # Without their graphs, which a solution that is kept must not keep; z with a version of its own, as it is saved for
     # the gradient, which is that at the equilibrium reached.
-    W, c, z, said = W.detach(), c.detach(), outcome.z.data, outcome.stats
-    versions = _version(W), _version(c)
+    W, c = (t.detach() if t.requires_grad else t for t in (W, c))
+    z, said, versions = outcome.z.data, outcome.stats, (_version(W), _version(c))
 
-    @torch.inference_mode()  # where tensors made in that mode may be written to as well
     def rescue() -> None:
         if (_version(W), _version(c)) == versions:  # else that equation is gone
-            problem = _Equilibria(W, c, activation, get_backend(plan.backend), partial(_matrix, W, activation))
-            _rescue_all(problem, Outcome(z, said, None), plan)
+            with torch.inference_mode():  # where tensors made in that mode may be written to as well
+                problem = _Equilibria(W, c, activation, get_backend(plan.backend), partial(_matrix, W, activation))
+                _rescue_all(problem, Outcome(z, said, None), plan)
 
     report.rescue = rescue
     return outcome
