@@ -61,7 +61,7 @@ def measure(
     truth = Truth(problem, *problem.exact())
     for which in passes:
         backward = which == "training"
-        # Autograd has a thread for every GPU. Handing it a backward pass, whoever's, and coming back takes 0.1 to 0.5
+        # Autograd has a thread for every GPU. Handing it a backward pass, whoever's, and coming back takes 0.06 to 0.6
         # ms; a program that can do without says so as is done here.
         with use_threads(1), torch.autograd.set_multithreading_enabled(False):
             competitors = {"deq": solver("deq", partial(deq_at, problem, backward), truth)}

@@ -30,7 +30,7 @@ WORTH_IT = 0.95  # coarser increments must take at most this share of the time o
 # Of a resident program: the widest W in 16 bits, the widest in float32, and its samples; more of any of them spill.
 TRITON_WIDEST, TRITON_WHOLE, TRITON_SAMPLES = 256, 64, 16
 TRITON_WARPS = {16: 4, 32: 4, 64: 8, 128: 8, 256: 8}  # by the padded width; each thread takes all the registers it may
-WARP_REGISTERS = 32 * 256 * 4  # bytes
+WARP_REGISTERS = {"resident": 32 * 256 * 4, "resident cuda": 32 * 168 * 4}  # bytes
 L2_BYTES_PER_CLOCK = 64  # that one multiprocessor can read
 CUDA_PAD, CUDA_SAMPLES = 16, 8  # of mma.sync: W is padded to multiples of 16, samples come by 8
 GRID_BATCH = 32  # samples whose states the blocks of regime "grid" can exchange
@@ -39,13 +39,18 @@ GRID_START = 0.3e-6  # the first block of states on its way
 # What is not bytes and products, from whole solves of 13 to 16 iterations on an H200 (tests/test_gpu_plan.py has them).
 # Of an iteration, the latency of what depends on each other: states, sums, judgement; of a streamed one, that of every
 # unit of the inner dimension too, where operands are split between two products.
-LATENCY = {"resident": 1.7e-6, "resident cuda": 2.5e-6, "grid": 2.2e-6, "cell": 8e-6}
+LATENCY = {"resident": 1.3e-6, "resident cuda": 2.6e-6, "grid": 2.2e-6, "cell": 8e-6}
 DEPTH_LATENCY = {"tf32x3": 19e-9}
 LEAST_DEPTH_LATENCY = 1.5e-9
+GRID_DEPTH_LATENCY = 1.3e-9
+READ_SLOWDOWN = {
+    "resident": 11.0,
+    "resident cuda": 1.0,
+}  # of W in shared memory: Triton's programs wait for every piece
 # An anchor on chip streams W with few loads under way: so many times what the multiprocessor could read, and on the
 # grid so many seconds for each unit.
-ANCHOR_SLOWDOWN = {"resident": 25.0, "resident cuda": 10.0}
-GRID_ANCHOR = 13e-9
+ANCHOR_SLOWDOWN = {"resident": 3.8, "resident cuda": 4.6}
+GRID_ANCHOR = 5.4e-9
 # Of the library's rate, what the kernel of an iteration reaches at 4096 x 4096: anchors 52 TFLOP/s, float8 305. That of
 # bfloat16 is not measured; were it 0.4, as without the rest of the step, it would be chosen before float8.
 FUSED_SHARE = {"tf32x3": 0.4, "float8": 0.21, "bfloat16": 0.25, "float16": 0.25}
@@ -136,7 +141,7 @@ def resident_cuda_tiles(m: int, B: int, device: Device, size: int) -> Tiles | No
     if size != 2 or block_kernel(m, device.shared_per_block) is None:
         return None
     p = ceil(m / CUDA_PAD) * CUDA_PAD
-    return Tiles(CUDA_SAMPLES, p, p, 8, 1)
+    return Tiles(CUDA_SAMPLES, p, p, min(8, p // CUDA_PAD + 1), 1)
 
 
 def grid_tiles(m: int, B: int, device: Device, size: int) -> Tiles | None:
@@ -153,20 +158,20 @@ def grid_tiles(m: int, B: int, device: Device, size: int) -> Tiles | None:
 # ---- expected seconds of one iteration of the whole batch ------------------------------------------------------------
 
 
-def resident_time(m: int, B: int, device: Device, precision: Precision, tiles: Tiles, latency: float) -> float:
+def resident_time(m: int, B: int, device: Device, precision: Precision, tiles: Tiles, regime: str) -> float:
     """Every program reads W from shared memory and multiplies its samples; two sums over the block judge them. Programs
     that share a multiprocessor share its rates and hide each other's waits."""
     weight = tiles.units * tiles.depth
-    read = precision.size * weight / device.shared_bandwidth
+    read = READ_SLOWDOWN[regime] * precision.size * weight / device.shared_bandwidth
     multiply = 2 * weight * tiles.samples / precision.of_processor(device)
-    together, waves = _residents(B, device, precision, tiles)
-    return waves * (together * max(read, multiply) + 2 * device.block_reduction + latency)
+    together, waves = _residents(B, device, precision, tiles, regime)
+    return waves * (together * max(read, multiply) + 2 * device.block_reduction + LATENCY[regime])
 
 
-def _residents(B: int, device: Device, precision: Precision, tiles: Tiles) -> tuple[int, int]:
+def _residents(B: int, device: Device, precision: Precision, tiles: Tiles, regime: str) -> tuple[int, int]:
     """Programs that a multiprocessor runs together, by its shared memory and registers, and how often it does."""
     by_shared = device.shared_per_block // (precision.size * tiles.units * (tiles.depth + 2 * tiles.samples))
-    by_registers = device.registers_per_processor // (tiles.warps * WARP_REGISTERS)
+    by_registers = device.registers_per_processor // (tiles.warps * WARP_REGISTERS[regime])
     most, each = max(1, min(by_shared, by_registers)), max(1, ceil(ceil(B / tiles.samples) / device.processors))
     return min(most, each), ceil(each / most)
 
@@ -179,7 +184,7 @@ def grid_time(m: int, B: int, device: Device, precision: Precision, tiles: Tiles
     multiply = 2 * weight * tiles.samples / precision.of_processor(device)
     states = device.processors * m * min(B, tiles.samples) * precision.size / GRID_MULTICAST / device.l2
     each = max(read, multiply) + states + GRID_START + device.grid_barrier + device.block_reduction
-    return turns * (each + LATENCY["grid"])
+    return turns * (each + LATENCY["grid"] + GRID_DEPTH_LATENCY * m)
 
 
 def cell_time(m: int, B: int, device: Device, precision: Precision, share: float = 1.0) -> float:
@@ -198,17 +203,26 @@ def fused_time(m: int, B: int, device: Device, precision: str) -> float:
 
 
 def anchor_time(regime: str, m: int, B: int, device: Device, precision: str, tiles: Tiles) -> float:
-    """An iteration in full precision between increments, for which W is streamed, in "resident" by every block."""
+    """What forming y in full precision takes, for which W is streamed, in "resident" by every block."""
     if regime == "cell":
         return fused_time(m, B, device, precision)
     kind = PRECISIONS[precision]
     if regime == "grid":
-        return cell_time(m, B, device, kind) - device.graph_kernel + GRID_ANCHOR * m
+        return max(cell_time(m, B, device, kind) - device.graph_kernel, GRID_ANCHOR * m)
     weight, blocks = kind.size * m * m, ceil(B / tiles.samples)
     alone = ANCHOR_SLOWDOWN[regime] * weight / (L2_BYTES_PER_CLOCK * device.clock)
-    return (
-        max(alone * max(1, ceil(blocks / device.processors)), blocks * weight / device.l2) + 2 * device.block_reduction
-    )
+    return max(alone * max(1, ceil(blocks / device.processors)), blocks * weight / device.l2)
+
+
+def anchored_share(regime: str, B: int, device: Device, tiles: Tiles, increments: str) -> float:
+    """Of the iterations, those in which an anchor is among them: one in so many of a sample's, and on chip whatever the
+    samples that are solved together need, since each has its own."""
+    share = 1 / ANCHOR_EVERY[increments]
+    if regime == "cell":
+        return share
+    # Triton's programs are filled one after the other, the blocks of CUDA's kernel all at once.
+    together = min(tiles.samples, ceil(B / device.processors) if regime == "resident cuda" else B)
+    return 1 - (1 - share) ** max(1, together)
 
 
 def loop_time(m: int, B: int, device: Device, graphed: bool, precision: str = "bfloat16") -> float:
@@ -252,8 +266,8 @@ def loading_time(regime: str, m: int, B: int, device: Device, precision: str) ->
 
 
 ON_CHIP: dict[str, tuple[Callable[..., Tiles | None], Callable[..., float]]] = {
-    "resident": (resident_tiles, partial(resident_time, latency=LATENCY["resident"])),
-    "resident cuda": (resident_cuda_tiles, partial(resident_time, latency=LATENCY["resident cuda"])),
+    "resident": (resident_tiles, partial(resident_time, regime="resident")),
+    "resident cuda": (resident_cuda_tiles, partial(resident_time, regime="resident cuda")),
     "grid": (grid_tiles, grid_time),
 }
 REGIMES = (*ON_CHIP, "cell")
@@ -293,7 +307,9 @@ def expected(
             return None
         tiles = tiles_of(regime, m, B, device, kept)
         anchor = anchor_time(regime, m, B, device, precision, tiles)
-        iteration += (anchor - iteration) / ANCHOR_EVERY[increments]
+        if regime == "cell":  # in place of a step; on chip the rest of a step goes on
+            anchor -= iteration
+        iteration += anchor * anchored_share(regime, B, device, tiles, increments)
     solve = device.graph_launch + loading_time(regime, m, B, device, kept) + ITERATIONS * iteration
     solve = max(solve, HOST_OPERATORS[regime] * device.eager_op)  # whichever is waited for
     return Expected(regime, precision, increments, iteration, solve)

@@ -225,19 +225,11 @@ for regime in ("block", "grid"):
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck", "initcheck"])
 def test_sanitizers_find_nothing(tool):
     here = Path(__file__).parent
+    only = ["--kernel-regex", "kns=solve_"]
+    if tool == "initcheck":  # what torch's kernels write is not seen, and would pass for unwritten when it is copied
+        only += ["--check-api-memory-access", "no"]
     done = subprocess.run(
-        [
-            SANITIZER,
-            "--tool",
-            tool,
-            "--error-exitcode",
-            "9",
-            "--kernel-regex",
-            "kns=solve_",
-            sys.executable,
-            "-c",
-            SMALL,
-        ],
+        [SANITIZER, "--tool", tool, "--error-exitcode", "9", *only, sys.executable, "-c", SMALL],
         capture_output=True,
         text=True,
         env=os.environ
@@ -246,7 +238,8 @@ def test_sanitizers_find_nothing(tool):
             "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
         },
     )
-    assert done.returncode == 0, done.stdout[-3000:]
+    told = [line for line in done.stdout.splitlines() if "Frame" not in line]  # a hundred of them an error
+    assert done.returncode == 0, "\n".join(told)[:3000]
 
 
 # ---- without a GPU --------------------------------------------------------------------------------------------------

@@ -64,9 +64,8 @@ struct Action {
 
 DEQ_HD Action idle() { return Action{-1, -1, Action::kIdle, 0, 0, -1, 0, -1, 0}; }
 
-// What the slots of a warp that judges are about to do, one bit a slot: a turn in which nobody comes, goes or is anchored need
-// not look at their actions, nor pass the code for it. Of a step at m = 64 two thirds of the instructions were for what hardly
-// ever is.
+// What the slots of a warp that judges are about to do, one bit a slot: a turn in which nobody comes, goes or is anchored neither
+// looks at their actions nor passes the code for it. On an H200 a solve of 64 x 256 waits for instructions a fifth of its time.
 struct alignas(16) Orders {
   enum : uint32_t { kActive = 1, kWide = 2, kAccelerated = 4, kSaves = 8, kMoves = 16 };
   uint32_t flags;    // of any slot; kMoves: a sample moves in, or none is left
