@@ -201,12 +201,11 @@ class Tile {
     const Step<float> anchor{x, y, c, ones, sums, nullptr, w, m_, kIdentity, 0, 0, padded_, nonzeros_, total_};
     const int64_t dense = anchors * m_;
     const bool may_skip = packed_ && anchors > 0 && (anchors >= kSkipRows || m_ <= kSkipAnyRows);
-    const int64_t nonzeros = may_skip ? k_.find_nonzeros(anchor, anchors) : dense;
-    const bool skips = static_cast<double>(nonzeros) < kSkipBelow * static_cast<double>(dense);
+    const auto are_few = [&](int64_t count) { return static_cast<double>(count) < kSkipBelow * static_cast<double>(dense); };
+    const bool finds = may_skip && skipped_ && m_ <= kFindWidth && team.members() == 1;  // as solve.cpp does
+    int64_t nonzeros = may_skip && !finds ? k_.find_nonzeros(anchor, anchors) : dense, found = 0;
+    const bool skips = finds || are_few(nonzeros);
     const auto compute_anchors = skips ? k_.skip_step : k_.step;
-    work_.native_rows += anchors;
-    work_.native_products += (skips ? nonzeros : dense) * m_;
-    work_.native_sweeps += anchors > 0;
     count(steps);
     for (const Group& group : sweeps) count(group);
     const Range range(anchors > 0 ? Span::kAnchor : Span::kStep, rows);
@@ -222,6 +221,7 @@ class Tile {
             part.from = from;
             part.to = to;
             part.total += member * size_ * kSkipWidth;
+            part.found = finds && piece == 0 ? &found : nullptr;
             if (packed_)
               compute_anchors(part, anchors);
             else
@@ -238,6 +238,11 @@ class Tile {
                             .to = sweep_.piece(stage, piece + 1, pieces)},
                   member);
       });
+    if (finds) nonzeros = found;
+    if (may_skip) skipped_ = skips && are_few(nonzeros);
+    work_.native_rows += anchors;
+    work_.native_products += (skips ? nonzeros : dense) * m_;
+    work_.native_sweeps += anchors > 0;
     add_up(steps);
     for (const Group& group : sweeps) add_up(group);
   }
@@ -410,6 +415,7 @@ class Tile {
   float* partial_[kMaxTile];                                     // sums of an evaluation in place
   float *ones_ = nullptr, *total_ = nullptr;
   uint64_t* nonzeros_ = nullptr;
+  bool skipped_ = false;  // the last anchors left out products with zeros, and were right to
   float* d_[kMaxTile];
   Slot slots_[kMaxTile];
 };

@@ -17,27 +17,32 @@ static_assert(deq::kSumChunk % kWord == 0, "a chunk of the sum ends with a word"
 
 inline int64_t words(int64_t m) { return (m + kWord - 1) / kWord; }
 
+// The bits of word w of a row that is padded to `end`.
+template <class T>
+DEQ_INLINE uint64_t nonzero_bits(const T* z, int64_t w, int64_t end) {
+  uint64_t bits = 0;
+  const int64_t first = w * kWord, last = end < first + kWord ? end : first + kWord;
+  for (int64_t k = first; k < last; k += kLanes<T>) bits |= nonzero_lanes<T>(VecMath<T>::load(z + k)) << (k - first);
+  return bits;
+}
+
 // Fills the bits of every row; returns how many are set.
 template <class T>
 int64_t find_nonzeros(const Step<T>& s, int n) {
   const int64_t count = words(s.width), end = padded<T>(s.width);
   int64_t set = 0;
-  for (int r = 0; r < n; ++r) {
-    const T* z = s.z[r];
+  for (int r = 0; r < n; ++r)
     for (int64_t w = 0; w < count; ++w) {
-      uint64_t bits = 0;
-      const int64_t first = w * kWord, last = end < first + kWord ? end : first + kWord;
-      for (int64_t k = first; k < last; k += kLanes<T>) bits |= nonzero_lanes<T>(VecMath<T>::load(z + k)) << (k - first);
-      s.nonzeros[r * count + w] = bits;
-      set += __builtin_popcountll(bits);
+      s.nonzeros[r * count + w] = nonzero_bits(s.z[r], w, end);
+      set += __builtin_popcountll(s.nonzeros[r * count + w]);
     }
-  }
   return set;
 }
 
 // Rows x NP panels of NV vectors from column j, word `w` of k. Sums of earlier words wait in `out`, those of earlier chunks in
-// `total`; the last word finishes the row.
-template <class T, int NV, int NP>
+// `total`; the last word finishes the row. FIND: the bits are found here, those of a row while the one before is multiplied,
+// which waits for its sums and leaves the time for it.
+template <class T, int NV, int NP, bool FIND>
 __attribute__((noinline)) void skip_block(const Step<T>& s, int n, int64_t j, int64_t w) {
   using M = VecMath<T>;
   using V = typename M::V;
@@ -52,6 +57,7 @@ __attribute__((noinline)) void skip_block(const Step<T>& s, int n, int64_t j, in
   const T* next = last ? s.packed + (j + N * L) * s.width : block + kWord * NV * L;
   const int64_t run = kWord * NV * L / n + 1;
   const bool fetches = s.width > kFetchWidth && (!last || j + N * L < s.to);
+  [[maybe_unused]] uint64_t coming = FIND ? nonzero_bits(s.z[0], w, padded<T>(s.width)) : 0;
   for (int r = 0; r < n; ++r) {
     if (fetches)
       for (int p = 0; p < NP; ++p)
@@ -59,7 +65,12 @@ __attribute__((noinline)) void skip_block(const Step<T>& s, int n, int64_t j, in
           __builtin_prefetch(next + p * panel + i, 0, 2);
     T* out = s.out[r] + j;
     const T* z = s.z[r] + k0;
-    uint64_t bits = s.nonzeros[r * count + w];
+    uint64_t bits = FIND ? coming : s.nonzeros[r * count + w];
+    if constexpr (FIND) {
+      s.nonzeros[r * count + w] = bits;
+      *s.found += __builtin_popcountll(bits);
+      if (r + 1 < n) coming = nonzero_bits(s.z[r + 1], w, padded<T>(s.width));
+    }
     V acc[N];
 #pragma GCC unroll 16
     for (int v = 0; v < N; ++v) acc[v] = fresh ? V{} : M::load(out + v * L);
@@ -105,11 +116,15 @@ template <class T, int NV, int NP>
 DEQ_INLINE void skip_panels(int panels, const Step<T>& s, int n, int64_t j) {
   if constexpr (NP > 0) {
     if (panels < NP) return skip_panels<T, NV, NP - 1>(panels, s, n, j);
-    for (int64_t w = 0; w < words(s.width); ++w) skip_block<T, NV, NP>(s, n, j, w);
+    for (int64_t w = 0; w < words(s.width); ++w)
+      if (s.found && j == s.from)
+        skip_block<T, NV, NP, true>(s, n, j, w);
+      else
+        skip_block<T, NV, NP, false>(s, n, j, w);
   }
 }
 
-// step() for relu or a mask, after find_nonzeros() on the same rows.
+// step() for relu or a mask, after find_nonzeros() on the same rows or with `found`.
 template <class T>
 void skip_step(const Step<T>& s, int n) {
   const int64_t L = kLanes<T>, panels = (s.to - s.from) / (2 * L);

@@ -152,21 +152,20 @@ class Tile {
     return true;
   }
 
-  // One application of the map to n rows, without the products with zeros where there are enough of them.
+  // One application of the map to n rows, without the products with zeros where there are enough of them. Where they were left
+  // out before they are again, and counted on the way.
   void evaluate(const Step<T>& step, int n, Team& team) {
-    bool skips = false;
-    int64_t products = n * m_ * m_;
+    const int64_t all = n * m_;
+    const auto are_few = [&](int64_t count) { return static_cast<double>(count) < kSkipBelow * static_cast<double>(all); };
+    int64_t nonzeros = all;
+    bool looks = false, skips = false, finds = false;
     if (may_skip_ && (n >= kSkipRows || m_ <= kSkipWidest) && --looks_again_ <= 0) {
-      const int64_t nonzeros = k_.find_nonzeros(step, n);
-      skips = static_cast<double>(nonzeros) < kSkipBelow * static_cast<double>(n * m_);
-      if (skips)
-        products = nonzeros * m_;
-      else
-        looks_again_ = kLookEvery;
+      looks = true;
+      finds = skipped_ && m_ <= kFindWidth && team.members() == 1;
+      if (!finds) nonzeros = k_.find_nonzeros(step, n);
+      skips = finds || are_few(nonzeros);
     }
-    work_.native_rows += n;
-    work_.native_products += products;
-    ++work_.native_sweeps;
+    int64_t found = 0;
     const auto compute = skips ? k_.skip_step : k_.step;
     const Range range(Span::kStep, n);
     team.share([&](int segment, int member) {
@@ -175,8 +174,15 @@ class Tile {
       part.from = segments_.start[segment];
       part.to = segments_.start[segment + 1];
       part.total += member * size_ * kSkipWidth;
+      part.found = finds && segment == 0 ? &found : nullptr;
       compute(part, n);
     });
+    if (finds) nonzeros = found;
+    skipped_ = skips && are_few(nonzeros);
+    if (looks && !skipped_) looks_again_ = kLookEvery;
+    work_.native_rows += n;
+    work_.native_products += skips ? nonzeros * m_ : all * m_;
+    ++work_.native_sweeps;
     k_.add_up(step, n, segments_.count);
   }
 
@@ -308,7 +314,8 @@ class Tile {
   int64_t matrix_ = 0, stride_ = 0;
   int size_ = 0, current_ = 0;
   DeqWork work_{};
-  int looks_again_ = 0;  // steps until the zeros are counted again
+  int looks_again_ = 0;   // steps until the zeros are counted again
+  bool skipped_ = false;  // the last step left them out, and was right to
   T *window_ = nullptr, *total_ = nullptr, *result_ = nullptr;
   uint64_t* nonzeros_ = nullptr;
   Slot<T> slots_[kMaxTile];

@@ -3,23 +3,11 @@
 // `Map` says which they are: E elements, of which e, e + G, e + 2 G ... belong to one slot; row(e) and slot(e); and how many
 // slots are anchored together.
 #pragma once
+#include "anchor.h"
 #include "call.h"
+#include "fragments.h"
 
 namespace deq {
-
-DEQ_HD bool is_single(uint32_t set) { return (set & (set - 1)) == 0; }
-
-// The slots of a set among the N from `first` on, which are multiplied together.
-template <int N>
-DEQ_HD uint32_t group_of(uint32_t slots, int first) {
-  return slots >> first & ((1u << N) - 1);
-}
-
-// Where x of a slot of a group lies for exact_product, whose anchored `set` is not empty: of one alone, or of all side by side.
-template <int N>
-DEQ_HD int64_t anchor_place(uint32_t set, int64_t row, int slot) {
-  return is_single(set) ? anchor_input(row) : anchor_input(row) * N + slot;
-}
 
 template <class Gpu, class Map>
 struct Elements {
@@ -195,26 +183,6 @@ DEQ_GPU void report_weight(const Call& call, int64_t weight, int64_t first, int6
     const float* row = call.W + weight * call.matrix_stride + i * call.row_stride;
     for (int64_t j = Gpu::thread() % kWarp; j < call.width; j += kWarp)
       if (!(fabsf(row[j]) < INFINITY)) Gpu::keep_least(&call.report->bad_weight, 1 + (weight * call.width + i) * call.width + j);
-  }
-}
-
-// y = W x for the rows [first_row, last_row) of W, R at a time, and those of `count` slots that are in the set, N at a time.
-template <class Gpu, int R, int N>
-DEQ_GPU void exact_product(const Call& call, int64_t weight, uint32_t slots, int count, int64_t first_row, int64_t last_row,
-                           const float* x, float* y) {
-  const float* W = call.W + weight * call.matrix_stride;
-  if (last_row > call.width) last_row = call.width;
-  DEQ_ROLLED for (int first = 0; first < count; first += N) {
-    const uint32_t set = group_of<N>(slots, first);
-    if (set == 0) continue;
-    const float* group = x + first * anchor_space(call.width);
-    if (is_single(set)) {
-      int single = first;
-      while (!(slots >> single & 1)) ++single;
-      exact_rows<Gpu, R, 1>(W, call.row_stride, call.width, first_row, last_row, group, y, single);
-    } else {
-      exact_rows<Gpu, R, N>(W, call.row_stride, call.width, first_row, last_row, group, y, first);
-    }
   }
 }
 
