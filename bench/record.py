@@ -26,12 +26,21 @@ def environment(device: str = "cpu") -> dict[str, object]:
 
 
 def device_name(device: str = "cpu") -> str:
-    """The model name of the CPU or of the current GPU, as the system tells it."""
+    """The model name of the CPU or of the current GPU, as the system tells it; of a CPU whose name says no model, as
+    under some hypervisors, with the numbers of its family and model: two generations must not share a folder."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
-    return found.group(1).strip() if found else platform.processor() or platform.machine()
+    return cpu_name(info.read_text() if info.exists() else "") or platform.processor() or platform.machine()
+
+
+def cpu_name(info: str) -> str | None:
+    """The same from the text of /proc/cpuinfo, None where it tells no name."""
+    told = {key: re.search(rf"^{key}\s*:\s*(.+)$", info, re.MULTILINE) for key in ("model name", "cpu family", "model")}
+    name, family, model = (found and found.group(1).strip() for found in told.values())
+    if name is None or re.search(r"\d", name) or None in (family, model):
+        return name
+    return f"{name}, family {family}, model {model}"
 
 
 def commit() -> str | None:

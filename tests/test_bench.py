@@ -295,6 +295,12 @@ class TestRecord:
         assert where["versions"]["deq"]
         assert where["commit"] is None or re.fullmatch(r"[0-9a-f]{7,40}(-dirty)?", where["commit"])
 
+    def test_a_name_without_a_model_gets_its_numbers(self):
+        told = "cpu family\t: 26\nmodel\t\t: 2\nmodel name\t: {}\n"
+        assert record.cpu_name(told.format("ACME")) == "ACME, family 26, model 2"
+        assert record.cpu_name(told.format("ACME 9005")) == "ACME 9005"
+        assert record.cpu_name("model name\t: ACME\n") == "ACME" and record.cpu_name("") is None
+
     def test_write(self, tmp_path, monkeypatch):
         monkeypatch.setattr(record, "device_name", lambda device: "ACME(R) CPU  @ 3.0 GHz")
         path = record.write([{"a": 1}, {"b": None}], tmp_path, "cpu")
