@@ -24,6 +24,13 @@ void* current_stream(const Tensor& tensor) {
   return stream;
 }
 
+// Bytes of memory that a plan asks for.
+int64_t scratch_bytes(const char* op, StableIValue boxed) {
+  const auto bytes = static_cast<int64_t>(boxed);
+  if (bytes < 0) Place{op, "scratch"}.fail("must not be negative; got " + std::to_string(bytes));
+  return bytes;
+}
+
 [[noreturn]] void fail(const char* op) { throw std::runtime_error(std::string("deq::") + op + ": " + deq_cuda_why()); }
 
 // Runs the problem as the plan's numbers say, which follow the options: with as many blocks as the last but one says, if any,
@@ -34,8 +41,7 @@ void run(const char* op, DeqProblem& p, const Tensor& W, const Tensor& out, cons
   const int32_t kernel = integer({op, "kernel"}, options[8], 0, INT32_MAX);
   const int32_t blocks = integer({op, "blocks"}, options[9], 1, INT32_MAX);
   const int32_t rescuers = integer({op, "rescuers"}, options[10], 0, INT32_MAX);
-  const auto bytes = static_cast<int64_t>(options[11]);
-  if (bytes < 0) Place{op, "scratch"}.fail("must not be negative; got " + std::to_string(bytes));
+  const int64_t bytes = scratch_bytes(op, options[11]);
   void* stream = current_stream(out);
   const Memory scratch(out, bytes);
   std::optional<Memory> packed;
@@ -102,8 +108,7 @@ void rescue(StableIValue* stack, uint64_t, uint64_t) {
   p.tol = tolerance({op, "tol"}, stack[8]);
   p.max_iter = integer({op, "max_iter"}, stack[9], 1, INT32_MAX);
   const int32_t blocks = integer({op, "blocks"}, stack[10], 1, INT32_MAX);
-  const auto bytes = static_cast<int64_t>(stack[11]);
-  if (bytes < 0) Place{op, "scratch"}.fail("must not be negative; got " + std::to_string(bytes));
+  const int64_t bytes = scratch_bytes(op, stack[11]);
   void* stream = current_stream(z);
   const Memory scratch(z, bytes);
   if (deq_cuda_rescue(&p, blocks, scratch.data(), bytes, z.device(), stream)) fail(op);

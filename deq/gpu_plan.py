@@ -43,10 +43,8 @@ LATENCY = {"resident": 1.3e-6, "resident cuda": 2.6e-6, "grid": 2.2e-6, "cell": 
 DEPTH_LATENCY = {"tf32x3": 19e-9}
 LEAST_DEPTH_LATENCY = 1.5e-9
 GRID_DEPTH_LATENCY = 1.3e-9
-READ_SLOWDOWN = {
-    "resident": 11.0,
-    "resident cuda": 1.0,
-}  # of W in shared memory: Triton's programs wait for every piece
+# So many times the shared memory's own time for reading W: Triton's programs wait for every piece.
+READ_SLOWDOWN = {"resident": 11.0, "resident cuda": 1.0}
 # An anchor on chip streams W with few loads under way: so many times what the multiprocessor could read, and on the
 # grid so many seconds for each unit.
 ANCHOR_SLOWDOWN = {"resident": 3.8, "resident cuda": 4.6}

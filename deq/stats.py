@@ -5,6 +5,8 @@ iterations, n int32; the statuses, n uint8. csrc/torch_ops.cpp knows the same la
 of the samples, so that the buffer of a flattened batch serves the batch as it came.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -37,19 +39,30 @@ def status(z: Tensor, stats: Tensor) -> Tensor:
     return _field(z, stats, _residual_bytes(z) + 4, 1, torch.uint8)
 
 
-def residuals(samples: int, stats: Tensor) -> Tensor:
-    """(n,) float32 view of n samples' residuals, where they are float32."""
-    return stats[: 4 * samples].view(torch.float32)
+class Place(NamedTuple):
+    """Where something is said of some samples: from the ``first`` on, of ``samples`` in a buffer of float32."""
 
+    stats: Tensor
+    samples: int
+    first: int = 0
 
-def counts(samples: int, stats: Tensor) -> Tensor:
-    """(n,) int32 view of the iterations of n samples whose residuals are float32."""
-    return stats[4 * samples : 8 * samples].view(torch.int32)
+    def after(self, count: int) -> "Place":
+        """That of the samples so many further on."""
+        return self._replace(first=self.first + count)
 
+    @property
+    def _offsets(self) -> tuple[int, int, int]:
+        return 4 * self.first, 4 * (self.samples + self.first), 8 * self.samples + self.first
 
-def statuses(samples: int, stats: Tensor) -> Tensor:
-    """(n,) uint8 view of the statuses of n samples whose residuals are float32."""
-    return stats[8 * samples : 9 * samples]
+    def addresses(self) -> list[int]:
+        """Of residual, iterations and status of the first sample."""
+        base = self.stats.data_ptr()
+        return [base + offset for offset in self._offsets]
+
+    def views(self, count: int) -> list[Tensor]:
+        """(count,) residuals float32, iterations int32 and statuses uint8."""
+        fields = zip(self._offsets, (4, 4, 1), (torch.float32, torch.int32, torch.uint8), strict=True)
+        return [self.stats[at : at + size * count].view(dtype) for at, size, dtype in fields]
 
 
 def _residual_bytes(z: Tensor) -> int:

@@ -17,6 +17,7 @@
 #include "sweep.h"
 #include "threads.h"
 #include "trace.h"
+#include "zeros.h"
 
 namespace deq {
 namespace {
@@ -29,10 +30,8 @@ constexpr int64_t kRowSkew = 64;
 // Rounding of W leaves about this share of the increments in y, and a correction this share of that: smaller increments than
 // what is left gain nothing.
 constexpr double kPollution[] = {0, 1e-2, 2e-3}, kRest[] = {0, 1.0 / 256, 1.0 / 512};
-// Anchors skip the products with zeros where less than this share of the rows' elements is not zero: 1.25 to 1.35 x the dense
-// kernel for 64 rows at m = 256 to 4096 and 1.1 x for 16 at 2048, but 0.85 x for (2048, 8) and 0.7 x for (1024, 4) on Zen 4, of
-// W that is not in the cache.
-constexpr double kSkipBelow = 0.65;
+// Anchors of so many rows may leave out the products with zeros: 1.25 to 1.35 x the dense kernel for 64 rows at m = 256 to 4096
+// and 1.1 x for 16 at 2048, but 0.85 x for (2048, 8) and 0.7 x for (1024, 4) on Zen 4, of W that is not in the cache.
 constexpr int kSkipRows = 16;
 constexpr int64_t kSkipAnyRows = 256;  // W of 256 KB is in the L2 cache, whoever reads it
 // Anchors of fewer rows wait for others; where W is narrower than kWide and in the L2 cache anyway, only for so many. Zen 4,
@@ -40,7 +39,6 @@ constexpr int64_t kSkipAnyRows = 256;  // W of 256 KB is in the L2 cache, whoeve
 // 256, where waiting for kManyAnchors gains as much, but loses 3 % with two threads.
 constexpr int64_t kWide = 512;
 constexpr int kManyAnchors = 32, kFewAnchors = 16;
-
 thread_local Arena rows_arena;
 
 struct alignas(64) Slot {
@@ -199,13 +197,8 @@ class Tile {
     const float* w = packed_ ? static_cast<const float*>(packed_->data) + matrix_ * (packed_->matrix_bytes / 4) : nullptr;
     // The float32 step with the mask 1 is y = W x + c; its sums are not used.
     const Step<float> anchor{x, y, c, ones, sums, nullptr, w, m_, kIdentity, 0, 0, padded_, nonzeros_, total_};
-    const int64_t dense = anchors * m_;
     const bool may_skip = packed_ && anchors > 0 && (anchors >= kSkipRows || m_ <= kSkipAnyRows);
-    const auto are_few = [&](int64_t count) { return static_cast<double>(count) < kSkipBelow * static_cast<double>(dense); };
-    const bool finds = may_skip && skipped_ && m_ <= kFindWidth && team.members() == 1;  // as solve.cpp does
-    int64_t nonzeros = may_skip && !finds ? k_.find_nonzeros(anchor, anchors) : dense, found = 0;
-    const bool skips = finds || are_few(nonzeros);
-    const auto compute_anchors = skips ? k_.skip_step : k_.step;
+    const auto compute_anchors = zeros_.choose(k_, anchor, anchors, may_skip, team);
     count(steps);
     for (const Group& group : sweeps) count(group);
     const Range range(anchors > 0 ? Span::kAnchor : Span::kStep, rows);
@@ -221,7 +214,7 @@ class Tile {
             part.from = from;
             part.to = to;
             part.total += member * size_ * kSkipWidth;
-            part.found = finds && piece == 0 ? &found : nullptr;
+            part.found = zeros_.found(piece);
             if (packed_)
               compute_anchors(part, anchors);
             else
@@ -238,10 +231,8 @@ class Tile {
                             .to = sweep_.piece(stage, piece + 1, pieces)},
                   member);
       });
-    if (finds) nonzeros = found;
-    if (may_skip) skipped_ = skips && are_few(nonzeros);
     work_.native_rows += anchors;
-    work_.native_products += (skips ? nonzeros : dense) * m_;
+    work_.native_products += zeros_.finish() * m_;
     work_.native_sweeps += anchors > 0;
     add_up(steps);
     for (const Group& group : sweeps) add_up(group);
@@ -415,7 +406,7 @@ class Tile {
   float* partial_[kMaxTile];                                     // sums of an evaluation in place
   float *ones_ = nullptr, *total_ = nullptr;
   uint64_t* nonzeros_ = nullptr;
-  bool skipped_ = false;  // the last anchors left out products with zeros, and were right to
+  Zeros<float> zeros_;  // of the anchors
   float* d_[kMaxTile];
   Slot slots_[kMaxTile];
 };

@@ -19,6 +19,7 @@
 #include "segments.h"
 #include "threads.h"
 #include "trace.h"
+#include "zeros.h"
 
 namespace deq {
 
@@ -29,10 +30,7 @@ namespace {
 constexpr int kMaxTile = 64;
 // Half of a 1 MB L2 for the rows of a tile; the rest for the panels of W that stream through.
 constexpr int64_t kTileBytes = 512 << 10;
-// Products with zeros are skipped where less than this share of the rows' elements is not zero; looked at again after so many
-// steps. Zen 4, float32: at half zeros 1.4 x the dense tiles from m = 128 to 1024, even at 0.72 (at 0.6 for 2048 x 16).
-constexpr double kSkipBelow = 0.65;
-constexpr int kLookEvery = 16;
+constexpr int kLookEvery = 16;  // steps after which rows that had too few zeros are looked at again
 // A W far beyond the L2 cache is read faster without gaps; that takes some rows to make up for (2048 x 4: 0.8 x, x 16: 1.2 x).
 constexpr int kSkipRows = 8;
 constexpr int64_t kSkipWidest = 1024;
@@ -152,21 +150,10 @@ class Tile {
     return true;
   }
 
-  // One application of the map to n rows, without the products with zeros where there are enough of them. Where they were left
-  // out before they are again, and counted on the way.
+  // One application of the map to n rows, without the products with zeros where there are enough of them.
   void evaluate(const Step<T>& step, int n, Team& team) {
-    const int64_t all = n * m_;
-    const auto are_few = [&](int64_t count) { return static_cast<double>(count) < kSkipBelow * static_cast<double>(all); };
-    int64_t nonzeros = all;
-    bool looks = false, skips = false, finds = false;
-    if (may_skip_ && (n >= kSkipRows || m_ <= kSkipWidest) && --looks_again_ <= 0) {
-      looks = true;
-      finds = skipped_ && m_ <= kFindWidth && team.members() == 1;
-      if (!finds) nonzeros = k_.find_nonzeros(step, n);
-      skips = finds || are_few(nonzeros);
-    }
-    int64_t found = 0;
-    const auto compute = skips ? k_.skip_step : k_.step;
+    const bool looks = may_skip_ && (n >= kSkipRows || m_ <= kSkipWidest) && --looks_again_ <= 0;
+    const auto compute = zeros_.choose(k_, step, n, looks, team);
     const Range range(Span::kStep, n);
     team.share([&](int segment, int member) {
       Step<T> part = step;
@@ -174,15 +161,13 @@ class Tile {
       part.from = segments_.start[segment];
       part.to = segments_.start[segment + 1];
       part.total += member * size_ * kSkipWidth;
-      part.found = finds && segment == 0 ? &found : nullptr;
+      part.found = zeros_.found(segment);
       compute(part, n);
     });
-    if (finds) nonzeros = found;
-    skipped_ = skips && are_few(nonzeros);
-    if (looks && !skipped_) looks_again_ = kLookEvery;
     work_.native_rows += n;
-    work_.native_products += skips ? nonzeros * m_ : all * m_;
+    work_.native_products += zeros_.finish() * m_;
     ++work_.native_sweeps;
+    if (looks && !zeros_.skipped()) looks_again_ = kLookEvery;
     k_.add_up(step, n, segments_.count);
   }
 
@@ -314,8 +299,8 @@ class Tile {
   int64_t matrix_ = 0, stride_ = 0;
   int size_ = 0, current_ = 0;
   DeqWork work_{};
-  int looks_again_ = 0;   // steps until the zeros are counted again
-  bool skipped_ = false;  // the last step left them out, and was right to
+  int looks_again_ = 0;  // steps until the zeros are counted again
+  Zeros<T> zeros_;
   T *window_ = nullptr, *total_ = nullptr, *result_ = nullptr;
   uint64_t* nonzeros_ = nullptr;
   Slot<T> slots_[kMaxTile];

@@ -197,7 +197,8 @@ class _Report(Deferred):
 
     def read(self) -> list[int]:
         _, *bad = self.said[-REPORT_BYTES:].view(torch.int64).tolist()
-        failed = int((stats.statuses(self.samples, self.said) != Status.CONVERGED).sum())
+        *_, status = stats.Place(self.said, self.samples).views(self.samples)
+        failed = int((status != Status.CONVERGED).sum())
         return [failed, *(max(place, 0) for place in bad)]
 
 

@@ -124,27 +124,18 @@ def _write(
     quiet = numpy.errstate(all="ignore") if cell.INTERPRETED.value else contextlib.nullcontext()
     with torch.no_grad(), torch.cuda.device_of(c), quiet:
         if c.dim() == 2:
-            return _solve_matrix(kind, W, c, d, start, z, said, 0, c.shape[0])
+            return _solve_matrix(kind, W, c, d, start, z, stats.Place(said, c.shape[0]))
         S, B, _ = c.shape
         for s in range(S):
             ds, starts = (None if t is None else t[s] for t in (d, start))
-            parts += _solve_matrix(kind, W[s], c[s], ds, starts, z[s], said, s * B, S * B)
+            parts += _solve_matrix(kind, W[s], c[s], ds, starts, z[s], stats.Place(said, S * B, s * B))
     return parts
 
 
 def _solve_matrix(
-    kind: Kind,
-    W: Tensor,
-    c: Tensor,
-    d: Tensor | None,
-    start: Tensor | None,
-    z: Tensor,
-    said: Tensor,
-    place: int,
-    samples: int,
+    kind: Kind, W: Tensor, c: Tensor, d: Tensor | None, start: Tensor | None, z: Tensor, said: stats.Place
 ) -> list[Part]:
-    """Write z (B, m) and what is said of its samples, the place-th and following of so many in ``said``, for one W
-    (m, m); the parts of a Deferred."""
+    """Write z (B, m) and what is said of its samples for one W (m, m); the parts of a Deferred."""
     B, m = c.shape
     W = cell.readable("W", W.float())
     each = 4 * m * (6 + (2 * kind.depth if kind.accelerates else 0))
@@ -152,7 +143,7 @@ def _solve_matrix(
     rows = -(-B // stretches) if B else 1
     parts = []
     for first in range(0, B, rows):
-        cs, ds, starts, wide = c, d, start, z
+        here, cs, ds, starts, wide = said.after(first), c, d, start, z
         if stretches > 1:
             part = slice(first, first + rows)
             cs, ds, starts, wide = (None if t is None else t[part] for t in (c, d, start, z))
@@ -161,24 +152,19 @@ def _solve_matrix(
         if z.dtype != torch.float32 or not wide.is_contiguous():
             wide = torch.empty(cs.shape, device=c.device)
         largest = torch.finfo(z.dtype).max
-        count = cs.shape[0]
-        how = kind.gpu_plan(count, m, c.device)
+        how = kind.gpu_plan(cs.shape[0], m, c.device)
+        given = W, cs, ds, starts, wide, here, largest
         if how.regime == "resident":
-            stretch = slice(place + first, place + first + count)
-            fields = [field(samples, said)[stretch] for field in (stats.residuals, stats.counts, stats.statuses)]
-            counters = triton_resident.solve_rows(kind, how, W, cs, ds, starts, wide, fields, largest)
-            failed = None
+            counters, failed = triton_resident.solve_rows(kind, how, *given), None
         else:
-            base, at = said.data_ptr(), place + first
-            where = triton_streaming.Said(base + 4 * at, base + 4 * (samples + at), base + 8 * samples + at)
-            counters, failed = triton_streaming.solve_rows(kind, how, W, cs, ds, starts, wide, where, largest)
+            counters, failed = triton_streaming.solve_rows(kind, how, *given)
         if kind.reflects and how.regime != "resident":  # z is the state; the value of the map is one evaluation away
             evaluate = cell.adjoint_cell if kind.masked else cell.cell
             end = {"d": ds, "g": cs} if kind.masked else {"c": cs, "activation": kind.activation.name}
             wide = evaluate(wide, W, **end, precision=PRECISION)[0].nan_to_num_().clamp_(-largest, largest)
         if wide is not out:
             out.copy_(wide)
-        parts.append(Part(counters, place + first, count, failed))
+        parts.append(Part(counters, here.first, cs.shape[0], failed))
     return parts
 
 

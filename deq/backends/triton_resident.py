@@ -5,6 +5,7 @@ from torch import Tensor
 
 from deq.kernels import judge, records, solve_resident
 
+from .. import stats
 from ..gpu_plan import GpuPlan
 from .triton_kind import PRECISION, Kind
 
@@ -17,10 +18,10 @@ def solve_rows(
     d: Tensor | None,
     start: Tensor | None,
     z: Tensor,
-    fields: list[Tensor],
+    said: stats.Place,
     largest: float,
 ) -> Tensor:
-    """Write z (B, m) float32, contiguous, and residual, iterations, status (B,); returns the counters."""
+    """Write z (B, m) float32, contiguous, and what is said of the samples; returns the counters."""
     (B, m), plan = c.shape, kind.plan
     width, block = solve_resident.padded(m), solve_resident.BLOCK_B
     programs = -(-B // block)
@@ -38,7 +39,7 @@ def solve_rows(
             d,
             start,
             z,
-            *fields,
+            *said.views(B),
             counters,
             scratch,
             B,

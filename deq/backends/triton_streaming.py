@@ -9,6 +9,7 @@ from torch import Tensor
 from deq.kernels import delta, ends, iteration, judge, records
 from deq.kernels.tiles import MOST_REGISTERS, Tiles, padded_power
 
+from .. import stats
 from ..gpu_plan import GpuPlan
 from . import chunks
 from .triton_kind import PRECISION, Kind
@@ -21,15 +22,6 @@ DELTA_CHUNK = 2  # the same of turns by increments, which are five kernels each
 LOW_BYTES = {"native": 0, "bfloat16": 2, "float8": 1}  # of an increment, and of an element of the W that it meets
 
 
-@dataclass(frozen=True)
-class Said:
-    """Where residual, iterations and status (B,) are written: addresses in a buffer of :mod:`deq.stats`."""
-
-    residual: int
-    iterations: int
-    status: int
-
-
 def solve_rows(
     kind: Kind,
     how: GpuPlan,
@@ -38,7 +30,7 @@ def solve_rows(
     d: Tensor | None,
     start: Tensor | None,
     z: Tensor,
-    said: Said,
+    said: stats.Place,
     largest: float,
 ) -> tuple[Tensor, int | None]:
     """Write z (B, m) float32, contiguous, and what is said of the samples; returns the counters, and how many samples
@@ -48,7 +40,7 @@ def solve_rows(
     tiles, grid, step, rule = shape.grid.tiles, shape.grid, shape.step, shape.rule
     free_first = start is None and plan.acceleration != "anderson"
     given = {"W": W.data_ptr(), "C": c.data_ptr(), "OUT": z.data_ptr()}
-    given |= {"OUT_RESIDUAL": said.residual, "OUT_ITERATIONS": said.iterations, "OUT_STATUS": said.status}
+    given |= zip(("OUT_RESIDUAL", "OUT_ITERATIONS", "OUT_STATUS"), said.addresses(), strict=True)
     for name, tensor in (("D", d), ("START", start)):
         if tensor is not None:
             given[name] = tensor.data_ptr()
