@@ -8,12 +8,13 @@ SLOTS = 8  # samples that one column tile of a product holds
 SLOT_BYTES = 280 + 136 + 48  # Mixture, SlotControl and Action
 NORMS_BYTES = 7 * 8  # of one slot and warp
 ORDERS_BYTES = 16  # of a warp that judges
+PLACES_BYTES = 64  # where the blocks of the grid exchange
 JUDGES = 4  # such warps of a block of the grid
 
 # (tiles of a warp, k-steps held in registers, warps that multiply at most)
 BLOCK_KERNELS = ((1, 0, 8), (2, 0, 10), (2, 2, 11))
 # (tiles of a block, eights of slots, k-steps of a warp held in registers)
-GRID_KERNELS = ((1, 1, 0), (1, 4, 0), (2, 1, 7))
+GRID_KERNELS = ((1, 1, 0), (2, 4, 0), (4, 4, 0), (2, 1, 7))
 GRID_WARPS = 8
 
 
@@ -29,15 +30,22 @@ def block_kernel(width: int, shared: int) -> int | None:
     return None
 
 
-def grid_kernel(width: int, batch: int, processors: int, shared: int) -> int | None:
-    """The kernel that spreads W over ``processors`` blocks of ``shared`` bytes, None if none does."""
+def grid_slots(kernel: int, width: int, processors: int, shared: int) -> int:
+    """Samples that ``processors`` multiprocessors of ``shared`` bytes solve at once; 0 where they do not hold W."""
+    rows, columns, held = GRID_KERNELS[kernel]
     steps = -(-width // TILE)
-    fits = []
-    for rows, columns, held in GRID_KERNELS:
-        weights = (steps - held * GRID_WARPS) * rows * TILE_BYTES
-        sums = GRID_WARPS * rows * TILE * columns * SLOTS * 4
-        needed = weights + sums + columns * SLOTS * SLOT_BYTES + JUDGES * ORDERS_BYTES
-        fits.append(-(-steps // rows) <= processors and steps // GRID_WARPS >= held and needed <= shared)
-    if batch > SLOTS and fits[1]:
-        return 1
-    return next((i for i in (0, 2) if fits[i]), None)
+    weights = (steps - held * GRID_WARPS) * rows * TILE_BYTES
+    sums = GRID_WARPS * (rows * TILE + 4) * columns * SLOTS * 4
+    needed = weights + sums + columns * SLOTS * SLOT_BYTES + PLACES_BYTES + JUDGES * ORDERS_BYTES
+    if steps // GRID_WARPS < held or needed > shared:
+        return 0
+    return processors // -(-steps // rows) * columns * SLOTS
+
+
+def grid_kernel(width: int, batch: int, processors: int, shared: int) -> int | None:
+    """The kernel that spreads W over some or all of ``processors`` blocks: the first that solves the batch at once, or
+    else the most samples; None if none holds W."""
+    slots = [grid_slots(kernel, width, processors, shared) for kernel in range(len(GRID_KERNELS))]
+    if max(slots) == 0:
+        return None
+    return next((kernel for kernel, most in enumerate(slots) if most >= batch), slots.index(max(slots)))

@@ -3,13 +3,14 @@
 Three regimes, by where W stays between iterations:
 
     resident    one block holds W in its shared memory and solves its own samples to the end, in one launch
-    grid        all multiprocessors together hold W, in shared memory and registers; a barrier between iterations
+    grid        as many multiprocessors as it takes hold W together, in shared memory and registers, and solve a
+                share of the samples; a barrier between iterations
     cell        one fused kernel an iteration streams W from L2 or memory, in a captured graph; any size
 
 A time is counted from the constants of the device (deq/gpu_device.py): bytes over bandwidths, products over rates,
 launches and barriers, and from what solves on an H200 took beyond that. It is that of one iteration of the whole batch;
-that samples leave is not counted. What is chosen has the shortest solve, of the device or, where that takes longer, of
-the host that launches it.
+that samples leave is not counted. What is chosen has the shortest solve, by the clock: the host's part is
+counted too.
 """
 
 from collections.abc import Callable
@@ -25,7 +26,7 @@ ITERATIONS = 20  # of the solve whose time decides: what loading W on chip costs
 # Iterations of which about one is an anchor, where increments are multiplied in a lower precision. Simulated for
 # Gaussian W of norms 0.9, 1.4 and 1.8: 4.7, 6.7 and 9.7 with bfloat16, 4.7, 5.4 and 7.8 with float8.
 ANCHOR_EVERY = {"bfloat16": 6, "float16": 6, "float8": 5}
-WORTH_IT = 0.95  # coarser increments must take at most this share of the time of finer ones, or of none
+WORTH_IT = 0.94  # coarser increments must take at most this share of the time of finer ones, or of none
 
 # Of a resident program: the widest W in 16 bits, the widest in float32, and its samples; more of any of them spill.
 TRITON_WIDEST, TRITON_WHOLE, TRITON_SAMPLES = 256, 64, 16
@@ -33,27 +34,26 @@ TRITON_WARPS = {16: 4, 32: 4, 64: 8, 128: 8, 256: 8}  # by the padded width; eac
 WARP_REGISTERS = {"resident": 32 * 256 * 4, "resident cuda": 32 * 168 * 4}  # bytes
 L2_BYTES_PER_CLOCK = 64  # that one multiprocessor can read
 CUDA_PAD, CUDA_SAMPLES = 16, 8  # of mma.sync: W is padded to multiples of 16, samples come by 8
-GRID_BATCH = 32  # samples whose states the blocks of regime "grid" can exchange
-GRID_MULTICAST = 8  # blocks of a cluster that share one read of the states
-GRID_START = 0.3e-6  # the first block of states on its way
 # What is not bytes and products, from whole solves of 13 to 16 iterations on an H200 (tests/test_gpu_plan.py has them).
 # Of an iteration, the latency of what depends on each other: states, sums, judgement; of a streamed one, that of every
-# unit of the inner dimension too, where operands are split between two products.
-LATENCY = {"resident": 1.3e-6, "resident cuda": 2.6e-6, "grid": 2.2e-6, "cell": 8e-6}
+# unit of the inner dimension too, where operands are split between two products; on the grid, that of every block of a
+# group and of every element of a block.
+LATENCY = {"resident": 1.3e-6, "resident cuda": 2.6e-6, "grid": 1.8e-6, "cell": 8e-6}
 DEPTH_LATENCY = {"tf32x3": 19e-9}
 LEAST_DEPTH_LATENCY = 1.5e-9
-GRID_DEPTH_LATENCY = 1.3e-9
+GRID_BLOCK_LATENCY, GRID_ELEMENT_LATENCY = 27e-9, 2.4e-9
 # So many times the shared memory's own time for reading W: Triton's programs wait for every piece.
 READ_SLOWDOWN = {"resident": 11.0, "resident cuda": 1.0}
-# An anchor on chip streams W with few loads under way: so many times what the multiprocessor could read, and on the
-# grid so many seconds for each unit.
+# An anchor on chip streams W with few loads under way: so many times what the multiprocessor could read. On the grid it
+# begins with a barrier, and of reading W once for eight samples so much is not hidden.
 ANCHOR_SLOWDOWN = {"resident": 3.8, "resident cuda": 4.6}
-GRID_ANCHOR = 5.4e-9
+GRID_ANCHOR, GRID_ANCHOR_READ, GRID_ANCHORED = 3.5e-6, 0.39, 8
 # Of the library's rate, what the kernel of an iteration reaches at 4096 x 4096: anchors 52 TFLOP/s, float8 305. That of
 # bfloat16 is not measured; were it 0.4, as without the rest of the step, it would be chosen before float8.
 FUSED_SHARE = {"tf32x3": 0.4, "float8": 0.21, "bfloat16": 0.25, "float16": 0.25}
-# Operators of torch that take the host as long as a solve does, from the call to the last launch.
-HOST_OPERATORS = {"resident": 32, "resident cuda": 9, "grid": 9, "cell": 58}
+# Operators of torch that take the host as long as the clock shows beyond the device: solves on the H200 took 36 to 51
+# us more by the CUDA kernels, 200 to 240 by a Triton kernel, 280 to 380 streamed.
+HOST_OPERATORS = {"resident": 29, "resident cuda": 6, "grid": 6, "cell": 43}
 
 
 @dataclass(frozen=True)
@@ -143,14 +143,19 @@ def resident_cuda_tiles(m: int, B: int, device: Device, size: int) -> Tiles | No
 
 
 def grid_tiles(m: int, B: int, device: Device, size: int) -> Tiles | None:
-    """Regime "grid": every multiprocessor keeps an equal part of the rows, in shared memory and registers."""
-    if size != 2 or B > GRID_BATCH:
-        return None
-    kernel = grid_kernel(m, B, device.processors, device.shared_per_block)
+    """Regime "grid": multiprocessors keep equal parts of the rows, in shared memory and registers."""
+    kernel = grid_kernel(m, B, device.processors, device.shared_per_block) if size == 2 else None
     if kernel is None:
         return None
     rows, columns, _ = GRID_KERNELS[kernel]
     return Tiles(columns * CUDA_SAMPLES, rows * CUDA_PAD, m, 8, 1)
+
+
+def grid_groups(m: int, B: int, device: Device, tiles: Tiles) -> tuple[int, int, int]:
+    """Blocks that hold W together, how many such groups there are, and the samples that one of them solves at once."""
+    blocks = ceil(m / tiles.units)
+    groups = min(device.processors // blocks, max(1, B))
+    return blocks, groups, min(tiles.samples, ceil(max(1, B) / groups))
 
 
 # ---- expected seconds of one iteration of the whole batch ------------------------------------------------------------
@@ -175,14 +180,16 @@ def _residents(B: int, device: Device, precision: Precision, tiles: Tiles, regim
 
 
 def grid_time(m: int, B: int, device: Device, precision: Precision, tiles: Tiles) -> float:
-    """Every multiprocessor reads and multiplies its rows of W, and all states of the others come through L2; samples
+    """Every multiprocessor reads and multiplies its rows of W, and all states of its group come through L2; samples
     that find no slot wait for those that do."""
-    weight, turns = tiles.units * m, max(1, ceil(B / tiles.samples))
+    blocks, groups, _ = grid_groups(m, B, device, tiles)
+    weight, turns = tiles.units * m, max(1, ceil(B / (groups * tiles.samples)))
     read = precision.size * weight / device.shared_bandwidth
     multiply = 2 * weight * tiles.samples / precision.of_processor(device)
-    states = device.processors * m * min(B, tiles.samples) * precision.size / GRID_MULTICAST / device.l2
-    each = max(read, multiply) + states + GRID_START + device.grid_barrier + device.block_reduction
-    return turns * (each + LATENCY["grid"] + GRID_DEPTH_LATENCY * m)
+    states = groups * blocks * m * tiles.samples * precision.size / device.l2
+    each = max(read, multiply) + states + device.grid_barrier * blocks / device.processors + device.block_reduction
+    waits = GRID_BLOCK_LATENCY * blocks + GRID_ELEMENT_LATENCY * tiles.units * tiles.samples
+    return turns * (each + LATENCY["grid"] + waits)
 
 
 def cell_time(m: int, B: int, device: Device, precision: Precision, share: float = 1.0) -> float:
@@ -206,20 +213,34 @@ def anchor_time(regime: str, m: int, B: int, device: Device, precision: str, til
         return fused_time(m, B, device, precision)
     kind = PRECISIONS[precision]
     if regime == "grid":
-        return max(cell_time(m, B, device, kind) - device.graph_kernel, GRID_ANCHOR * m)
+        return _grid_anchor_time(m, B, device, kind, tiles)
     weight, blocks = kind.size * m * m, ceil(B / tiles.samples)
     alone = ANCHOR_SLOWDOWN[regime] * weight / (L2_BYTES_PER_CLOCK * device.clock)
     return max(alone * max(1, ceil(blocks / device.processors)), blocks * weight / device.l2)
 
 
-def anchored_share(regime: str, B: int, device: Device, tiles: Tiles, increments: str) -> float:
+def _grid_anchor_time(m: int, B: int, device: Device, kind: Precision, tiles: Tiles) -> float:
+    """Every group reads W, so many times as there are eights of samples that are anchored in the same iteration."""
+    _, groups, samples = grid_groups(m, B, device, tiles)
+    turns, weight = max(1, ceil(B / (groups * tiles.samples))), kind.size * m * m
+    read = weight / device.copy if weight > device.l2_bytes else groups * weight / device.l2
+    read = max(read, kind.size * tiles.units * m / (L2_BYTES_PER_CLOCK * device.clock))
+    anchored = samples / ANCHOR_EVERY["bfloat16"] / anchored_share("grid", m, B, device, tiles, "bfloat16")
+    return turns * (GRID_ANCHOR + GRID_ANCHOR_READ * read * max(1, anchored / GRID_ANCHORED))
+
+
+def anchored_share(regime: str, m: int, B: int, device: Device, tiles: Tiles, increments: str) -> float:
     """Of the iterations, those in which an anchor is among them: one in so many of a sample's, and on chip whatever the
     samples that are solved together need, since each has its own."""
     share = 1 / ANCHOR_EVERY[increments]
     if regime == "cell":
         return share
-    # Triton's programs are filled one after the other, the blocks of CUDA's kernel all at once.
-    together = min(tiles.samples, ceil(B / device.processors) if regime == "resident cuda" else B)
+    # Triton's programs are filled one after the other, the blocks of CUDA's kernels all at once.
+    together = {
+        "resident": min(tiles.samples, B),
+        "resident cuda": min(tiles.samples, ceil(B / device.processors)),
+        "grid": grid_groups(m, B, device, tiles)[2],
+    }[regime]
     return 1 - (1 - share) ** max(1, together)
 
 
@@ -259,7 +280,8 @@ def loading_time(regime: str, m: int, B: int, device: Device, precision: str) ->
     if regime == "cell":
         return 0.0
     weight = PRECISIONS[precision].size * m * m
-    blocks = 0 if regime == "grid" else ceil(B / tiles_of(regime, m, B, device, precision).samples)
+    tiles = tiles_of(regime, m, B, device, precision)
+    blocks = grid_groups(m, B, device, tiles)[1] if regime == "grid" else ceil(B / tiles.samples)
     return weight / device.copy + min(device.processors, blocks) * weight / device.l2
 
 
@@ -272,7 +294,7 @@ REGIMES = (*ON_CHIP, "cell")
 WHERE = {
     "resident": "W stays in the shared memory of one multiprocessor",
     "resident cuda": "W stays in the shared memory of one multiprocessor",
-    "grid": "W stays in the shared memory and registers of all multiprocessors",
+    "grid": "W stays in the shared memory and registers of several multiprocessors",
     "cell": "W is streamed, one fused kernel an iteration",
 }
 
@@ -307,9 +329,9 @@ def expected(
         anchor = anchor_time(regime, m, B, device, precision, tiles)
         if regime == "cell":  # in place of a step; on chip the rest of a step goes on
             anchor -= iteration
-        iteration += anchor * anchored_share(regime, B, device, tiles, increments)
+        iteration += anchor * anchored_share(regime, m, B, device, tiles, increments)
     solve = device.graph_launch + loading_time(regime, m, B, device, kept) + ITERATIONS * iteration
-    solve = max(solve, HOST_OPERATORS[regime] * device.eager_op)  # whichever is waited for
+    solve += HOST_OPERATORS[regime] * device.eager_op
     return Expected(regime, precision, increments, iteration, solve)
 
 
@@ -320,8 +342,18 @@ def fastest(regime: str, m: int, B: int, device: Device) -> Expected | None:
     """The shortest solve of a float32 problem in a regime, as its backend has it: CUDA's kernels judge in float32 and
     multiply bfloat16 in between, Triton's judge by three products of tf32. None where it cannot run."""
     kinds, precision = (("bfloat16",), "ieee") if regime in ON_CUDA else (TRITON_INCREMENTS, ACCURATE["float32"])
-    found = [option for kind in kinds if (option := expected(regime, m, B, device, precision, kind)) is not None]
-    return min(found, key=lambda option: option.solve, default=None)
+    return _best([option for kind in kinds if (option := expected(regime, m, B, device, precision, kind)) is not None])
+
+
+def _best(options: list[Expected]) -> Expected | None:
+    """The shortest solve, with coarser increments only where they are :data:`WORTH_IT`."""
+    best = None
+    for kind in INCREMENTS:  # from precise to coarse
+        same = [option for option in options if option.increments == kind]
+        rival = min(same, key=lambda option: option.solve, default=None)
+        if rival is not None and (best is None or rival.solve <= WORTH_IT * best.solve):
+            best = rival
+    return best
 
 
 # ---- the choice -----------------------------------------------------------------------------------------------------
@@ -360,12 +392,7 @@ def choose(
             f"allowed must hold a regime that can run m = {m}, B = {B} on {device.name} with increments of "
             f"{increments}; got {allowed}"
         )
-    best = None
-    for kind in INCREMENTS:  # from precise to coarse
-        options = [option for option in found if option.increments == kind]
-        rival = min(options, key=lambda option: option.solve, default=None)
-        if rival is not None and (best is None or rival.solve <= WORTH_IT * best.solve):
-            best = rival
+    best = _best(found)
     kept = judging if best.increments == "native" else best.increments
     return GpuPlan(
         regime=best.regime,

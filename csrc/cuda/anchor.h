@@ -4,14 +4,14 @@
 
 namespace deq {
 
-// The sums of N numbers over the lanes of a warp: of number i in sum[0] of the lanes from i kWarp / N on, N a power of two up to
-// kWarp. Every step adds lanes that differ in one bit; while there are several sums, the lanes also share them out. Each sum is
-// formed in the same order, whatever N is.
-template <class Gpu, int N, class T>
+// The sums of N numbers over every LANES lanes of a warp: of number i in sum[0] of those from i LANES / N on, N a power of two up
+// to LANES. Every step adds lanes that differ in one bit; while there are several sums, the lanes also share them out. Each sum
+// is formed in the same order, whatever N is.
+template <class Gpu, int N, int LANES = kWarp, class T>
 DEQ_GPU void add_lanes(T (&sum)[N]) {
   const int lane = Gpu::thread() % kWarp;
-  int count = N, mask = kWarp / 2;
-  DEQ_UNROLL for (int step = 0; step < 5; ++step, mask /= 2) {
+  int count = N;
+  DEQ_UNROLL for (int mask = LANES / 2; mask; mask /= 2) {
     const bool upper = lane & mask;
     if (count == 1) {
       sum[0] += Gpu::shuffle_xor(sum[0], mask);
@@ -44,21 +44,22 @@ DEQ_HD int64_t anchor_space(int64_t width) { return (width + kAnchorInputs - 1) 
 // sum runs over the same lanes in the same order whatever R and N are. `x` is (anchor_space, N), at the places that anchor_input
 // says: one load for all slots; `y` holds `width` floats a slot, from `first_slot` on. Bound by the latency of the bytes of W
 // under way: as many are asked for before any is multiplied as there are registers for.
-template <class Gpu, int R, int N>
+template <class Gpu, int R, int N, int READS, bool ONCE>
 DEQ_GPU void exact_rows(const float* W, int64_t row_stride, int64_t width, int64_t first_row, int64_t last_row, const float* x,
                         float* y, int first_slot) {
   using Weights = Row<kLaneInputs>;
   const int lane = Gpu::thread() % kWarp, columns = static_cast<int>(width);
   const bool is_aligned =
       columns % kLaneInputs == 0 && row_stride % kLaneInputs == 0 && reinterpret_cast<uintptr_t>(W) % sizeof(Weights) == 0;
-  constexpr bool kAhead = R == Gpu::kAnchorReads && R > 1;
+  constexpr bool kAhead = R == READS && R > 1;
   const auto* inputs = reinterpret_cast<const Row<N>*>(x) + lane;  // of lane's k they lie k - 4 lane further
   const float* w[R];
   const auto find = [&](int64_t row) {
     DEQ_UNROLL for (int r = 0; r < R; ++r) w[r] = W + (row + r < width ? row + r : width - 1) * row_stride;
   };
   const auto read = [&](int k, Weights(&weights)[R]) {
-    DEQ_UNROLL for (int r = 0; r < R; ++r) weights[r] = *reinterpret_cast<const Weights*>(w[r] + k);
+    DEQ_UNROLL for (int r = 0; r < R; ++r) weights[r] =
+        ONCE ? Gpu::template read_once<Weights>(w[r] + k) : *reinterpret_cast<const Weights*>(w[r] + k);
   };
   Weights next[R];
   find(first_row);
@@ -90,7 +91,7 @@ DEQ_GPU void exact_rows(const float* W, int64_t row_stride, int64_t width, int64
         DEQ_UNROLL for (int i = 0; i < kLaneInputs; ++i) multiply(k, i, weights, i);
       }
     } else {  // of few rows several inputs
-      constexpr int D = R < Gpu::kAnchorReads ? Gpu::kAnchorReads / R : 1;
+      constexpr int D = R < READS ? READS / R : 1;
       find(first);
       DEQ_ROLLED for (int begin = kLaneInputs * lane; begin < columns; begin += D * kAnchorInputs) {
         Weights weights[D][R];
@@ -112,36 +113,38 @@ DEQ_GPU void exact_rows(const float* W, int64_t row_stride, int64_t width, int64
   }
 }
 
-DEQ_HD bool is_single(uint32_t set) { return (set & (set - 1)) == 0; }
+// Anchored slots lie side by side in the order of their numbers, N of them at a time: the place of one among all of a set.
+DEQ_HD int rank_of(uint32_t slots, int slot) {
+  slots &= (1u << slot) - 1;
+#ifdef __CUDA_ARCH__
+  return __popc(slots);
+#else
+  return __builtin_popcount(slots);
+#endif
+}
+DEQ_HD int count_of(uint32_t slots) { return rank_of(slots >> 1, 31) + static_cast<int>(slots & 1); }
 
-// The slots of a set among the N from `first` on, which are multiplied together.
+// Where exact_product finds input `row` of the slot of that rank among `count`: N side by side, or the last on its own.
 template <int N>
-DEQ_HD uint32_t group_of(uint32_t slots, int first) {
-  return slots >> first & ((1u << N) - 1);
+DEQ_HD int64_t anchor_place(int64_t width, int count, int rank, int64_t row) {
+  const int first = rank / N * N;
+  const int64_t at = first * anchor_space(width);
+  return first + 1 == count ? at + anchor_input(row) : at + anchor_input(row) * N + rank % N;
 }
 
-// Where x of a slot of a group lies for exact_product, whose anchored `set` is not empty: of one alone, or of all side by side.
-template <int N>
-DEQ_HD int64_t anchor_place(uint32_t set, int64_t row, int slot) {
-  return is_single(set) ? anchor_input(row) : anchor_input(row) * N + slot;
-}
-
-// y = W x for the rows [first_row, last_row) of W, R at a time, and those of `count` slots that are in the set, N at a time.
-template <class Gpu, int R, int N>
-DEQ_GPU void exact_product(const Call& call, int64_t weight, uint32_t slots, int count, int64_t first_row, int64_t last_row,
-                           const float* x, float* y) {
+// y (rank, row) = W x for the rows [first_row, last_row) of W, R at a time, and `count` slots, N at a time. READS of a lane are
+// under way. ONCE: W goes past the cache of the multiprocessor, which then has room for x.
+template <class Gpu, int R, int N, int READS, bool ONCE>
+DEQ_GPU void exact_product(const Call& call, int64_t weight, int count, int64_t first_row, int64_t last_row, const float* x,
+                           float* y) {
   const float* W = call.W + weight * call.matrix_stride;
   if (last_row > call.width) last_row = call.width;
   DEQ_ROLLED for (int first = 0; first < count; first += N) {
-    const uint32_t set = group_of<N>(slots, first);
-    if (set == 0) continue;
     const float* group = x + first * anchor_space(call.width);
-    if (is_single(set)) {
-      int single = first;
-      while (!(slots >> single & 1)) ++single;
-      exact_rows<Gpu, R, 1>(W, call.row_stride, call.width, first_row, last_row, group, y, single);
+    if (first + 1 == count) {
+      exact_rows<Gpu, R, 1, READS, ONCE>(W, call.row_stride, call.width, first_row, last_row, group, y, first);
     } else {
-      exact_rows<Gpu, R, N>(W, call.row_stride, call.width, first_row, last_row, group, y, first);
+      exact_rows<Gpu, R, N, READS, ONCE>(W, call.row_stride, call.width, first_row, last_row, group, y, first);
     }
   }
 }

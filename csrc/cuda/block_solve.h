@@ -173,10 +173,10 @@ class BlockSolve {
     Gpu::sync();
     constexpr int kRows = HELD > 0 ? Gpu::kAnchorRows / 2 : Gpu::kAnchorRows,
                   kOwn = RT * kTileRows;  // more sums do not fit beside held weights
-    exact_product<Gpu, kRows, BlockMap<Gpu, RT>::kGroup>(call_, weight_, slots, kSlots, warp_ * kOwn, (warp_ + 1) * kOwn, x_, y_);
+    exact_product<Gpu, kRows, BlockMap<Gpu, RT>::kGroup, Gpu::kAnchorReads, false>(call_, weight_, count_of(slots), warp_ * kOwn,
+                                                                                   (warp_ + 1) * kOwn, x_, y_);
     Gpu::sync_warp();
-    DEQ_UNROLL for (int e = 0; e < E; ++e) if ((slots >> state.map.slot(e) & 1) && state.exists(e)) state.y[e] =
-        y_[state.place(e)] + state.c[e];
+    state.take(slots, y_);
   }
 
   // f at y, the next increments and the norms of this evaluation.

@@ -45,25 +45,37 @@ inline int64_t block_count(int64_t width, int64_t batch, int64_t possible) {
   return shares_weight(width, whole) && batch <= kTurns * kSlots * whole ? whole : blocks;
 }
 
-// The instances of GridSolve: tiles a block, eights of slots, k-steps of a warp held in registers.
+// The instances of GridSolve: tiles a block, eights of slots, k-steps of a warp held in registers; those with less for a block to
+// do in an evaluation first, and last the one that holds the widest W.
 struct GridKernel {
   int rows, columns, held;
 };
-constexpr GridKernel kGridKernels[] = {{1, 1, 0}, {1, 4, 0}, {2, 1, 7}};
-constexpr int kGridKernelCount = 3;
+constexpr GridKernel kGridKernels[] = {{1, 1, 0}, {2, 4, 0}, {4, 4, 0}, {2, 1, 7}};
+constexpr int kGridKernelCount = 4;
 
-inline bool holds(const GridKernel& kernel, int64_t width, int processors, int64_t shared) {
+// The samples that so many multiprocessors with `shared` bytes a block solve at once; 0 where they do not hold W.
+inline int64_t grid_slots(const GridKernel& kernel, int64_t width, int processors, int64_t shared) {
   const GridLayout at = grid_layout(width, kernel.rows, kernel.columns, kernel.held);
-  return at.blocks <= processors && at.steps / kGridWarps >= kernel.held && at.bytes <= shared;
+  const bool fits = at.steps / kGridWarps >= kernel.held && at.bytes <= shared;
+  return fits ? static_cast<int64_t>(processors / at.blocks) * kernel.columns * kSlots : 0;
 }
 
-// The kernel for `batch` samples of a W of this width on so many multiprocessors with `shared` bytes a block, or -1. More samples
-// than slots are solved one after the other.
+// The kernel for `batch` samples of a W of this width: the first that solves all of them at once, or else the most; -1 if none
+// holds W.
 inline int grid_kernel(int64_t width, int64_t batch, int processors, int64_t shared) {
-  if (batch > kSlots && holds(kGridKernels[1], width, processors, shared)) return 1;
-  for (int i : {0, 2})
-    if (holds(kGridKernels[i], width, processors, shared)) return i;
-  return -1;
+  int best = -1;
+  int64_t most = 0;
+  for (int i = 0; i < kGridKernelCount && most < batch; ++i) {
+    const int64_t slots = grid_slots(kGridKernels[i], width, processors, shared);
+    if (slots > most) best = i, most = slots;
+  }
+  return best;
+}
+
+// The groups of a plan: all that there is room for, since the fewer samples a group has the fewer wait for another's anchor.
+inline int64_t grid_groups(int64_t batch, int processors, int blocks) {
+  const int64_t possible = processors / blocks;
+  return batch < possible ? batch : possible;
 }
 
 }  // namespace deq

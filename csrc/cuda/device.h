@@ -36,18 +36,21 @@ DEQ_HD float bfloat16_to_float(uint32_t low_half) { return bits_to_float(low_hal
 
 #ifdef __CUDACC__
 struct Device {
-// Rows of W that an anchor multiplies at once, and reads of a lane that are under way: before Hopper the compiler finds no
-// registers for more.
+// Rows of W that an anchor multiplies at once, and reads of a lane that are under way, also in a block of many rows: the compiler
+// finds no registers for more.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-  static constexpr int kAnchorRows = 2, kAnchorReads = 1;
+  static constexpr int kAnchorRows = 2, kAnchorReads = 1, kTallReads = 1;
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+  static constexpr int kAnchorRows = 4, kAnchorReads = 4, kTallReads = 2;
 #else
-  static constexpr int kAnchorRows = 4, kAnchorReads = 4;
+  static constexpr int kAnchorRows = 4, kAnchorReads = 4, kTallReads = 4;
 #endif
   static DEQ_GPU int thread() { return threadIdx.x; }
   static DEQ_GPU int threads() { return blockDim.x; }
   static DEQ_GPU int block() { return blockIdx.x; }
   static DEQ_GPU int blocks() { return gridDim.x; }
   static DEQ_GPU int row() { return blockIdx.y; }  // of blocks
+  static DEQ_GPU int rows() { return gridDim.y; }
   // Blocks that were launched as a cluster see each other's shared memory; one alone before Hopper, or launched as usual.
   static DEQ_GPU int cluster_blocks() { return cluster_register<0>(); }
   static DEQ_GPU int cluster_block() { return cluster_register<1>(); }
@@ -70,7 +73,14 @@ struct Device {
     return at;
 #endif
   }
-  static DEQ_GPU void sync() { __syncthreads(); }
+#ifdef DEQ_OLD_SYNC
+  // All threads of the block, which may come from different places of the program: that __syncthreads() forbids.
+  static DEQ_GPU void sync() { asm volatile("bar.sync 0, %0;" ::"r"(blockDim.x) : "memory"); }
+#else
+  // All threads of the block, which may come from different places of the program: __syncthreads() by its definition asks them to
+  // come from one, and synccheck says so.
+  static DEQ_GPU void sync() { asm volatile("bar.sync 0, %0;" ::"r"(blockDim.x) : "memory"); }
+#endif
   static DEQ_GPU void sync_warp() { __syncwarp(); }
   template <class T>
   static DEQ_GPU T shuffle_xor(T value, int mask) {
@@ -105,6 +115,18 @@ struct Device {
     const double2 value = __ldcg(reinterpret_cast<const double2*>(at));
     return Two{value.x, value.y};
   }
+  // 16 bytes that this multiprocessor does not need again.
+  template <class T>
+  static DEQ_GPU T read_once(const float* at) {
+    const float4 value = __ldcg(reinterpret_cast<const float4*>(at));
+    return T{{value.x, value.y, value.z, value.w}};
+  }
+  // 16 bytes that another block wrote, to shared memory: there when finish_copies() has returned, for this thread.
+  static DEQ_GPU void copy(void* shared, const void* from) {
+    const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+  }
+  static DEQ_GPU void finish_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
   static DEQ_GPU void keep_least(int64_t* at, int64_t value) {
     atomicMin(reinterpret_cast<unsigned long long*>(at), static_cast<unsigned long long>(value));
   }

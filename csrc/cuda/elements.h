@@ -43,13 +43,15 @@ struct Elements {
 
   // Writes out what is done or better than ever.
   DEQ_GPU void save() const {
+    float first[E] = {};  // the value at zero
+    bool is_first = false;
+    DEQ_UNROLL for (int q = 0; q < G; ++q) is_first |= map.owns(q) && actions[map.slot(q)].saves_first;
+    if (is_first) evaluate(call, c, d, first);
     DEQ_UNROLL for (int q = 0; q < G; ++q) {
       if (!map.owns(q)) continue;
-      const Action action = actions[map.slot(q)];
+      const Action& action = actions[map.slot(q)];
       if (action.save < 0) continue;
       const float scale = call.notes[weight * call.batch + action.save].scale;
-      float first[E];
-      if (action.saves_first) evaluate(call, c, d, first);
       float* out = row_of(call.out, weight, action.save);
       DEQ_UNROLL for (int e = q; e < E; e += G) {
         if (!exists(e)) continue;
@@ -63,23 +65,25 @@ struct Elements {
   DEQ_GPU void load() {
     uint32_t loaded = 0;
     DEQ_UNROLL for (int q = 0; q < G; ++q) {
-      if (!map.owns(q)) continue;
-      const Action action = actions[map.slot(q)];
-      if (action.kind == Action::kIdle) {
+      const Action::Kind kind = map.owns(q) ? static_cast<Action::Kind>(actions[map.slot(q)].kind) : Action::kStep;
+      if (kind == Action::kIdle) {
         DEQ_UNROLL for (int e = q; e < E; e += G) y[e] = x[e] = c[e] = d[e] = 0;
       }
-      if (action.kind != Action::kLoad) continue;
-      const float scale = call.notes[weight * call.batch + action.load].scale;
-      const float *from = row_of(call.injection, weight, action.load), *mask = row_of(call.mask, weight, action.load),
-                  *start = row_of(call.start, weight, action.load);
-      DEQ_UNROLL for (int e = q; e < E; e += G) {
-        const int64_t row = map.row(e);
-        c[e] = exists(e) ? from[row * call.injection.stride[2]] * scale : 0.0f;
-        x[e] = exists(e) && call.start.data ? start[row * call.start.stride[2]] * scale : 0.0f;
-        y[e] = c[e];  // W x of x = 0 needs no product
-        d[e] = exists(e) && call.mask.data ? mask[row * call.mask.stride[2]] : 0.0f;
-        if (exists(e)) loaded |= 1u << e;
+      if (kind == Action::kLoad) {
+        const int64_t sample = actions[map.slot(q)].load;
+        const float scale = call.notes[weight * call.batch + sample].scale;
+        const float *from = row_of(call.injection, weight, sample), *mask = row_of(call.mask, weight, sample),
+                    *start = row_of(call.start, weight, sample);
+        DEQ_UNROLL for (int e = q; e < E; e += G) {
+          const int64_t row = map.row(e);
+          c[e] = exists(e) ? from[row * call.injection.stride[2]] * scale : 0.0f;
+          x[e] = exists(e) && call.start.data ? start[row * call.start.stride[2]] * scale : 0.0f;
+          y[e] = c[e];  // W x of x = 0 needs no product
+          d[e] = exists(e) && call.mask.data ? mask[row * call.mask.stride[2]] : 0.0f;
+          if (exists(e)) loaded |= 1u << e;
+        }
       }
+      if (q % 4 == 3) Gpu::sync_warp();  // more at once would take more registers than there are
     }
     if (call.mask_is_value && loaded) slopes_of(call, loaded, d);
   }
@@ -136,14 +140,26 @@ struct Elements {
     }
   }
 
-  // x to where the anchors of the set read it.
+  // x to where the anchors of the set read it. The last also fills the places beside it, so that nothing is read that was never
+  // written.
   DEQ_GPU void publish(uint32_t slots, float* at) const {
+    constexpr int N = Map::kGroup;
+    const int count = count_of(slots);
     DEQ_UNROLL for (int e = 0; e < E; ++e) {
-      constexpr int N = Map::kGroup;
-      const int slot = map.slot(e), first = slot / N * N;
-      const uint32_t set = group_of<N>(slots, first);
-      if (!exists(e) || set == 0 || (is_single(set) && !(slots >> slot & 1))) continue;
-      at[first * anchor_space(call.width) + anchor_place<N>(set, map.row(e), slot - first)] = x[e];
+      const int slot = map.slot(e);
+      if (!exists(e) || !(slots >> slot & 1)) continue;
+      const int rank = rank_of(slots, slot);
+      float* own = at + anchor_place<N>(call.width, count, rank, map.row(e));
+      const int fill = rank + 1 < count || rank % N == 0 ? 1 : N - rank % N;
+      DEQ_ROLLED for (int i = 0; i < fill; ++i) own[i] = x[e];
+    }
+  }
+
+  // y = W x + c from the products of the set.
+  DEQ_GPU void take(uint32_t slots, const float* products) {
+    DEQ_UNROLL for (int e = 0; e < E; ++e) {
+      const int slot = map.slot(e);
+      if (exists(e) && (slots >> slot & 1)) y[e] = products[rank_of(slots, slot) * call.width + map.row(e)] + c[e];
     }
   }
 

@@ -14,7 +14,7 @@ __global__ void __launch_bounds__(kGridThreads, 1) solve_grid(const __grid_const
 }
 
 using Kernel = void (*)(Call);
-constexpr Kernel kKernels[kGridKernelCount] = {solve_grid<0>, solve_grid<1>, solve_grid<2>};
+constexpr Kernel kKernels[kGridKernelCount] = {solve_grid<0>, solve_grid<1>, solve_grid<2>, solve_grid<3>};
 
 }  // namespace
 
@@ -22,12 +22,13 @@ int32_t complete_grid(int64_t width, DeqCudaPlan* plan) {
   const bool is_known = plan->kernel >= 0 && plan->kernel < kGridKernelCount;
   const GridKernel kernel = kGridKernels[is_known ? plan->kernel : 0];
   const GridLayout at = grid_layout(width, kernel.rows, kernel.columns, kernel.held);
-  if (!is_known || plan->blocks != at.blocks || at.steps / kGridWarps < kernel.held)
+  if (!is_known || plan->blocks < at.blocks || plan->blocks % at.blocks != 0 || at.steps / kGridWarps < kernel.held)
     return failed(DEQ_BAD_ARGUMENT, "kernel %d in %d blocks is no plan for width %lld", plan->kernel, plan->blocks,
                   static_cast<long long>(width));
   plan->regime = DEQ_GRID;
   plan->threads = kGridThreads, plan->shared = at.bytes;
-  plan->scratch = grid_scratch(width, kernel.rows, kernel.columns).floats * static_cast<int64_t>(sizeof(float));
+  const GridScratch in = grid_scratch(width, kernel.rows, kernel.columns);
+  plan->scratch = plan->blocks / at.blocks * (in.flags + in.floats) * static_cast<int64_t>(sizeof(float));
   return DEQ_OK;
 }
 
@@ -38,7 +39,8 @@ int32_t plan_grid(int64_t batch, int64_t width, const Limits& limits, DeqCudaPla
     return failed(DEQ_NOT_SUPPORTED, "a weight of width %lld does not fit into %d multiprocessors of %d bytes",
                   static_cast<long long>(width), limits.processors, limits.shared);
   const GridKernel kernel = kGridKernels[plan->kernel];
-  plan->blocks = grid_layout(width, kernel.rows, kernel.columns, kernel.held).blocks;
+  const int blocks = grid_layout(width, kernel.rows, kernel.columns, kernel.held).blocks;
+  plan->blocks = blocks * static_cast<int32_t>(grid_groups(batch, limits.processors, blocks));
   if (int32_t error = complete_grid(width, plan)) return error;
   if (int32_t error = allow_shared(kKernels[plan->kernel], limits)) return error;
   int resident = 0;
@@ -52,16 +54,17 @@ int32_t plan_grid(int64_t batch, int64_t width, const Limits& limits, DeqCudaPla
 
 int32_t launch_grid(Call call, int64_t weights, const DeqCudaPlan& plan, cudaStream_t stream) {
   const GridKernel kernel = kGridKernels[plan.kernel];
-  const GridScratch in = grid_scratch(call.width, kernel.rows, kernel.columns);
+  const int blocks = grid_layout(call.width, kernel.rows, kernel.columns, kernel.held).blocks, groups = plan.blocks / blocks;
+  const int64_t flags = groups * grid_scratch(call.width, kernel.rows, kernel.columns).flags;
   for (int64_t s = 0; s < weights; ++s) {
     call.first_weight = s;
-    if (int32_t error = check_cuda(cudaMemsetAsync(call.scratch + in.flags, 0, (in.floats - in.flags) * sizeof(float), stream),
-                                   "lowering flags"))
+    if (int32_t error = check_cuda(cudaMemsetAsync(call.scratch, 0, flags * sizeof(float), stream), "lowering flags"))
       return error;
     void* arguments[] = {&call};
-    if (int32_t error = check_cuda(cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kKernels[plan.kernel]), plan.blocks,
-                                                               plan.threads, arguments, static_cast<size_t>(plan.shared), stream),
-                                   "the cooperative launch of a grid solve"))
+    if (int32_t error =
+            check_cuda(cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kKernels[plan.kernel]), dim3(blocks, groups),
+                                                   plan.threads, arguments, static_cast<size_t>(plan.shared), stream),
+                       "the cooperative launch of a grid solve"))
       return error;
   }
   return DEQ_OK;

@@ -1,11 +1,12 @@
-// The whole solve by all blocks of the grid together: each keeps 16 RT rows of W in bfloat16, in shared memory and registers, and
-// the state is exchanged through L2.
+// The whole solve by as many blocks together as W needs: each keeps 16 RT rows of it in bfloat16, in shared memory and registers,
+// and the state is exchanged through L2. Such a group solves samples of its own; the grid has as many groups as there is room for
+// and no more than samples. They have nothing to do with each other.
 //
-// Per evaluation every block writes the increments and norms of its rows, raises its flag, waits for the flags of the blocks it
-// reads from, and multiplies; warps share out the inner dimension, so that each reads a part of the increments and waits for a
-// part of the blocks. Four more warps wait for all, add the norms in a fixed order and judge: all blocks decide the same.
-// Two buffers suffice: a block that writes evaluation k has seen every flag k - 1, whose owners had read evaluation k - 2.
-// All blocks must be resident (a cooperative launch).
+// Per evaluation every block of a group writes the increments and norms of its rows, raises its flag, waits for the flags of the
+// blocks it reads from, and multiplies; warps share out the inner dimension, so that each reads a part of the increments and
+// waits for a part of the blocks. Four more warps wait for all, add the norms in a fixed order and judge: all blocks of a group
+// decide the same. Two buffers suffice: a block that writes evaluation k has seen every flag k - 1, whose owners had read
+// evaluation k - 2. All blocks must be resident (a cooperative launch).
 #pragma once
 #include "elements.h"
 
@@ -15,47 +16,63 @@ constexpr int kGridWarps = 8;  // that multiply; with more, a thread could not h
 constexpr int kJudges = 4;     // warps that judge: one would take longer for the norms of 132 blocks than the others multiply
 constexpr int kGridThreads = (kGridWarps + kJudges) * kWarp;
 
-// Where things lie in the shared memory of a block, in bytes.
-struct GridLayout {
-  int steps;   // of the inner dimension, 16 each
-  int blocks;  // that the rows need
-  int sums, mixtures, controls, actions, orders, bytes;
-};
-
-// `rows` tiles of 16 outputs a block, 8 `columns` slots, the first `held` k-steps of every warp in registers.
-DEQ_HD GridLayout grid_layout(int64_t width, int rows, int columns, int held) {
-  GridLayout at{};
-  at.steps = tiles_of(width);
-  at.blocks = (at.steps + rows - 1) / rows;
-  at.sums = (at.steps - held * kGridWarps) * rows * kTileBytes;
-  at.mixtures = at.sums + kGridWarps * rows * kTileRows * columns * kSlots * static_cast<int>(sizeof(float));
-  at.controls = at.mixtures + columns * kSlots * static_cast<int>(sizeof(Mixture));
-  at.actions = at.controls + columns * kSlots * static_cast<int>(sizeof(SlotControl));
-  at.orders = (at.actions + columns * kSlots * static_cast<int>(sizeof(Action)) + 15) / 16 * 16;
-  at.bytes = at.orders + kJudges * static_cast<int>(sizeof(Orders));
-  return at;
-}
-
-// |f - x|^2 and |f|^2 of a slot in the rows of a block.
+// |f - x|^2 and |f|^2 of a slot in 16 rows. Such parts are added up in one order, so that the bits do not depend on the kernel.
 struct alignas(16) Norms {
   double step2, size2;
 };
 
-// The memory that the blocks of one weight share, in floats from its start.
+// Where the blocks of a group exchange. The pointers lie in shared memory: a thread that multiplies has no registers for them.
+struct GridPlaces {
+  Pair* increments;
+  Norms* norms;      // (2, slots, steps)
+  double* products;  // (2, kWindow, slots, steps): of the residuals with those of the window
+  float *x, *y, *best;
+  uint32_t *flags, *anchor_flags;  // one a block
+};
+
+// Where things lie in the shared memory of a block, in bytes. W comes last: the other places are known to the compiler.
+struct GridLayout {
+  int steps;   // of the inner dimension, 16 each
+  int blocks;  // of a group: that the rows need
+  int places, orders, controls, actions, mixtures, sums, weights, bytes;
+};
+
+// Floats from one slot's partial sums to the next one's: four more than its rows, so that what the lanes of a warp write lies in
+// different banks.
+DEQ_HD constexpr int sums_stride(int rows) { return rows * kTileRows + 4; }
+
+// `rows` tiles of 16 outputs a block, 8 `columns` slots, the first `held` k-steps of every warp in registers.
+DEQ_HD GridLayout grid_layout(int64_t width, int rows, int columns, int held) {
+  const int slots = columns * kSlots;
+  GridLayout at{};
+  at.steps = tiles_of(width);
+  at.blocks = (at.steps + rows - 1) / rows;
+  at.orders = static_cast<int>(sizeof(GridPlaces));
+  at.controls = at.orders + kJudges * static_cast<int>(sizeof(Orders));
+  at.actions = at.controls + slots * static_cast<int>(sizeof(SlotControl));
+  at.mixtures = at.actions + slots * static_cast<int>(sizeof(Action));
+  at.sums = at.mixtures + slots * static_cast<int>(sizeof(Mixture));
+  at.weights = at.sums + kGridWarps * sums_stride(rows) * slots * static_cast<int>(sizeof(float));
+  at.bytes = at.weights + (at.steps - held * kGridWarps) * rows * kTileBytes;
+  return at;
+}
+
+// The memory that the blocks of a group share, in floats: `flags` of it lie before everything else, those of all groups side by
+// side; then come the `floats` of each group, at these places.
 struct GridScratch {
-  int64_t increments, norms, products, x, y, best, flags, floats;
+  int64_t flags, increments, norms, products, x, y, best, floats;
 };
 
 DEQ_HD GridScratch grid_scratch(int64_t width, int rows, int columns) {
   const int64_t steps = tiles_of(width), blocks = (steps + rows - 1) / rows, slots = columns * kSlots;
   GridScratch at{};
+  at.flags = (2 * blocks + 63) / 64 * 64;
   at.norms = 2 * steps * columns * (kIncrementBytes / 4);
-  at.products = at.norms + 2 * blocks * slots * (sizeof(Norms) / 4);
-  at.x = at.products + 2 * blocks * slots * kWindow * (sizeof(double) / 4);
+  at.products = at.norms + 2 * steps * slots * (sizeof(Norms) / 4);
+  at.x = at.products + 2 * steps * slots * kWindow * (sizeof(double) / 4);
   at.y = at.x + slots * anchor_space(width);
   at.best = at.y + slots * width;
-  at.flags = at.best + (1 + 3 * kWindow) * slots * width;  // and Anderson's window
-  at.floats = (at.flags + 2 * blocks + 63) / 64 * 64;
+  at.floats = (at.best + (1 + 3 * kWindow) * slots * width + 63) / 64 * 64;  // Anderson's window too
   return at;
 }
 
@@ -63,14 +80,16 @@ DEQ_HD GridScratch grid_scratch(int64_t width, int rows, int columns) {
 template <class Gpu, int RT, int BT>
 struct GridMap {
   static constexpr int kRows = RT * kTileRows, kElements = kRows * BT * kSlots, kOwners = kGridWarps * kWarp;
+  static constexpr int kAtOnce = kOwners / kRows;  // slots between an element and the next one
   static constexpr int E = (kElements + kOwners - 1) / kOwners, G = E;
-  static constexpr int kGroup = RT > 1 ? kSlots : 4;  // a W so wide lies in memory, which is read once for all
-  int first;                                          // row of the block
-  int thread;
-  DEQ_GPU int index(int e) const { return e * kOwners + thread; }
-  DEQ_GPU bool owns(int e) const { return index(e) < kElements; }
-  DEQ_GPU int row(int e) const { return first + index(e) % kRows; }
-  DEQ_GPU int slot(int e) const { return index(e) / kRows; }
+  static constexpr int kGroup = RT == 2 ? kSlots : 4;  // slots of an anchor: for more there are no registers
+  static_assert(kOwners % kRows == 0);
+  int first;  // row of the block
+  unsigned thread;
+  DEQ_GPU bool owns(int e) const { return e * kOwners + thread < kElements; }
+  DEQ_GPU int place() const { return thread % kRows; }  // of all its elements, among the rows of the block
+  DEQ_GPU int row(int) const { return first + place(); }
+  DEQ_GPU int slot(int e) const { return e * kAtOnce + thread / kRows; }
 };
 
 template <class Gpu, int RT, int BT, int HELD>
@@ -78,16 +97,18 @@ class GridSolve {
  public:
   using Map = GridMap<Gpu, RT, BT>;
   using State = Elements<Gpu, Map>;
-  static constexpr int E = State::E, kAllSlots = BT * kSlots, kRows = Map::kRows;
+  static constexpr int E = State::E, kAllSlots = BT * kSlots, kRows = Map::kRows, kStride = sums_stride(RT);
+  static constexpr bool kStages = RT > 2;
 
   DEQ_GPU GridSolve(const Call& call, char* shared)
       : call_(call),
         at_(grid_layout(call.width, RT, BT, HELD)),
-        weights_(reinterpret_cast<Quad*>(shared)),
+        weights_(reinterpret_cast<Quad*>(shared + at_.weights)),
         sums_(reinterpret_cast<float*>(shared + at_.sums)),
         mixtures_(reinterpret_cast<Mixture*>(shared + at_.mixtures)),
         controls_(reinterpret_cast<SlotControl*>(shared + at_.controls)),
         actions_(reinterpret_cast<Action*>(shared + at_.actions)),
+        places_(reinterpret_cast<GridPlaces*>(shared + at_.places)),
         orders_(reinterpret_cast<Orders*>(shared + at_.orders)),
         warp_(Gpu::thread() / kWarp),
         lane_(Gpu::thread() % kWarp),
@@ -95,23 +116,24 @@ class GridSolve {
         begin_(at_.steps * warp_ / kGridWarps),
         end_(at_.steps * (warp_ + 1) / kGridWarps) {
     const GridScratch in = grid_scratch(call.width, RT, BT);
-    increments_ = reinterpret_cast<Pair*>(call.scratch + in.increments);
-    norms_ = reinterpret_cast<Norms*>(call.scratch + in.norms);
-    products_ = reinterpret_cast<double*>(call.scratch + in.products);
-    x_ = call.scratch + in.x;
-    y_ = call.scratch + in.y;
-    best_ = call.scratch + in.best;
-    flags_ = reinterpret_cast<uint32_t*>(call.scratch + in.flags);
-    anchor_flags_ = flags_ + at_.blocks;
+    if (Gpu::thread() == 0) {
+      float* own = call.scratch + Gpu::rows() * in.flags + Gpu::row() * in.floats;
+      places_->increments = reinterpret_cast<Pair*>(own + in.increments);
+      places_->norms = reinterpret_cast<Norms*>(own + in.norms);
+      places_->products = reinterpret_cast<double*>(own + in.products);
+      places_->x = own + in.x, places_->y = own + in.y, places_->best = own + in.best;
+      places_->flags = reinterpret_cast<uint32_t*>(call.scratch + Gpu::row() * in.flags);
+      places_->anchor_flags = places_->flags + at_.blocks;
+    }
   }
 
-  // Every block prepares a share of the samples; those that judge wait for all of them, the others load W meanwhile.
+  // Every block prepares a share of its group's samples; those that judge wait for all of them, the others load W meanwhile.
   DEQ_GPU void run() {
     constexpr int kWarps = kGridWarps + kJudges;
-    prepare_samples<Gpu>(call_, weight_, static_cast<int64_t>(Gpu::block()) * kWarps + warp_,
-                         static_cast<int64_t>(at_.blocks) * kWarps);
+    prepare_samples<Gpu>(call_, weight_, sample_of(static_cast<int64_t>(Gpu::block()) * kWarps + warp_),
+                         static_cast<int64_t>(at_.blocks) * kWarps * Gpu::rows());
     Gpu::sync();
-    if (Gpu::thread() == 0) Gpu::release(anchor_flags_ + Gpu::block(), anchor_epoch_);
+    if (Gpu::thread() == 0) Gpu::release(places_->anchor_flags + Gpu::block(), anchor_epoch_);
     if (warp_ < kGridWarps) {
       compute();
     } else {
@@ -122,24 +144,28 @@ class GridSolve {
  private:
   static constexpr int kJudged = kAllSlots / kJudges;  // slots of a warp that judges, one a lane
 
-  // Every slot takes each kAllSlots-th sample.
+  // The i-th sample of this group: they take turns, so that each has as many.
+  DEQ_GPU int64_t sample_of(int64_t i) const { return i * Gpu::rows() + Gpu::row(); }
+
+  // Every slot takes each kAllSlots-th sample of its group.
   DEQ_GPU void control() {
     const int judge = warp_ - kGridWarps, own = judge * kJudged + lane_ % kJudged;
     const bool decides = lane_ < kJudged;
+    const int64_t stride = static_cast<int64_t>(kAllSlots) * Gpu::rows();
     SlotControl& slot = controls_[own];  // in shared memory: the registers are needed for Anderson's weights
-    wait_for(anchor_flags_, 0, at_.blocks, anchor_epoch_);
-    if (decides) actions_[own] = slot.begin(call_, weight_, first_solved(call_, weight_, own, kAllSlots));
+    wait_for(places_->anchor_flags, 0, at_.blocks, anchor_epoch_);
+    if (decides) actions_[own] = slot.begin(call_, weight_, first_solved(call_, weight_, sample_of(own), stride));
     tell(judge, slot, false);
     Gpu::sync();
     for (Orders orders = told(); orders.has(Orders::kActive); orders = told()) {
       if (orders.anchors) exact_rows_of_all(orders.anchors);
       Gpu::sync();
       ++epoch_;
-      wait_for(flags_, 0, at_.blocks, epoch_);
+      wait_for(places_->flags, 0, at_.blocks, epoch_);
       add_up(judge, orders_[judge].has(Orders::kAccelerated));
       if (decides) {
         const auto norms = [&](int i) { return mixtures_[own].norms[i]; };
-        const auto next = [&] { return first_solved(call_, weight_, slot.sample + kAllSlots, kAllSlots); };
+        const auto next = [&] { return first_solved(call_, weight_, slot.sample + stride, stride); };
         actions_[own] = slot.decide(call_, weight_, norms, mixtures_[own], Gpu::block() == 0, next);
       }
       tell(judge, slot, orders_[judge].idle >> own & 1);
@@ -159,17 +185,17 @@ class GridSolve {
     return all;
   }
 
-  // The norms of all blocks for this judge's slots. Lanes share out the blocks, always in the same way; what a slot without a
+  // The norms of all blocks for this judge's slots. Lanes share out their parts, always in the same way; what a slot without a
   // sample adds up is not looked at. All slots at once: one after the other took a third of a solve of 32 samples at m = 2048.
   DEQ_GPU void add_up(int judge, bool is_accelerated) {
     const int first = judge * kJudged;
-    const Norms* norms = norms_ + ((epoch_ & 1) * kAllSlots + first) * at_.blocks;
+    const Norms* norms = places_->norms + ((epoch_ & 1) * kAllSlots + first) * at_.steps;
     double sum[2 * kJudged] = {};
 #ifdef __CUDACC__
 #pragma unroll(kJudged > 4 ? 1 : 5)
 #endif
-    for (int block = lane_; block < at_.blocks; block += kWarp) DEQ_UNROLL for (int slot = 0; slot < kJudged; ++slot) {
-        const Norms part = Gpu::load(norms + slot * at_.blocks + block);
+    for (int i = lane_; i < at_.steps; i += kWarp) DEQ_UNROLL for (int slot = 0; slot < kJudged; ++slot) {
+        const Norms part = Gpu::load(norms + slot * at_.steps + i);
         sum[2 * slot] += part.step2;
         sum[2 * slot + 1] += part.size2;
       }
@@ -186,9 +212,9 @@ class GridSolve {
     DEQ_ROLLED for (int slot = first; slot < first + kJudged; ++slot) {
       if (actions_[slot].kind == Action::kIdle || actions_[slot].entry < 0) continue;
       DEQ_ROLLED for (int ring = 0; ring < call_.depth; ++ring) {
-        const double* products = products_ + (((epoch_ & 1) * kWindow + ring) * kAllSlots + slot) * at_.blocks;
+        const double* products = places_->products + (((epoch_ & 1) * kWindow + ring) * kAllSlots + slot) * at_.steps;
         double product[1] = {0};
-        DEQ_ROLLED for (int block = lane_; block < at_.blocks; block += kWarp) product[0] += Gpu::load(products + block);
+        DEQ_ROLLED for (int i = lane_; i < at_.steps; i += kWarp) product[0] += Gpu::load(products + i);
         add_lanes<Gpu, 1>(product);
         if (lane_ == 0) mixtures_[slot].norms[2 + ring] = product[0];
       }
@@ -197,7 +223,8 @@ class GridSolve {
 
   DEQ_GPU void compute() {
     Quad held[RT][HELD > 0 ? HELD : 1];
-    State state(call_, {Gpu::block() * kRows, Gpu::thread()}, weight_, actions_, mixtures_, kAllSlots, best_);
+    State state(call_, {Gpu::block() * kRows, static_cast<unsigned>(Gpu::thread())}, weight_, actions_, mixtures_, kAllSlots,
+                places_->best);
     load_weights(held);
     Gpu::sync();
     for (;;) {
@@ -210,8 +237,8 @@ class GridSolve {
       ++epoch_;
       measure(orders, state);
       Gpu::sync();
-      if (Gpu::thread() == 0) Gpu::release(flags_ + Gpu::block(), epoch_);
-      wait_for(flags_, begin_ / RT, (end_ + RT - 1) / RT, epoch_);
+      if (Gpu::thread() == 0) Gpu::release(places_->flags + Gpu::block(), epoch_);
+      wait_for(places_->flags, begin_ / RT, (end_ + RT - 1) / RT, epoch_);
       multiply(held);
       Gpu::sync();
       add_product(state);
@@ -255,22 +282,22 @@ class GridSolve {
 
   // y = W x + c in float32 for the slots of the set, after an exchange of their x.
   DEQ_GPU void anchor(uint32_t slots, State& state) {
-    state.publish(slots, x_);
+    state.publish(slots, places_->x);
     exact_rows_of_all(slots);
-    DEQ_UNROLL for (int e = 0; e < E; ++e) if (state.exists(e) && (slots >> state.map.slot(e) & 1)) state.y[e] =
-        y_[state.place(e)] + state.c[e];
+    state.take(slots, places_->y);
   }
 
   // By the warps that multiply, 2 RT rows each; those that judge keep the barriers.
   DEQ_GPU void exact_rows_of_all(uint32_t slots) {
     ++anchor_epoch_;
     Gpu::sync();
-    if (Gpu::thread() == 0) Gpu::release(anchor_flags_ + Gpu::block(), anchor_epoch_);
+    if (Gpu::thread() == 0) Gpu::release(places_->anchor_flags + Gpu::block(), anchor_epoch_);
     if (warp_ < kGridWarps) {
-      wait_for(anchor_flags_, 0, at_.blocks, anchor_epoch_);
-      constexpr int kOwn = kRows / kGridWarps, kAtOnce = HELD > 0 ? 1 : kOwn;  // more sums do not fit beside held weights
+      wait_for(places_->anchor_flags, 0, at_.blocks, anchor_epoch_);
+      constexpr int kOwn = kRows / kGridWarps, kAtOnce = HELD > 0 ? 1 : kOwn < 4 ? kOwn : 4;  // as the registers allow
       const int64_t row = static_cast<int64_t>(Gpu::block()) * kRows + warp_ * kOwn;
-      exact_product<Gpu, kAtOnce, Map::kGroup>(call_, weight_, slots, kAllSlots, row, row + kOwn, x_, y_);
+      exact_product<Gpu, kAtOnce, Map::kGroup, RT == 1 && HELD == 0 ? Gpu::kAnchorReads : Gpu::kTallReads, (HELD > 0)>(
+          call_, weight_, count_of(slots), row, row + kOwn, places_->x, places_->y);
     }
     Gpu::sync();
   }
@@ -279,18 +306,12 @@ class GridSolve {
   DEQ_GPU void measure(const Orders& orders, State& state) {
     float f[E];
     state.respond(orders, f);
-    uint16_t* increments = reinterpret_cast<uint16_t*>(increments_ + (epoch_ & 1) * at_.steps * BT * kWarp);
-    Norms* norms = norms_ + (epoch_ & 1) * kAllSlots * at_.blocks + Gpu::block();
+    uint16_t* increments = reinterpret_cast<uint16_t*>(places_->increments + (epoch_ & 1) * at_.steps * BT * kWarp);
     if (orders.has(Orders::kAccelerated)) add_window(f, state);
+    add_up(f, state);
     DEQ_UNROLL for (int e = 0; e < E; ++e) {
-      double sum[2] = {static_cast<double>(f[e]) - static_cast<double>(state.x[e]), static_cast<double>(f[e])};
-      DEQ_UNROLL for (int i = 0; i < 2; ++i) {
-        sum[i] *= sum[i];
-        DEQ_UNROLL for (int mask = 1; mask < kRows; mask *= 2) sum[i] += Gpu::shuffle_xor(sum[i], mask);
-      }
       if (!state.map.owns(e)) continue;
-      const int slot = state.map.slot(e), row = state.map.index(e) % kRows, step = Gpu::block() * RT + row / kTileRows;
-      if (row == 0) norms[slot * at_.blocks] = Norms{sum[0], sum[1]};
+      const int slot = state.map.slot(e), row = state.map.place(), step = step_of();
       const uint32_t increment = state.feed(e, f[e]);
       if (step < at_.steps)
         increments[(step * BT + slot / kSlots) * (kIncrementBytes / 2) + increment_place(row % kTileRows, slot % kSlots)] =
@@ -298,40 +319,87 @@ class GridSolve {
     }
   }
 
+  // Of its rows, those that a lane shares with 15 others.
+  DEQ_GPU int step_of() const { return Gpu::block() * RT + Gpu::thread() % kRows / kTileRows; }
+
+  // |f - x|^2 and |f|^2 of the warp's elements, every slot.
+  DEQ_GPU void add_up(const float (&f)[E], const State& state) {
+    Norms* norms = places_->norms + (epoch_ & 1) * kAllSlots * at_.steps + step_of();
+    double sum[2 * E];
+    DEQ_UNROLL for (int e = 0; e < E; ++e) {
+      sum[2 * e] = static_cast<double>(f[e]) - static_cast<double>(state.x[e]), sum[2 * e + 1] = static_cast<double>(f[e]);
+      sum[2 * e] *= sum[2 * e], sum[2 * e + 1] *= sum[2 * e + 1];
+    }
+    add_lanes<Gpu, 2 * E, kTileRows>(sum);
+    constexpr int kHolders = kTileRows / (2 * E);  // lanes that hold the same sum
+    const int index = lane_ % kTileRows / kHolders, slot = state.map.slot(index / 2);
+    if (lane_ % kHolders == 0 && slot < kAllSlots && step_of() < at_.steps)
+      reinterpret_cast<double*>(norms + slot * at_.steps)[index % 2] = sum[0];
+  }
+
   // The new row of Anderson's Gram matrix.
   DEQ_GPU void add_window(const float (&f)[E], const State& state) {
-    double* products = products_ + (epoch_ & 1) * kWindow * kAllSlots * at_.blocks + Gpu::block();
     DEQ_ROLLED for (int ring = 0; ring < call_.depth; ++ring) DEQ_UNROLL for (int e = 0; e < E; ++e) {
-      double sum = state.residual_product(e, ring, f);
-      DEQ_UNROLL for (int mask = 1; mask < kRows; mask *= 2) sum += Gpu::shuffle_xor(sum, mask);
-      if (state.map.owns(e) && state.map.index(e) % kRows == 0)
-        products[(ring * kAllSlots + state.map.slot(e)) * at_.blocks] = sum;
+      double sum[1] = {state.residual_product(e, ring, f)};
+      add_lanes<Gpu, 1, kTileRows>(sum);
+      const int place = (((epoch_ & 1) * kWindow + ring) * kAllSlots + state.map.slot(e)) * at_.steps + step_of();
+      if (state.map.owns(e) && lane_ % kTileRows == 0 && step_of() < at_.steps) places_->products[place] = sum[0];
     }
   }
 
   DEQ_GPU void multiply(const Quad (&held)[RT][HELD > 0 ? HELD : 1]) {
     float sum[RT][BT][4] = {};
-    const Pair* increments = increments_ + (epoch_ & 1) * at_.steps * BT * kWarp + lane_;
+    const Pair* increments = places_->increments + (epoch_ & 1) * at_.steps * BT * kWarp;
     if constexpr (HELD > 0) {
       DEQ_UNROLL for (int k = 0; k < HELD; ++k) DEQ_UNROLL for (int t = 0; t < BT; ++t) {
-        const Pair b = Gpu::load(increments + ((begin_ + k) * BT + t) * kWarp);
+        const Pair b = Gpu::load(increments + ((begin_ + k) * BT + t) * kWarp + lane_);
         DEQ_UNROLL for (int r = 0; r < RT; ++r) Gpu::multiply(sum[r][t], held[r][k], b);
       }
     }
+    if constexpr (kStages) {
+      multiply_staged(increments, sum);
+    } else {
 #ifdef __CUDACC__
 #pragma unroll(RT == 1 ? 4 : 2)
 #endif
-    for (int k = begin_ + HELD; k < end_; ++k) {
-      Quad a[RT];
-      DEQ_UNROLL for (int r = 0; r < RT; ++r) a[r] = weight_at(r, k);
-      DEQ_UNROLL for (int t = 0; t < BT; ++t) {
-        const Pair b = Gpu::load(increments + (k * BT + t) * kWarp);
-        DEQ_UNROLL for (int r = 0; r < RT; ++r) Gpu::multiply(sum[r][t], a[r], b);
+      for (int k = begin_ + HELD; k < end_; ++k) {
+        Quad a[RT];
+        DEQ_UNROLL for (int r = 0; r < RT; ++r) a[r] = weight_at(r, k);
+        DEQ_UNROLL for (int t = 0; t < BT; ++t) {
+          const Pair b = Gpu::load(increments + (k * BT + t) * kWarp + lane_);
+          DEQ_UNROLL for (int r = 0; r < RT; ++r) Gpu::multiply(sum[r][t], a[r], b);
+        }
       }
     }
     DEQ_UNROLL for (int r = 0; r < RT; ++r) DEQ_UNROLL for (int t = 0; t < BT; ++t) DEQ_UNROLL for (int e = 0; e < 4; ++e) {
       const int row = r * kTileRows + output_row(lane_, e), slot = t * kSlots + output_sample(lane_, e);
-      sums_[(warp_ * kAllSlots + slot) * kRows + row] = sum[r][t][e];
+      sums_[(warp_ * kAllSlots + slot) * kStride + row] = sum[r][t][e];
+    }
+  }
+
+  // The increments on their way through the place of this warp's sums, all that it holds at once: a warp of so many sums has no
+  // registers for the loads that L2's latency asks for.
+  DEQ_GPU void multiply_staged(const Pair* increments, float (&sum)[RT][BT][4]) {
+    constexpr int kStep = BT * kWarp, kAtOnce = kAllSlots * kStride * static_cast<int>(sizeof(float)) / (BT * kIncrementBytes);
+    constexpr int kCopied = 16 / sizeof(Pair);  // by a lane
+    static_assert(kAtOnce >= 1 && kWarp * kCopied <= kStep);
+    Pair* stage = reinterpret_cast<Pair*>(sums_ + warp_ * kAllSlots * kStride);
+    for (int first = begin_; first < end_; first += kAtOnce) {
+      const int steps = end_ - first < kAtOnce ? end_ - first : kAtOnce;
+      for (int i = kCopied * lane_; i < steps * kStep; i += kCopied * kWarp) Gpu::copy(stage + i, increments + first * kStep + i);
+      Gpu::finish_copies();
+      Gpu::sync_warp();
+      const Quad* a = &weight_at(0, first);
+      const Pair* b = stage + lane_;
+      DEQ_ROLLED for (int k = 0; k < steps; ++k, a += RT * kWarp, b += kStep) {
+        Pair increment[BT];
+        DEQ_UNROLL for (int t = 0; t < BT; ++t) increment[t] = b[t * kWarp];
+        DEQ_UNROLL for (int r = 0; r < RT; ++r) {
+          const Quad weight = a[r * kWarp];
+          DEQ_UNROLL for (int t = 0; t < BT; ++t) Gpu::multiply(sum[r][t], weight, increment[t]);
+        }
+      }
+      Gpu::sync_warp();
     }
   }
 
@@ -339,8 +407,9 @@ class GridSolve {
   DEQ_GPU void add_product(State& state) {
     DEQ_UNROLL for (int e = 0; e < E; ++e) {
       if (!state.map.owns(e)) continue;
+      const int place = state.map.slot(e) * kStride + state.map.place();
       float sum = 0;
-      DEQ_UNROLL for (int w = 0; w < kGridWarps; ++w) sum += sums_[w * kAllSlots * kRows + state.map.index(e)];
+      DEQ_UNROLL for (int w = 0; w < kGridWarps; ++w) sum += sums_[w * kAllSlots * kStride + place];
       state.y[e] += sum;
     }
   }
@@ -352,16 +421,12 @@ class GridSolve {
   Mixture* mixtures_;
   SlotControl* controls_;
   Action* actions_;
+  GridPlaces* places_;
   Orders* orders_;  // one a warp that judges
   const int warp_, lane_;
   const int64_t weight_;
   const int begin_, end_;                  // k-steps of the warp
   uint32_t epoch_ = 0, anchor_epoch_ = 1;  // the first: samples are prepared
-  Pair* increments_;
-  Norms* norms_;      // (2, slots, blocks)
-  double* products_;  // (2, kWindow, slots, blocks): of the residuals with those of the window
-  float *x_, *y_, *best_;
-  uint32_t *flags_, *anchor_flags_;
 };
 
 }  // namespace deq

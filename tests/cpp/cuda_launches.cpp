@@ -185,7 +185,8 @@ void check_launch(size_t i, const char* kernel, unsigned blocks, bool cooperativ
   if (!CHECK(i < fake().launches.size())) return;
   const Launch& launch = fake().launches[i];
   CHECK(launch.kernel.find(kernel) != std::string::npos);
-  CHECK(launch.grid.x == blocks && launch.cooperative == cooperative && launch.cluster == cluster);
+  CHECK(launch.grid.x * (cooperative ? launch.grid.y : 1) == blocks && launch.cooperative == cooperative &&
+        launch.cluster == cluster);
   CHECK(launch.shared <= static_cast<size_t>(fake().shared));
 }
 
@@ -210,8 +211,10 @@ void regimes() {
   reset();
   CHECK(solve(8, 2048) == DEQ_OK);  // all of them together hold W
   check_launch(0, "solve_grid", 128, true);
-  CHECK(solve(8, 64, DEQ_GRID) == DEQ_OK);
-  check_launch(0, "solve_grid", 4, true);
+  CHECK(solve(8, 64, DEQ_GRID) == DEQ_OK);  // a group of blocks for every sample
+  check_launch(0, "solve_grid", 32, true);
+  CHECK(solve(256, 1024) == DEQ_OK);
+  check_launch(0, "solve_grid", 128, true);
 }
 
 void refusals() {

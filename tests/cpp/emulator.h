@@ -24,7 +24,7 @@ namespace deq {
 
 class Emulator {
  public:
-  static constexpr int kAnchorRows = 4, kAnchorReads = 4;
+  static constexpr int kAnchorRows = 4, kAnchorReads = 4, kTallReads = 4;
   // Runs `body(shared memory of the block)` by `threads` threads each in blocks x rows blocks, clusters of so many.
   static void launch(int blocks, int rows, int threads, size_t shared_bytes, unsigned seed,
                      const std::function<void(char*)>& body, int cluster = 1) {
@@ -39,6 +39,7 @@ class Emulator {
   static int block() { return now_->current_->block->index; }
   static int blocks() { return now_->blocks_; }
   static int row() { return now_->current_->block->row; }
+  static int rows() { return static_cast<int>(now_->grid_.size()) / now_->blocks_; }
   static int cluster_blocks() { return now_->cluster_; }
   static int cluster_block() { return block() % now_->cluster_; }
   static void sync_cluster() { now_->wait(now_->clusters_[now_->cluster_index()], now_->cluster_ * now_->threads_); }
@@ -72,6 +73,12 @@ class Emulator {
     return bits;
   }
   static bool any(bool value) { return ballot(value) != 0; }
+  template <class T>
+  static T read_once(const float* at) {
+    return *reinterpret_cast<const T*>(at);
+  }
+  static void copy(void* shared, const void* from) { memcpy(shared, from, 16); }
+  static void finish_copies() {}
   static uint32_t pack_bfloat16(float low, float high) { return round(low) | round(high) << 16; }
   static void multiply(float (&d)[4], const Quad& a, const Pair& b) {
     const Lane mine{{a.word[0], a.word[1], a.word[2], a.word[3], b.word[0], b.word[1]}};

@@ -52,13 +52,13 @@ struct Case {
   }
 
   template <int RT, int BT, int HELD>
-  void solve_in_grid(unsigned seed = 1) {
+  void solve_in_grid(unsigned seed = 1, int groups = 1) {
     const GridScratch memory = grid_scratch(m, RT, BT);
-    scratch.assign(memory.floats, NAN);
-    std::fill(scratch.begin() + memory.flags, scratch.end(), 0.0f);
+    scratch.assign(groups * (memory.flags + memory.floats), NAN);
+    std::fill_n(scratch.begin(), groups * memory.flags, 0.0f);
     call.scratch = scratch.data();
     const GridLayout at = grid_layout(m, RT, BT, HELD);
-    Emulator::launch(at.blocks, 1, kGridThreads, at.bytes, seed,
+    Emulator::launch(at.blocks, groups, kGridThreads, at.bytes, seed,
                      [&](char* shared) { GridSolve<Emulator, RT, BT, HELD>(call, shared).run(); });
   }
 
@@ -177,6 +177,20 @@ void grids() {
       CHECK(one.z == again.z && one.residual == again.residual && one.iterations == again.iterations);
       many.solve_in_grid<1, 4, 0>(3);
       CHECK(one.z == many.z && one.residual == many.residual && one.iterations == many.iterations);
+      for (int groups : {2, 3}) {  // samples of which a group has several, or none
+        Case apart(B, m);
+        apart.solve_in_grid<1, 1, 0>(2, groups);
+        CHECK(one.z == apart.z && one.residual == apart.residual && one.iterations == apart.iterations);
+      }
+    }
+  for (int64_t m : {17, 40, 150})
+    for (int64_t B : {1, 40}) {
+      Case one(B, m), two(B, m), four(B, m);
+      one.solve_in_grid<1, 1, 0>();
+      one.check_solved();
+      two.solve_in_grid<2, 4, 0>(2);
+      four.solve_in_grid<4, 4, 0>(3, 2);
+      for (const Case* k : {&two, &four}) CHECK(one.z == k->z && one.residual == k->residual && one.iterations == k->iterations);
     }
   Case two(9, 250), held(9, 250);
   two.solve_in_grid<2, 1, 0>();
@@ -213,14 +227,15 @@ void exact_steps() {
     }
     std::copy(z.begin(), z.end(), &reference.z[b * (m + 3)]);
   }
-  Case blocks = make(), tall = make(), held = make(), grid = make(), wide = make(), held_grid = make();
+  Case blocks = make(), tall = make(), held = make(), grid = make(), wide = make(), high = make(), held_grid = make();
   blocks.solve_in_blocks<1, 0>(2);
   tall.solve_in_blocks<2, 0>(1);
   held.solve_in_blocks<2, 3>(1);
   grid.solve_in_grid<1, 1, 0>();
   wide.solve_in_grid<1, 4, 0>();
+  high.solve_in_grid<4, 4, 0>(1, 2);
   held_grid.solve_in_grid<2, 1, 0>();
-  for (Case* k : {&blocks, &tall, &held, &grid, &wide, &held_grid}) {
+  for (Case* k : {&blocks, &tall, &held, &grid, &wide, &high, &held_grid}) {
     CHECK(k->z == reference.z);
     for (int64_t b = 0; b < B; ++b) CHECK(k->iterations[b] == evaluations[b] + 1);  // one more confirms it
   }
@@ -264,14 +279,16 @@ void acceleration() {
     plain.call.reliable.rule.max_iter = 2000;
     plain.solve_in_blocks<2, 0>(2);
     for (int32_t kind : {DEQ_ANDERSON, DEQ_ON_DEMAND}) {
-      Case blocks(9, m, kTanh, 1.3f), again(9, m, kTanh, 1.3f), grid(9, m, kTanh, 1.3f), wide(9, m, kTanh, 1.3f);
-      for (Case* k : {&blocks, &again, &grid, &wide}) k->call.acceleration = kind;
+      Case blocks(9, m, kTanh, 1.3f), again(9, m, kTanh, 1.3f), grid(9, m, kTanh, 1.3f), wide(9, m, kTanh, 1.3f),
+          high(9, m, kTanh, 1.3f);
+      for (Case* k : {&blocks, &again, &grid, &wide, &high}) k->call.acceleration = kind;
       blocks.solve_in_blocks<2, 0>(2);
       again.solve_in_blocks<2, 0>(1, 5);
       grid.solve_in_grid<1, 1, 0>();
       wide.solve_in_grid<1, 4, 0>(4);
+      high.solve_in_grid<4, 4, 0>(4, 2);
       CHECK(blocks.z == again.z && blocks.iterations == again.iterations);
-      CHECK(grid.z == wide.z && grid.iterations == wide.iterations);
+      CHECK(grid.z == wide.z && grid.iterations == wide.iterations && grid.z == high.z && grid.iterations == high.iterations);
       for (Case* k : {&blocks, &grid}) {
         k->check_solved();
         int64_t sum = 0, plain_sum = 0;
@@ -372,12 +389,14 @@ void capacities() {
       const int block = block_kernel(m, shared);
       if (block >= 0) CHECK(block_layout(m, kBlockKernels[block].rows, kBlockKernels[block].held).bytes <= shared);
       CHECK((block >= 0) == (m <= (shared == kHopper ? 336 : 288)));
-      for (int64_t batch : {1, 32}) {
+      for (int64_t batch : {1, 16, 32, 1000}) {
         const int grid = grid_kernel(m, batch, 132, shared);
         if (shared == kHopper) CHECK((grid >= 0) == (m <= 4224));
         if (grid < 0) continue;
         const GridLayout at = grid_layout(m, kGridKernels[grid].rows, kGridKernels[grid].columns, kGridKernels[grid].held);
-        CHECK(at.bytes <= shared && at.blocks <= 132);
+        CHECK(at.bytes <= shared && at.blocks * grid_groups(batch, 132, at.blocks) <= 132);
+        const auto slots = [&](int kernel) { return grid_slots(kGridKernels[kernel], m, 132, shared); };
+        for (int i = 0; i < kGridKernelCount; ++i) CHECK(slots(i) <= slots(grid) || (slots(grid) >= batch && i > grid));
       }
     }
 }
