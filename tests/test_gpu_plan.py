@@ -36,39 +36,55 @@ from deq.kernels.tiles import (
 H200 = find_device("NVIDIA H200", (9, 0))
 DEVICES = [find_device(name) for name in gpu_device.table()]
 # Whole solves of float32 Gaussian problems (norm 0.9, relu, 1e-5) on an NVIDIA H200, torch 2.11, Triton 3.6: m, B,
-# regime, microseconds of the device, iterations of the slowest sample, and microseconds by the clock where only the
-# host's part was that of today. Kernels of bench/results/nvidia-h200.
+# regime, microseconds of the device, iterations of the slowest sample, and microseconds by the clock where two ways
+# can be compared. Kernels of bench/results/nvidia-h200.
 MEASURED = """
   64    1  resident         31  14   272
   64    1  cell            132  14   410
   64  256  resident         32  14   232
-  64  256  resident cuda    46  16    82
+  64  256  resident cuda    47  16    82
+  64  256  grid             76  16   129
   64  256  cell            147  14   437
   64 4096  resident         65  15   269
   64 4096  resident cuda   174  16   218
   64 4096  cell            267  15   614
  256    1  resident        122  13   341
  256    1  resident cuda    68  13   112
- 256    1  grid             56  13   100
+ 256    1  grid             57  13   100
  256    1  cell            148  13   731
- 256    8  resident cuda    69  14   111
- 256    8  grid             67  14   111
+ 256    8  resident cuda    70  14     -
+ 256    8  grid             61  14     -
  256  256  resident        201  13   609
  256  256  resident cuda   105  14   150
+ 256  256  grid            120  14   170
  256  256  cell            220  13   569
- 256 1024  resident cuda   155  14   198
+ 256 1024  resident cuda   131  14   198
+ 256 1024  grid            179  14   248
  256 4096  resident        424  13     -
- 256 4096  resident cuda   679  15   735
- 300   64  resident cuda    76  14   124
- 512    1  grid             63  13   107
- 512   32  grid            126  14   175
-1024    1  grid             91  14   142
-1024   32  grid            168  14   215
+ 256 4096  resident cuda   596  15   680
+ 256 4096  grid            758  15   825
+ 300   64  resident cuda    77  14   131
+ 300   64  grid            118  14   169
+ 512    1  grid             64  13   107
+ 512   32  grid             87  14   135
+ 512  128  grid            112  14   157
+ 512  512  grid            185  14   238
+ 512 1024  grid            367  14   428
+ 512 1024  cell            338  13   699
+ 768  256  grid            227  14   276
+1024    1  grid             92  14   142
+1024   32  grid            122  14   199
+1024  128  grid            173  14   249
+1024  256  grid            255  14   338
+1024  256  cell            252  14   633
+1024  512  grid            507  14   570
+1024  512  cell            423  13   652
 2048    1  grid            112  13   159
-2048   32  grid            234  13   278
-4096    1  grid            205  13   298
-4096    8  grid            276  13   326
-1024  256  cell            252  14     -
+2048   32  grid            186  13   261
+2048   64  grid            240  13   305
+2048   64  cell            564  13   895
+4096    1  grid            206  13   298
+4096    8  grid            250  13   307
 2048  256  cell            424  14     -
 1024 4096  cell           1420  14     -
 4096 4096  cell          12172  13     -
@@ -83,7 +99,7 @@ def measured():
 
 @pytest.mark.parametrize(("m", "B", "regime", "us"), [row[:4] for row in measured()])
 def test_times_are_near_what_was_measured(m, B, regime, us):
-    assert 0.6 < 1e6 * fastest(regime, m, B, H200).iteration / us < 1.35
+    assert 0.5 < 1e6 * fastest(regime, m, B, H200).iteration / us < 1.35
 
 
 def test_what_is_chosen_is_near_the_fastest_measured():
