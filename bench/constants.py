@@ -18,7 +18,7 @@ import triton.language as tl
 
 from deq import _library
 from deq.gpu_device import Device, find_device, key_of, table, write_table
-from deq.gpu_plan import LATENCY, PRECISIONS, grid_tiles, grid_time
+from deq.gpu_times import LATENCY, PRECISIONS, grid_tiles, grid_time
 
 from .device import capture, clock, device_seconds
 from .record import device_name, environment, write
@@ -250,7 +250,7 @@ def cluster_verdict(name: str, numbers: dict[str, dict]) -> str:
 
     An iteration there reads its share of W from shared memory, waits for two barriers of the cluster, one for the
     states and one for the norms, and for what depends on each other as in one multiprocessor; that of the grid is
-    :func:`deq.gpu_plan.grid_time`. One sample, which favours the cluster: a device keeps eight of them at work at most.
+    :func:`deq.gpu_times.grid_time`. One sample, which favours the cluster: a device keeps eight at work at most.
     """
     if numbers["cluster_barrier"]["value"] is None:
         return f"Regime B (W in a cluster): the {name} has no clusters."

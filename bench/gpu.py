@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from deq.gpu_device import Device, find_device
-from deq.gpu_plan import TRITON_INCREMENTS, choose, loop_time
+from deq.gpu_plan import TRITON_INCREMENTS, choose
+from deq.gpu_times import loop_time
 
 from . import constants
 from .baselines import has_torchdeq, torch_loop, torchdeq_makers

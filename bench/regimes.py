@@ -1,4 +1,4 @@
-"""``python -m bench.regimes``: every regime of deq/gpu_plan.py on the same shapes, so that its formulas can be held to
+"""``python -m bench.regimes``: every regime of deq/gpu_times.py on the same shapes, so that its formulas can be held to
 what solves take (tests/test_gpu_plan.py).
 
 A row is a regime and a shape: microseconds of the device alone, by the clock and of the host until it has launched all,
@@ -18,7 +18,8 @@ import torch
 
 import deq
 from deq.backends import cuda, triton_kind
-from deq.gpu_plan import ON_CUDA, REGIMES, choose, fastest
+from deq.gpu_plan import ON_CUDA, choose, fastest
+from deq.gpu_times import REGIMES
 from deq.solution import Solution
 
 from .cases import TOL, Case

@@ -5,7 +5,7 @@ import pytest
 from deq import _cuda, _library, cuda_capacity
 from deq.backends import cuda
 from deq.gpu_device import find_device, table
-from deq.gpu_plan import grid_tiles, resident_cuda_tiles
+from deq.gpu_times import grid_tiles, resident_cuda_tiles
 
 needs_kernels = pytest.mark.skipif(
     not _library.has_cuda, reason=f"the library has no CUDA kernels: {_cuda.why_not('cuda')}"

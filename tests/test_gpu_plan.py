@@ -9,19 +9,8 @@ import pytest
 
 from deq import gpu_device
 from deq.gpu_device import find_device
-from deq.gpu_plan import (
-    ACCURATE,
-    INCREMENTS,
-    PRECISIONS,
-    REGIMES,
-    WORTH_IT,
-    choose,
-    expected,
-    fastest,
-    resident_shared,
-    tiles_of,
-    time_of,
-)
+from deq.gpu_plan import ACCURATE, INCREMENTS, WORTH_IT, choose, fastest
+from deq.gpu_times import PRECISIONS, REGIMES, expected, resident_shared, tiles_of, time_of
 from deq.kernels.tiles import (
     DELTA_TILES,
     ENOUGH_PROGRAMS,

@@ -17,7 +17,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .. import _library, _triton, gpu_plan, stats
+from .. import _library, _triton, gpu_plan, gpu_times, stats
 from ..activations import ACTIVATIONS
 from ..gpu_device import find_device
 from ..plan import Plan
@@ -142,7 +142,7 @@ def regime_for(width: int, batch: int, device: int) -> str | None:
     device: index of the CUDA device.
     """
     constants = find_device(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
-    regimes = sorted(gpu_plan.REGIMES, key=gpu_plan.ON_CUDA.__contains__)  # at the same time Triton's
+    regimes = sorted(gpu_times.REGIMES, key=gpu_plan.ON_CUDA.__contains__)  # at the same time Triton's
     found = [option for regime in regimes if (option := gpu_plan.fastest(regime, width, batch, constants)) is not None]
     return PLANNED.get(min(found, key=lambda option: option.solve).regime)
 
