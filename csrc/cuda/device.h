@@ -73,14 +73,8 @@ struct Device {
     return at;
 #endif
   }
-#ifdef DEQ_OLD_SYNC
   // All threads of the block, which may come from different places of the program: that __syncthreads() forbids.
   static DEQ_GPU void sync() { asm volatile("bar.sync 0, %0;" ::"r"(blockDim.x) : "memory"); }
-#else
-  // All threads of the block, which may come from different places of the program: __syncthreads() by its definition asks them to
-  // come from one, and synccheck says so.
-  static DEQ_GPU void sync() { asm volatile("bar.sync 0, %0;" ::"r"(blockDim.x) : "memory"); }
-#endif
   static DEQ_GPU void sync_warp() { __syncwarp(); }
   template <class T>
   static DEQ_GPU T shuffle_xor(T value, int mask) {
