@@ -50,7 +50,7 @@ def plan(capability: tuple[int, int], out: Path) -> tuple[Step, ...]:
     sanitizer = ("compute-sanitizer", "--error-exitcode", "9", "--tool")
     files = ("tests/test_on_gpu.py", "tests/test_triton_gpu.py", "tests/test_cuda.py")
     # Sanitizers have steps of their own, all but synccheck (tests/test_cuda.py says why); warnings of another torch are
-    # no errors here. A test compiles its kernels, two to four seconds each: where pytest-xdist is, a process a core does.
+    # no errors here. A test compiles its kernels, two to four seconds each: with pytest-xdist, a process a core does.
     workers = ("-n", str(os.cpu_count() or 1)) if find_spec("xdist") else ()
     tests = (python, "-m", "pytest", "-q", "-W", "default", "-k", "not sanitizers", *workers, *files)
     return (
