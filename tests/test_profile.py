@@ -1,6 +1,7 @@
 """deq.profile: every count against another way of counting the same thing."""
 
 import json
+from collections import Counter
 
 import pytest
 import torch
@@ -177,6 +178,26 @@ def test_a_callable_with_two_solves():
     report = profile(two, W, c)
     assert report.shapes == [(6, 16)] * 2 and len(report.passes[0].iterations) == 12
     assert len(report.plans) == 1
+
+
+def test_a_training_step():
+    """What differentiates by itself is one pass, of as many FLOPs and iterations as both."""
+    W, c = leaves(16, 6)
+
+    def step():
+        W.grad = c.grad = None
+        loss = deq.solve(W, c).z.square().sum()
+        loss.backward()
+        return loss.detach()
+
+    report = profile(step)
+    (one,) = report.passes
+    assert "retained after step" in str(report)
+    both = profile(lambda: deq.solve(W, c).z.square().sum()).passes
+    assert one.name == "step" and len(one.iterations) == 12 == sum(len(each.iterations) for each in both)
+    assert one.counts.executed == sum((Counter(each.counts.executed) for each in both), Counter())
+    with pytest.raises(ValueError, match="leaves the backward pass to"):
+        profile(step, feed_forward=2)
 
 
 @pytest.mark.parametrize("layers", [1, 3])

@@ -19,6 +19,7 @@ from .report import Beside, Memory, Pass, Report, Seconds
 
 MIN_TURNS, MAX_TURNS = 3, 200
 COLD_CALLS = 3
+STEP = "step"  # the pass of a call that differentiates by itself
 
 
 def profile(
@@ -32,9 +33,10 @@ def profile(
     """Account for ``call(*args, **kwargs)`` and, where its result requires a gradient, for the backward pass.
 
     call: a layer or any callable whose result holds tensors, or a Solution: ``deq.profile(layer, x)``,
-        ``deq.profile(deq.solve, W, c)``. It is called a dozen times and more, and must do the same every time.
+        ``deq.profile(deq.solve, W, c)``. It is called a dozen times and more, and must do the same every time. One that
+        differentiates by itself, such as a training step that returns its loss, is accounted for as one pass, "step".
     feed_forward: depth of the feed-forward nets to put beside the first solve, of equal parameters, of equal FLOPs per
-        iteration and of equal memory; none if None.
+        iteration and of equal memory; none if None, and not for a call that differentiates by itself.
     seconds: for timing each pass; the rest takes about as long, the ceilings of the machine two seconds once a process.
     against: ceilings instead of those measured here.
 
@@ -62,6 +64,8 @@ def profile(
     if feed_forward is not None:
         if not solved["solve"]:
             raise ValueError("feed_forward needs a solve to compare with; the call made none")
+        if passes["forward"].name == STEP:
+            raise ValueError("feed_forward needs a call that leaves the backward pass to deq.profile; it made its own")
         beside = _beside(solved["solve"][0], feed_forward, account, subject, seconds)
     return Report(
         what=getattr(call, "__qualname__", None) or type(call).__name__,
@@ -141,17 +145,20 @@ def _count(subject: _Subject) -> tuple[dict[str, Pass], dict[str, list[memory.So
     with ranges.record() as recorder:
         with Counter(live) as forward:
             result = subject.run()
+        own = len(recorder.events)
         passes["forward"] = Pass("forward", forward.counts)
         if subject.differentiates:
             with Counter(live) as backward:
                 gradients = subject.differentiate(result)
             passes["backward"] = Pass("backward", backward.counts)
             del gradients
+        elif any(event.name == "adjoint" for event in recorder.events):
+            passes["forward"].name = STEP
     trains = any(event.name == "dW" for event in recorder.events)
-    for event in recorder.events:
+    for i, event in enumerate(recorder.events):
         if event.name not in solved or event.iterations is None:
             continue
-        one = passes["forward" if event.name == "solve" else "backward"]
+        one = passes["forward" if i < own else "backward"]
         one.iterations += event.iterations.reshape(-1).tolist()
         trained = trains and event.name == "adjoint"
         solved[event.name].append(memory.Solved(event.shape, event.element, trained))
@@ -205,10 +212,11 @@ def _memory(subject: _Subject, passes: dict[str, Pass], solved: dict[str, list[m
         measured = [memory.peak_of(run) for run in (subject.run, subject.both)]
     solves, adjoints = solved["solve"], solved["adjoint"]
     last: Counts = list(passes.values())[-1].counts
+    both = memory.backward_bytes(solves, adjoints)
     return Memory(
         buffer=solves[0].buffer if solves else 0,
-        model_forward=memory.forward_bytes(solves),
-        model_both=memory.backward_bytes(solves, adjoints),
+        model_forward=both if passes["forward"].name == STEP else memory.forward_bytes(solves),
+        model_both=both,
         tensors_forward=passes["forward"].counts.peak,
         tensors_both=last.peak,
         retained=passes["forward"].counts.retained,

@@ -88,7 +88,7 @@ def _memory(report: Report) -> Table:
         f"{n / memory.buffer:.2f}" if memory.buffer else "" for n in (memory.tensors_forward, memory.tensors_both)
     ]
     table.add_row(
-        "peak, forward",
+        f"peak, {report.passes[0].name}",
         si(memory.model_forward, "B"),
         si(memory.tensors_forward, "B"),
         si(memory.process_forward, "B"),
@@ -102,7 +102,7 @@ def _memory(report: Report) -> Table:
             si(memory.process_both, "B"),
             buffers[1],
         )
-    table.add_row("retained after forward", si(memory.model_forward, "B"), si(memory.retained, "B"))
+    table.add_row(f"retained after {report.passes[0].name}", si(memory.model_forward, "B"), si(memory.retained, "B"))
     table.add_row("kept for later: packed W", "", "", si(memory.packed, "B"))
     return table
 
