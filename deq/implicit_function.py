@@ -9,6 +9,7 @@ is wanted. Between forward and backward nothing is kept but z, the tensors of t,
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from .closures import (
     strays,
     uncompiled,
 )
+from .profiling import ranges
 from .solvers import generic
 from .solvers.generic import Rule
 
@@ -74,7 +76,7 @@ class Equation:
         """``u = g + product(u)``, product linear."""
         if self.terms is not None or callable(self.adjoint):
             return self.linear(lambda: lambda u: g + product(u)).solve(g)
-        result = generic.run(product, g, self.adjoint, shift=g)
+        result = _run("adjoint", product, g, self.adjoint, shift=g)
         self.report(result, self.adjoint, self._named_gradient)
         return result
 
@@ -89,9 +91,16 @@ class Equation:
         if callable(self.rule):
             return self.rule(f, z0, first)
         with nullcontext() if in_transform() else _Cached():  # weights are computed once a solve
-            result = generic.run(f, z0, self.rule, first=first, keep=self.keep, owned=owned)
+            name = "adjoint" if self.rule is self.adjoint else "solve"
+            result = _run(name, f, z0, self.rule, first=first, keep=self.keep, owned=owned)
         self.report(result, self.rule, self.what)
         return result
+
+
+def _run(name: str, f: Map, z0: Tensor, rule: Rule, **options) -> generic.Result:
+    if ranges.listening:
+        return ranges.call(name, partial(generic.run, **options), f, z0, rule)
+    return generic.run(f, z0, rule, **options)
 
 
 class _Cached:

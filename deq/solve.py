@@ -185,6 +185,8 @@ def _check_tensors(W: object, c: object, z0: object) -> None:
     if len(injection) < dims - 1 or injection[-1] != m or (dims == 3 and injection[0] != weight[0]):
         leading = "..., " if dims == 2 else f"{weight[0]}, ..., "
         raise ValueError(f"c must be ({leading}{m}) for W {tuple(weight)}; got shape {tuple(injection)}")
+    if W.layout is not torch.strided:
+        raise TypeError(f"W must be dense; got layout {W.layout}")
     if W.dtype not in _DTYPES:
         raise TypeError(f"W must be {', '.join(_DTYPES.values())}; got {W.dtype}")
     _check_like("c", c, W)
@@ -199,6 +201,8 @@ def _check_tensors(W: object, c: object, z0: object) -> None:
 def _check_like(name: str, value: Tensor, W: Tensor) -> None:
     if value.dtype != W.dtype:
         raise TypeError(f"{name} must have the dtype of W, {W.dtype}; got {value.dtype}")
+    if value.layout is not torch.strided:
+        raise TypeError(f"{name} must be dense; got layout {value.layout}")
     if not (value.is_cpu and W.is_cpu) and value.device != W.device:
         raise ValueError(f"{name} must be on the device of W, {W.device}; got {value.device}")
 

@@ -35,6 +35,8 @@ WRONG = {
     "integers": (W.int(), c.int(), {}, TypeError, r"W must be float64, float32, bfloat16, float16; got torch.int32"),
     "devices mixed": (W, c.to("meta"), {}, ValueError, r"c must be on the device of W, cpu; got meta"),
     "z0 of another shape": (W, c, {"z0": c[:2]}, ValueError, r"z0 must have the shape of c, \(4, 6\); got \(2, 6\)"),
+    "a sparse weight": (W.to_sparse(), c, {}, TypeError, r"W must be dense; got layout torch.sparse_coo"),
+    "sparse samples": (W, c.to_sparse(), {}, TypeError, r"c must be dense; got layout torch.sparse_coo"),
     "z0 of another dtype": (W, c, {"z0": c.double()}, TypeError, r"z0 must have the dtype of W"),
     "NaN in W": (changed(W, 2, 3, nan), c, {}, ValueError, r"W must be finite; W\[2, 3\] is nan"),
     "inf in W": (changed(W, 5, 5, -inf), c, {}, ValueError, r"W must be finite; W\[5, 5\] is -inf"),

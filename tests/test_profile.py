@@ -200,6 +200,21 @@ def test_a_training_step():
         profile(step, feed_forward=2)
 
 
+def test_fixed_points_of_any_f():
+    W, c = leaves(16, 6)
+
+    def solve():
+        return deq.fixed_point(lambda z: torch.tanh(z @ W.mT + c), torch.zeros(6, 16), solver="plain").z
+
+    report = profile(solve)
+    forward, backward = report.passes
+    told = deq.fixed_point(lambda z: torch.tanh(z @ W.mT + c), torch.zeros(6, 16), solver="plain").iterations
+    assert report.shapes == [(6, 16)] and forward.iterations == told.tolist() and len(backward.iterations) == 6
+    assert "method='plain'" in str(report) and report.memory.model_both is None
+    with pytest.raises(ValueError, match="the call solved another f"):
+        profile(solve, feed_forward=2)
+
+
 @pytest.mark.parametrize("layers", [1, 3])
 def test_feed_forward_nets_have_equal_shares(layers):
     m, B = 96, 32

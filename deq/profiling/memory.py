@@ -15,11 +15,13 @@ RESET_PEAK = "5"  # see proc(5): sets VmHWM to VmRSS
 
 @dataclass(frozen=True)
 class Solved:
-    """One solve or adjoint: the shape (..., B, m) of its injection, the bytes of an element, whether W is trained."""
+    """One solve or adjoint: the shape (..., B, m) of its injection, the bytes of an element, whether W is trained, and
+    whether it has a Plan: of ``deq.fixed_point`` the shape is that of the state, and its memory is that of f."""
 
     shape: tuple[int, ...]
     element: int
     trains_weight: bool = False
+    is_planned: bool = True
 
     @property
     def buffer(self) -> int:
@@ -44,15 +46,20 @@ class Solved:
         return count
 
 
-def forward_bytes(solves: Sequence[Solved]) -> int:
-    """z and the statistics of every solve: what is allocated and what is kept for the backward pass."""
+def forward_bytes(solves: Sequence[Solved]) -> int | None:
+    """z and the statistics of every solve: what is allocated and what is kept for the backward pass. None where one has
+    no theory."""
+    if not all(s.is_planned for s in solves):
+        return None
     return sum(s.buffer + s.statistics for s in solves)
 
 
-def backward_bytes(solves: Sequence[Solved], adjoints: Sequence[Solved]) -> int:
+def backward_bytes(solves: Sequence[Solved], adjoints: Sequence[Solved]) -> int | None:
     """The peak of both passes: every z, then u, which is the gradient of c, and the gradient of W. An adjoint's
     statistics are freed before the gradient of W is formed, and its u is kept."""
     held = most = forward_bytes(solves)
+    if held is None or not all(s.is_planned for s in adjoints):
+        return None
     for s in adjoints:
         held += s.buffer
         most = max(most, held + s.statistics, held + s.weight * s.trains_weight)

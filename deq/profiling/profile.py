@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_iter
 
 from .. import _library, cache
+from ..plan import Plan
 from ..solution import Solution
 from . import memory, ranges
 from .ceilings import Ceilings, ceilings
@@ -45,6 +46,8 @@ def profile(
     as ``torch.utils.flop_counter.FlopCounterMode`` counts them, and beside them what the engine says that it carried
     out. Memory is that of tensors, and of the whole process where the system tells it (Linux), or of the GPU.
 
+    Of ``deq.fixed_point`` the iterations are told as well; how much memory f needs no theory says.
+
     Returns a :class:`deq.profiling.Report`: ``print(report)``, ``report.as_dict()``, ``report.draw(path)``.
     Raises TypeError if ``call`` is not callable, ValueError for a result without tensors and options out of range.
     """
@@ -64,6 +67,8 @@ def profile(
     if feed_forward is not None:
         if not solved["solve"]:
             raise ValueError("feed_forward needs a solve to compare with; the call made none")
+        if not solved["solve"][0].is_planned:
+            raise ValueError("feed_forward needs a solve with a weight to compare with; the call solved another f")
         if passes["forward"].name == STEP:
             raise ValueError("feed_forward needs a call that leaves the backward pass to deq.profile; it made its own")
         beside = _beside(solved["solve"][0], feed_forward, account, subject, seconds)
@@ -161,8 +166,9 @@ def _count(subject: _Subject) -> tuple[dict[str, Pass], dict[str, list[memory.So
         one = passes["forward" if i < own else "backward"]
         one.iterations += event.iterations.reshape(-1).tolist()
         trained = trains and event.name == "adjoint"
-        solved[event.name].append(memory.Solved(event.shape, event.element, trained))
-        explained = event.plan.explain().splitlines()
+        is_planned = isinstance(event.plan, Plan)
+        solved[event.name].append(memory.Solved(event.shape, event.element, trained, is_planned))
+        explained = event.plan.explain().splitlines() if is_planned else [str(event.plan)]
         if event.name == "solve" and explained not in plans:
             plans.append(explained)
     return passes, solved, plans

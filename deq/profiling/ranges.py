@@ -7,9 +7,10 @@ process started or a recorder is in use. Hot code asks before it calls::
         return ranges.call("solve", function, *arguments)
     return function(*arguments)
 
-Range names: solve, adjoint, dW; in the compiled library pack, step, anchor, Anderson (csrc/cpu/trace.h); of an
-experiment its phases (:func:`phase`). The message of a range holds m and B, its payload is B; a mark after a solve has
-the most evaluations of any sample as payload, for tensors of the CPU: those of a GPU are not waited for.
+Range names: solve, adjoint (also of ``deq.fixed_point``), dW; in the compiled library pack, step, anchor, Anderson
+(csrc/cpu/trace.h); of an experiment its phases (:func:`phase`). The message of a range holds m and B, its payload is B;
+a mark after a solve has the most evaluations of any sample as payload, for tensors of the CPU: those of a GPU are not
+waited for.
 """
 
 import ctypes
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from .. import _library, stats
 from ..plan import Plan
+from ..solvers.generic.rule import Rule
 
 try:
     import nvtx
@@ -46,8 +48,8 @@ listening = _has_tool
 class Event:
     """One range that has ended. ``start`` and ``end`` in nanoseconds of time.perf_counter_ns; ``shape`` (..., B, m) of
     what was solved, or None, and ``element``, bytes of an element of it; ``iterations`` (...) of its samples, or None;
-    ``plan`` of a solve; ``thread`` as threading.get_native_id; ``payload`` of a range in the compiled library: rows of
-    a step or anchor, pairs of Anderson's window, m of what was packed."""
+    ``plan`` of a solve, its Rule where it is one of any f; ``thread`` as threading.get_native_id; ``payload`` of a
+    range in the compiled library: rows of a step or anchor, pairs of Anderson's window, m of what was packed."""
 
     name: str
     start: int
@@ -56,7 +58,7 @@ class Event:
     shape: tuple[int, ...] | None = None
     iterations: Tensor | None = None
     element: int = 0
-    plan: Plan | None = None
+    plan: Plan | Rule | None = None
     payload: int | None = None
 
 
@@ -106,14 +108,19 @@ def _spans(library: ctypes.CDLL) -> list[Event]:
 
 
 def call(name: str, function: Callable[..., T], *arguments) -> T:
-    """``function(*arguments)`` inside a range. Its second argument is the injection; where it returns an Outcome of
-    :mod:`deq.backends` or a Solution, alone or as the first of a tuple, the range has iterations."""
+    """``function(*arguments)`` inside a range. Its second argument is the injection, or the state that a solve of any
+    f starts from; where it returns an Outcome of :mod:`deq.backends` or a Solution, alone or as the first of a tuple,
+    or a Result of :mod:`deq.solvers.generic`, the range has iterations."""
     if torch.compiler.is_compiling():
         return function(*arguments)
     with _range(name, arguments[1]) as ended:
         result = function(*arguments)
         solved = result if hasattr(result, "stats") or not isinstance(result, tuple) else result[0]
-        if hasattr(solved, "stats") and not torch._C._are_functorch_transforms_active():
+        if torch._C._are_functorch_transforms_active():
+            return result
+        if hasattr(solved, "told"):
+            ended["iterations"], ended["plan"] = solved.told.iterations, arguments[2]
+        elif hasattr(solved, "stats"):
             ended["iterations"] = stats.iterations(solved.z, solved.stats)
             ended["plan"] = getattr(solved, "plan", None) or next(a for a in arguments if isinstance(a, Plan))
     return result

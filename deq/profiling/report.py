@@ -57,13 +57,13 @@ class Pass:
 @dataclass
 class Memory:
     """Bytes beyond the inputs. ``buffer``: of B x m elements of the first solve; the theory (deq/profiling/memory.py)
-    counts the solves alone; ``tensors``: all tensors made; ``process``: of the resident set or of the GPU, None where
-    the system does not tell; ``retained``: by the result and its graph after the forward pass; ``packed``: held for
-    weights seen lately, of every size."""
+    counts the solves alone, and is None for those of any f; ``tensors``: all tensors made; ``process``: of the resident
+    set or of the GPU, None where the system does not tell; ``retained``: by the result and its graph after the forward
+    pass; ``packed``: held for weights seen lately, of every size."""
 
     buffer: int
-    model_forward: int
-    model_both: int
+    model_forward: int | None
+    model_both: int | None
     tensors_forward: int
     tensors_both: int
     retained: int
