@@ -91,7 +91,7 @@ def layout_of(z0: object, batch_dims: int | None) -> Layout:
     batch_dims: how many leading dimensions count samples. None: one, or none where no tensor has two dimensions.
     Raises TypeError and ValueError naming z0 or batch_dims.
     """
-    if type(z0) is Tensor and (batch_dims is None or type(batch_dims) is int):
+    if type(z0) is Tensor and z0.layout is torch.strided and (batch_dims is None or type(batch_dims) is int):
         return _layout_of_tensor(z0.shape, z0.dtype, batch_dims)
     return _layout_of(z0, batch_dims)
 
@@ -107,6 +107,8 @@ def _layout_of(z0: object, batch_dims: int | None) -> Layout:
     if kind not in (Tensor, tuple, list) or not parts or not all(isinstance(part, Tensor) for part in parts):
         raise TypeError(f"z0 must be a torch.Tensor, or a tuple or list of them; got {_told(z0)}")
     for part in parts:
+        if part.layout is not torch.strided:
+            raise TypeError(f"z0 must be dense; got layout {part.layout}")
         if part.dtype not in DTYPES:
             names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
             raise TypeError(f"z0 must be {names}; got {part.dtype}")

@@ -455,6 +455,8 @@ def test_wrong_options(options, error, message):
 def test_wrong_states():
     with pytest.raises(TypeError, match=r"z0 must be a torch\.Tensor, or a tuple or list of them; got int"):
         deq.fixed_point(torch.cos, 3)
+    with pytest.raises(TypeError, match="z0 must be dense; got layout"):
+        deq.fixed_point(lambda z: z, torch.eye(3).to_sparse())
     with pytest.raises(TypeError, match="z0 must be float32, float64"):
         deq.fixed_point(torch.cos, torch.zeros(2, 3, dtype=torch.int64))
     with pytest.raises(ValueError, match="z0 must be finite; sample 1 holds NaN"):

@@ -317,6 +317,11 @@ class TestErrors:
         with pytest.raises(ValueError, match=r"x must be \(\.\.\., 3\), in_features last; got"):
             EquilibriumLinear(3, 8)(torch.zeros(shape))
 
+    @pytest.mark.parametrize("dtype", [torch.int64, torch.float64])
+    def test_input_dtype(self, dtype):
+        with pytest.raises(TypeError, match=r"x must have the dtype of the layer, torch\.float32; got torch"):
+            EquilibriumLinear(3, 8)(torch.zeros((4, 3), dtype=dtype))
+
     def test_weight_modules(self):
         with pytest.raises(ValueError, match="rank must be a positive integer; got 0"):
             deq.nn.DiagonalLowRankWeight(8, rank=0)

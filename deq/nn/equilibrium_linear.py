@@ -78,6 +78,9 @@ class EquilibriumLinear(nn.Module):
     def forward(self, x: Tensor, z0: Tensor | None = None) -> Tensor:
         if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise ValueError(f"x must be (..., {self.in_features}), in_features last; got {tuple(x.shape)}")
+        dtype = self.injection.weight.dtype
+        if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(f"x must have the dtype of the layer, {dtype}; got {x.dtype}")
         c = self.injection(x)
         with torch.autocast(x.device.type, enabled=False):
             W = self.weight()
