@@ -1,6 +1,6 @@
 // The whole solve by as many blocks together as W needs: each keeps 16 RT rows of it in bfloat16, in shared memory and registers,
-// and the state is exchanged through L2. Such a group solves samples of its own; the grid has as many groups as there is room for
-// and no more than samples. They have nothing to do with each other.
+// and the state is exchanged through L2. Such a group, a row of blocks, solves samples of its own; the grid has as many groups as
+// there is room for and no more than samples. They have nothing to do with each other.
 //
 // Per evaluation every block of a group writes the increments and norms of its rows, raises its flag, waits for the flags of the
 // blocks it reads from, and multiplies; warps share out the inner dimension, so that each reads a part of the increments and
@@ -18,7 +18,7 @@ class GridSolve {
   using Map = GridMap<Gpu, RT, BT>;
   using State = Elements<Gpu, Map>;
   static constexpr int E = State::E, kAllSlots = BT * kSlots, kRows = Map::kRows, kStride = sums_stride(RT);
-  static constexpr bool kStages = RT > 2;
+  static constexpr bool kStages = RT > 2;  // whether increments come through shared memory
 
   DEQ_GPU GridSolve(const Call& call, char* shared)
       : call_(call),
