@@ -26,8 +26,8 @@ struct DeqCudaPlan {
 DEQ_API int32_t deq_cuda_plan(int64_t weights, int64_t batch, int64_t width, int32_t device, int32_t regime,
                               struct DeqCudaPlan* plan);
 
-// The kernel of a regime that holds a W of this width on so many multiprocessors with `shared` bytes a block, or -1: what a plan
-// is made from, for any device.
+// The kernel of a regime that holds one W of this width on so many multiprocessors with `shared` bytes a block, or -1: what a
+// plan is made from, for any device.
 DEQ_API int32_t deq_cuda_kernel(int32_t regime, int64_t width, int64_t batch, int32_t processors, int64_t shared);
 
 // Copies float32 weights W (S, m, m) of any strides to `packed`, rows side by side and one after the other.

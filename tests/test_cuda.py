@@ -132,6 +132,18 @@ def test_bits_do_not_depend_on_the_batch_nor_on_the_run(regime, m):
 
 
 @needs_gpu
+@pytest.mark.parametrize(
+    ("regime", "S", "m"), [("block", 3, 100), ("grid", 3, 400), ("grid", 20, 600), ("grid", 2, 2500)]
+)
+def test_stacked_weights_are_each_as_if_alone(regime, S, m):
+    W, c = map(torch.stack, zip(*(gaussian(m, 9, seed=s)[:2] for s in range(S)), strict=True))
+    together = Solved(regime, W, c)
+    for s in range(S):
+        alone = Solved(regime, W[s], c[s])
+        assert torch.equal(together.z[s], alone.z) and torch.equal(together.iterations[s], alone.iterations)
+
+
+@needs_gpu
 @pytest.mark.parametrize("regime", ["block", "grid"])
 def test_slow_samples_are_accelerated(regime):
     W, c, _ = gaussian(200, 16, scale=1.15)

@@ -109,7 +109,7 @@ const char* deq_cuda_why(void) { return deq::why; }
 
 int32_t deq_cuda_kernel(int32_t regime, int64_t width, int64_t batch, int32_t processors, int64_t shared) {
   if (width < 1) return -1;
-  return regime == DEQ_GRID ? deq::grid_kernel(width, batch, processors, shared) : deq::block_kernel(width, shared);
+  return regime == DEQ_GRID ? deq::grid_kernel(width, 1, batch, processors, shared) : deq::block_kernel(width, shared);
 }
 
 int32_t deq_cuda_plan(int64_t weights, int64_t batch, int64_t width, int32_t device, int32_t regime, DeqCudaPlan* plan) {
@@ -122,7 +122,7 @@ int32_t deq_cuda_plan(int64_t weights, int64_t batch, int64_t width, int32_t dev
   const DeviceScope scope(device);
   if (int32_t error = check_cuda(scope.error(), "choosing the device")) return error;
   int32_t error = regime == DEQ_GRID ? DEQ_NOT_SUPPORTED : plan_block(weights, batch, width, limits, plan);
-  if (error == DEQ_NOT_SUPPORTED && regime != DEQ_BLOCK) error = plan_grid(batch, width, limits, plan);
+  if (error == DEQ_NOT_SUPPORTED && regime != DEQ_BLOCK) error = plan_grid(weights, batch, width, limits, plan);
   if (error) return error;
   plan->scratch += note_bytes(weights * batch);
   return DEQ_OK;

@@ -40,6 +40,7 @@ struct Call {
   Note* notes;     // (S, B)
   float* scratch;  // block_scratch floats for every block, or grid_scratch for all
   int64_t first_weight;
+  int32_t groups;     // of a weight, in GridSolve
   int32_t exchanges;  // whether a block's anchors have room in its shared memory (BlockLayout)
 };
 

@@ -53,29 +53,36 @@ struct GridKernel {
 constexpr GridKernel kGridKernels[] = {{1, 1, 0}, {2, 4, 0}, {4, 4, 0}, {2, 1, 7}};
 constexpr int kGridKernelCount = 4;
 
-// The samples that so many multiprocessors with `shared` bytes a block solve at once; 0 where they do not hold W.
-inline int64_t grid_slots(const GridKernel& kernel, int64_t width, int processors, int64_t shared) {
+// The groups that so many multiprocessors with `shared` bytes a block have room for; 0 where they do not hold W.
+inline int64_t possible_groups(const GridKernel& kernel, int64_t width, int processors, int64_t shared) {
   const GridLayout at = grid_layout(width, kernel.rows, kernel.columns, kernel.held);
   const bool fits = at.steps / kGridWarps >= kernel.held && at.bytes <= shared;
-  return fits ? static_cast<int64_t>(processors / at.blocks) * kernel.columns * kSlots : 0;
+  return fits ? processors / at.blocks : 0;
 }
 
-// The kernel for `batch` samples of a W of this width: the first that solves all of them at once, or else the most; -1 if none
-// holds W.
-inline int grid_kernel(int64_t width, int64_t batch, int processors, int64_t shared) {
+// The kernel for `batch` samples of each of so many W of this width: the first that solves all of them at once, or else the most;
+// -1 if none holds W.
+inline int grid_kernel(int64_t width, int64_t weights, int64_t batch, int processors, int64_t shared) {
   int best = -1;
   int64_t most = 0;
-  for (int i = 0; i < kGridKernelCount && most < batch; ++i) {
-    const int64_t slots = grid_slots(kGridKernels[i], width, processors, shared);
-    if (slots > most) best = i, most = slots;
+  for (int i = 0; i < kGridKernelCount; ++i) {
+    const int64_t slots = kGridKernels[i].columns * kSlots, groups = possible_groups(kGridKernels[i], width, processors, shared);
+    if (groups > 0 && groups >= weights * ((batch + slots - 1) / slots)) return i;
+    if (groups * slots > most) best = i, most = groups * slots;
   }
   return best;
 }
 
-// The groups of a plan: all that there is room for, since the fewer samples a group has the fewer wait for another's anchor.
-inline int64_t grid_groups(int64_t batch, int processors, int blocks) {
-  const int64_t possible = processors / blocks;
-  return batch < possible ? batch : possible;
+// How so many groups are shared out: groups of a weight, no more than it has samples, and weights that are solved at once. The
+// fewer samples a group has, the fewer wait for another's anchor.
+struct GridShares {
+  int64_t groups, weights;
+};
+inline GridShares grid_shares(int64_t weights, int64_t batch, int64_t possible) {
+  int64_t groups = possible / weights;
+  if (groups > batch) groups = batch;
+  if (groups < 1) groups = 1;
+  return {groups, weights < possible / groups ? weights : possible / groups};
 }
 
 }  // namespace deq

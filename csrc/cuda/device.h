@@ -41,7 +41,7 @@ struct Device {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
   static constexpr int kAnchorRows = 2, kAnchorReads = 1, kTallReads = 1;
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-  static constexpr int kAnchorRows = 4, kAnchorReads = 4, kTallReads = 2;
+  static constexpr int kAnchorRows = 4, kAnchorReads = 4, kTallReads = 1;
 #else
   static constexpr int kAnchorRows = 4, kAnchorReads = 4, kTallReads = 4;
 #endif

@@ -32,15 +32,16 @@ int32_t complete_grid(int64_t width, DeqCudaPlan* plan) {
   return DEQ_OK;
 }
 
-int32_t plan_grid(int64_t batch, int64_t width, const Limits& limits, DeqCudaPlan* plan) {
+int32_t plan_grid(int64_t weights, int64_t batch, int64_t width, const Limits& limits, DeqCudaPlan* plan) {
   if (!limits.cooperates) return failed(DEQ_NOT_SUPPORTED, "the device has no cooperative launches");
-  plan->kernel = grid_kernel(width, batch, limits.processors, limits.shared);
+  plan->kernel = grid_kernel(width, weights, batch, limits.processors, limits.shared);
   if (plan->kernel < 0)
     return failed(DEQ_NOT_SUPPORTED, "a weight of width %lld does not fit into %d multiprocessors of %d bytes",
                   static_cast<long long>(width), limits.processors, limits.shared);
   const GridKernel kernel = kGridKernels[plan->kernel];
   const int blocks = grid_layout(width, kernel.rows, kernel.columns, kernel.held).blocks;
-  plan->blocks = blocks * static_cast<int32_t>(grid_groups(batch, limits.processors, blocks));
+  const GridShares shares = grid_shares(weights, batch, limits.processors / blocks);
+  plan->blocks = blocks * static_cast<int32_t>(shares.groups * shares.weights);
   if (int32_t error = complete_grid(width, plan)) return error;
   if (int32_t error = allow_shared(kKernels[plan->kernel], limits)) return error;
   int resident = 0;
@@ -54,17 +55,19 @@ int32_t plan_grid(int64_t batch, int64_t width, const Limits& limits, DeqCudaPla
 
 int32_t launch_grid(Call call, int64_t weights, const DeqCudaPlan& plan, cudaStream_t stream) {
   const GridKernel kernel = kGridKernels[plan.kernel];
-  const int blocks = grid_layout(call.width, kernel.rows, kernel.columns, kernel.held).blocks, groups = plan.blocks / blocks;
-  const int64_t flags = groups * grid_scratch(call.width, kernel.rows, kernel.columns).flags;
-  for (int64_t s = 0; s < weights; ++s) {
-    call.first_weight = s;
+  const int blocks = grid_layout(call.width, kernel.rows, kernel.columns, kernel.held).blocks;
+  const GridShares shares = grid_shares(weights, call.batch, plan.blocks / blocks);
+  call.groups = static_cast<int32_t>(shares.groups);
+  for (call.first_weight = 0; call.first_weight < weights; call.first_weight += shares.weights) {
+    const int64_t left = weights - call.first_weight, groups = shares.groups * (left < shares.weights ? left : shares.weights);
+    const int64_t flags = groups * grid_scratch(call.width, kernel.rows, kernel.columns).flags;
     if (int32_t error = check_cuda(cudaMemsetAsync(call.scratch, 0, flags * sizeof(float), stream), "lowering flags"))
       return error;
     void* arguments[] = {&call};
-    if (int32_t error =
-            check_cuda(cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kKernels[plan.kernel]), dim3(blocks, groups),
-                                                   plan.threads, arguments, static_cast<size_t>(plan.shared), stream),
-                       "the cooperative launch of a grid solve"))
+    if (int32_t error = check_cuda(cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kKernels[plan.kernel]),
+                                                               dim3(blocks, static_cast<unsigned>(groups)), plan.threads,
+                                                               arguments, static_cast<size_t>(plan.shared), stream),
+                                   "the cooperative launch of a grid solve"))
       return error;
   }
   return DEQ_OK;

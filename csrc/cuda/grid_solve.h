@@ -1,6 +1,6 @@
 // The whole solve by as many blocks together as W needs: each keeps 16 RT rows of it in bfloat16, in shared memory and registers,
 // and the state is exchanged through L2. Such a group, a row of blocks, solves samples of its own; the grid has as many groups as
-// there is room for and no more than samples. They have nothing to do with each other.
+// there is room for and no more than samples, of one weight or of several. They have nothing to do with each other.
 //
 // Per evaluation every block of a group writes the increments and norms of its rows, raises its flag, waits for the flags of the
 // blocks it reads from, and multiplies; warps share out the inner dimension, so that each reads a part of the increments and
@@ -32,7 +32,7 @@ class GridSolve {
         orders_(reinterpret_cast<Orders*>(shared + at_.orders)),
         warp_(Gpu::thread() / kWarp),
         lane_(Gpu::thread() % kWarp),
-        weight_(call.first_weight),
+        weight_(call.first_weight + Gpu::row() / call.groups),
         begin_(at_.steps * warp_ / kGridWarps),
         end_(at_.steps * (warp_ + 1) / kGridWarps) {
     const GridScratch in = grid_scratch(call.width, RT, BT);
@@ -51,7 +51,7 @@ class GridSolve {
   DEQ_GPU void run() {
     constexpr int kWarps = kGridWarps + kJudges;
     prepare_samples<Gpu>(call_, weight_, sample_of(static_cast<int64_t>(Gpu::block()) * kWarps + warp_),
-                         static_cast<int64_t>(at_.blocks) * kWarps * Gpu::rows());
+                         static_cast<int64_t>(at_.blocks) * kWarps * call_.groups);
     Gpu::sync();
     if (Gpu::thread() == 0) Gpu::release(places_->anchor_flags + Gpu::block(), anchor_epoch_);
     if (warp_ < kGridWarps) {
@@ -64,14 +64,14 @@ class GridSolve {
  private:
   static constexpr int kJudged = kAllSlots / kJudges;  // slots of a warp that judges, one a lane
 
-  // The i-th sample of this group: they take turns, so that each has as many.
-  DEQ_GPU int64_t sample_of(int64_t i) const { return i * Gpu::rows() + Gpu::row(); }
+  // The i-th sample of this group: those of a weight take turns, so that each has as many.
+  DEQ_GPU int64_t sample_of(int64_t i) const { return i * call_.groups + Gpu::row() % call_.groups; }
 
   // Every slot takes each kAllSlots-th sample of its group.
   DEQ_GPU void control() {
     const int judge = warp_ - kGridWarps, own = judge * kJudged + lane_ % kJudged;
     const bool decides = lane_ < kJudged;
-    const int64_t stride = static_cast<int64_t>(kAllSlots) * Gpu::rows();
+    const int64_t stride = static_cast<int64_t>(kAllSlots) * call_.groups;
     SlotControl& slot = controls_[own];  // in shared memory: the registers are needed for Anderson's weights
     wait_for(places_->anchor_flags, 0, at_.blocks, anchor_epoch_);
     if (decides) actions_[own] = slot.begin(call_, weight_, first_solved(call_, weight_, sample_of(own), stride));

@@ -60,9 +60,9 @@ int32_t complete_block(int64_t weights, int64_t width, const Limits& limits, Deq
 int32_t plan_block(int64_t weights, int64_t batch, int64_t width, const Limits& limits, DeqCudaPlan* plan);
 int32_t launch_block(Call call, int64_t weights, const DeqCudaPlan& plan, const Limits& limits, cudaStream_t stream);
 
-// Regime C, one weight after the other.
+// Regime C, as many weights at a time as there are groups for.
 int32_t complete_grid(int64_t width, DeqCudaPlan* plan);
-int32_t plan_grid(int64_t batch, int64_t width, const Limits& limits, DeqCudaPlan* plan);
+int32_t plan_grid(int64_t weights, int64_t batch, int64_t width, const Limits& limits, DeqCudaPlan* plan);
 int32_t launch_grid(Call call, int64_t weights, const DeqCudaPlan& plan, cudaStream_t stream);
 
 // Samples that failed, after a solve.

@@ -172,11 +172,11 @@ DeqProblem problem(int64_t B, int64_t m, int64_t S = 1) {
 }
 
 // Plans and solves; the error of whichever fails.
-int32_t solve(int64_t B, int64_t m, int32_t regime = -1, DeqCudaPlan* planned = nullptr) {
+int32_t solve(int64_t B, int64_t m, int32_t regime = -1, DeqCudaPlan* planned = nullptr, int64_t S = 1) {
   DeqCudaPlan plan;
-  if (int32_t error = deq_cuda_plan(1, B, m, 0, regime, &plan)) return error;
+  if (int32_t error = deq_cuda_plan(S, B, m, 0, regime, &plan)) return error;
   if (planned) *planned = plan;
-  const DeqProblem p = problem(B, m);
+  const DeqProblem p = problem(B, m, S);
   fake().launches.clear();
   return deq_cuda_solve(&p, plan.regime, plan.kernel, plan.blocks, nullptr, plan.scratch, 0, nullptr);
 }
@@ -215,6 +215,10 @@ void regimes() {
   check_launch(0, "solve_grid", 32, true);
   CHECK(solve(256, 1024) == DEQ_OK);
   check_launch(0, "solve_grid", 128, true);
+  CHECK(solve(9, 600, DEQ_GRID, nullptr, 20) == DEQ_OK);  // thirteen weights at once, a group each, then seven
+  CHECK(fake().launches.size() == 2);
+  check_launch(0, "solve_grid", 130, true);
+  check_launch(1, "solve_grid", 70, true);
 }
 
 void refusals() {

@@ -57,6 +57,7 @@ struct Case {
     scratch.assign(groups * (memory.flags + memory.floats), NAN);
     std::fill_n(scratch.begin(), groups * memory.flags, 0.0f);
     call.scratch = scratch.data();
+    call.groups = groups;
     const GridLayout at = grid_layout(m, RT, BT, HELD);
     Emulator::launch(at.blocks, groups, kGridThreads, at.bytes, seed,
                      [&](char* shared) { GridSolve<Emulator, RT, BT, HELD>(call, shared).run(); });
@@ -198,6 +199,54 @@ void grids() {
   held.solve_in_grid<2, 1, 1>(2);
   held.check_solved();
   CHECK(two.z == held.z && two.iterations == held.iterations);
+}
+
+// Several weights at once, each by groups of its own, give what each gives alone.
+void stacks() {
+  constexpr int64_t S = 3, B = 5, m = 40;
+  std::vector<Case> alone;
+  Case all(S * B, m);
+  all.W.clear(), all.c.clear();
+  for (int64_t s = 0; s < S; ++s) {
+    alone.emplace_back(B, m);
+    Case& one = alone.back();
+    for (float& w : one.W) w *= static_cast<float>(s + 1) / S;
+    for (float& x : one.c) x += static_cast<float>(s);
+    all.W.insert(all.W.end(), one.W.begin(), one.W.end());
+    all.c.insert(all.c.end(), one.c.begin(), one.c.end());
+  }
+  for (Case& one : alone) {
+    one.call.W = one.W.data(), one.call.injection.data = one.c.data(), one.call.out.data = one.z.data();
+    one.call.iterations = one.iterations.data(), one.call.residual = one.residual.data(), one.call.status = one.status.data();
+    one.call.report = &one.report, one.call.notes = one.notes.data();
+    one.solve_in_grid<1, 1, 0>();
+    one.check_solved();
+  }
+  all.call.batch = B, all.call.W = all.W.data();
+  all.call.injection = {all.c.data(), {B * (m + 3), m + 3, 1}};
+  all.call.out = {all.z.data(), {B * (m + 3), m + 3, 1}};
+  const GridScratch memory = grid_scratch(m, 2, 4);
+  const GridLayout at = grid_layout(m, 2, 4, 0);
+  for (int groups : {1, 2}) {
+    std::fill(all.z.begin(), all.z.end(), -77.0f);
+    for (int64_t first : {0, 2}) {  // two weights, then the one that is left
+      const int rows = groups * static_cast<int>(first == 0 ? 2 : 1);
+      all.scratch.assign(rows * (memory.flags + memory.floats), NAN);
+      std::fill_n(all.scratch.begin(), rows * memory.flags, 0.0f);
+      all.call.scratch = all.scratch.data(), all.call.groups = groups, all.call.first_weight = first;
+      Emulator::launch(at.blocks, rows, kGridThreads, at.bytes, 3,
+                       [&](char* shared) { GridSolve<Emulator, 2, 4, 0>(all.call, shared).run(); });
+    }
+    for (int64_t s = 0; s < S; ++s) {
+      CHECK(std::equal(alone[s].z.begin(), alone[s].z.end(), all.z.begin() + s * B * (m + 3)));
+      CHECK(std::equal(alone[s].iterations.begin(), alone[s].iterations.end(), all.iterations.begin() + s * B));
+    }
+  }
+  all.W[2 * m * m + 5 * m + 7] = NAN;
+  all.call.first_weight = 2;
+  Emulator::launch(at.blocks, 2, kGridThreads, at.bytes, 3,
+                   [&](char* shared) { GridSolve<Emulator, 2, 4, 0>(all.call, shared).run(); });
+  CHECK(all.report.bad_weight == 1 + (2 * m + 5) * m + 7);
 }
 
 // A nilpotent W and an injection that bfloat16 holds exactly: every step is exact, so that no anchor has anything to correct and
@@ -390,13 +439,24 @@ void capacities() {
       if (block >= 0) CHECK(block_layout(m, kBlockKernels[block].rows, kBlockKernels[block].held).bytes <= shared);
       CHECK((block >= 0) == (m <= (shared == kHopper ? 336 : 288)));
       for (int64_t batch : {1, 16, 32, 1000}) {
-        const int grid = grid_kernel(m, batch, 132, shared);
+        const int grid = grid_kernel(m, 1, batch, 132, shared);
         if (shared == kHopper) CHECK((grid >= 0) == (m <= 4224));
         if (grid < 0) continue;
         const GridLayout at = grid_layout(m, kGridKernels[grid].rows, kGridKernels[grid].columns, kGridKernels[grid].held);
-        CHECK(at.bytes <= shared && at.blocks * grid_groups(batch, 132, at.blocks) <= 132);
-        const auto slots = [&](int kernel) { return grid_slots(kGridKernels[kernel], m, 132, shared); };
+        const auto slots = [&](int kernel) {
+          return possible_groups(kGridKernels[kernel], m, 132, shared) * kGridKernels[kernel].columns * kSlots;
+        };
+        CHECK(at.bytes <= shared && slots(grid) > 0);
         for (int i = 0; i < kGridKernelCount; ++i) CHECK(slots(i) <= slots(grid) || (slots(grid) >= batch && i > grid));
+        const int64_t possible = 132 / at.blocks;
+        for (int64_t weights : {1, 3, 7, 500}) {
+          const GridShares shares = grid_shares(weights, batch, possible);
+          const int64_t used = shares.groups * shares.weights;
+          CHECK(shares.groups >= 1 && shares.groups <= batch && shares.weights >= 1 && shares.weights <= weights);
+          CHECK(used <= possible && (shares.groups == batch || possible - used < shares.weights));
+          const GridShares again = grid_shares(weights, batch, used);  // as a launch finds them in its plan
+          CHECK(again.groups == shares.groups && again.weights == shares.weights);
+        }
       }
     }
 }
@@ -409,6 +469,7 @@ int main() {
   packing();
   clusters();
   grids();
+  stacks();
   exact_steps();
   activations();
   acceleration();
