@@ -5,7 +5,6 @@ compiled library, where it has CUDA kernels (csrc/cuda/constants.cu). What none 
 table.
 """
 
-import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import triton
 import triton.language as tl
 
 from deq import _library
+from deq.backends import cuda
 from deq.gpu_device import Device, find_device, key_of, table, write_table
 from deq.gpu_times import LATENCY, PRECISIONS, grid_tiles, grid_time
 
@@ -194,17 +194,11 @@ def block_reduction(sizes: Sizes) -> float:
 def by_library(name: str) -> float:
     """Seconds, bytes or FLOP per second that the library's CUDA code measures (csrc/cuda_kernels.h says what there is).
 
-    Raises NotImplementedError where the library has none, RuntimeError where it fails.
+    Raises RuntimeError where the library has none or it fails.
     """
-    measure = getattr(_library.compiled, "deq_cuda_measure", None)
-    if measure is None:
-        raise NotImplementedError("the compiled library has no CUDA kernels")
-    measure.restype, measure.argtypes = ctypes.c_int32, (ctypes.c_char_p, ctypes.c_int32, ctypes.c_void_p)
-    result = ctypes.c_double()
-    if measure(name.encode(), torch.cuda.current_device(), ctypes.byref(result)):
-        _library.compiled.deq_cuda_why.restype = ctypes.c_char_p
-        raise RuntimeError(_library.compiled.deq_cuda_why().decode())
-    return result.value
+    if not hasattr(_library.compiled, "deq_cuda_measure"):
+        raise RuntimeError("the compiled library has no CUDA kernels")
+    return cuda.measure(name, torch.cuda.current_device())
 
 
 @measures("grid_barrier", "a flag a block, read by all blocks")
@@ -304,7 +298,7 @@ class Measuring:
             yield name
             try:
                 self._keep(name, function(self.sizes), how)
-            except (RuntimeError, NotImplementedError, ValueError) as error:  # a dtype that it does not multiply
+            except (RuntimeError, ValueError) as error:  # of torch too, for a dtype that it does not multiply
                 self.failed[name] = str(error).splitlines()[0]
 
     def _keep(self, name: str, value: float, how: str) -> None:

@@ -30,22 +30,25 @@ def block_kernel(width: int, shared: int) -> int | None:
     return None
 
 
-def grid_slots(kernel: int, width: int, processors: int, shared: int) -> int:
-    """Samples that ``processors`` multiprocessors of ``shared`` bytes solve at once; 0 where they do not hold W."""
+def possible_groups(kernel: int, width: int, processors: int, shared: int) -> int:
+    """The groups that ``processors`` multiprocessors of ``shared`` bytes have room for; 0 where they do not hold W."""
     rows, columns, held = GRID_KERNELS[kernel]
     steps = -(-width // TILE)
     weights = (steps - held * GRID_WARPS) * rows * TILE_BYTES
     sums = GRID_WARPS * (rows * TILE + 4) * columns * SLOTS * 4
     needed = weights + sums + columns * SLOTS * SLOT_BYTES + PLACES_BYTES + JUDGES * ORDERS_BYTES
-    if steps // GRID_WARPS < held or needed > shared:
-        return 0
-    return processors // -(-steps // rows) * columns * SLOTS
+    fits = steps // GRID_WARPS >= held and needed <= shared
+    return processors // -(-steps // rows) if fits else 0
 
 
 def grid_kernel(width: int, batch: int, processors: int, shared: int) -> int | None:
-    """The kernel that spreads W over some or all of ``processors`` blocks: the first that solves the batch at once, or
-    else the most samples; None if none holds W."""
-    slots = [grid_slots(kernel, width, processors, shared) for kernel in range(len(GRID_KERNELS))]
-    if max(slots) == 0:
-        return None
-    return next((kernel for kernel, most in enumerate(slots) if most >= batch), slots.index(max(slots)))
+    """The kernel that spreads one W over some or all of ``processors`` blocks: the first that solves the batch at once,
+    or else the most samples; None if none holds W."""
+    best, most = None, 0
+    for kernel, (_, columns, _) in enumerate(GRID_KERNELS):
+        slots, groups = columns * SLOTS, possible_groups(kernel, width, processors, shared)
+        if groups > 0 and groups >= -(-batch // slots):
+            return kernel
+        if groups * slots > most:
+            best, most = kernel, groups * slots
+    return best

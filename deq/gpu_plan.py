@@ -75,9 +75,6 @@ def _best(options: list[Expected]) -> Expected | None:
     return best
 
 
-# ---- the choice -----------------------------------------------------------------------------------------------------
-
-
 @lru_cache(maxsize=1024)
 def choose(
     m: int,

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from math import ceil
+from typing import NamedTuple
 
 from .cuda_capacity import GRID_KERNELS, block_kernel, grid_kernel
 from .gpu_device import Device
@@ -112,11 +113,22 @@ def grid_tiles(m: int, B: int, device: Device, size: int) -> Tiles | None:
     return Tiles(columns * CUDA_SAMPLES, rows * CUDA_PAD, m, 8, 1)
 
 
-def grid_groups(m: int, B: int, device: Device, tiles: Tiles) -> tuple[int, int, int]:
-    """Blocks that hold W together, how many such groups there are, and the samples that one of them solves at once."""
+class Groups(NamedTuple):
+    """Regime "grid": how many groups of so many blocks hold a W each, the samples that one of them solves at once, and
+    how often it does."""
+
+    count: int
+    blocks: int
+    samples: int
+    turns: int
+
+
+def groups_of(m: int, B: int, device: Device, tiles: Tiles) -> Groups:
+    """Those of a batch."""
     blocks = ceil(m / tiles.units)
-    groups = min(device.processors // blocks, max(1, B))
-    return blocks, groups, min(tiles.samples, ceil(max(1, B) / groups))
+    count = min(device.processors // blocks, max(1, B))
+    each = ceil(max(1, B) / count)
+    return Groups(count, blocks, min(tiles.samples, each), ceil(each / tiles.samples))
 
 
 # ---- expected seconds of one iteration of the whole batch ------------------------------------------------------------
@@ -143,14 +155,13 @@ def _residents(B: int, device: Device, precision: Precision, tiles: Tiles, regim
 def grid_time(m: int, B: int, device: Device, precision: Precision, tiles: Tiles) -> float:
     """Every multiprocessor reads and multiplies its rows of W, and all states of its group come through L2; samples
     that find no slot wait for those that do."""
-    blocks, groups, _ = grid_groups(m, B, device, tiles)
-    weight, turns = tiles.units * m, max(1, ceil(B / (groups * tiles.samples)))
+    groups, weight = groups_of(m, B, device, tiles), tiles.units * m
     read = precision.size * weight / device.shared_bandwidth
     multiply = 2 * weight * tiles.samples / precision.of_processor(device)
-    states = groups * blocks * m * tiles.samples * precision.size / device.l2
-    each = max(read, multiply) + states + device.grid_barrier * blocks / device.processors + device.block_reduction
-    waits = GRID_BLOCK_LATENCY * blocks + GRID_ELEMENT_LATENCY * tiles.units * tiles.samples
-    return turns * (each + LATENCY["grid"] + waits)
+    states = groups.count * groups.blocks * m * tiles.samples * precision.size / device.l2
+    barrier = device.grid_barrier * groups.blocks / device.processors
+    waits = GRID_BLOCK_LATENCY * groups.blocks + GRID_ELEMENT_LATENCY * tiles.units * tiles.samples
+    return groups.turns * (max(read, multiply) + states + barrier + device.block_reduction + LATENCY["grid"] + waits)
 
 
 def cell_time(m: int, B: int, device: Device, precision: Precision, share: float = 1.0) -> float:
@@ -182,12 +193,11 @@ def anchor_time(regime: str, m: int, B: int, device: Device, precision: str, til
 
 def _grid_anchor_time(m: int, B: int, device: Device, kind: Precision, tiles: Tiles) -> float:
     """Every group reads W, so many times as there are eights of samples that are anchored in the same iteration."""
-    _, groups, samples = grid_groups(m, B, device, tiles)
-    turns, weight = max(1, ceil(B / (groups * tiles.samples))), kind.size * m * m
-    read = weight / device.copy if weight > device.l2_bytes else groups * weight / device.l2
+    groups, weight = groups_of(m, B, device, tiles), kind.size * m * m
+    read = weight / device.copy if weight > device.l2_bytes else groups.count * weight / device.l2
     read = max(read, kind.size * tiles.units * m / (L2_BYTES_PER_CLOCK * device.clock))
-    anchored = samples / ANCHOR_EVERY["bfloat16"] / anchored_share("grid", m, B, device, tiles, "bfloat16")
-    return turns * (GRID_ANCHOR + GRID_ANCHOR_READ * read * max(1, anchored / GRID_ANCHORED))
+    anchored = groups.samples / ANCHOR_EVERY["bfloat16"] / anchored_share("grid", m, B, device, tiles, "bfloat16")
+    return groups.turns * (GRID_ANCHOR + GRID_ANCHOR_READ * read * max(1, anchored / GRID_ANCHORED))
 
 
 def anchored_share(regime: str, m: int, B: int, device: Device, tiles: Tiles, increments: str) -> float:
@@ -196,12 +206,10 @@ def anchored_share(regime: str, m: int, B: int, device: Device, tiles: Tiles, in
     share = 1 / ANCHOR_EVERY[increments]
     if regime == "cell":
         return share
-    # Triton's programs are filled one after the other, the blocks of CUDA's kernels all at once.
-    together = {
-        "resident": min(tiles.samples, B),
-        "resident cuda": min(tiles.samples, ceil(B / device.processors)),
-        "grid": grid_groups(m, B, device, tiles)[2],
-    }[regime]
+    if regime == "grid":
+        together = groups_of(m, B, device, tiles).samples
+    else:  # Triton's programs are filled one after the other, CUDA's blocks all at once
+        together = min(tiles.samples, ceil(B / device.processors) if regime == "resident cuda" else B)
     return 1 - (1 - share) ** max(1, together)
 
 
@@ -242,7 +250,7 @@ def loading_time(regime: str, m: int, B: int, device: Device, precision: str) ->
         return 0.0
     weight = PRECISIONS[precision].size * m * m
     tiles = tiles_of(regime, m, B, device, precision)
-    blocks = grid_groups(m, B, device, tiles)[1] if regime == "grid" else ceil(B / tiles.samples)
+    blocks = groups_of(m, B, device, tiles).count if regime == "grid" else ceil(B / tiles.samples)
     return weight / device.copy + min(device.processors, blocks) * weight / device.l2
 
 

@@ -20,7 +20,7 @@ def test_python_and_cpp_agree(shared):
     for m in (*range(1, 420), *range(420, 6000, 61)):
         ours = cuda_capacity.block_kernel(m, shared)
         assert kernel(0, m, 1, 132, shared) == (-1 if ours is None else ours), m
-        for batch, processors in ((1, 108), (8, 132), (9, 132), (32, 148)):
+        for batch, processors in ((0, 132), (1, 108), (8, 132), (9, 132), (32, 148), (300, 132)):
             ours = cuda_capacity.grid_kernel(m, batch, processors, shared)
             assert kernel(1, m, batch, processors, shared) == (-1 if ours is None else ours), (m, batch, processors)
 

@@ -88,7 +88,9 @@ def measured():
 
 @pytest.mark.parametrize(("m", "B", "regime", "us"), [row[:4] for row in measured()])
 def test_times_are_near_what_was_measured(m, B, regime, us):
-    assert 0.5 < 1e6 * fastest(regime, m, B, H200).iteration / us < 1.35
+    # One of all takes twice what the formulas say. It was measured once, and why is not known.
+    least = 0.5 if (m, B, regime) == (2048, 64, "cell") else 0.6
+    assert least < 1e6 * fastest(regime, m, B, H200).iteration / us < 1.35
 
 
 def test_what_is_chosen_is_near_the_fastest_measured():

@@ -239,7 +239,7 @@ class GridSolve {
     }
   }
 
-  // Of its rows, those that a lane shares with 15 others.
+  // Of its rows, those that a lane shares with 15 others. Not from the map's place, which would take a register too many.
   DEQ_GPU int step_of() const { return Gpu::block() * RT + Gpu::thread() % kRows / kTileRows; }
 
   // |f - x|^2 and |f|^2 of the warp's elements, every slot.
@@ -247,8 +247,8 @@ class GridSolve {
     Norms* norms = places_->norms + (epoch_ & 1) * kAllSlots * at_.steps + step_of();
     double sum[2 * E];
     DEQ_UNROLL for (int e = 0; e < E; ++e) {
-      sum[2 * e] = static_cast<double>(f[e]) - static_cast<double>(state.x[e]), sum[2 * e + 1] = static_cast<double>(f[e]);
-      sum[2 * e] *= sum[2 * e], sum[2 * e + 1] *= sum[2 * e + 1];
+      const double value = f[e], step = value - static_cast<double>(state.x[e]);
+      sum[2 * e] = step * step, sum[2 * e + 1] = value * value;
     }
     add_lanes<Gpu, 2 * E, kTileRows>(sum);
     constexpr int kHolders = kTileRows / (2 * E);  // lanes that hold the same sum

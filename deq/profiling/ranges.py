@@ -116,13 +116,10 @@ def call(name: str, function: Callable[..., T], *arguments) -> T:
     with _range(name, arguments[1]) as ended:
         result = function(*arguments)
         solved = result if hasattr(result, "stats") or not isinstance(result, tuple) else result[0]
-        if torch._C._are_functorch_transforms_active():
-            return result
-        if hasattr(solved, "told"):
-            ended["iterations"], ended["plan"] = solved.told.iterations, arguments[2]
-        elif hasattr(solved, "stats"):
-            ended["iterations"] = stats.iterations(solved.z, solved.stats)
-            ended["plan"] = getattr(solved, "plan", None) or next(a for a in arguments if isinstance(a, Plan))
+        told, said = getattr(solved, "told", None), getattr(solved, "stats", None)
+        if (told or said) is not None and not torch._C._are_functorch_transforms_active():
+            ended["iterations"] = told.iterations if told else stats.iterations(solved.z, said)
+            ended["plan"] = getattr(solved, "plan", None) or next(a for a in arguments if isinstance(a, (Plan, Rule)))
     return result
 
 

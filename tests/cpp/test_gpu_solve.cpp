@@ -51,15 +51,17 @@ struct Case {
         [&](char* shared) { BlockSolve<Emulator, RT, HELD>(call, shared).run(); }, cluster);
   }
 
+  // As many weights as given, from call.first_weight on, in so many groups each.
   template <int RT, int BT, int HELD>
-  void solve_in_grid(unsigned seed = 1, int groups = 1) {
+  void solve_in_grid(unsigned seed = 1, int groups = 1, int weights = 1) {
     const GridScratch memory = grid_scratch(m, RT, BT);
-    scratch.assign(groups * (memory.flags + memory.floats), NAN);
-    std::fill_n(scratch.begin(), groups * memory.flags, 0.0f);
+    const int rows = groups * weights;
+    scratch.assign(rows * (memory.flags + memory.floats), NAN);
+    std::fill_n(scratch.begin(), rows * memory.flags, 0.0f);
     call.scratch = scratch.data();
     call.groups = groups;
     const GridLayout at = grid_layout(m, RT, BT, HELD);
-    Emulator::launch(at.blocks, groups, kGridThreads, at.bytes, seed,
+    Emulator::launch(at.blocks, rows, kGridThreads, at.bytes, seed,
                      [&](char* shared) { GridSolve<Emulator, RT, BT, HELD>(call, shared).run(); });
   }
 
@@ -205,47 +207,34 @@ void grids() {
 void stacks() {
   constexpr int64_t S = 3, B = 5, m = 40;
   std::vector<Case> alone;
+  alone.reserve(S);  // a case must not move: its call points into it
   Case all(S * B, m);
   all.W.clear(), all.c.clear();
   for (int64_t s = 0; s < S; ++s) {
-    alone.emplace_back(B, m);
-    Case& one = alone.back();
+    Case& one = alone.emplace_back(B, m);
     for (float& w : one.W) w *= static_cast<float>(s + 1) / S;
     for (float& x : one.c) x += static_cast<float>(s);
     all.W.insert(all.W.end(), one.W.begin(), one.W.end());
     all.c.insert(all.c.end(), one.c.begin(), one.c.end());
-  }
-  for (Case& one : alone) {
-    one.call.W = one.W.data(), one.call.injection.data = one.c.data(), one.call.out.data = one.z.data();
-    one.call.iterations = one.iterations.data(), one.call.residual = one.residual.data(), one.call.status = one.status.data();
-    one.call.report = &one.report, one.call.notes = one.notes.data();
     one.solve_in_grid<1, 1, 0>();
     one.check_solved();
   }
   all.call.batch = B, all.call.W = all.W.data();
   all.call.injection = {all.c.data(), {B * (m + 3), m + 3, 1}};
   all.call.out = {all.z.data(), {B * (m + 3), m + 3, 1}};
-  const GridScratch memory = grid_scratch(m, 2, 4);
-  const GridLayout at = grid_layout(m, 2, 4, 0);
   for (int groups : {1, 2}) {
     std::fill(all.z.begin(), all.z.end(), -77.0f);
-    for (int64_t first : {0, 2}) {  // two weights, then the one that is left
-      const int rows = groups * static_cast<int>(first == 0 ? 2 : 1);
-      all.scratch.assign(rows * (memory.flags + memory.floats), NAN);
-      std::fill_n(all.scratch.begin(), rows * memory.flags, 0.0f);
-      all.call.scratch = all.scratch.data(), all.call.groups = groups, all.call.first_weight = first;
-      Emulator::launch(at.blocks, rows, kGridThreads, at.bytes, 3,
-                       [&](char* shared) { GridSolve<Emulator, 2, 4, 0>(all.call, shared).run(); });
-    }
+    all.call.first_weight = 0;
+    all.solve_in_grid<2, 4, 0>(3, groups, 2);
+    all.call.first_weight = 2;  // the one that is left
+    all.solve_in_grid<2, 4, 0>(3, groups);
     for (int64_t s = 0; s < S; ++s) {
       CHECK(std::equal(alone[s].z.begin(), alone[s].z.end(), all.z.begin() + s * B * (m + 3)));
       CHECK(std::equal(alone[s].iterations.begin(), alone[s].iterations.end(), all.iterations.begin() + s * B));
     }
   }
   all.W[2 * m * m + 5 * m + 7] = NAN;
-  all.call.first_weight = 2;
-  Emulator::launch(at.blocks, 2, kGridThreads, at.bytes, 3,
-                   [&](char* shared) { GridSolve<Emulator, 2, 4, 0>(all.call, shared).run(); });
+  all.solve_in_grid<2, 4, 0>(3, 2);
   CHECK(all.report.bad_weight == 1 + (2 * m + 5) * m + 7);
 }
 
