@@ -82,6 +82,7 @@ class Tile {
     }
     Slot* active[kMaxTile];
     int n = 0;
+    samples_.reserve(queue, size_);
     for (; n < size_ && fill(slots_[n], queue); ++n) active[n] = &slots_[n];
     while (n > 0) {
       const bool waits = anchors_wait(active, n);

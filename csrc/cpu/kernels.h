@@ -10,7 +10,7 @@ namespace deq {
 constexpr int kHashLanes = 32;
 // Sums over k are cut into chunks: the rounding error of a long sum grows with the chunk, not with m.
 constexpr int64_t kSumChunk = 512;
-constexpr int64_t kSkipWidth = 96;  // most columns that skip_step takes at once
+constexpr int64_t kSkipWidth = 128;  // most columns that skip_step takes at once
 // The widest W for which skip_step finds the zeros itself. A forward solve of 256 samples, Zen 5: 1.06 times as fast at m = 64,
 // 1.01 at 128, 0.99 at 192 and 256.
 constexpr int64_t kFindWidth = 128;

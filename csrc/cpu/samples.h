@@ -95,12 +95,21 @@ class Samples {
 
   int64_t padded() const { return padded_; }
 
-  // The next sample of matrix s with finite input: its rows in c, d (with a mask) and y (with a start), zero in the padding,
-  // multiplied by the power of two `scale`. Returns its flat index s * B + b, or -1 when the queue is empty.
+  // Takes the next `n` samples at once: threads that fill their tiles one sample at a time would wait for each other's counter,
+  // and a row is read faster behind the one before it.
+  void reserve(Queue& queue, int64_t n) {
+    n = take(queue, n, &next_);
+    end_ = next_ + n;
+  }
+
+  // The next sample of matrix s, of the reserved ones first, with finite input: its rows in c, d (with a mask) and y (with a
+  // start), zero in the padding, multiplied by the power of two `scale`. Returns its flat index s * B + b, or -1 when the queue
+  // is empty.
   int64_t take(int64_t s, Queue& queue, T* c, T* d, T* y, double* scale) {
     for (;;) {
-      int64_t b;
-      if (take(queue, 1, &b) == 0) return -1;
+      if (next_ == end_) reserve(queue, 1);
+      if (next_ == end_) return -1;
+      const int64_t b = next_++;
       const int64_t sample = s * p_.batch + b;
       const T largest = read(p_.injection, s, b, c), start = p_.start.data ? read(p_.start, s, b, y) : T(0);
       if (!accepts(sample, largest, start, c)) continue;
@@ -211,6 +220,7 @@ class Samples {
   Totals& totals_;
   const int64_t padded_;
   const bool native_, rescaled_;
+  int64_t next_ = 0, end_ = 0;  // the samples that are taken and not yet read
 };
 
 // Squares of T lose their meaning outside: there the sums are formed again in double, which float squares cannot leave.

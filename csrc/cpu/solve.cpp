@@ -79,6 +79,7 @@ class Tile {
     T *row[2][kMaxTile], *pre[2][kMaxTile], *c[kMaxTile], *d[kMaxTile], *sums[kMaxTile];
     double totals[2 * kMaxTile];
     int at[kMaxTile], n = 0;
+    samples_.reserve(queue, size_);
     for (; n < size_ && fill(slots_[n], queue); ++n) {
       const Slot<T>& slot = slots_[at[n] = n];
       row[0][n] = slot.buffer[0];

@@ -28,6 +28,8 @@ inline int64_t clock_ns(clockid_t clock = CLOCK_MONOTONIC) {
 // Common to all calls: it is the machine that is busy.
 class LostCore {
  public:
+  static constexpr int64_t kOrdinary = 200000;  // ns that a wait may take where nothing was lost
+
   static bool is_recent() {
     const int64_t until = until_.load(std::memory_order_relaxed);
     if (until == 0) return false;
@@ -41,7 +43,7 @@ class LostCore {
   }
 
  private:
-  static constexpr int64_t kOrdinary = 200000, kAfterwards = 10000000;  // OpenMP's threads spin for 8 ms when they are done
+  static constexpr int64_t kAfterwards = 10000000;  // OpenMP's threads spin for 8 ms when they are done
   static inline std::atomic<int64_t> until_{0};
 };
 
