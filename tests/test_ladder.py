@@ -98,6 +98,46 @@ def test_cayley_stacks_strides_shapes_and_starts(backend):
     assert deq.solve(W[0], c.new_empty(0, 20), solver="cayley", backend=backend).z.shape == (0, 20)
 
 
+def radius(m: int, B: int, size: float, dtype=torch.float32):
+    """A Gaussian W of so large a spectral radius that some samples are Newton's."""
+    W, c, g = gaussian(m, B, torch.float64, scale=1.0, seed=3)
+    return (size * W / torch.linalg.eigvals(W).abs().max()).to(dtype), c.to(dtype), g.to(dtype)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("activation", ["relu", "tanh"])
+@pytest.mark.parametrize(
+    ("problem", "options"),
+    [
+        (lambda dtype: monotone(150, 40, 0.3, dtype), {}),
+        (lambda dtype: monotone(33, 40, 0.3, dtype), {"solver": "cayley"}),
+        (lambda dtype: slow(150, 40, dtype=dtype), {}),
+        (lambda dtype: slow(150, 40, dtype=dtype), {"max_iter": 60}),
+        (lambda dtype: radius(64, 40, 1.5, dtype), {}),
+        (lambda dtype: radius(130, 40, 1.4, dtype), {}),
+    ],
+    ids=["monotone", "by name", "slow", "slow, few evaluations", "newton", "newton one by one"],
+)
+def test_no_means_show_a_sample_its_batch_mates(problem, options, activation, dtype):
+    """To the last bit: the answer, how it was reached, and the gradient of the injection."""
+    W, c, g = problem(dtype)
+    start = (c[:, :1] * torch.ones_like(c)).contiguous()
+    for z0 in (None, start):
+        together, _, dc = solve_with_gradients(W, c, g, activation, z0=z0, on_failure="ignore", **options)
+        for rows in ([7], [39, 2], list(range(5, 38))):
+            some = None if z0 is None else z0[rows]
+            part, _, some_dc = solve_with_gradients(
+                W, c[rows], g[rows], activation, z0=some, on_failure="ignore", **options
+            )
+            if part.plan != together.plan:  # by the shapes: K does not pay for so few
+                continue
+            assert torch.equal(part.z, together.z[rows]) and torch.equal(part.residual, together.residual[rows])
+            assert torch.equal(part.iterations, together.iterations[rows])
+            assert torch.equal(part.status, together.status[rows])
+            assert torch.equal(some_dc, dc[rows])
+
+
 @needs_library
 def test_large_batches_of_the_cayley_map_are_cut_into_chunks():
     W, c, _ = monotone(24, 2 * ladder.CHUNK + 77, 0.5)

@@ -191,6 +191,20 @@ def test_scale_invariance(backend, activation):
         assert_as_accurate(scaled.z * 2.0**-exponent, one.z, exact(W, c, activation))
 
 
+@pytest.mark.parametrize("m", [24, 64, 200])  # lanes, rows, increments
+def test_scale_of_a_start_without_injection(m):
+    """Iterates of relu shrink to nothing then: in as many evaluations wherever they began."""
+    W, c, _ = gaussian(m, 9, scale=0.95)
+    c[4] = 0.0
+    start = torch.rand(9, m, generator=torch.Generator().manual_seed(1))
+    one = deq.solve(W, c, z0=start, solver="plain", on_failure="ignore")
+    assert one.converged.sum() >= 8
+    for exponent in (-20, -19, 20, 60, -60):
+        factor = 2.0**exponent
+        scaled = deq.solve(W, c * factor, z0=start * factor, solver="plain", on_failure="ignore")
+        assert torch.equal(scaled.iterations, one.iterations) and torch.equal(scaled.status, one.status)
+
+
 @pytest.mark.parametrize("scale", [1e-30, 1e-20])
 @backends
 def test_tiny_equilibria_of_bounded_activations(backend, scale):

@@ -69,7 +69,7 @@ class LaneIntake {
         if (!samples_.accepts(sample, largest[i], start[i], buffer_)) continue;
         waiting |= uint32_t{1} << i;
         slots[i].sample = sample;
-        slots[i].scale = samples_.scale_for(std::max(largest[i], start[i]));
+        slots[i].scale = samples_.scale_for(largest[i], start[i]);
         factor[i] = static_cast<T>(slots[i].scale);
         scaled = scaled || factor[i] != 1;
       }

@@ -117,7 +117,7 @@ class Samples {
         read(p_.mask, s, b, d);
         if (p_.mask_is_value) k_.derivative_of_value(p_.activation, d, p_.width);
       }
-      *scale = scale_for(std::max(largest, start));
+      *scale = scale_for(largest, start);
       if (*scale != 1) {
         k_.scale(c, static_cast<T>(*scale), padded_);
         if (p_.start.data) k_.scale(y, static_cast<T>(*scale), padded_);
@@ -154,11 +154,13 @@ class Samples {
     return false;
   }
 
-  // The power of two to multiply a sample by whose largest magnitude is `reach`.
-  double scale_for(T reach) const {
-    // Near 1 the squares are in range as they are, and a factor would change no bit of the path.
+  // The power of two to multiply a sample by, from the largest magnitudes of its injection and of its start.
+  double scale_for(T injection, T start) const {
+    // Near 1 the squares are in range as they are, and a factor would change no bit of the path; but where there is no injection,
+    // iterates shrink until they are lost, and when that is must not tell where they began.
     constexpr T kNear = static_cast<T>(1 << 20);
-    if (!rescaled_ || !(reach > 0) || (reach <= kNear && reach >= 1 / kNear)) return 1;
+    const T reach = std::max(injection, start);
+    if (!rescaled_ || !(reach > 0) || (injection > 0 && reach <= kNear && reach >= 1 / kNear)) return 1;
     constexpr int kLimit = std::numeric_limits<T>::max_exponent - 2;
     return std::ldexp(1.0, std::clamp(-std::ilogb(reach), -kLimit, kLimit));
   }

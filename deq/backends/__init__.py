@@ -1,4 +1,4 @@
-"""One small module a backend, all with the same four functions.
+"""One small module a backend, all with the same five functions.
 
 Every tensor is canonical: W, A (m, m) with c, z0, z, g, d, u (B, m), or W, A (S, m, m) with the others (S, B, m); any
 strides, one dtype and device.
@@ -7,6 +7,8 @@ strides, one dtype and device.
     fixed point of ``act(W z + c)``, from zero if z0 is None
 ``masked_linear(A, g, d, value_of, plan, out=None) -> Outcome``
     fixed point of ``d * (A u + g)``; with ``value_of`` naming an activation, d holds its values, not its derivative
+``affine(W, x, c) -> Tensor``
+    ``W x + c``, float32 or float64; on the CPU to the last bit the same whichever rows are beside a row
 ``derivative(W, c, z, activation) -> Tensor``
     ``act'(W z + c)``
 ``outer(u, z) -> Tensor``

@@ -16,6 +16,8 @@ _CRITERION = {"residual": 0, "error": 1}
 # Samples up to which the gradient of W is summed here and not by torch. Torch's time over this, Zen 4, one thread: 1.2
 # from 16 to 256 samples at any m, 5.2 at (1024, 4), 3.5 at (2048, 4).
 OUTER_UP_TO = 256
+# acceleration, depth, criterion, tol, max_iter, precision, reflected: of an operator that multiplies once
+_ONE_EVALUATION = (_ACCELERATION["none"], 1, _CRITERION["residual"], 0.0, 1, INCREMENTS["native"], 0)
 _OUTER_DTYPES = (torch.float32, torch.float64)
 _ZERO = {dim: torch.empty((0,) * dim) for dim in (2, 3)}  # the operator's z0 without elements: start at zero
 _reports: list[Tensor] = []  # those not in use; a list, whose pop and append are safe between threads
@@ -54,6 +56,12 @@ def masked_linear(
     start = _ZERO[g.dim()] if u0 is None else u0
     number = -1 if value_of is None else ACTIVATIONS[value_of].number
     return _run(torch.ops.deq.masked_linear_.default, (A, g, d, start), out, number, _options(plan, reflected))
+
+
+def affine(W: Tensor, x: Tensor, c: Tensor) -> Tensor:
+    """One evaluation of the map with the identity, whose sums take no notice of the other rows."""
+    number = ACTIVATIONS["identity"].number
+    return _run(torch.ops.deq.solve_.default, (W, c, x), None, number, (*_ONE_EVALUATION, 0.0)).z
 
 
 def derivative(W: Tensor, c: Tensor, z: Tensor, activation: str) -> Tensor:

@@ -25,9 +25,19 @@ from ..solution import Status
 from . import reference
 from .cpu import _options
 from .outcome import Deferred, Outcome
-from .reference import outer
+from .reference import affine, outer
 
-__all__ = ["derivative", "masked_linear", "measure", "outer", "plan_launch", "regime_for", "solve", "substitute"]
+__all__ = [
+    "affine",
+    "derivative",
+    "masked_linear",
+    "measure",
+    "outer",
+    "plan_launch",
+    "regime_for",
+    "solve",
+    "substitute",
+]
 
 REPORT_BYTES = 32  # of four numbers, DeqReport of csrc/kernels.h
 NOT_SUPPORTED = 3  # of DeqCudaError in csrc/cuda_kernels.h

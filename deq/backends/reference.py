@@ -72,6 +72,10 @@ def masked_linear(
     return outcome._replace(z=u if out is None else out.copy_(u))
 
 
+def affine(W: Tensor, x: Tensor, c: Tensor) -> Tensor:
+    return torch.matmul(x, W.mT).add_(c)
+
+
 def derivative(W: Tensor, c: Tensor, z: Tensor, activation: str) -> Tensor:
     wide = torch.float64 if c.dtype == torch.float64 else torch.float32
     return reference.derivative(W.to(wide), c.to(wide), z.to(wide), activation).to(c.dtype)

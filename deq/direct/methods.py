@@ -131,9 +131,11 @@ class Linear:
         for _ in range(2):
             f = self.apply(z) + c
             residual = relative_residual(f, z)
-            if bool((residual <= self.tol).all()):
+            left = ~(residual <= self.tol)
+            if not bool(left.any()):
                 break
-            z = z + self._divide(f - z)  # refinement: what is left is again such a problem
+            finer = z + self._divide(f - z)  # refinement: what is left is again such a problem
+            z = torch.where(left.unsqueeze(-1), finer, z)
         else:
             residual = relative_residual(self.apply(z) + c, z)
         return Result(z, residual)

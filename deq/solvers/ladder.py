@@ -65,7 +65,7 @@ class _Equilibria:
 
     def reflected(self, K: Tensor, shifted: Tensor, start: Tensor | None, alpha: float, plan: Plan) -> Outcome:
         if start is not None:
-            u = start @ self.W.mT + self.c
+            u = self.backend.affine(self.W, start, self.c)
             x = (1.0 - alpha) * self._value(u) + alpha * u
             start = 2.0 * self._value(x) - x
         return self.backend.solve(K, shifted, start, self.activation, plan, reflected=True)
@@ -74,7 +74,8 @@ class _Equilibria:
         return ACTIVATIONS[self.activation].value(u)
 
     def newton(self, start: Tensor, plan: Plan) -> tuple[Tensor, ...]:
-        return newton.newton(self.W, self.c, start, self.activation, plan.tol, min(plan.max_iter, NEWTON_STEPS))
+        steps = min(plan.max_iter, NEWTON_STEPS)
+        return newton.newton(self.W, self.c, start, self.activation, plan.tol, steps, self.backend.affine)
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ class _Adjoint:
     def reflected(self, K: Tensor, shifted: Tensor, start: Tensor | None, alpha: float, plan: Plan) -> Outcome:
         d = self.d()
         if start is not None:
-            x = (1.0 - alpha) * start + alpha * (start @ self.A.mT + self.g)
+            x = (1.0 - alpha) * start + alpha * self.backend.affine(self.A, start, self.g)
             start = (2.0 * self._derivative(d) - 1.0) * x
         return self.backend.masked_linear(K, shifted, d, self.value_of, plan, u0=start, reflected=True)
 
@@ -109,7 +110,7 @@ class _Adjoint:
         return d if self.value_of is None else ACTIVATIONS[self.value_of].derivative_of_value(d)
 
     def newton(self, start: Tensor, plan: Plan) -> tuple[Tensor, ...]:
-        return newton.masked_solve(self.A, self._derivative(self.d()), self.g, plan.tol)
+        return newton.masked_solve(self.A, self._derivative(self.d()), self.g, plan.tol, self.backend.affine)
 
 
 def solve(W: Tensor, c: Tensor, z0: Tensor | None, activation: str, plan: Plan) -> Outcome:
@@ -295,28 +296,27 @@ def _rescue(problem, outcome: Outcome, plan: Plan, s: int | None = None) -> None
 
     means = {"cayley": by_cayley, "tight cayley": by_tight_cayley, "anderson": by_anderson, "newton": by_newton}
     for name in plan.rungs:
-        failed = (status != Status.CONVERGED) & (status != Status.NONFINITE)
+        left = plan.max_iter - iterations
+        if name != plan.rungs[-1]:  # a rung that uses up all evaluations must not keep a sample from the next one
+            left = left - left // 4
+        failed = (status != Status.CONVERGED) & (status != Status.NONFINITE) & (left > 0)
         index = failed.nonzero().squeeze(-1)
         if index.numel() == 0:
-            return
-        left = plan.max_iter - int(iterations[index].max())
-        if left <= 0:
-            return
-        if name != plan.rungs[-1]:  # a rung that uses up all evaluations must not keep a sample from the next one
-            left -= left // 4
-        part = _widened(problem.part(index), wide)
-        answer = means[name](part, z[index].to(wide), left)
+            continue
+        part, left = _widened(problem.part(index), wide), left[index]
+        answer = means[name](part, z[index].to(wide), int(left.max()))
         if answer is None:
             continue
         more, now, how = _read(answer)
-        iterations[index] += more
+        in_time = more <= left  # what a sample reaches with the evaluations of a batch mate does not count
+        iterations[index] += torch.minimum(more, left)
         before = residual[index]
         fits = (answer.z.abs() <= torch.finfo(z.dtype).max).all(-1)  # 16 bits may not hold what they are solved in
-        converged = (how == Status.CONVERGED) & fits
-        better = converged | ((now < before) & fits)
+        converged = (how == Status.CONVERGED) & fits & in_time
+        better = converged | ((now < before) & fits & in_time)
         z[index[better]] = answer.z[better].to(z.dtype)
         residual[index[better]] = now[better]
-        final = fits if name == "anderson" else converged
+        final = fits & in_time if name == "anderson" else converged
         status[index[final]] = how[final]
 
 
@@ -353,7 +353,7 @@ def _by_cayley(problem, start: Tensor | None, plan: Plan, share: float) -> Outco
     for first in range(0, max(c.shape[-2], 1), chunk):
         rows = (..., slice(first, first + chunk), slice(None))
         part = problem.part(rows) if c.shape[-2] > chunk else problem
-        shifted = torch.matmul(part.injection, K.mT).add_(part.injection)
+        shifted = part.backend.affine(K, part.injection, part.injection)
         if alpha != 1.0:
             shifted *= alpha
         x = part.reflected(K, shifted, None if start is None else start[rows], alpha, iterate)

@@ -4,10 +4,13 @@ A step costs (2/3) m^3 flops for every sample, m/3 of its evaluations: for a han
 All is computed in float64 and judged in the caller's precision; Jacobians take at most 64 MB at a time, or one sample.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from ..activations import get_activation
+from ..backends.reference import affine as affine_in_torch
 from ..reference import MARGIN_POWER, _norm, solve_each
 from ..solution import Status
 
@@ -15,15 +18,23 @@ JACOBIAN_BYTES = 64 * 2**20  # of the Jacobians and of their factors together
 # (first pseudo-time step, exponent of its growth): briskly from z0, then patiently from act(c). Of 32 samples each at
 # spectral radius 1.4 (m = 256), norm 2.2 (m = 64) and a net trained for 20 epochs (m = 128) the first pace solves 28,
 # 32 and 31, both together 30, 32 and 32; Newton with a line search on the residual 17, 26 and 30, without 6, 30 and 31.
-PACES = ((3.0, 1.5), (1.0, 0.7))
+PACES = ((3.0, 1.5), (1.0, 0.75))
 FIRST_SHARE = 3  # the first pace gets a third of the steps
 GROWTH = 10.0  # of the pseudo-time step, at most, either way
 SHORTEST, LONGEST = 1e-2, 1e14
 
+Affine = Callable[[Tensor, Tensor, Tensor], Tensor]  # W x + c of every row, as the backends have it
+
 
 @torch.no_grad()
 def newton(
-    W: Tensor, c: Tensor, z0: Tensor | None, activation: str, tol: float, max_iter: int = 60
+    W: Tensor,
+    c: Tensor,
+    z0: Tensor | None,
+    activation: str,
+    tol: float,
+    max_iter: int = 60,
+    affine: Affine = affine_in_torch,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Equilibria ``z = act(W z + c)`` of a few samples by semi-smooth Newton, globalised by pseudo-time.
 
@@ -44,7 +55,7 @@ def newton(
     for part in _chunks(n, m):
         b = c[part]
         start = act.value(b) if z0 is None else z0[part]
-        best = _Best(W, b, act.value, start)
+        best = _Best(W, b, act.value, start, affine)
         for (delta, power), steps in zip(PACES, (first, max_iter - first), strict=True):
             rows = (~(best.residual <= limit)).nonzero().squeeze(-1)
             _march(wide, b.double(), act, start, best, rows, delta, power, steps, limit)
@@ -57,8 +68,8 @@ def newton(
 class _Best:
     """The points with the smallest residual in the caller's precision, and the steps taken."""
 
-    def __init__(self, W: Tensor, c: Tensor, value, start: Tensor):
-        self.W, self.c, self.value = W, c, value
+    def __init__(self, W: Tensor, c: Tensor, value, start: Tensor, affine: Affine):
+        self.W, self.c, self.value, self.affine = W, c, value, affine
         self.iterations = torch.zeros(c.shape[0], dtype=torch.int32, device=c.device)
         self.image = value(c)  # of the point 0, finite whatever W is
         self.residual = (_norm(self.image) > 0).to(c.dtype)
@@ -66,7 +77,7 @@ class _Best:
 
     def judge(self, rows: Tensor, y: Tensor) -> None:
         y = y.to(self.c.dtype)
-        image = self.value(y @ self.W.mT + self.c[rows])
+        image = self.value(self.affine(self.W, y, self.c[rows]))
         step = _norm(image - y)
         r = torch.where(step > 0, step / _norm(image), step)  # NaN where anything is not finite
         better = r < self.residual[rows]
@@ -77,7 +88,7 @@ class _Best:
 def _march(W, c, act, start, best, rows, delta, power, steps, limit) -> None:
     """Up to ``steps`` pseudo-time steps of the samples ``rows`` from ``start``, in float64."""
     z, c = start[rows].double(), c[rows]
-    u = z @ W.mT + c
+    u = best.affine(W, z, c)
     F = z - act.value(u)
     size = _norm(F)
     delta = torch.full_like(size, delta)
@@ -88,12 +99,12 @@ def _march(W, c, act, start, best, rows, delta, power, steps, limit) -> None:
         J.diagonal(dim1=-2, dim2=-1).add_((1 + 1 / delta).unsqueeze(-1))
         trial = z - solve_each(J, F)[0]
         best.iterations[rows] += 1
-        v = trial @ W.mT + c
+        v = best.affine(W, trial, c)
         G = trial - act.value(v)
         new = _norm(G)
         good = torch.isfinite(new)  # a singular J takes no step, but a shorter one next time
         z, u, F = (torch.where(good.unsqueeze(-1), a, b) for a, b in ((trial, z), (v, u), (G, F)))
-        growth = torch.where(good, (size / new) ** power, 1 / GROWTH).nan_to_num(nan=GROWTH)
+        growth = torch.where(good, _power(size / new, power), 1 / GROWTH).nan_to_num(nan=GROWTH)
         delta = (delta * growth.clamp(1 / GROWTH, GROWTH)).clamp(SHORTEST, LONGEST)
         size = torch.where(good, new, size)
         best.judge(rows, z)
@@ -102,8 +113,17 @@ def _march(W, c, act, start, best, rows, delta, power, steps, limit) -> None:
             rows, z, u, F, c, size, delta = (t[keep] for t in (rows, z, u, F, c, size, delta))
 
 
+def _power(x: Tensor, exponent: float) -> Tensor:
+    """``x ** exponent`` for 1.5 and 0.75, by operations that round the same wherever an element lies: torch's power has
+    one function for whole vectors and one for the rest."""
+    power = x * x.sqrt()
+    return power if exponent == 1.5 else power.sqrt()
+
+
 @torch.no_grad()
-def masked_solve(A: Tensor, d: Tensor, g: Tensor, tol: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def masked_solve(
+    A: Tensor, d: Tensor, g: Tensor, tol: float, affine: Affine = affine_in_torch
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``u = d * (A u + g)`` of a few samples by one linear system each: ``(I - D A) u = D g``.
 
     A (m, m), d and g (n, m), float32 or float64. Where ``I - D A`` is singular, its solution of least squares and least
@@ -122,7 +142,7 @@ def masked_solve(A: Tensor, d: Tensor, g: Tensor, tol: float) -> tuple[Tensor, T
         if failed.any():
             y[failed] = _least_squares(J[failed], (D * b)[failed])
         y = y.to(g.dtype)
-        image = d[part] * (y @ A.mT + g[part])
+        image = d[part] * affine(A, y, g[part])
         step, zero = _norm(image - y), d[part] * g[part]
         r = torch.where(step > 0, step / _norm(image), step)
         usable = r <= 1  # else the point 0 and its image are better; false for NaN
