@@ -70,16 +70,17 @@ DEQ_API void deq_cpu_last_work(struct DeqWork* work);
 // out (S, B, m) = act'(W start + injection); uses weights, batch, width, type, activation, W, injection, start, out, threads.
 DEQ_API int32_t deq_cpu_derivative(const struct DeqProblem* problem);
 
-// Sums over a batch of outer products: out[s][i][j] = sum over b of left[s][b][i] right[s][b][j].
-struct DeqOuter {
-  int64_t weights, batch, width;  // S, B, m
-  int32_t type;                   // DEQ_FLOAT32 or DEQ_FLOAT64, of all three
-  struct DeqView left, right;     // (S, B, m), rows contiguous
-  void* out;                      // (S, m, m), contiguous
+// Products of stacked matrices: out[s] = factor left[s] right[s], or with `adds` added to it.
+struct DeqProduct {
+  int64_t count, rows, inner, columns;
+  int32_t type;                     // DEQ_FLOAT32 or DEQ_FLOAT64, of all three
+  struct DeqView left, right, out;  // (count, rows, inner), (count, inner, columns) in any strides; rows of out contiguous
+  double factor;
+  int32_t adds;
   int32_t threads;
 };
 
-DEQ_API int32_t deq_cpu_outer(const struct DeqOuter* problem);
+DEQ_API int32_t deq_cpu_product(const struct DeqProduct* product);
 
 // Inverts a matrix of n x n in place without pivoting, its rows contiguous and `stride` elements apart; for n up to about 100,
 // and where every leading block is far from singular. A pivot of zero leaves numbers that are not finite.

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "kernels.h"
 #include "structured.h"
@@ -82,31 +83,38 @@ void derivative(StableIValue* stack, uint64_t, uint64_t) {
   run(op, deq_cpu_derivative, p);
 }
 
-constexpr const char* kOuter = "outer_(Tensor left, Tensor right, Tensor(a!) out) -> ()";
+// out = factor left right, with `transposed` left^T right; with `adds` added to it.
+constexpr const char* kProduct =
+    "product_(Tensor left, Tensor right, Tensor(a!) out, float factor, int adds, int transposed) -> ()";
 
-void outer(StableIValue* stack, uint64_t, uint64_t) {
-  constexpr const char* op = "outer_";
+void product(StableIValue* stack, uint64_t, uint64_t) {
+  constexpr const char* op = "product_";
   const Tensor left(op, "left", stack[0]), right(op, "right", stack[1]), out(op, "out", stack[2]);
+  const int32_t transposed = integer({op, "transposed"}, stack[5], 0, 1);
   const bool stacked = left.dim() == 3;
-  if (!stacked) left.expect_dim(2, "(B, m) or (S, B, m)");
-  const int64_t* size = left.sizes();
-  DeqOuter p{};
-  p.weights = stacked ? size[0] : 1, p.batch = size[stacked], p.width = size[1 + stacked];
+  if (!stacked) left.expect_dim(2, "a matrix or a stack of them, (S, rows, columns)");
+  right.expect_dim(left.dim(), stacked ? "(S, inner, columns)" : "(inner, columns)");
+  const int64_t *size = left.sizes(), *across = right.sizes();
+  DeqProduct p{};
+  p.count = stacked ? size[0] : 1, p.columns = across[1 + stacked];
+  p.rows = size[stacked + transposed], p.inner = size[stacked + 1 - transposed];
   p.type = type_of(left.place(), left.dtype());
-  right.expect_shape({p.weights, p.batch, p.width}, stacked);
-  out.expect_shape({p.weights, p.width, p.width}, stacked);
+  right.expect_shape({p.count, p.inner, p.columns}, stacked);
+  out.expect_shape({p.count, p.rows, p.columns}, stacked);
   right.expect_dtype(left.dtype());
   out.expect_dtype(left.dtype());
-  out.expect_contiguous();
+  out.expect_separate_rows();
+  memcpy(&p.factor, &stack[3], sizeof p.factor);
+  p.adds = integer({op, "adds"}, stack[4], 0, 1);
   if (out.empty()) return;
-  p.left = left.view(), p.right = right.view();
-  p.out = out.data<void>();
+  p.left = left.view(), p.right = right.view(), p.out = out.view();
+  if (transposed) std::swap(p.left.stride[1], p.left.stride[2]);
+  if (p.columns == 1) p.out.stride[2] = 1;
   p.threads = torch_threads();
-  for (DeqView* rows : {&p.left, &p.right})
-    if (p.width == 1 || p.batch == 0) rows->stride[2] = 1;
-  if (p.left.stride[2] != 1) left.place().fail("must have contiguous rows");
-  if (p.right.stride[2] != 1) right.place().fail("must have contiguous rows");
-  if (deq_cpu_outer(&p)) left.place().fail("must be float32 or float64; got " + dtype_name(left.dtype()));
+  if (const int32_t error = deq_cpu_product(&p)) {
+    if (error == DEQ_NO_MEMORY) throw std::runtime_error("deq::product_: not enough memory");
+    left.place().fail("must be float32 or float64; got " + dtype_name(left.dtype()));
+  }
 }
 
 constexpr const char* kInvert = "invert_(Tensor(a!) A) -> ()";
@@ -336,7 +344,7 @@ DEQ_API const char* deq_register(void) {
       {"solve_", kSolve, solve},
       {"masked_linear_", kMaskedLinear, masked_linear},
       {"derivative_", kDerivative, derivative},
-      {"outer_", kOuter, outer},
+      {"product_", kProduct, product},
       {"invert_", kInvert, invert},
       {"fingerprint", kFingerprint, fingerprint},
       {"pack_triangle_", kPackTriangle, pack_triangle},

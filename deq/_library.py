@@ -20,7 +20,7 @@ OPERATORS = (
     "solve_",
     "masked_linear_",
     "derivative_",
-    "outer_",
+    "product_",
     "invert_",
     "fingerprint",
     "pack_triangle_",

@@ -105,7 +105,7 @@ def arguments(op: str, dtype=torch.float32, stacked: bool = True) -> list:
         "solve_": [W, c, c[..., :0], out, stats(S, B, dtype), report(), relu, *RUN, 0.0],
         "masked_linear_": [W, c, d, c[..., :0], out, stats(S, B, dtype), report(), -1, *RUN],
         "derivative_": [W, c, d, out, relu],
-        "outer_": [c, d, W.clone()],
+        "product_": [c, d, W.clone(), 1.0, 0, 1],
         "invert_": [torch.eye(m, dtype=dtype)],
         "fingerprint": [W, torch.zeros(2, dtype=torch.int64)],
         "pack_triangle_": [W[0], *triangle, 0, 0],
@@ -148,7 +148,7 @@ def test_opcheck(op, dtype):
 
 @needs_library
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("op", ["outer_", "invert_", "pack_triangle_", "substitute_", "reduced_", "reduced_iterate_"])
+@pytest.mark.parametrize("op", ["product_", "invert_", "pack_triangle_", "substitute_", "reduced_", "reduced_iterate_"])
 def test_opcheck_of_one_weight(op, dtype):
     torch.library.opcheck(operator(op), tuple(arguments(op, dtype)))
 
@@ -170,7 +170,7 @@ def test_every_operator_has_a_schema_that_names_what_it_writes():
         "solve_": ["z", "stats", "report"],
         "masked_linear_": ["u", "stats", "report"],
         "derivative_": ["d"],
-        "outer_": ["out"],
+        "product_": ["out"],
         "invert_": ["A"],
         "fingerprint": ["out"],
         "pack_triangle_": ["packed", "diagonal"],
@@ -251,12 +251,13 @@ WRONG_TENSORS = {
     "size too precise": ("reduced_", 7, torch.zeros(B).double(), "size must be float32; got float64"),
     "W has four dimensions": ("fingerprint", 0, torch.zeros(1, 1, 2, 2), r"W must be \(rows, columns\) or"),
     "fingerprint too long": ("fingerprint", 1, torch.zeros(3).long(), r"out must have shape \(2\); got \(3\)"),
-    "left has one dimension": ("outer_", 0, torch.zeros(m), r"left must be \(B, m\) or \(S, B, m\); got shape"),
-    "left with scattered rows": ("outer_", 0, torch.zeros(S, m, B).mT, "left must have contiguous rows"),
-    "right with scattered rows": ("outer_", 1, torch.zeros(S, m, B).mT, "right must have contiguous rows"),
-    "right for another batch": ("outer_", 1, torch.zeros(S, B + 1, m), r"right must have shape \(2, 3, 5\); got"),
-    "out with gaps": ("outer_", 2, torch.zeros(S, m, 2 * m)[..., ::2], "out must be contiguous; got strides"),
-    "out of another dtype": ("outer_", 2, torch.zeros(S, m, m).double(), "out must be float32; got float64"),
+    "left has one dimension": ("product_", 0, torch.zeros(m), r"left must be a matrix or a stack .*; got shape \(5\)"),
+    "left of half precision": ("product_", 0, torch.zeros(S, B, m).half(), "right must be float16; got float32"),
+    "right for another batch": ("product_", 1, torch.zeros(S, B + 1, m), r"right must have shape \(2, 3, 5\); got"),
+    "right without its stack": ("product_", 1, torch.zeros(B, m), r"right must be \(S, inner, columns\); got shape"),
+    "out with gaps": ("product_", 2, torch.zeros(S, m, 2 * m)[..., ::2], "out must have contiguous rows"),
+    "out with one row": ("product_", 2, torch.zeros(S, 1, m).expand(S, m, m), "out must .* not overlap"),
+    "out of another dtype": ("product_", 2, torch.zeros(S, m, m).double(), "out must be float32; got float64"),
     "A of a block is not square": ("invert_", 0, torch.zeros(3, 4), r"A must have shape \(3, 3\); got \(3, 4\)"),
     "A of a block with scattered rows": ("invert_", 0, torch.eye(8)[:, ::2][:4], "A must have contiguous rows"),
     "A of a block in half precision": ("invert_", 0, torch.eye(3).half(), "A must be float32 or float64; got float16"),
@@ -281,6 +282,8 @@ WRONG_NUMBERS = {
         activations.get_activation("gelu").number,
         "masked_linear_: an argument is out of range",
     ),
+    "product that adds twice": ("product_", 4, 2, "adds must lie in 0..1; got 2"),
+    "product transposed twice": ("product_", 5, 2, "transposed must lie in 0..1; got 2"),
     "substitution with an unknown activation": ("substitute_", 7, 99, "substitute_: an argument is out of range"),
     "substitution that is half reversed": ("substitute_", 8, 2, "reversed must lie in 0..1; got 2"),
     "reduction of no steps": ("reduced_iterate_", 14, 0, "max_iter must lie in 1"),

@@ -64,7 +64,7 @@ def test_operators_of_a_solve_and_its_gradient(problem):
         "aten::new_empty",
         "deq::masked_linear_",
         "aten::new_empty",
-        "deq::outer_",
+        "deq::product_",
     ]
     assert len(recorder.names) <= len(names) + 3
 

@@ -37,6 +37,22 @@ struct Step {
   int64_t* found = nullptr;      // skip_step: marks the nonzero elements itself and adds their number here; null: they are marked
 };
 
+// out = factor left right, or with `adds` added to it: left (rows, inner) and right (inner, columns) in any strides, rows of out
+// contiguous.
+template <class T>
+struct Product {
+  const T* left;
+  int64_t left_row, left_inner;
+  const T* right;
+  int64_t right_row, right_column;
+  T* out;
+  int64_t out_stride;
+  int64_t rows, inner, columns;
+  T factor;
+  bool adds;
+  T* scratch;  // product_scratch(rows) elements
+};
+
 template <class T>
 struct Kernels {
   const char* name;
@@ -70,10 +86,8 @@ struct Kernels {
   void (*residual)(const T* f, const T* y, T* f_row, T* g_row, int64_t padded);
   void (*dots)(const T* g, const T* const* rows, int count, int64_t padded, double* dots);
   void (*mix)(const T* const* rows, const T* weights, int count, int64_t padded, T* out);
-  // out[i][j] = sum over `batch` rows b of u[b][i] z[b][j] for the rows [first, last) of out, `columns` wide. Summed in the order
-  // of b whatever the rows asked for.
-  void (*outer)(const T* u, int64_t u_stride, const T* z, int64_t z_stride, int64_t batch, int64_t columns, T* out, int64_t first,
-                int64_t last);
+  void (*product)(const Product<T>&);
+  int64_t (*product_scratch)(int64_t rows);
   // Inverts the n x n matrix in place, without pivoting; `work` holds n * n numbers.
   void (*invert)(T* matrix, int64_t stride, int64_t n, double* work);
   // Hash lanes of the weight cache: absorbs blocks of kHashLanes words.

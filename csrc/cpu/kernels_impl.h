@@ -7,8 +7,8 @@
 #include "../kernels.h"
 #include "invert_impl.h"
 #include "kernels.h"
-#include "outer_impl.h"
 #include "pack_impl.h"
+#include "product_impl.h"
 #include "rows_impl.h"
 #include "vec.h"
 
@@ -360,7 +360,8 @@ const deq::Kernels<T>* table() {
       .residual = residual<T>,
       .dots = dots<T>,
       .mix = mix<T>,
-      .outer = outer<T>,
+      .product = product<T>,
+      .product_scratch = product_scratch<T>,
       .invert = invert<T>,
       .absorb = absorb,
       .peak_flops = peak_flops<T>,

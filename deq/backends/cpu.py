@@ -13,12 +13,9 @@ from .outcome import Outcome
 
 _ACCELERATION = {"none": 0, "anderson": 1, "on_demand": 2}
 _CRITERION = {"residual": 0, "error": 1}
-# Samples up to which the gradient of W is summed here and not by torch. Torch's time over this, Zen 4, one thread: 1.2
-# from 16 to 256 samples at any m, 5.2 at (1024, 4), 3.5 at (2048, 4).
-OUTER_UP_TO = 256
 # acceleration, depth, criterion, tol, max_iter, precision, reflected: of an operator that multiplies once
 _ONE_EVALUATION = (_ACCELERATION["none"], 1, _CRITERION["residual"], 0.0, 1, INCREMENTS["native"], 0)
-_OUTER_DTYPES = (torch.float32, torch.float64)
+_PRODUCT_DTYPES = (torch.float32, torch.float64)
 _ZERO = {dim: torch.empty((0,) * dim) for dim in (2, 3)}  # the operator's z0 without elements: start at zero
 _reports: list[Tensor] = []  # those not in use; a list, whose pop and append are safe between threads
 
@@ -76,11 +73,11 @@ def outer(u: Tensor, z: Tensor) -> Tensor:
     m = u.shape[-1]
     shape = *u.shape[:-2], m, m
     out = recycle.empty(u, shape) if math.prod(shape) * u.element_size() >= LEAST_BYTES else None
-    if u.dtype not in _OUTER_DTYPES or u.stride(-1) != 1 or z.stride(-1) != 1 or u.shape[-2] > OUTER_UP_TO:
+    if u.dtype not in _PRODUCT_DTYPES:
         return torch.matmul(u.mT, z, out=out)
     if out is None:
         out = u.new_empty(shape)
-    torch.ops.deq.outer_.default(u, z, out)
+    torch.ops.deq.product_.default(u, z, out, 1.0, 0, 1)
     return out
 
 

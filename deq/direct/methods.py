@@ -25,6 +25,7 @@ from torch import Tensor
 
 from .. import _library, _triton, cache, recycle
 from ..activations import ACTIVATIONS
+from ..products import multiply
 from . import roots
 
 
@@ -112,10 +113,10 @@ class Linear:
         return Linear(self.W, self.inverts, not self.is_transposed, self.tol)
 
     def apply(self, z: Tensor) -> Tensor:
-        return z @ (self.W if self.is_transposed else self.W.mT)
+        return multiply(z, self.W if self.is_transposed else self.W.mT)
 
     def outer(self, u: Tensor, z: Tensor) -> tuple[Tensor, ...]:
-        return (z.mT @ u if self.is_transposed else u.mT @ z,)
+        return (multiply(z.mT, u) if self.is_transposed else multiply(u.mT, z),)
 
     def why_not(self, activation: str) -> str | None:
         return None if activation == "identity" else f"W is dense and the activation is {activation!r}"
@@ -147,7 +148,7 @@ class Linear:
         """``(I - W)^-1 c``, or with W^T."""
         if self.inverts:
             inverse = cache.remembered(self.W, "inverse of I - W", self._invert)
-            return c @ (inverse if self.is_transposed else inverse.mT)
+            return multiply(c, inverse if self.is_transposed else inverse.mT)
         lu, pivots = cache.remembered(self.W, "LU of I - W", self._factor)
         return torch.linalg.lu_solve(lu, pivots, c, left=False, adjoint=not self.is_transposed)
 

@@ -39,9 +39,9 @@ def derivative(W: Tensor, c: Tensor, *_, **__) -> int:
     return 2 * c.numel() * c.shape[-1]
 
 
-def outer(u: Tensor, z: Tensor, out: Tensor, *_, **__) -> int:
-    """The gradient of W, ``sum over samples of u z^T``."""
-    return 2 * u.numel() * z.shape[-1]
+def product(left: Tensor, right: Tensor, out: Tensor, *_, **__) -> int:
+    """A product of two matrices, or a stack of them: the gradient of W, the blocks of the Cayley map's inverse."""
+    return 2 * out.numel() * right.shape[-2]
 
 
 def substitute(packed: Tensor, diagonal: Tensor, c: Tensor, *_, **__) -> int:
@@ -77,7 +77,7 @@ FORMULAS = {
     "solve_": solve,
     "masked_linear_": masked_linear,
     "derivative_": derivative,
-    "outer_": outer,
+    "product_": product,
     "substitute_": substitute,
     "reduced_": reduced,
     "reduced_iterate_": reduced_iterate,
