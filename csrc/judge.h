@@ -75,7 +75,7 @@ DEQ_HD Verdict judge(const Rule& rule, Record& s, double step2, double size2, do
     const double q = sqrt(q2);
     done = q < 1 && sqrt(step2 / size2) * q <= rule.tol * (1 - q);
   }
-  if (done || step2 * s.best_size2 < s.best_step2 * size2) {
+  if (done || !(step2 * s.best_size2 >= s.best_step2 * size2)) {  // the first is the best so far, even where f(y) = 0
     s.best_step2 = step2;
     s.best_size2 = size2;
     s.best_at = s.iteration;

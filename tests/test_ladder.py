@@ -7,6 +7,8 @@ from problems import exact, gaussian, torch_adjoint, torch_loop
 
 import deq
 from deq import _library, reference
+from deq.activations import ACTIVATIONS
+from deq.backends import get_backend
 from deq.solvers import ladder
 
 BACKENDS = ["reference"] + (["cpu"] if _library.compiled is not None else [])
@@ -104,9 +106,25 @@ def radius(m: int, B: int, size: float, dtype=torch.float32):
     return (size * W / torch.linalg.eigvals(W).abs().max()).to(dtype), c.to(dtype), g.to(dtype)
 
 
+@backends
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_one_evaluation(activation, dtype, backend):
+    W, c, g = gaussian(70, 9, dtype)
+    evaluate, value = get_backend(backend).evaluate, ACTIVATIONS[activation].value
+    exact_value = value(g.double() @ W.double().mT + c.double())
+    assert_as_accurate(evaluate(W, c, g, activation), value(g @ W.mT + c), exact_value)
+    large = torch.finfo(dtype).max
+    g[2, 5], c[4, 1], g[6] = torch.nan, torch.inf, large
+    lost = evaluate(W * 1e3, c, g, "softplus").isfinite().all(-1).logical_not()
+    assert lost.nonzero().flatten().tolist() == [2, 4, 6]
+    W[3, 3] = torch.nan
+    assert evaluate(W, c, g, activation).isnan().any()
+
+
 @needs_library
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("activation", ["relu", "tanh"])
+@pytest.mark.parametrize("activation", ["relu", "tanh", "softplus"])
 @pytest.mark.parametrize(
     ("problem", "options"),
     [

@@ -1,5 +1,7 @@
 """deq.solve against plain PyTorch and float64: accuracy, every kind of input, every promise about samples."""
 
+import itertools
+
 import hypothesis
 import hypothesis.strategies as st
 import pytest
@@ -203,6 +205,49 @@ def test_scale_of_a_start_without_injection(m):
         factor = 2.0**exponent
         scaled = deq.solve(W, c * factor, z0=start * factor, solver="plain", on_failure="ignore")
         assert torch.equal(scaled.iterations, one.iterations) and torch.equal(scaled.status, one.status)
+
+
+@pytest.mark.parametrize("m", [24, 64, 130])  # lanes, rows, increments
+@pytest.mark.parametrize("solver", ["auto", "plain", "anderson", "cayley"])
+@pytest.mark.parametrize("weight", [0.0, 0.01])
+@backends
+def test_a_value_of_zero_at_the_start(backend, m, solver, weight):
+    """A residual with nothing to divide by is no reason to give up, or to return what was never written."""
+    W, c, _ = gaussian(m, 3)
+    W, start = torch.triu(torch.full((m, m), weight), 1), -torch.ones(3, m)
+    c[0] = 0.0
+    solution = deq.solve(W, c, z0=start, solver=solver, backend=backend, on_failure="raise")
+    assert (solution.z[0] == 0).all() and solution.residual[0] == 0
+    assert_as_accurate(solution.z, torch_loop(W, c, "relu"), exact(W, c, "relu"))
+
+
+@pytest.mark.parametrize("m", [5, 64, 130])
+@pytest.mark.parametrize("solver", ["auto", "plain", "anderson", "cayley"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
+@backends
+def test_what_leaves_the_range_is_not_nan(backend, m, solver, dtype):
+    """Weights, injections and starts so large that their first products overflow."""
+    largest = torch.finfo(dtype).max
+    for size, activation in itertools.product((largest, -largest, largest**0.5), ("relu", "softplus", "tanh")):
+        W = torch.full((m, m), size, dtype=dtype)
+        for c, start in itertools.product((1.0, largest), (1.0, largest)):
+            c, start = (torch.full((2, m), value, dtype=dtype) for value in (c, start))
+            options = {"z0": start, "solver": solver, "backend": backend, "max_iter": 60, "on_failure": "ignore"}
+            try:
+                assert torch.isfinite(deq.solve(W, c, activation, **options).z).all()
+            except ValueError as error:
+                assert "inverse" in str(error)  # solver="cayley": 2 I - W has none
+
+
+@pytest.mark.parametrize("m", [5, 130])
+@pytest.mark.parametrize("solver", ["auto", "plain", "anderson", "cayley"])
+@backends
+def test_a_start_that_is_not_finite_is_named(backend, m, solver):
+    W, c = -3 * torch.eye(m), torch.ones(3, m)
+    start = torch.ones(3, m)
+    start[1, 2] = torch.nan
+    with pytest.raises(ValueError, match=r"z0 must be finite; z0\[1\] holds NaN or infinity"):
+        deq.solve(W, c, z0=start, solver=solver, backend=backend)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-20])

@@ -373,6 +373,8 @@ class Tile {
     bool fits = true;
     if (is_best) {
       fits = write(slot);
+    } else if (slot.progress.record.best_at == 0) {  // not even the value at the start was finite
+      fits = samples_.write(slot.sample, slot.scale, slot.row.x);
     } else if (slot.best_is_first) {
       k_.first(p_.activation, slot.c, slot.row.d, value_[0], m_);
       fits = samples_.write(slot.sample, slot.scale, value_[0]);

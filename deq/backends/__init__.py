@@ -7,8 +7,9 @@ strides, one dtype and device.
     fixed point of ``act(W z + c)``, from zero if z0 is None
 ``masked_linear(A, g, d, value_of, plan, out=None) -> Outcome``
     fixed point of ``d * (A u + g)``; with ``value_of`` naming an activation, d holds its values, not its derivative
-``affine(W, x, c) -> Tensor``
-    ``W x + c``, float32 or float64; on the CPU to the last bit the same whichever rows are beside a row
+``evaluate(W, c, z, activation) -> Tensor``
+    ``act(W z + c)``, float32 or float64, NaN in a row that is not finite; on the CPU to the last bit the same whichever
+    rows are beside a row, which torch's products and functions do not promise
 ``derivative(W, c, z, activation) -> Tensor``
     ``act'(W z + c)``
 ``outer(u, z) -> Tensor``

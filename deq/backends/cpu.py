@@ -9,6 +9,7 @@ from .. import recycle, stats
 from ..activations import ACTIVATIONS
 from ..plan import INCREMENTS, LARGE_WEIGHT, LargeWeight, Plan
 from ..recycle import LEAST_BYTES
+from ..solution import Status
 from .outcome import Outcome
 
 _ACCELERATION = {"none": 0, "anderson": 1, "on_demand": 2}
@@ -55,10 +56,14 @@ def masked_linear(
     return _run(torch.ops.deq.masked_linear_.default, (A, g, d, start), out, number, _options(plan, reflected))
 
 
-def affine(W: Tensor, x: Tensor, c: Tensor) -> Tensor:
-    """One evaluation of the map with the identity, whose sums take no notice of the other rows."""
-    number = ACTIVATIONS["identity"].number
-    return _run(torch.ops.deq.solve_.default, (W, c, x), None, number, (*_ONE_EVALUATION, 0.0)).z
+def evaluate(W: Tensor, c: Tensor, z: Tensor, activation: str) -> Tensor:
+    number = ACTIVATIONS[activation].number
+    y, said, report = _run(torch.ops.deq.solve_.default, (W, c, z), None, number, (*_ONE_EVALUATION, 0.0))
+    if report is not None:  # a solve refuses what is not finite, and keeps what was finite before
+        lost = stats.status(y, said) >= Status.DIVERGED
+        if report[1] or bool(lost.any()):
+            y.masked_fill_((lost | bool(report[1])).unsqueeze(-1), torch.nan)
+    return y
 
 
 def derivative(W: Tensor, c: Tensor, z: Tensor, activation: str) -> Tensor:

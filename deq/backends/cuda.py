@@ -25,11 +25,11 @@ from ..solution import Status
 from . import reference
 from .cpu import _options
 from .outcome import Deferred, Outcome
-from .reference import affine, outer
+from .reference import evaluate, outer
 
 __all__ = [
-    "affine",
     "derivative",
+    "evaluate",
     "masked_linear",
     "measure",
     "outer",

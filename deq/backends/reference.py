@@ -72,8 +72,8 @@ def masked_linear(
     return outcome._replace(z=u if out is None else out.copy_(u))
 
 
-def affine(W: Tensor, x: Tensor, c: Tensor) -> Tensor:
-    return torch.matmul(x, W.mT).add_(c)
+def evaluate(W: Tensor, c: Tensor, z: Tensor, activation: str) -> Tensor:
+    return ACTIVATIONS[activation].value(torch.matmul(z, W.mT).add_(c))
 
 
 def derivative(W: Tensor, c: Tensor, z: Tensor, activation: str) -> Tensor:

@@ -17,10 +17,10 @@ from ..activations import ACTIVATIONS
 from ..plan import Plan
 from . import triton_resident, triton_streaming
 from .outcome import Deferred, Outcome, Part
-from .reference import affine, outer
+from .reference import evaluate, outer
 from .triton_kind import PRECISION, Kind
 
-__all__ = ["affine", "derivative", "is_deferred", "masked_linear", "outer", "solve"]
+__all__ = ["derivative", "evaluate", "is_deferred", "masked_linear", "outer", "solve"]
 
 STATE_BYTES = 1 << 30  # of the iterates and windows that exist at a time; larger batches are solved in stretches
 

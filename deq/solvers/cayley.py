@@ -218,7 +218,7 @@ def choose_alpha(W: Tensor, activation: str) -> float:
     trace = float(wide.diagonal(dim1=-2, dim2=-1).sum())
     frobenius = float(torch.linalg.vector_norm(wide))
     mean_square = (1.0 / unit - 2.0 * trace / count) / unit + frobenius**2 / count
-    return min(1.0, TYPICAL_SIZE / (unit * math.sqrt(mean_square))) if mean_square > 0 else 1.0
+    return min(1.0, TYPICAL_SIZE / math.sqrt(mean_square) / unit) if mean_square > 0 else 1.0
 
 
 def _check_weight(W: Tensor) -> None:

@@ -29,6 +29,7 @@ from torch import Tensor
 from .. import stats
 from ..activations import ACTIVATIONS
 from ..backends import Deferred, Outcome, Settled, get_backend
+from ..backends.outcome import first_bad
 from ..cache import remembered
 from ..plan import Plan
 from ..solution import Status
@@ -65,17 +66,18 @@ class _Equilibria:
 
     def reflected(self, K: Tensor, shifted: Tensor, start: Tensor | None, alpha: float, plan: Plan) -> Outcome:
         if start is not None:
-            u = self.backend.affine(self.W, start, self.c)
-            x = (1.0 - alpha) * self._value(u) + alpha * u
-            start = 2.0 * self._value(x) - x
+            evaluate = self.backend.evaluate
+            x = u = evaluate(self.W, self.c, start, "identity")
+            value = torch.relu(u) if self.activation == "relu" else evaluate(self.W, self.c, start, self.activation)
+            if alpha != 1.0:  # relu
+                x = (1.0 - alpha) * value + alpha * u
+                value = torch.relu(x)
+            start = 2.0 * value - x
         return self.backend.solve(K, shifted, start, self.activation, plan, reflected=True)
-
-    def _value(self, u: Tensor) -> Tensor:
-        return ACTIVATIONS[self.activation].value(u)
 
     def newton(self, start: Tensor, plan: Plan) -> tuple[Tensor, ...]:
         steps = min(plan.max_iter, NEWTON_STEPS)
-        return newton.newton(self.W, self.c, start, self.activation, plan.tol, steps, self.backend.affine)
+        return newton.newton(self.W, self.c, start, self.activation, plan.tol, steps, self.backend)
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ class _Adjoint:
     def reflected(self, K: Tensor, shifted: Tensor, start: Tensor | None, alpha: float, plan: Plan) -> Outcome:
         d = self.d()
         if start is not None:
-            x = (1.0 - alpha) * start + alpha * self.backend.affine(self.A, start, self.g)
+            x = (1.0 - alpha) * start + alpha * self.backend.evaluate(self.A, self.g, start, "identity")
             start = (2.0 * self._derivative(d) - 1.0) * x
         return self.backend.masked_linear(K, shifted, d, self.value_of, plan, u0=start, reflected=True)
 
@@ -110,7 +112,7 @@ class _Adjoint:
         return d if self.value_of is None else ACTIVATIONS[self.value_of].derivative_of_value(d)
 
     def newton(self, start: Tensor, plan: Plan) -> tuple[Tensor, ...]:
-        return newton.masked_solve(self.A, self._derivative(self.d()), self.g, plan.tol, self.backend.affine)
+        return newton.masked_solve(self.A, self._derivative(self.d()), self.g, plan.tol, self.backend)
 
 
 def solve(W: Tensor, c: Tensor, z0: Tensor | None, activation: str, plan: Plan) -> Outcome:
@@ -348,16 +350,20 @@ def _by_cayley(problem, start: Tensor | None, plan: Plan, share: float) -> Outco
     judge = replace(plan, acceleration="none", increments="native", max_iter=1)
     c = problem.injection
     z = torch.empty_like(c, memory_format=torch.contiguous_format)
-    pieces, reports = [], []
+    pieces, reports, bad_start = [], [], 0
     chunk = CHUNK if c.is_cpu else max(c.shape[-2], 1)  # a GPU is better filled than spared
     for first in range(0, max(c.shape[-2], 1), chunk):
         rows = (..., slice(first, first + chunk), slice(None))
         part = problem.part(rows) if c.shape[-2] > chunk else problem
-        shifted = part.backend.affine(K, part.injection, part.injection)
+        shifted = part.backend.evaluate(K, part.injection, part.injection, "identity")
         if alpha != 1.0:
             shifted *= alpha
         x = part.reflected(K, shifted, None if start is None else start[rows], alpha, iterate)
-        judged = part.plain(x.z, judge)
+        point = x.z
+        if isinstance(x.report, list) and x.report[0]:  # some failed: what is not finite is no point to judge at
+            point = torch.where(torch.isfinite(point).all(-1, keepdim=True), point, 0.0)
+            bad_start = bad_start or x.report[3]
+        judged = part.plain(point, judge)
         z[rows] = judged.z
         said = _read(judged)
         pieces.append((_read(x)[0] + said[0], *said[1:]))
@@ -369,7 +375,9 @@ def _by_cayley(problem, start: Tensor | None, plan: Plan, share: float) -> Outco
         return Outcome(z, stats.pack(iterations, residual, status), reports[0])
     report = [sum(r[0] for r in reports), *reports[0][1:]]
     if len(reports) > 1 and any(r[2] for r in reports):  # the first sample that is not finite, of all chunks
-        report[2] = int((~torch.isfinite(c).all(-1)).reshape(-1).nonzero()[0]) + 1
+        report[2] = first_bad(~torch.isfinite(c).all(-1))
+    if bad_start and start is not None:  # that of the reflected map, to which a finite start may be too large
+        report[3] = first_bad(~torch.isfinite(start).all(-1))
     return Outcome(z, stats.pack(iterations, residual, status), report)
 
 

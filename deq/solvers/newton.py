@@ -4,13 +4,14 @@ A step costs (2/3) m^3 flops for every sample, m/3 of its evaluations: for a han
 All is computed in float64 and judged in the caller's precision; Jacobians take at most 64 MB at a time, or one sample.
 """
 
-from collections.abc import Callable
+from dataclasses import dataclass, replace
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from ..activations import get_activation
-from ..backends.reference import affine as affine_in_torch
+from ..backends import reference as torch_backend
 from ..reference import MARGIN_POWER, _norm, solve_each
 from ..solution import Status
 
@@ -23,8 +24,6 @@ FIRST_SHARE = 3  # the first pace gets a third of the steps
 GROWTH = 10.0  # of the pseudo-time step, at most, either way
 SHORTEST, LONGEST = 1e-2, 1e14
 
-Affine = Callable[[Tensor, Tensor, Tensor], Tensor]  # W x + c of every row, as the backends have it
-
 
 @torch.no_grad()
 def newton(
@@ -34,7 +33,7 @@ def newton(
     activation: str,
     tol: float,
     max_iter: int = 60,
-    affine: Affine = affine_in_torch,
+    backend: ModuleType = torch_backend,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Equilibria ``z = act(W z + c)`` of a few samples by semi-smooth Newton, globalised by pseudo-time.
 
@@ -46,7 +45,7 @@ def newton(
     solved), residual (n,) of y in the dtype of c, status (n,): CONVERGED, MAX_ITER after max_iter steps. No claim that
     there is no equilibrium is made or can be.
     """
-    act = get_activation(activation)
+    get_activation(activation)
     n, m = c.shape
     z, residual = torch.empty_like(c), torch.empty(n, dtype=c.dtype, device=c.device)
     iterations = torch.zeros(n, dtype=torch.int32, device=c.device)
@@ -54,30 +53,52 @@ def newton(
     first = -(-max_iter // FIRST_SHARE)
     for part in _chunks(n, m):
         b = c[part]
-        start = act.value(b) if z0 is None else z0[part]
-        best = _Best(W, b, act.value, start, affine)
+        f = _Map(W, b, activation, backend)
+        first_value = f.value(torch.zeros_like(b))
+        start = first_value if z0 is None else z0[part]
+        best = _Best(f, first_value, start)
         for (delta, power), steps in zip(PACES, (first, max_iter - first), strict=True):
             rows = (~(best.residual <= limit)).nonzero().squeeze(-1)
-            _march(wide, b.double(), act, start, best, rows, delta, power, steps, limit)
-            start = act.value(b)
+            _march(_Map(wide, b.double(), activation, backend), start, best, rows, delta, power, steps, limit)
+            start = first_value
         z[part], residual[part], iterations[part] = best.image, best.residual, best.iterations
     status = torch.where(residual <= tol, int(Status.CONVERGED), int(Status.MAX_ITER)).to(torch.uint8)
     return z, iterations, residual, status
 
 
+@dataclass(frozen=True)
+class _Map:
+    """``act(W z + c)`` of some samples, by a backend."""
+
+    W: Tensor
+    c: Tensor
+    activation: str
+    backend: ModuleType
+
+    def of(self, rows: Tensor) -> "_Map":
+        return replace(self, c=self.c[rows])
+
+    def value(self, z: Tensor) -> Tensor:
+        return self.backend.evaluate(self.W, self.c, z, self.activation)
+
+    def derivative(self, z: Tensor) -> Tensor:
+        """``act'(W z + c)``."""
+        return self.backend.derivative(self.W, self.c, z, self.activation)
+
+
 class _Best:
     """The points with the smallest residual in the caller's precision, and the steps taken."""
 
-    def __init__(self, W: Tensor, c: Tensor, value, start: Tensor, affine: Affine):
-        self.W, self.c, self.value, self.affine = W, c, value, affine
-        self.iterations = torch.zeros(c.shape[0], dtype=torch.int32, device=c.device)
-        self.image = value(c)  # of the point 0, finite whatever W is
-        self.residual = (_norm(self.image) > 0).to(c.dtype)
-        self.judge(torch.arange(c.shape[0], device=c.device), start)
+    def __init__(self, f: _Map, first_value: Tensor, start: Tensor):
+        self.f = f
+        self.iterations = torch.zeros(len(first_value), dtype=torch.int32, device=first_value.device)
+        self.image = first_value.clone()  # of the point 0, finite whatever W is
+        self.residual = (_norm(self.image) > 0).to(first_value.dtype)
+        self.judge(torch.arange(len(first_value), device=first_value.device), start)
 
     def judge(self, rows: Tensor, y: Tensor) -> None:
-        y = y.to(self.c.dtype)
-        image = self.value(self.affine(self.W, y, self.c[rows]))
+        y = y.to(self.image.dtype)
+        image = self.f.of(rows).value(y)
         step = _norm(image - y)
         r = torch.where(step > 0, step / _norm(image), step)  # NaN where anything is not finite
         better = r < self.residual[rows]
@@ -85,32 +106,31 @@ class _Best:
         self.residual[rows[better]] = r[better]
 
 
-def _march(W, c, act, start, best, rows, delta, power, steps, limit) -> None:
-    """Up to ``steps`` pseudo-time steps of the samples ``rows`` from ``start``, in float64."""
-    z, c = start[rows].double(), c[rows]
-    u = best.affine(W, z, c)
-    F = z - act.value(u)
+def _march(f: _Map, start, best, rows, delta, power, steps, limit) -> None:
+    """Up to ``steps`` pseudo-time steps of the samples ``rows`` of f from ``start``, in float64."""
+    z, f = start[rows].double(), f.of(rows)
+    F = z - f.value(z)
     size = _norm(F)
     delta = torch.full_like(size, delta)
     for _ in range(steps):
         if rows.numel() == 0:
             return
-        J = act.derivative(u).unsqueeze(-1) * -W
+        J = f.derivative(z).unsqueeze(-1) * -f.W
         J.diagonal(dim1=-2, dim2=-1).add_((1 + 1 / delta).unsqueeze(-1))
         trial = z - solve_each(J, F)[0]
         best.iterations[rows] += 1
-        v = best.affine(W, trial, c)
-        G = trial - act.value(v)
+        G = trial - f.value(trial)
         new = _norm(G)
         good = torch.isfinite(new)  # a singular J takes no step, but a shorter one next time
-        z, u, F = (torch.where(good.unsqueeze(-1), a, b) for a, b in ((trial, z), (v, u), (G, F)))
+        z, F = (torch.where(good.unsqueeze(-1), a, b) for a, b in ((trial, z), (G, F)))
         growth = torch.where(good, _power(size / new, power), 1 / GROWTH).nan_to_num(nan=GROWTH)
         delta = (delta * growth.clamp(1 / GROWTH, GROWTH)).clamp(SHORTEST, LONGEST)
         size = torch.where(good, new, size)
         best.judge(rows, z)
         keep = ~(best.residual[rows] <= limit)
         if not keep.all():
-            rows, z, u, F, c, size, delta = (t[keep] for t in (rows, z, u, F, c, size, delta))
+            rows, z, F, size, delta = (t[keep] for t in (rows, z, F, size, delta))
+            f = f.of(keep)
 
 
 def _power(x: Tensor, exponent: float) -> Tensor:
@@ -122,7 +142,7 @@ def _power(x: Tensor, exponent: float) -> Tensor:
 
 @torch.no_grad()
 def masked_solve(
-    A: Tensor, d: Tensor, g: Tensor, tol: float, affine: Affine = affine_in_torch
+    A: Tensor, d: Tensor, g: Tensor, tol: float, backend: ModuleType = torch_backend
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``u = d * (A u + g)`` of a few samples by one linear system each: ``(I - D A) u = D g``.
 
@@ -142,7 +162,7 @@ def masked_solve(
         if failed.any():
             y[failed] = _least_squares(J[failed], (D * b)[failed])
         y = y.to(g.dtype)
-        image = d[part] * affine(A, y, g[part])
+        image = d[part] * backend.evaluate(A, g[part], y, "identity")
         step, zero = _norm(image - y), d[part] * g[part]
         r = torch.where(step > 0, step / _norm(image), step)
         usable = r <= 1  # else the point 0 and its image are better; false for NaN
