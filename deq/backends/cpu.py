@@ -14,8 +14,9 @@ from .outcome import Outcome
 
 _ACCELERATION = {"none": 0, "anderson": 1, "on_demand": 2}
 _CRITERION = {"residual": 0, "error": 1}
-# acceleration, depth, criterion, tol, max_iter, precision, reflected: of an operator that multiplies once
-_ONE_EVALUATION = (_ACCELERATION["none"], 1, _CRITERION["residual"], 0.0, 1, INCREMENTS["native"], 0)
+# acceleration, depth, criterion, tol, max_iter, precision, reflected: of an operator that multiplies once. Whatever is
+# finite has converged, so that the report tells whether anything is not.
+_ONE_EVALUATION = (_ACCELERATION["none"], 1, _CRITERION["residual"], 1e15, 1, INCREMENTS["native"], 0)
 _PRODUCT_DTYPES = (torch.float32, torch.float64)
 _ZERO = {dim: torch.empty((0,) * dim) for dim in (2, 3)}  # the operator's z0 without elements: start at zero
 _reports: list[Tensor] = []  # those not in use; a list, whose pop and append are safe between threads
@@ -59,10 +60,9 @@ def masked_linear(
 def evaluate(W: Tensor, c: Tensor, z: Tensor, activation: str) -> Tensor:
     number = ACTIVATIONS[activation].number
     y, said, report = _run(torch.ops.deq.solve_.default, (W, c, z), None, number, (*_ONE_EVALUATION, 0.0))
-    if report is not None:  # a solve refuses what is not finite, and keeps what was finite before
+    if report is not None and any(report):  # a solve refuses what is not finite, and keeps what was finite before
         lost = stats.status(y, said) >= Status.DIVERGED
-        if report[1] or bool(lost.any()):
-            y.masked_fill_((lost | bool(report[1])).unsqueeze(-1), torch.nan)
+        y.masked_fill_((lost | bool(report[1])).unsqueeze(-1), torch.nan)
     return y
 
 
