@@ -129,3 +129,64 @@ def test_gradient_of_a_weight_in_any_strides_and_types():
     assert torch.equal(cpu.outer(half, half), reference.outer(half, half))
     one = wide[:1].expand(6, 80)
     assert_product(cpu.outer(one, wide), one.mT, wide)
+
+
+@pytest.fixture
+def always(monkeypatch):
+    """Linear layers by the compiled kernels however small they are, and whatever CPU this is."""
+    monkeypatch.setattr(products, "LINEAR_FROM", 0)
+    monkeypatch.setattr(products, "_is_on_amd", lambda: True)
+
+
+def is_own(y):
+    return "_Linear" in str(y.grad_fn) or "_Linear" in str(y.grad_fn.next_functions)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(7,), (3, 7), (2, 5, 7), (0, 7)], ids=str)
+def test_a_linear_layer_is_torchs(shape, bias, always):
+    x, W = draw(*shape, dtype=torch.float64).requires_grad_(), draw(11, 7, dtype=torch.float64, seed=1).requires_grad_()
+    b = draw(11, dtype=torch.float64, seed=2).requires_grad_() if bias else None
+    leaves = (x, W, b) if bias else (x, W)
+    ours, theirs = products.linear(x, W, b), torch.nn.functional.linear(x, W, b)
+    assert is_own(ours) and not is_own(theirs)
+    torch.testing.assert_close(ours, theirs)
+    g = draw(*ours.shape, dtype=torch.float64, seed=3)
+    for a, e in zip(torch.autograd.grad(ours, leaves, g), torch.autograd.grad(theirs, leaves, g), strict=True):
+        torch.testing.assert_close(a, e)
+    for a, e in zip(
+        *(
+            torch.autograd.grad(y.sum(), leaves)
+            for y in (products.linear(x, W, b), torch.nn.functional.linear(x, W, b))
+        ),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, e)
+    if x.numel():
+        assert torch.autograd.gradcheck(products.linear, (x, W, b))
+        assert torch.autograd.gradgradcheck(products.linear, (x, W, b))
+
+
+def test_a_linear_layer_by_the_accuracy_rule(always):
+    x, W, b = draw(100, 300), draw(77, 300, seed=1), draw(77, seed=2)
+    exact_value = exact(x, W.mT) + b.double()
+    assert_as_accurate(products.linear(x, W, b), torch.nn.functional.linear(x, W, b), exact_value)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+def test_what_leaves_a_linear_layer_to_torch(always, monkeypatch):
+    x, W, b = draw(6, 7), draw(5, 7, seed=1).requires_grad_(), draw(5, seed=2)
+    assert is_own(products.linear(x, W, b))
+    assert not is_own(products.linear(x.bfloat16(), W.bfloat16()))
+    with torch.autocast("cpu"):
+        assert products.linear(x, W, b).dtype == torch.bfloat16
+    each = torch.func.vmap(torch.func.grad(lambda W, x: products.linear(x, W, b).sin().sum()), (None, 0))(W.detach(), x)
+    torch.testing.assert_close(each.sum(0), torch.autograd.grad(products.linear(x, W, b).sin().sum(), W)[0])
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        tangent = torch.autograd.forward_ad.unpack_dual(products.linear(dual, W, b)).tangent
+    torch.testing.assert_close(tangent, torch.ones_like(x) @ W.mT)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        products.linear(x, W.detach().mT.contiguous())
+    monkeypatch.setattr(products, "LINEAR_FROM", 8e6)
+    assert not is_own(products.linear(x, W, b))

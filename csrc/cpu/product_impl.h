@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "kernels.h"
+#include "pack_impl.h"
 #include "vec.h"
 
 namespace {
@@ -96,6 +97,11 @@ template <class T>
 void pack_right(const T* right, int64_t row_stride, int64_t column_stride, int64_t depth, int64_t columns, int64_t width,
                 T* packed) {
   using M = VecMath<T>;
+  if (row_stride == 1 && depth > 1) {  // columns are contiguous
+    for (int64_t k = 0; k < depth && columns < width; ++k)
+      std::fill(packed + k * width + columns, packed + (k + 1) * width, T(0));
+    return Transposition<T>().run(right, column_stride, columns, depth, packed, width);
+  }
   for (int64_t k = 0; k < depth; ++k, right += row_stride, packed += width) {
     if (columns == width && column_stride == 1) {
       for (int64_t j = 0; j < width; j += kLanes<T>) M::store(packed + j, M::load(right + j));

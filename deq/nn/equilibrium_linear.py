@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..activations import get_activation
+from ..products import linear
 from ..solution import Solution
 from ..solve import solve
 from .weight_modules import WEIGHTS, WeightModule
@@ -14,6 +15,13 @@ from .weight_modules import WEIGHTS, WeightModule
 SOLVE_OPTIONS = tuple(
     name for name, p in inspect.signature(solve).parameters.items() if p.kind is p.KEYWORD_ONLY and name != "z0"
 )
+
+
+class Injection(nn.Linear):
+    """``U x + b``: torch's linear layer by :mod:`deq.products`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
 
 
 class EquilibriumLinear(nn.Module):
@@ -61,7 +69,7 @@ class EquilibriumLinear(nn.Module):
         self.solution: Solution | None = None
         lipschitz = get_activation(activation).lipschitz
         self.weight = _make_weight(weight, width, lipschitz, device, dtype)
-        self.injection = nn.Linear(in_features, width, bias=bias, device=device, dtype=dtype)
+        self.injection = Injection(in_features, width, bias=bias, device=device, dtype=dtype)
         self._reset_injection()
 
     def reset_parameters(self) -> None:
