@@ -76,6 +76,17 @@ def test_normalised_equilibria(kind):
         deq.nn.normalise(inner, "batch")
 
 
+def test_normalised_injection_of_a_layer():
+    layer = deq.nn.EquilibriumLinear(5, 8)
+    before = layer(torch.ones(3, 5)).detach()
+    deq.nn.normalise(layer, "spectral", target=0.5)
+    assert torch.nn.utils.parametrize.is_parametrized(layer.injection, "weight")
+    after = layer(torch.ones(3, 5))
+    after.sum().backward()
+    assert not torch.allclose(before, after)
+    assert all(p.grad is not None for p in layer.injection.parametrizations.parameters())
+
+
 def test_clipped_norm():
     layer = nn.Linear(4, 4)
     with torch.no_grad():

@@ -10,9 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from .equilibrium_linear import Injection
+
 # The weight's name and its output dimension.
 MODULES: dict[type[nn.Module], tuple[str, int]] = {
     nn.Linear: ("weight", 0),
+    Injection: ("weight", 0),
     nn.Conv1d: ("weight", 0),
     nn.Conv2d: ("weight", 0),
     nn.Conv3d: ("weight", 0),
