@@ -310,7 +310,9 @@ def _rescue(problem, outcome: Outcome, plan: Plan, s: int | None = None) -> None
         if answer is None:
             continue
         more, now, how = _read(answer)
-        in_time = more <= left  # what a sample reaches with the evaluations of a batch mate does not count
+        # What a sample reaches with the evaluations of a batch mate does not count, nor then what it had reached with
+        # its own: that would take a run for every number of evaluations left.
+        in_time = more <= left
         iterations[index] += torch.minimum(more, left)
         before = residual[index]
         fits = (answer.z.abs() <= torch.finfo(z.dtype).max).all(-1)  # 16 bits may not hold what they are solved in
