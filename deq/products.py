@@ -22,11 +22,14 @@ LINEAR_FROM = 8e6
 
 def serves(left: Tensor, right: Tensor) -> bool:
     """Whether the compiled kernels multiply these."""
-    if _library.compiled is None or not (left.is_cpu and right.is_cpu and left.dtype == right.dtype in DTYPES):
-        return False
-    if left.dim() != right.dim() or left.dim() not in (2, 3) or not (is_plain(left) and is_plain(right)):
+    if left.dim() != right.dim() or left.dim() not in (2, 3) or not all(_fits(t, left.dtype) for t in (left, right)):
         return False
     return not (torch.is_grad_enabled() and (left.requires_grad or right.requires_grad))
+
+
+def _fits(t: Tensor, dtype: torch.dtype) -> bool:
+    """Whether t is of a kind and of the dtype that the compiled kernels multiply."""
+    return _library.compiled is not None and t.is_cpu and t.dtype == dtype and dtype in DTYPES and is_plain(t)
 
 
 def multiply(left: Tensor, right: Tensor, out: Tensor | None = None, factor: float = 1.0, adds: bool = False) -> Tensor:
@@ -61,17 +64,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     tensors = (x, weight) if bias is None else (x, weight, bias)
     fits = x.dim() > 0 and weight.shape[1:] == x.shape[-1:] and (bias is None or bias.shape == weight.shape[:1])
     is_large = fits and 2.0 * x.numel() * weight.shape[0] >= LINEAR_FROM
-    if not (is_large and _is_on_amd() and all(_is_eager(t, x.dtype) for t in tensors)):
+    watched = torch.is_autocast_enabled("cpu") or forward_ad._current_level >= 0
+    if watched or not (is_large and _is_on_amd() and all(_fits(t, x.dtype) for t in tensors)):
         return torch.nn.functional.linear(x, weight, bias)
     y = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias)
     return y.reshape(*x.shape[:-1], weight.shape[0])
-
-
-def _is_eager(t: Tensor, dtype: torch.dtype) -> bool:
-    """Whether the compiled kernels may stand in for torch's, with a gradient of their own."""
-    if _library.compiled is None or not t.is_cpu or t.dtype != dtype or dtype not in DTYPES or not is_plain(t):
-        return False
-    return not (torch.is_autocast_enabled("cpu") or forward_ad._current_level >= 0)
 
 
 @lru_cache(maxsize=1)

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from .. import recycle, stats
+from .. import products, recycle, stats
 from ..activations import ACTIVATIONS
 from ..plan import INCREMENTS, LARGE_WEIGHT, LargeWeight, Plan
 from ..recycle import LEAST_BYTES
@@ -17,7 +17,6 @@ _CRITERION = {"residual": 0, "error": 1}
 # acceleration, depth, criterion, tol, max_iter, precision, reflected: of an operator that multiplies once. Whatever is
 # finite has converged, so that the report tells whether anything is not.
 _ONE_EVALUATION = (_ACCELERATION["none"], 1, _CRITERION["residual"], 1e15, 1, INCREMENTS["native"], 0)
-_PRODUCT_DTYPES = (torch.float32, torch.float64)
 _ZERO = {dim: torch.empty((0,) * dim) for dim in (2, 3)}  # the operator's z0 without elements: start at zero
 _reports: list[Tensor] = []  # those not in use; a list, whose pop and append are safe between threads
 
@@ -78,7 +77,7 @@ def outer(u: Tensor, z: Tensor) -> Tensor:
     m = u.shape[-1]
     shape = *u.shape[:-2], m, m
     out = recycle.empty(u, shape) if math.prod(shape) * u.element_size() >= LEAST_BYTES else None
-    if u.dtype not in _PRODUCT_DTYPES:
+    if u.dtype not in products.DTYPES:
         return torch.matmul(u.mT, z, out=out)
     if out is None:
         out = u.new_empty(shape)

@@ -310,17 +310,16 @@ def _rescue(problem, outcome: Outcome, plan: Plan, s: int | None = None) -> None
         if answer is None:
             continue
         more, now, how = _read(answer)
-        # What a sample reaches with the evaluations of a batch mate does not count, nor then what it had reached with
-        # its own: that would take a run for every number of evaluations left.
-        in_time = more <= left
         iterations[index] += torch.minimum(more, left)
         before = residual[index]
-        fits = (answer.z.abs() <= torch.finfo(z.dtype).max).all(-1)  # 16 bits may not hold what they are solved in
-        converged = (how == Status.CONVERGED) & fits & in_time
-        better = converged | ((now < before) & fits & in_time)
+        # 16 bits may not hold what they are solved in. What a sample reaches with a mate's evaluations does not
+        # count, nor then what it had reached with its own: that would take a run for every number left.
+        counts = (answer.z.abs() <= torch.finfo(z.dtype).max).all(-1) & (more <= left)
+        converged = (how == Status.CONVERGED) & counts
+        better = converged | ((now < before) & counts)
         z[index[better]] = answer.z[better].to(z.dtype)
         residual[index[better]] = now[better]
-        final = fits & in_time if name == "anderson" else converged
+        final = counts if name == "anderson" else converged
         status[index[final]] = how[final]
 
 
