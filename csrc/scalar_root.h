@@ -1,4 +1,4 @@
-// The scalar equation z = act(d z + x) that a diagonal element of W leaves, for host and device. csrc/cpu/triangular_impl.h does
+// The scalar equation z = act(d z + x) that a diagonal element of W leaves, for host and device. csrc/cpu/scalar_root_impl.h does
 // the same to vectors of samples.
 #pragma once
 #include <math.h>

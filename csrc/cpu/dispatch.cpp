@@ -7,7 +7,7 @@
 #include "../kernels.h"
 #include "cache.h"
 #include "kernels.h"
-#include "triangular.h"
+#include "structured_kernels.h"
 
 namespace deq {
 namespace {
@@ -54,15 +54,15 @@ const Kernels<T>* table_of(Isa isa) {
 }
 
 template <class T>
-const TriangularKernels<T>* triangular_table_of(Isa isa) {
+const StructuredKernels<T>* structured_table_of(Isa isa) {
 #ifdef DEQ_HAVE_AVX512
-  if (isa == kAvx512) return avx512_triangular<T>();
+  if (isa == kAvx512) return avx512_structured<T>();
 #endif
 #ifdef DEQ_HAVE_AVX2
-  if (isa == kAvx2) return avx2_triangular<T>();
+  if (isa == kAvx2) return avx2_structured<T>();
 #endif
   (void)isa;
-  return portable_triangular<T>();
+  return portable_structured<T>();
 }
 
 }  // namespace
@@ -76,12 +76,12 @@ const Kernels<double>& kernels<double>() {
   return *table_of<double>(chosen());
 }
 template <>
-const TriangularKernels<float>& triangular_kernels<float>() {
-  return *triangular_table_of<float>(chosen());
+const StructuredKernels<float>& structured_kernels<float>() {
+  return *structured_table_of<float>(chosen());
 }
 template <>
-const TriangularKernels<double>& triangular_kernels<double>() {
-  return *triangular_table_of<double>(chosen());
+const StructuredKernels<double>& structured_kernels<double>() {
+  return *structured_table_of<double>(chosen());
 }
 
 }  // namespace deq

@@ -3,7 +3,7 @@
 #define DEQ_TILE_ROWS 6
 static constexpr const char* kName = "avx2";
 #include "kernels_impl.h"
-#include "triangular_impl.h"
+#include "structured_kernels_impl.h"
 
 namespace deq {
 
@@ -17,12 +17,12 @@ const Kernels<double>* avx2_kernels<double>() {
 }
 
 template <>
-const TriangularKernels<float>* avx2_triangular<float>() {
-  return triangular_table<float>();
+const StructuredKernels<float>* avx2_structured<float>() {
+  return structured_table<float>();
 }
 template <>
-const TriangularKernels<double>* avx2_triangular<double>() {
-  return triangular_table<double>();
+const StructuredKernels<double>* avx2_structured<double>() {
+  return structured_table<double>();
 }
 
 }  // namespace deq

@@ -3,7 +3,7 @@
 #define DEQ_TILE_ROWS 8
 static constexpr const char* kName = "avx512";
 #include "kernels_impl.h"
-#include "triangular_impl.h"
+#include "structured_kernels_impl.h"
 
 namespace deq {
 
@@ -17,12 +17,12 @@ const Kernels<double>* avx512_kernels<double>() {
 }
 
 template <>
-const TriangularKernels<float>* avx512_triangular<float>() {
-  return triangular_table<float>();
+const StructuredKernels<float>* avx512_structured<float>() {
+  return structured_table<float>();
 }
 template <>
-const TriangularKernels<double>* avx512_triangular<double>() {
-  return triangular_table<double>();
+const StructuredKernels<double>* avx512_structured<double>() {
+  return structured_table<double>();
 }
 
 }  // namespace deq

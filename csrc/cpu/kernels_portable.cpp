@@ -3,7 +3,7 @@
 #define DEQ_TILE_ROWS 4
 static constexpr const char* kName = "portable";
 #include "kernels_impl.h"
-#include "triangular_impl.h"
+#include "structured_kernels_impl.h"
 
 namespace deq {
 
@@ -17,12 +17,12 @@ const Kernels<double>* portable_kernels<double>() {
 }
 
 template <>
-const TriangularKernels<float>* portable_triangular<float>() {
-  return triangular_table<float>();
+const StructuredKernels<float>* portable_structured<float>() {
+  return structured_table<float>();
 }
 template <>
-const TriangularKernels<double>* portable_triangular<double>() {
-  return triangular_table<double>();
+const StructuredKernels<double>* portable_structured<double>() {
+  return structured_table<double>();
 }
 
 }  // namespace deq

@@ -73,7 +73,7 @@ struct Last {
 };
 
 template <class T>
-struct TriangularKernels {
+struct StructuredKernels {
   int lanes;    // elements a vector
   int samples;  // samples of the largest tile
   // packed <- the lower triangle of w (any strides, negative ones too), panels [first, last).
@@ -94,14 +94,14 @@ struct TriangularKernels {
 };
 
 template <class T>
-const TriangularKernels<T>* portable_triangular();
+const StructuredKernels<T>* portable_structured();
 template <class T>
-const TriangularKernels<T>* avx2_triangular();
+const StructuredKernels<T>* avx2_structured();
 template <class T>
-const TriangularKernels<T>* avx512_triangular();
+const StructuredKernels<T>* avx512_structured();
 
 // The table in use.
 template <class T>
-const TriangularKernels<T>& triangular_kernels();
+const StructuredKernels<T>& structured_kernels();
 
 }  // namespace deq
