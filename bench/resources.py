@@ -23,7 +23,7 @@ from deq.kernels.compilation import Compilation
 from .compile import compile_all, read_instructions, read_usage
 
 # Files of deq.kernels that list their compilations.
-MODULES = ("cell", "iteration", "delta", "ends", "solve_resident", "diagonal", "triangular", "history")
+MODULES = ("cell", "iteration", "mixing", "delta", "ends", "solve_resident", "diagonal", "triangular", "history")
 GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "resources.json"
 # Registers and stack bytes per thread, shared bytes per block. A stack is a spill; for sm_100 Triton leaves a few bytes
 # of it in one kernel or the other.

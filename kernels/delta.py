@@ -18,9 +18,10 @@ import triton.language as tl
 
 from deq.activations import ACTIVATIONS
 
+from .advance import advance_scales, is_last, total_of
 from .cell import INTERPRETED, multiply_add, tile_of
 from .compilation import RULE_TYPES, Compilation
-from .iteration import advance_scales, ending, is_last, total_of
+from .iteration import ending
 from .judge import ERROR, LIVE, judge
 from .records import (
     BEFORE,

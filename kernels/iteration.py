@@ -1,10 +1,10 @@
 """One kernel an iteration: the cell, its residual, and the judgement of every sample, for any width and batch.
 
 ``step_kernel`` computes a tile of ``out = f(y)`` and its share of what samples are judged by; the last program of a
-row of tiles to finish adds the shares in a fixed order, judges the samples of the row (:mod:`.judge`), updates their
-records and, where they are accelerated, finds their mixing weights (:mod:`.anderson`). ``mix_kernel`` then writes the
-next iterate of the accelerated ones. Rows of tiles whose samples are all done exit at once, and nothing is read on the
-host. What goes before and after is in :mod:`.ends`; a step ends in one of four ways:
+row of tiles to finish (:mod:`.advance`) adds the shares in a fixed order, judges the samples of the row, updates their
+records and, where they are accelerated, finds their mixing weights. :mod:`.mixing` then writes the next iterate of the
+accelerated ones. Rows of tiles whose samples are all done exit at once, and nothing is read on the host. What goes
+before and after is in :mod:`.ends`; a step ends in one of four ways:
 
     value               out = act(y W^T + c)
     adjoint             out = d * (y A^T + c), c the gradient of the loss
@@ -28,67 +28,50 @@ import triton.language as tl
 from deq.activations import ACTIVATIONS
 
 from . import activations
-from .anderson import entry, mixing_weights, ring
+from .advance import advance, is_last, overwritten
 from .cell import INTERPRETED, multiply_add, tile_of
 from .compilation import RULE_TYPES, Compilation
-from .judge import CONVERGED, LIVE, judge
+from .judge import LIVE
 from .records import (
     ACCELERATIONS,
     ADJOINT,
-    BEFORE,
     BEST,
-    BEST_AT,
     COUNTERS,
     DUE,
     ENDINGS,
     EVEN,
-    FAILED,
     FLOAT8,
     FRONT,
-    GRAM,
     HELD,
     INCREMENTS,
-    ITERATION,
-    LIMIT,
     LISTS,
-    LIVE_SAMPLES,
     MARKS,
-    MOVED,
     NEXT_SCALE,
     NONE,
-    ON_DEMAND,
     PARTS,
     PLACE,
     RECORD,
     REFLECTED,
-    RESIDUAL,
     RESIDUALS,
     RING,
-    RUN,
-    SAVED,
-    SCALE,
     STATUS,
-    STEP,
     SUMS,
     UNIT,
     VALUE,
     VALUES,
-    WEIGHTS,
     C,
     D,
     W,
     X,
     Y,
-    doubles,
     floats,
     ints,
     lows,
     rounded,
-    scale_of,
 )
 from .tiles import DELTA_TILES, FLOAT8_FROM, MOST_SPLITS, OLDEST, RAGGED_SAMPLES, STEP_TILES, Tiles, step_tiles
 
-__all__ = ["compilations", "ending", "mix_kernel", "registers", "step_kernel", "step_tiles"]
+__all__ = ["compilations", "ending", "registers", "step_kernel", "step_tiles"]
 
 MOST_SLOTS = 64  # partial sums of a sample that are loaded at a time
 
@@ -207,7 +190,7 @@ def step_kernel(
 
     held = tl.load(marks + HELD * B, mask=live, other=0)
     place = tl.load(marks + PLACE * B, mask=live, other=0)
-    saves = live & _overwritten(place, turn, DEPTH)
+    saves = live & overwritten(place, turn, DEPTH)
     if tl.max(saves.to(tl.int32)) > 0:  # the best iterate so far
         kept = tl.load(target + at, mask=inside & (saves & (place < RING))[:, None], other=0.0)
         if ACCELERATION != NONE:
@@ -244,166 +227,10 @@ def step_kernel(
     tl.store(sums, tl.sum(scaled * scaled, axis=1), mask=live)
     tl.store(sums + field, tl.sum(size * size, axis=1), mask=live)
     if is_last(counters + LISTS + tiles_b + tile_b, tiles_n):
-        _advance(
+        advance(
             table_ptr, turn, B, tile_b, tiles_n, b, live, tol, leave, max_iter, patience,
             HOMOGENEOUS, ACCELERATION, DEPTH, CRITERION, INCREMENTS, SLOTS,
         )  # fmt: skip
-
-
-@triton.jit
-def _overwritten(place, turn, DEPTH: tl.constexpr):
-    """Whether a turn writes to the PLACE."""
-    return (place == (turn + 1) % 2) | (place == RING + turn % DEPTH)
-
-
-@triton.jit
-def is_last(arrived_ptr, programs):
-    """Whether this program is the last of so many to get here; then it sees what the others stored before, if it loads
-    past the first cache, and the counter is ready for the next time."""
-    tl.debug_barrier()
-    is_last = tl.atomic_add(arrived_ptr, 1, sem="acq_rel") == programs - 1
-    if is_last:
-        tl.store(arrived_ptr, 0)
-    return is_last
-
-
-@triton.jit
-def total_of(sums_ptr, tiles_n, B, b, mask, SLOTS: tl.constexpr):
-    """The sum over tiles of one field of SUMS for the samples b (n,), always in the same order."""
-    total = tl.zeros(b.shape, tl.float32)
-    first = 0
-    while first < tiles_n:
-        slot = (first + tl.arange(0, SLOTS))[None, :]
-        inside = mask[:, None] & (slot < tiles_n)
-        parts = tl.load(sums_ptr + slot.to(tl.int64) * B + b[:, None], mask=inside, other=0.0, cache_modifier=".cg")
-        total += tl.sum(parts, axis=1)
-        first += SLOTS
-    return total
-
-
-@triton.jit
-def _advance(
-    table_ptr,
-    turn,
-    B,
-    tile_b,
-    tiles_n,
-    b,
-    live,
-    tol,
-    leave,
-    max_iter,
-    patience,
-    HOMOGENEOUS: tl.constexpr,
-    ACCELERATION: tl.constexpr,
-    DEPTH: tl.constexpr,
-    CRITERION: tl.constexpr,
-    INCREMENTS: tl.constexpr,
-    SLOTS: tl.constexpr,
-):
-    """Judge the evaluation of the live samples b (n,) of a row of tiles, and say what happens to them next."""
-    record = floats(table_ptr, RECORD) + b
-    marks = ints(table_ptr, MARKS) + b
-    sums = floats(table_ptr, SUMS)
-    field = (tile_b.to(tl.int64) * 0 + tiles_n) * B
-    step = tl.sqrt(total_of(sums, tiles_n, B, b, live, SLOTS))
-    size = tl.sqrt(total_of(sums + field, tiles_n, B, b, live, SLOTS))
-    k = tl.load(marks + ITERATION * B, mask=live, other=0) + 1
-    previous = tl.load(record + STEP * B, mask=live, other=1.0)
-    before = tl.load(record + BEFORE * B, mask=live, other=1.0)
-    best = tl.load(record + RESIDUAL * B, mask=live, other=1.0)
-    best_at = tl.load(marks + BEST_AT * B, mask=live, other=0)
-    limit = tl.load(record + LIMIT * B, mask=live, other=1.0)
-    place = tl.load(marks + PLACE * B, mask=live, other=0)
-    held = tl.load(marks + HELD * B, mask=live, other=0)
-    status, better, best, best_at, limit, slow = judge(
-        step, size, k, previous, before, best, best_at, limit, tol, leave, max_iter, patience, CRITERION
-    )
-    here = tl.where(held > 0, RING + turn % DEPTH, (turn + 1) % 2)
-    place = tl.where(better, here, tl.where(_overwritten(place, turn, DEPTH), SAVED, place))
-    goes_on = live & (status == LIVE)
-    if ACCELERATION != NONE:
-        mixes = goes_on & (held > 0)
-        if tl.max(mixes.to(tl.int32)) > 0:
-            newest = turn % DEPTH
-            gram = doubles(table_ptr, GRAM) + b
-            for r in tl.static_range(DEPTH):
-                dots = total_of(sums + (2 + r) * field, tiles_n, B, b, mixes, SLOTS)
-                present = mixes & ((newest + DEPTH - r) % DEPTH < held)
-                tl.store(gram + entry(newest, r, DEPTH) * B, dots.to(tl.float64), mask=present)
-            tl.debug_barrier()
-            weights = mixing_weights(gram, B, mixes, held, newest, DEPTH)
-            for i in tl.static_range(DEPTH):
-                slot = floats(table_ptr, WEIGHTS) + ring(newest, i, DEPTH) * B + b
-                tl.store(slot, weights[i].to(tl.float32), mask=mixes)
-        held = tl.where(mixes, tl.minimum(held + 1, DEPTH), held)
-        if ACCELERATION == ON_DEMAND:
-            held = tl.where((held == 0) & slow, 1, held)
-        tl.store(marks + HELD * B, held, mask=live)
-    if INCREMENTS:
-        if INCREMENTS == FLOAT8:
-            advance_scales(record, B, step, HOMOGENEOUS, live, live)
-        tl.store(record + MOVED * B, step, mask=live)
-        tl.store(marks + RUN * B, 0, mask=live)
-        tl.store(marks + DUE * B, (held > 0).to(tl.int32), mask=live)  # an accelerated one goes from anchor to anchor
-    tl.store(record + STEP * B, step, mask=live)
-    tl.store(record + BEFORE * B, previous, mask=live)
-    tl.store(record + RESIDUAL * B, best, mask=live)
-    tl.store(record + LIMIT * B, limit, mask=live)
-    tl.store(marks + STATUS * B, status, mask=live)
-    tl.store(marks + ITERATION * B, k, mask=live)
-    tl.store(marks + BEST_AT * B, best_at, mask=live)
-    tl.store(marks + PLACE * B, place, mask=live)
-    left = tl.sum((live & (status != LIVE)).to(tl.int32))
-    if left > 0:
-        counters = ints(table_ptr, COUNTERS)
-        tl.atomic_add(counters + LISTS + tile_b, -left)
-        tl.atomic_add(counters + LIVE_SAMPLES, -left)
-        tl.atomic_add(counters + FAILED, tl.sum((live & (status != LIVE) & (status != CONVERGED)).to(tl.int32)))
-
-
-@triton.jit
-def advance_scales(record, B, step, HOMOGENEOUS: tl.constexpr, read, written):
-    """After an evaluation whose step has the norm ``step``, as judged: where ``read``, what it wrote is read next; the
-    unit of what is ``written`` after it is known."""
-    if not HOMOGENEOUS:
-        step = step * (1.0 / tl.load(record + UNIT * B, mask=written, other=1.0))
-    scale = tl.load(record + NEXT_SCALE * B, mask=read, other=1.0)
-    tl.store(record + SCALE * B, scale, mask=read)
-    tl.store(record + NEXT_SCALE * B, scale_of(step), mask=written)
-
-
-@triton.jit(do_not_specialize=["turn", "B"])
-def mix_kernel(
-    table_ptr,
-    turn,
-    B,
-    m,
-    DEPTH: tl.constexpr,
-    INCREMENTS: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """The next iterate of accelerated samples, ``sum_r weight_r f(y_r)``; a (BLOCK_B, BLOCK_N) tile of it."""
-    tiles_n = tl.cdiv(m, BLOCK_N)
-    tile_b = tl.program_id(0) // tiles_n
-    tile_n = tl.program_id(0) % tiles_n
-    in_b = tl.arange(0, BLOCK_B) < B - tile_b * BLOCK_B
-    b = tile_b.to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
-    marks = ints(table_ptr, MARKS) + b
-    mixes = in_b & (tl.load(marks + STATUS * B, mask=in_b, other=0) == LIVE)
-    mixes = mixes & (tl.load(marks + HELD * B, mask=mixes, other=0) > 1)  # 1: nothing in the window yet
-    if tl.max(mixes.to(tl.int32)) == 0:
-        return
-    n = (tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
-    inside = mixes[:, None] & (n < m)
-    at = b[:, None] * m + n
-    area = (tile_b.to(tl.int64) * 0 + B) * m
-    y = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
-    for r in tl.static_range(DEPTH):
-        weight = tl.load(floats(table_ptr, WEIGHTS) + r * B + b, mask=mixes, other=0.0)[:, None]
-        y += weight * tl.load(floats(table_ptr, VALUES) + r * area + at, mask=inside & (weight != 0.0), other=0.0)
-    tl.store(floats(table_ptr, Y if INCREMENTS else FRONT + (turn + 1) % 2) + at, y, mask=inside)
 
 
 # Ending, activation, and the direction in which W is contiguous; reflected endings are little more than these.
@@ -430,20 +257,7 @@ def compilations() -> list[Compilation]:
             found.append(_step_compilation(tiles, 1, *dearest, "ragged", "native"))
         if tiles.samples <= 16:
             found.append(_step_compilation(tiles, MOST_SPLITS, *dearest, "aligned", "native"))
-    return [*found, _mix_compilation()]
-
-
-def _mix_compilation() -> Compilation:
-    return Compilation(
-        name="mix, 4x256",
-        group="mix, 4x256",
-        function="iteration:mix_kernel",
-        types={"table_ptr": "*i64", "turn": "i32", "B": "i32", "m": "i32"},
-        constants={"DEPTH": 5, "INCREMENTS": 0, "BLOCK_B": 4, "BLOCK_N": 256},
-        aligned=("table_ptr", "m"),
-        warps=4,
-        stages=3,
-    )
+    return found
 
 
 def _step_compilation(

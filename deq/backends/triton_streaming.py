@@ -6,7 +6,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from deq.kernels import delta, ends, iteration, judge, records
+from deq.kernels import delta, ends, iteration, judge, mixing, records
 from deq.kernels.tiles import MOST_REGISTERS, Tiles, padded_power
 
 from .. import stats
@@ -57,7 +57,7 @@ def solve_rows(
             loop.table, t, B, m, *W.stride(), **strides, **rule, **step
         )
         if kind.accelerates:
-            iteration.mix_kernel[(-(-B // MIX[0]) * -(-m // MIX[1]),)](
+            mixing.mix_kernel[(-(-B // MIX[0]) * -(-m // MIX[1]),)](
                 loop.table,
                 t,
                 B,
