@@ -46,32 +46,35 @@ def equilibrium(W: Tensor, c: Tensor, z0: Tensor | None, problem: Problem, backw
         return _run(W, c, z0, problem)
     if backward == "implicit":
         return _apply(_Equilibrium, W, c, z0, problem)
-    act = ACTIVATIONS[problem.activation].value
     if backward == "unrolled":
         problem = problem._replace(plan=replace(problem.plan, acceleration="none"))
     with torch.no_grad():
         solved, stats, report = _run(W, c, z0, problem)
-    if backward == "unrolled":
-        z = torch.zeros_like(c) if z0 is None else z0
-        iterations = layout.iterations(solved, stats)
-        for k in range(int(iterations.max()) if iterations.numel() else 0):
-            z = torch.where((iterations > k).unsqueeze(-1), act(z @ W.mT + c), z)
-    elif backward == "one_step":
-        z = act(solved @ W.mT + c)
-    else:  # phantom
-        z = solved
-        for _ in range(PHANTOM_STEPS):
-            z = (1 - PHANTOM_DAMPING) * z + PHANTOM_DAMPING * act(z @ W.mT + c)
+    if backward != "unrolled":
+        return approximate(W, c, solved, problem.activation, backward), stats, report
+    act = ACTIVATIONS[problem.activation].value
+    z = torch.zeros_like(c) if z0 is None else z0
+    iterations = layout.iterations(solved, stats)
+    for k in range(int(iterations.max()) if iterations.numel() else 0):
+        z = torch.where((iterations > k).unsqueeze(-1), act(z @ W.mT + c), z)
     return z, stats, report
+
+
+def approximate(W: Tensor, c: Tensor, solved: Tensor, activation: str, backward: str) -> Tensor:
+    """The equilibrium ``solved`` with the gradient of one evaluation there ("one_step"), or a few damped ones."""
+    act = ACTIVATIONS[activation].value
+    if backward == "one_step":
+        return act(solved @ W.mT + c)
+    z = solved
+    for _ in range(PHANTOM_STEPS):
+        z = (1 - PHANTOM_DAMPING) * z + PHANTOM_DAMPING * act(z @ W.mT + c)
+    return z
 
 
 def _is_differentiated(W: Tensor, c: Tensor) -> bool:
     reverse = torch.is_grad_enabled() and (W.requires_grad or c.requires_grad)
-    return reverse or _in_forward_mode() or torch._C._are_functorch_transforms_active()
-
-
-def _in_forward_mode() -> bool:
-    return forward_ad._current_level >= 0  # inside a dual level: tensors may carry a tangent
+    # Inside a dual level tensors may carry a tangent.
+    return reverse or forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 def _run(W: Tensor, c: Tensor, z0: Tensor | None, problem: Problem) -> Outcome:
@@ -104,7 +107,7 @@ class _Equilibrium(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph: the gradient must itself be differentiable
             u = _apply(_MaskedLinear, W.mT, _derivative(W, z, c, ctx.problem), g, ctx.problem)
         else:
-            u = _adjoint(W, z, c, g, ctx.problem)
+            u = adjoint(W, z, c, g, ctx.problem)
         dW = _outer(u, z, ctx.problem.plan.backend) if ctx.needs_input_grad[0] else None
         return dW, u, None, None
 
@@ -134,7 +137,7 @@ class _MaskedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(A, d, g, problem):
-        return _solve_masked(A, g, d, None, problem)
+        return solve_masked(A, g, d, None, problem)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -169,7 +172,7 @@ class _MaskedLinear(torch.autograd.Function):
 
 def _save(ctx, *tensors: Tensor | None) -> None:
     ctx.save_for_backward(*tensors)
-    if _in_forward_mode() or torch._C._are_functorch_transforms_active():
+    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
         ctx.save_for_forward(*tensors)
 
 
@@ -191,23 +194,7 @@ def _eager_apply(function):
 _EAGER = {function: _eager_apply(function) for function in (_Equilibrium, _MaskedLinear)}
 
 
-class _CompiledEquilibrium(_Equilibrium):
-    """Without the forward mode, which torch.compile refuses to trace."""
-
-    jvp = staticmethod(torch.autograd.Function.jvp)
-
-
-class _CompiledMaskedLinear(_MaskedLinear):
-    """Without the forward mode."""
-
-    jvp = staticmethod(torch.autograd.Function.jvp)
-
-
 def _apply(function, first: Tensor, second: Tensor, third: Tensor | None, problem: Problem):
-    if torch.compiler.is_compiling():
-        if function is _Equilibrium:
-            return _CompiledEquilibrium.apply(first, second, third, problem)
-        return _CompiledMaskedLinear.apply(first, second, third, problem)
     if torch._C._are_functorch_transforms_active():
         return function.apply(first, second, third, problem)
     third = None if third is None else unwrap_if_dead(third)
@@ -222,19 +209,19 @@ def _derivative(W: Tensor, z: Tensor, c: Tensor | None, problem: Problem) -> Ten
     return activation.derivative(z @ W.mT + c)
 
 
-def _adjoint(W: Tensor, z: Tensor, c: Tensor | None, g: Tensor, problem: Problem) -> Tensor:
+def adjoint(W: Tensor, z: Tensor, c: Tensor | None, g: Tensor, problem: Problem) -> Tensor:
     """u with one buffer of its size: the derivative is formed inside the engine, or in the buffer of u."""
     if c is None:
-        return _solve_masked(W.mT, g, z, problem.activation, problem)
+        return solve_masked(W.mT, g, z, problem.activation, problem)
 
     def derivative() -> Tensor:
         return get_backend(problem.plan.backend).derivative(W, c, z, problem.activation)
 
     d = derivative()
-    return _solve_masked(W.mT, g, d, None, problem, out=d, recompute=derivative)
+    return solve_masked(W.mT, g, d, None, problem, out=d, recompute=derivative)
 
 
-def _solve_masked(A: Tensor, g: Tensor, d: Tensor, value_of: str | None, problem: Problem, **memory) -> Tensor:
+def solve_masked(A: Tensor, g: Tensor, d: Tensor, value_of: str | None, problem: Problem, **memory) -> Tensor:
     solve = partial(ladder.masked_linear, **memory)
     arguments = A, g, d, value_of, problem.activation, problem.plan
     u, stats, report = ranges.call("adjoint", solve, *arguments) if ranges.listening else solve(*arguments)
@@ -266,7 +253,7 @@ def report_gradients(solution: Solution) -> None:
 
 def _outer(u: Tensor, z: Tensor, backend: str) -> Tensor:
     """The sum over samples of ``u z^T``, in the shape of W."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
         return torch.matmul(u.mT, z)  # not @, which finds its way in 4 us more where caches are cold
     outer = get_backend(backend).outer
     return ranges.call("dW", outer, u, z) if ranges.listening else outer(u, z)

@@ -11,23 +11,24 @@ from .plan import LARGE_WEIGHT, Plan, fit
 LOOK_AT_ELEMENTS, LEAST_ROWS = 4096, 8
 
 
-def fitted(plan: Plan, W: Tensor, c: Tensor, large: bool | None = None) -> Plan:
+def fitted(plan: Plan, W: Tensor, c: Tensor, frozen: bool, large: bool | None = None) -> Plan:
     """The plan of an automatic solve, fitted to W (m, m) or (S, m, m) and to the shape of c (B, m) or (S, B, m).
 
-    large: whether W is, see :func:`deq.plan.fit`; looked at here or by the backend if None. Nothing looks at the
-    values of c: what a sample gets must not depend on its batch mates.
+    frozen: whether W is not being trained; large: whether it is, see :func:`deq.plan.fit`, looked at here or by the
+    backend if None. Nothing looks at the values of c: what a sample gets must not depend on its batch mates.
     """
-    width, batch, frozen = W.shape[-1], c.shape[-2], not (torch.is_grad_enabled() and W.requires_grad)
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    width, batch = W.shape[-1], c.shape[-2]
+    if torch._C._are_functorch_transforms_active():
         return fit(plan, width, batch, False, frozen, "native")
     if plan.backend == "cpu":
         return fit(
             plan, width, batch, large, frozen, _library.increments() if plan.precision == "float32" else "native"
         )
-    return fit(plan, width, batch, _is_large(W) if large is None else large, frozen, "native")
+    return fit(plan, width, batch, is_large(W) if large is None else large, frozen, "native")
 
 
-def _is_large(W: Tensor) -> bool:
+def is_large(W: Tensor) -> bool:
+    """Whether W (m, m) or (S, m, m) is, by some of its rows."""
     width = W.shape[-1]
     wanted = max(LEAST_ROWS, LOOK_AT_ELEMENTS // width)
     rows = W.detach()[..., :: max(1, width // wanted), :]

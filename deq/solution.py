@@ -71,7 +71,7 @@ class Solution:
     @property
     def converged(self) -> Tensor:
         """(...) bool, true where ``status`` is CONVERGED."""
-        return self.status == Status.CONVERGED
+        return self.status == Status.CONVERGED.value  # a compiled graph compares nothing with an enum
 
     def detach(self) -> "Solution":
         """The same solution without its autograd graph."""

@@ -19,7 +19,8 @@ CERTIFICATE_SLACK = 1.01  # by how much the certified norm exceeds the estimated
 
 @dataclass(frozen=True, eq=False)
 class Structure:
-    """What all structures offer: ``structure`` (name), ``width`` m, ``dtype``, ``device`` and ``dense()`` (m, m)."""
+    """What all structures offer: ``structure`` (name), ``width`` m, ``dtype``, ``device``, ``requires_grad`` and
+    ``dense()`` (m, m)."""
 
     structure: ClassVar[str]
 
@@ -34,6 +35,11 @@ class Structure:
     @property
     def device(self) -> torch.device:
         return self._leading.device
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether any of its tensors does."""
+        return any(t.requires_grad for t in self.__dict__.values() if isinstance(t, Tensor))
 
     @property
     def _leading(self) -> Tensor:

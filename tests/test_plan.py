@@ -101,10 +101,10 @@ def test_the_engine_refuses_the_weights_that_are_large(dtype, m, layout):
         W = {"columns": W.mT.contiguous().mT, "apart": W.repeat_interleave(2, -1)[..., ::2]}.get(layout, W)
         c = torch.randn(*shape[:-2], 3, m).to(dtype)
         large = size > LARGE_WEIGHT
-        assert indicators._is_large(W) == large
+        assert indicators.is_large(W) == large
         general = make_plan(dtype=str(dtype).removeprefix("torch."), device="cpu", compiled=True, max_iter=3)
         chosen = deq.solve(W, c, max_iter=3, on_failure="ignore")
         assert chosen.plan.map == ("cayley" if large else "plain")
-        told = indicators.fitted(general, W, c, large=large)
+        told = indicators.fitted(general, W, c, True, large=large)
         z = ladder.solve(W, c, None, "relu", told).z
         assert torch.equal(z, chosen.z)

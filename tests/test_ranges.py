@@ -78,11 +78,13 @@ def test_structured_weights_have_a_range():
     assert recorder.events[0].name == "solve" and recorder.events[0].iterations.tolist() == [1, 1]
 
 
-def test_a_graph_that_is_compiled_holds_no_ranges(monkeypatch):
-    monkeypatch.setattr("torch.compiler.is_compiling", lambda: True)
+def test_a_solve_in_a_compiled_graph_has_a_range():
+    W, c = leaves(6, 3)
+    solve = torch.compile(lambda W, c: deq.solve(W, c).z, backend="aot_eager", fullgraph=True)
     with record() as recorder:
-        assert ranges.call("solve", lambda W, c: W + c, 1, 2) == 3
-    assert recorder.events == []
+        solve(W, c).sum().backward()
+    assert [event.name for event in recorder.events if event.name != "dW"] == ["solve", "adjoint"]
+    assert recorder.events[0].iterations.tolist() == deq.solve(W, c).iterations.tolist()
 
 
 @needs_library

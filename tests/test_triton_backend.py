@@ -12,13 +12,12 @@ from problems import exact, gaussian, torch_adjoint, torch_loop
 from torch.func import grad, jvp, vmap
 
 import deq
-from deq import _triton, reference, stats
+from deq import _triton, options, reference, stats
 from deq.backends import chunks, get_backend, triton_kind
 from deq.gpu_plan import choose
 from deq.kernels import delta, iteration, records
 from deq.kernels.tiles import Tiles
 from deq.plan import make_plan
-from deq.solve import _make_problem
 from deq.solvers import ladder
 
 SMALL = Tiles(16, 16, 16, 4, 2)  # several tiles in every direction at sizes that the interpreter can bear
@@ -258,7 +257,7 @@ class TestRescue:
     def test_the_front_door_says_what_is_left(self, regime, problem, monkeypatch):
         W, c, plan = problem
         monkeypatch.setattr(ladder, "get_backend", lambda name: get_backend("triton"))
-        monkeypatch.setattr(sys.modules[deq.solve.__module__], "fitted", lambda made, W, c: plan)
+        monkeypatch.setattr(sys.modules["deq.run"], "fitted", lambda made, W, c, frozen: plan)
         for mode in (torch.enable_grad, torch.inference_mode):
             with mode():
                 weight, injection = W.clone(), c.clone()
@@ -314,7 +313,7 @@ def test_without_interpreter_and_gpu_the_error_says_so(monkeypatch):
     W, c, _ = gaussian(4, 2)
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
     _triton._why_not.cache_clear()
-    _make_problem.cache_clear()
+    options.problem_of.cache_clear()
     with pytest.raises(ValueError, match=r"backend='triton' cannot solve cpu tensors here: .*interpreter"):
         deq.solve(W, c, backend="triton")
     monkeypatch.undo()

@@ -59,7 +59,7 @@ def masked_linear(
 def evaluate(W: Tensor, c: Tensor, z: Tensor, activation: str) -> Tensor:
     number = ACTIVATIONS[activation].number
     y, said, report = _run(torch.ops.deq.solve_.default, (W, c, z), None, number, (*_ONE_EVALUATION, 0.0))
-    if report is not None and any(report):  # a solve refuses what is not finite, and keeps what was finite before
+    if any(report):  # a solve refuses what is not finite, and keeps what was finite before
         lost = stats.status(y, said) >= Status.DIVERGED
         y.masked_fill_((lost | bool(report[1])).unsqueeze(-1), torch.nan)
     return y
@@ -99,16 +99,13 @@ def _options(plan: Plan, reflected: bool) -> tuple:
 
 def _run(operator, inputs: tuple[Tensor, ...], out: Tensor | None, number: int, options: tuple) -> Outcome:
     """Its second input is the injection, whose shape the result has where there is no memory for it."""
-    injection, is_traced = inputs[1], torch.compiler.is_compiling()  # a traced size may be any: it is not asked for
+    injection = inputs[1]
     if out is None:
-        if is_traced or injection.nbytes < LEAST_BYTES:  # without a call: it costs a microsecond where caches are cold
+        if injection.nbytes < LEAST_BYTES:  # without a call: it costs a microsecond where caches are cold
             out = torch.empty_like(injection, memory_format=torch.contiguous_format)
         else:
             out = recycle.empty_like(injection)
     said = stats.allocate(out)
-    if is_traced:
-        operator(*inputs, out, said, _new_report(), number, *options)
-        return Outcome(out, said, None)
     try:  # a report is read at once and used again: 2 us less than a new one, 10 us where caches are cold
         report = _reports.pop()
     except IndexError:

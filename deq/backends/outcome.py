@@ -15,8 +15,8 @@ from ..solution import Status
 class Outcome(NamedTuple):
     """z or u (..., m); what is said of its samples, a buffer of :mod:`deq.stats`; and the report of the call, four
     numbers: samples that failed, then one plus the flat index of the first non-finite element of W, sample of c and
-    sample of z0, 0 where there is none. A GPU's report is not read before it is asked for; and there is none where
-    nothing can be read: inside a compiled graph."""
+    sample of z0, 0 where there is none. A GPU's report is not read before it is asked for, and there is none out of
+    torch.func.vmap, nor of a rung that tells every sample by itself."""
 
     z: Tensor
     stats: Tensor

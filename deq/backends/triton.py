@@ -55,14 +55,8 @@ def masked_linear(
 
 
 def derivative(W: Tensor, c: Tensor, z: Tensor, activation: str) -> Tensor:
-    if torch.compiler.is_compiling():
-        return torch.ops.deq.triton_derivative.default(W, c, z, activation)
-    return _derivative(W, c, z, activation)
-
-
-def _derivative(W: Tensor, c: Tensor, z: Tensor, activation: str) -> Tensor:
     if c.dim() == 3:
-        return torch.stack([_derivative(*part, activation) for part in zip(W, c, z, strict=True)])
+        return torch.stack([derivative(*part, activation) for part in zip(W, c, z, strict=True)])
     d = cell.derivative(z.float(), W.float(), c.float(), activation, precision=PRECISION)
     return d.to(c.dtype)
 
@@ -73,46 +67,10 @@ def is_deferred(c: Tensor) -> bool:
 
 
 def _run(kind: Kind, W: Tensor, c: Tensor, d: Tensor | None, start: Tensor | None, out: Tensor | None) -> Outcome:
-    if torch.compiler.is_compiling():
-        z = torch.empty_like(c, memory_format=torch.contiguous_format)
-        said = stats.allocate(z)
-        plan = kind.plan
-        how = plan.acceleration, plan.depth, plan.criterion, plan.tol, plan.max_iter, plan.increments
-        torch.ops.deq.triton_solve_.default(W, c, d, start, z, said, kind.reflects, kind.activation.name, *how)
-        return Outcome(z, said, None)
     z = torch.empty(c.shape, dtype=c.dtype, device=c.device) if out is None else out
     said = stats.allocate(z)
     report = Deferred(_write(kind, W, c, d, start, z, said), W)
     return Outcome(z, said, report if is_deferred(c) else report.read())
-
-
-def _solve_operator(
-    W: Tensor,
-    c: Tensor,
-    d: Tensor | None,
-    start: Tensor | None,
-    z: Tensor,
-    said: Tensor,
-    reflects: bool,
-    activation: str,
-    acceleration: str,
-    depth: int,
-    criterion: str,
-    tol: float,
-    max_iter: int,
-    increments: str,
-) -> None:
-    plan = Plan("triton", "plain", "float32", acceleration, depth, tol, max_iter, criterion, increments)
-    _write(Kind(d is not None, reflects, ACTIVATIONS[activation], plan), W, c, d, start, z, said)
-
-
-# What torch.compile calls: it need not look into the kernels.
-_library = torch.library.Library("deq", "FRAGMENT")
-_library.define(
-    "triton_solve_(Tensor W, Tensor c, Tensor? d, Tensor? start, Tensor(a!) z, Tensor(b!) said, bool reflects, "
-    "str activation, str acceleration, int depth, str criterion, float tol, int max_iter, str increments) -> ()"
-)
-_library.define("triton_derivative(Tensor W, Tensor c, Tensor z, str activation) -> Tensor")
 
 
 def _write(
@@ -166,12 +124,3 @@ def _solve_matrix(
             out.copy_(wide)
         parts.append(Part(counters, here.first, cs.shape[0], failed))
     return parts
-
-
-for _key in ("CPU", "CUDA"):
-    _library.impl("triton_solve_", _solve_operator, _key)
-    _library.impl("triton_derivative", _derivative, _key)
-torch.library.register_fake("deq::triton_solve_", lambda *_: None, lib=_library)
-torch.library.register_fake(
-    "deq::triton_derivative", lambda W, c, *_: torch.empty_like(c, memory_format=torch.contiguous_format), lib=_library
-)

@@ -42,7 +42,13 @@ FACTOR_PAYS_BELOW = 8  # m / B; one LU costs 14 products W z at m = 512, B = 64,
 
 
 def solve(
-    W: Tensor | weights.Structure, c: Tensor, z0: Tensor | None, problem: Problem, backward: str, forced: bool
+    W: Tensor | weights.Structure,
+    c: Tensor,
+    z0: Tensor | None,
+    problem: Problem,
+    backward: str,
+    forced: bool,
+    frozen: bool,
 ) -> tuple[Solution, Deferred | None] | None:
     """The equilibrium by the direct method of W, or None where it has none or that is not the way to go.
 
@@ -57,7 +63,7 @@ def solve(
         if forced:
             raise ValueError(f"solver='direct' has the exact gradient alone, backward='implicit'; got {backward!r}")
         return None
-    method, why_not = _choose(W, c, activation, plan, forced)
+    method, why_not = _choose(W, c, activation, plan, forced, frozen)
     deferred = method is not None and method.defers and methods.is_deferred(c)
     if why_not is None and not deferred and z0 is not None and not is_finite(z0):
         why_not = "z0 is not finite"
@@ -68,8 +74,7 @@ def solve(
             raise ValueError(f"solver='direct' cannot solve this: {why_not}; {HAVE_A_DIRECT_METHOD}")
         return None
     precision = getattr(torch, plan.precision)
-    batch = W.shape[:1] if isinstance(W, Tensor) and W.dim() == 3 else ()
-    flat = (*batch, math.prod(c.shape[len(batch) : -1]), c.shape[-1])
+    flat = _flat(W, c)
     start = None if z0 is None else z0.detach().reshape(flat).to(precision)
     plan = _plan_of(plan, method.name, method.what)
     if torch.is_autocast_enabled(c.device.type):
@@ -108,6 +113,30 @@ def solve(
     if forced:  # otherwise every sample has converged
         report_failures(solution, on_failure, plan.tol, "deq.solve")
     return solution, None
+
+
+def gradients(
+    W: Tensor | weights.Structure, c: Tensor, z: Tensor, g: Tensor, problem: Problem, forced: bool, frozen: bool
+) -> tuple[Tensor, list[Tensor]] | None:
+    """The gradients of c and of W's own tensors for the gradient g of the equilibrium z, all (..., m), by the direct
+    method of W; None where :func:`solve` would not have taken it for its shape."""
+    activation, plan, on_failure = problem
+    if not isinstance(W, weights.Structure) and activation != "identity":
+        return None
+    method, why_not = _choose(W, c, activation, plan, forced, frozen)
+    if why_not is not None or method.why_not(activation) is not None:
+        return None
+    dtype, precision = c.dtype, getattr(torch, plan.precision)
+    method = method.of(*(part.to(precision) for part in method.parts))
+    c, z, g = (x.reshape(_flat(W, x)).to(precision) for x in (c, z, g))
+    known = ACTIVATIONS[activation].derivative_of_value
+    u = _adjoint(method, activation, plan, on_failure, z, None if known else c, None, g)
+    return u.to(dtype), [t.to(dtype) for t in method.outer(u, z)]
+
+
+def _flat(W: Tensor | weights.Structure, c: Tensor) -> tuple[int, ...]:
+    batch = W.shape[:1] if isinstance(W, Tensor) and W.dim() == 3 else ()
+    return (*batch, math.prod(c.shape[len(batch) : -1]), c.shape[-1])
 
 
 def _status(converged: Tensor, residual: Tensor) -> Tensor:
@@ -151,11 +180,11 @@ def _counts(result: Result, c: Tensor) -> Tensor:
 
 
 def _choose(
-    W: Tensor | weights.Structure, c: Tensor, activation: str, plan: Plan, forced: bool
+    W: Tensor | weights.Structure, c: Tensor, activation: str, plan: Plan, forced: bool, frozen: bool
 ) -> tuple[Method | None, str | None]:
     """The method of W, or why there is none."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return None, "torch.compile and torch.func transforms need the iteration"
+    if torch._C._are_functorch_transforms_active():
+        return None, "torch.func transforms need the iteration"
     if torch.autograd.forward_ad._current_level >= 0:
         return None, "forward-mode differentiation needs the iteration"
     if isinstance(W, weights.Dense):
@@ -164,12 +193,11 @@ def _choose(
         if activation != "identity":
             return None, f"W is dense and the activation is {activation!r}"
         m, B = W.shape[-1], c.numel() // max(1, c.shape[-1] * math.prod(W.shape[:-2]))
-        is_trained = torch.is_grad_enabled() and W.requires_grad
-        if not forced and is_trained and m > FACTOR_PAYS_BELOW * B:
+        if not forced and not frozen and m > FACTOR_PAYS_BELOW * B:
             return None, "a factorisation for few samples costs more than iterating"
         # A weight that is trained is inverted for one step only, which pays from B = m on (float32: 5.8 products at
         # m = B = 256 against 1.4 for the LU, but 1 instead of 3 for each of the two solves).
-        inverts = m <= B or (not is_trained and m <= FACTOR_PAYS_BELOW * B)
+        inverts = m <= B or (frozen and m <= FACTOR_PAYS_BELOW * B)
         return Linear(W, inverts, tol=plan.tol), None
     if isinstance(W, weights.LowerTriangular):
         if not forced and plan.backend not in ("cpu", "triton", "cuda"):
@@ -214,16 +242,30 @@ class _Direct(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph: the gradient must itself be differentiable
             s = entry.derivative_of_value(z) if entry.derivative_of_value else entry.derivative(method.apply(z) + c)
             u = _Masked.apply(method.T, plan, on_failure, s, g, *method.T.parts)
-        elif isinstance(method, Triangular) and entry.derivative_of_value and plan.backend == "cpu":
-            u = _solve_masked(
-                lambda g: method.T.masked_of_value(z, activation, g), g, plan, on_failure, refuses_samples=True
-            )
         else:
-            if derivative is None:
-                derivative = entry.derivative_of_value(z) if c is None else entry.derivative(method.apply(z) + c)
-            u = _solve_masked(lambda g: method.T.masked(derivative, g), g, plan, on_failure)
+            u = _adjoint(method, activation, plan, on_failure, z, c, derivative, g)
         outer = method.outer(u, z) if any(ctx.needs_input_grad[6:]) else (None,) * len(parts)
         return None, None, None, None, None, u, *_needed(outer, ctx.needs_input_grad[6:])
+
+
+def _adjoint(
+    method: Method,
+    activation: str,
+    plan: Plan,
+    on_failure: str,
+    z: Tensor,
+    c: Tensor | None,
+    derivative: Tensor | None,
+    g: Tensor,
+) -> Tensor:
+    """``u = D (g + W^T u)`` at z; c where z alone does not give D, or the derivative if it is known."""
+    entry = ACTIVATIONS[activation]
+    if isinstance(method, Triangular) and entry.derivative_of_value and plan.backend == "cpu":
+        masked = lambda g: method.T.masked_of_value(z, activation, g)  # noqa: E731
+        return _solve_masked(masked, g, plan, on_failure, refuses_samples=True)
+    if derivative is None:
+        derivative = entry.derivative_of_value(z) if c is None else entry.derivative(method.apply(z) + c)
+    return _solve_masked(lambda g: method.T.masked(derivative, g), g, plan, on_failure)
 
 
 class _Masked(torch.autograd.Function):

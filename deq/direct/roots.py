@@ -1,7 +1,7 @@
 """Roots of the scalar equation ``z = act(d z + x)``, and what needs nothing else: diagonal and triangular weights.
 
 ``p = d act(p) + x`` has one root where ``1 - d act'`` is positive everywhere; ``z = act(p)``. Plain PyTorch: the
-definition, and what runs where the compiled kernels (csrc/cpu/triangular_impl.h) do not.
+definition, and what runs where the compiled kernels (csrc/cpu/scalar_root_impl.h) do not.
 """
 
 import torch

@@ -6,11 +6,12 @@ A solve decides by its numbers when to stop, which no graph can hold: in a compi
 
 import itertools
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+
+from ..traced import autograd_inside
 
 _numbers = itertools.count()
 _layers: "weakref.WeakValueDictionary[int, nn.Module]" = weakref.WeakValueDictionary()
@@ -64,27 +65,13 @@ def _(layer, is_tuple, start, inputs, parameters):
     return [torch.empty_like(part, memory_format=torch.contiguous_format) for part in start]
 
 
-@contextmanager
-def _autograd() -> Iterator[None]:
-    """Autograd inside of an operator, which torch runs without."""
-    keys = [torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView]
-    before = [torch._C._dispatch_tls_is_dispatch_key_excluded(key) for key in keys]
-    try:
-        for key in keys:
-            torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
-        yield
-    finally:
-        for key, excluded in zip(keys, before, strict=True):
-            torch._C._dispatch_tls_set_dispatch_key_excluded(key, excluded)
-
-
 @torch.library.custom_op("deq::equilibrium_backward", mutates_args=())
 def equilibrium_backward(
     layer: int, is_tuple: bool, z: list[Tensor], inputs: list[Tensor], parameters: list[Tensor], g: list[Tensor]
 ) -> list[Tensor]:
     """Gradients of the inputs and the parameters: the solve is taken up at its end, and differentiated there."""
     module = _layer(layer)
-    with _autograd(), torch.enable_grad():
+    with autograd_inside(), torch.enable_grad():
         leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in (*inputs, *parameters)]
         f = _function(module, leaves[: len(inputs)], leaves[len(inputs) :])
         solution = module.solve(f, _as_state(z, is_tuple))

@@ -111,8 +111,6 @@ def call(name: str, function: Callable[..., T], *arguments) -> T:
     """``function(*arguments)`` inside a range. Its second argument is the injection, or the state that a solve of any
     f starts from; where it returns an Outcome of :mod:`deq.backends` or a Solution, alone or as the first of a tuple,
     or a Result of :mod:`deq.solvers.generic`, the range has iterations."""
-    if torch.compiler.is_compiling():
-        return function(*arguments)
     with _range(name, arguments[1]) as ended:
         result = function(*arguments)
         solved = result if hasattr(result, "stats") or not isinstance(result, tuple) else result[0]

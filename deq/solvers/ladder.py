@@ -370,8 +370,6 @@ def _by_cayley(problem, start: Tensor | None, plan: Plan, share: float) -> Outco
         pieces.append((_read(x)[0] + said[0], *said[1:]))
         reports.append(judged.report)
     iterations, residual, status = (torch.cat(piece, dim=-1) for piece in zip(*pieces, strict=True))
-    if None in reports:  # inside a compiled graph
-        return Outcome(z, stats.pack(iterations, residual, status), None)
     if isinstance(reports[0], Deferred):
         return Outcome(z, stats.pack(iterations, residual, status), reports[0])
     report = [sum(r[0] for r in reports), *reports[0][1:]]

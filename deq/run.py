@@ -1,0 +1,92 @@
+"""Runs a problem whose arguments are checked: by the means that serve it, and tells what became of its samples."""
+
+import math
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from . import direct
+from .backends import Deferred
+from .implicit import Problem, equilibrium, report_gradients
+from .indicators import fitted
+from .plan import LargeWeight
+from .profiling import ranges
+from .solution import Solution, report_failures
+from .weights import Structure
+
+
+def run(
+    W: Tensor | Structure, c: Tensor, z0: Tensor | None, problem: Problem, solver: str, backward: str, frozen: bool
+) -> Solution:
+    """The solution of ``z = act(W z + c)``, with the gradient that ``backward`` names.
+
+    c (..., m), W and z0 as in :func:`deq.solve`; frozen: whether W is not being trained.
+    Raises ValueError for NaN or infinity in W, c or z0, and ConvergenceError with ``on_failure="raise"``.
+    """
+    activation, general, on_failure = problem
+    is_structure = isinstance(W, Structure)
+    if (is_structure or activation == "identity" or solver == "direct") and solver in ("auto", "direct"):
+        arguments = W, c, z0, problem, backward, solver == "direct", frozen
+        found = ranges.call("solve", direct.solve, *arguments) if ranges.listening else direct.solve(*arguments)
+        if found is not None:
+            solution, report = found
+            if report is not None:
+                solution.when_read = partial(_report_deferred, report, on_failure)
+            return solution
+    if is_structure:
+        W = W.dense()
+    shape = c.shape
+    is_canonical = len(shape) == W.dim()
+    if not is_canonical:
+        flat = canonical_shape(W.dim(), shape)
+        c, z0 = c.reshape(flat), None if z0 is None else z0.reshape(flat)
+    if general.adapts:
+        problem = Problem(activation, fitted(general, W, c, frozen), on_failure)
+    try:
+        z, stats, report = equilibrium(W, c, z0, problem, backward)
+    except LargeWeight:
+        problem = Problem(activation, fitted(general, W, c, frozen, large=True), on_failure)
+        z, stats, report = equilibrium(W, c, z0, problem, backward)
+    solution = Solution(z if is_canonical else z.reshape(shape), stats, problem.plan)
+    if isinstance(report, Deferred):
+        solution.when_read = partial(_report_deferred, report, on_failure)
+    elif report is not None and any(report):
+        _refuse_non_finite(report[1:], W, shape[:-1])
+        report_failures(solution, on_failure, problem.plan.tol, "deq.solve")
+    return solution
+
+
+def canonical_shape(dims: int, shape: torch.Size) -> tuple[int, ...]:
+    """The shape of samples (..., m) as the engine takes them: (B, m) with a W (m, m), of two ``dims``, (S, B, m) with a
+    W (S, m, m)."""
+    return *shape[: dims - 2], math.prod(shape[dims - 2 : -1]), shape[-1]
+
+
+def _report_deferred(deferred: Deferred, on_failure: str, solution: Solution) -> None:
+    """What the front door says of a solve that was still on the GPU when it returned."""
+    failed, *bad = deferred.read()
+    _refuse_non_finite(bad, deferred.weight(), solution.z.shape[:-1])
+    if failed and deferred.rescue is not None:
+        deferred.rescue()
+    report_failures(solution, on_failure, solution.plan.tol, "deq.solve")
+    report_gradients(solution)
+
+
+def _refuse_non_finite(bad: list[int], W: Tensor, samples: torch.Size) -> None:
+    """``bad``: one plus an index in W, c and z0, 0 where all is finite."""
+    weight, injection, start = (index - 1 for index in bad)
+    if weight >= 0:
+        raise ValueError(f"W must be finite; W{_position(weight, W.shape)} is {W.reshape(-1)[weight].item()}")
+    for name, sample in (("c", injection), ("z0", start)):
+        if sample >= 0:
+            raise ValueError(f"{name} must be finite; {name}{_position(sample, samples)} holds NaN or infinity")
+
+
+def _position(index: int, shape: torch.Size) -> str:
+    """[i, j] of a flat index; empty for a single sample."""
+    place = []
+    for size in reversed(shape):
+        place.insert(0, index % size)
+        index //= size
+    return str(place) if place else ""

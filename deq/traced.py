@@ -1,0 +1,301 @@
+"""A solve as an operator, for torch.compile and torch.export.
+
+A solve decides by its numbers when to stop and what to try next, which no graph can hold. In a graph it is the operator
+``deq::solve``, and its gradient ``deq::solve_gradient``: opaque, they do what :func:`deq.solve` does outside of one, by
+the same plan and means, with the same warnings and errors. Their arguments say all there is to say, so that an exported
+program serves in any process that imports deq. A gradient that is itself differentiated (``torch.func`` inside of the
+graph) is made of ``deq::masked_linear`` and torch's own operators.
+
+On a GPU nobody in a graph waits to learn that samples failed: ``solution.status`` tells, and nothing warns.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+
+from . import _library, direct, stats
+from .activations import ACTIVATIONS
+from .backends import get_backend
+from .batch import Batch
+from .implicit import Problem, adjoint, approximate, solve_masked
+from .indicators import fitted, is_large
+from .options import BACKWARDS, problem_of
+from .run import canonical_shape, run
+from .solution import Solution
+from .weights import Dense, Diagonal, DiagonalLowRank, LowerTriangular, Structure
+
+_OPTIONS = (
+    "str activation, float? tol, int? max_iter, str solver, str criterion, str on_failure, str backend, bool frozen"
+)
+_SOLVE = f"solve(Tensor[] parts, str structure, Tensor c, Tensor? z0, {_OPTIONS}) -> (Tensor, Tensor)"
+_GRADIENT = f"solve_gradient(Tensor[] parts, str structure, Tensor c, Tensor z, Tensor g, {_OPTIONS}) -> Tensor[]"
+_MASKED = f"masked_linear(Tensor A, Tensor d, Tensor g, {_OPTIONS}) -> Tensor"
+_STRUCTURES = {kind.structure: kind for kind in (Dense, LowerTriangular, Diagonal, DiagonalLowRank)}
+_STRICT = "strictly_lower_triangular"
+
+
+def solve(
+    W: Tensor | Structure,
+    c: Tensor,
+    z0: Tensor | None,
+    activation: str,
+    tol: float | None,
+    max_iter: int | None,
+    solver: str,
+    criterion: str,
+    backward: str,
+    on_failure: str,
+    backend: str,
+    frozen: bool,
+) -> Solution:
+    """:func:`deq.solve` inside of a graph; its plan is not known there."""
+    if backward not in BACKWARDS:
+        raise ValueError(f"backward must be one of {', '.join(map(repr, BACKWARDS))}; got {backward!r}")
+    if backward == "unrolled":
+        raise ValueError("backward='unrolled' is not available inside torch.compile")
+    options = activation, tol, max_iter, solver, criterion, on_failure, backend, frozen
+    z0 = None if z0 is None else z0.detach()
+    parts, structure = _parts_of(W)
+    if backward == "implicit":
+        return Solution(*torch.ops.deq.solve.default(parts, structure, c, z0, *options))
+    with torch.no_grad():
+        z, said = torch.ops.deq.solve.default(parts, structure, c, z0, *options)
+    if torch.is_grad_enabled():
+        W = W.dense() if isinstance(W, Structure) else W
+        flat = canonical_shape(W.dim(), c.shape)
+        z = approximate(W, c.reshape(flat), z.reshape(flat), activation, backward).reshape(c.shape)
+    return Solution(z, said)
+
+
+def _parts_of(W: Tensor | Structure) -> tuple[list[Tensor], str]:
+    """What a weight consists of, and the name of its structure."""
+    if isinstance(W, Tensor):
+        return [W], Dense.structure
+    if isinstance(W, LowerTriangular):
+        return [W.W], _STRICT if W.strict else W.structure
+    if isinstance(W, Diagonal):
+        return [W.d], W.structure
+    if isinstance(W, DiagonalLowRank):
+        return [W.d, W.P, W.Q], W.structure
+    return [W.dense()], Dense.structure
+
+
+def _weight_of(parts: Sequence[Tensor], structure: str) -> Tensor | Structure:
+    if structure == Dense.structure:  # (m, m), or a stack, which is no structure
+        return parts[0]
+    return LowerTriangular(parts[0], strict=True) if structure == _STRICT else _STRUCTURES[structure](*parts)
+
+
+def _dense(parts: Sequence[Tensor], structure: str) -> Tensor:
+    W = _weight_of(parts, structure)
+    return W if isinstance(W, Tensor) else W.dense()
+
+
+def _problem(c: Tensor, activation, tol, max_iter, solver, criterion, on_failure, backend) -> Problem:
+    given = activation, tol, max_iter, solver, criterion, "implicit", on_failure, backend
+    return problem_of(*given, c.dtype, c.device.type, _library.compiled is not None)
+
+
+def _fitted(problem: Problem, A: Tensor, c: Tensor, frozen: bool) -> Problem:
+    """The problem as the solve has it that this one is a gradient of; A is its W or the transpose."""
+    activation, plan, on_failure = problem
+    if plan.adapts:
+        plan = fitted(plan, A, c, frozen, large=plan.reflects and is_large(A))
+    return Problem(activation, plan, on_failure)
+
+
+# ---- the solve ------------------------------------------------------------------------------------------------------
+
+
+def _solve(parts, structure, c, z0, activation, tol, max_iter, solver, criterion, on_failure, backend, frozen):
+    problem = _problem(c, activation, tol, max_iter, solver, criterion, on_failure, backend)
+    solution = run(_weight_of(parts, structure), c, z0, problem, solver, "implicit", frozen)
+    return solution.z.contiguous(), solution.stats
+
+
+def _solve_fake(parts, structure, c, z0, activation, tol, max_iter, solver, criterion, on_failure, backend, frozen):
+    _problem(c, activation, tol, max_iter, solver, criterion, on_failure, backend)  # wrong options are refused here
+    z = torch.empty_like(c, memory_format=torch.contiguous_format)
+    return z, stats.allocate(z)
+
+
+def _solve_vmap(info, in_dims, parts, structure, c, z0, *options):
+    of_parts, _, of_c, of_z0, *_ = in_dims
+    if structure != Dense.structure and any(dim is not None for dim in of_parts):
+        each = [
+            (part,) * info.batch_size if dim is None else part.unbind(dim)
+            for part, dim in zip(parts, of_parts, strict=True)
+        ]
+        parts = [torch.stack([_dense(some, structure) for some in zip(*each, strict=True)])]
+        of_parts, structure = [0], Dense.structure
+    W = _dense(parts, structure)
+    many = Batch(info.batch_size, of_parts[0], W)
+
+    def samples(x: Tensor, dim: int | None) -> Tensor:
+        x = x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+        return many.samples(x.reshape(-1, *canonical_shape(3 if many.stacked else 2, x.shape[1:])), 0)
+
+    shape = (info.batch_size, *(c.shape if of_c is None else c.movedim(of_c, 0).shape[1:]))
+    z0 = None if z0 is None else samples(z0, of_z0)
+    given = ([W], Dense.structure) if of_parts[0] is not None or structure == Dense.structure else (parts, structure)
+    z, said = torch.ops.deq.solve.default(*given, samples(c, of_c), z0, *options)
+    return (many.apart(z).reshape(shape), many.stats(z, said)), (0, 0)
+
+
+class _Solve(torch.autograd.Function):
+    """(structure, options, c, z0, *parts) -> z, what is said of its samples."""
+
+    @staticmethod
+    def forward(ctx, structure, options, c, z0, *parts):
+        with _below_autograd():
+            z, said = torch.ops.deq.solve.default(list(parts), structure, c, z0, *options)
+        ctx.structure, ctx.options = structure, options
+        ctx.mark_non_differentiable(said)
+        ctx.save_for_backward(z, c, *parts)
+        return z, said
+
+    @staticmethod
+    def backward(ctx, g, _):
+        z, c, *parts = ctx.saved_tensors
+        if torch.is_grad_enabled():  # the gradient must itself be differentiable
+            u, grads = _differentiable_gradient(parts, ctx.structure, c, z, g, ctx.options)
+        else:
+            u, *grads = torch.ops.deq.solve_gradient.default(parts, ctx.structure, c, z, g, *ctx.options)
+        return None, None, u, None, *grads
+
+
+def _solve_autograd(parts, structure, c, z0, *options):
+    return _apply(_Solve, structure, options, c, z0, *parts)
+
+
+def _differentiable_gradient(parts, structure, c, z, g, options):
+    entry, shape = ACTIVATIONS[options[0]], g.shape
+    W = _dense(parts, structure)
+    flat = canonical_shape(W.dim(), shape)
+    c, z, g = (x.reshape(flat) for x in (c, z, g))
+    d = entry.derivative_of_value(z) if entry.derivative_of_value else entry.derivative(z @ W.mT + c)
+    u = torch.ops.deq.masked_linear.default(W.mT, d, g, *options)
+    grads = [torch.matmul(u.mT, z)]
+    if structure != Dense.structure:
+        grads = list(torch.func.vjp(lambda *parts: _dense(parts, structure), *parts)[1](grads[0]))
+    return u.reshape(shape), grads
+
+
+# ---- its gradient ----------------------------------------------------------------------------------------------------
+
+
+def _gradient(parts, structure, c, z, g, activation, tol, max_iter, solver, criterion, on_failure, backend, frozen):
+    problem = _problem(c, activation, tol, max_iter, solver, criterion, on_failure, backend)
+    W, shape = _weight_of(parts, structure), c.shape
+    found = direct.gradients(W, c, z, g, problem, solver == "direct", frozen)
+    if found is None:
+        dense = _dense(parts, structure)
+        flat = canonical_shape(dense.dim(), shape)
+        c, z, g = (x.reshape(flat) for x in (c, z, g))
+        problem = _fitted(problem, dense, c, frozen)
+        u = adjoint(dense, z, None if ACTIVATIONS[activation].derivative_of_value else c, g, problem)
+        dW = get_backend(problem.plan.backend).outer(u, z)
+        found = u, [dW] if structure == Dense.structure else _pulled(parts, structure, dW)
+    u, grads = found
+    return [u.reshape(shape).contiguous(), *(t.contiguous() for t in grads)]
+
+
+def _gradient_fake(parts, structure, c, z, g, *options):
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (g, *parts)]
+
+
+def _pulled(parts: Sequence[Tensor], structure: str, dW: Tensor) -> Sequence[Tensor]:
+    """The gradients of a structure's own tensors."""
+    with autograd_inside(), torch.enable_grad():
+        leaves = [part.detach().requires_grad_() for part in parts]
+        return torch.autograd.grad(_dense(leaves, structure), leaves, dW)
+
+
+@contextmanager
+def autograd_inside() -> Iterator[None]:
+    """Autograd inside of an operator, which torch runs without."""
+    keys = [torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView]
+    before = [torch._C._dispatch_tls_is_dispatch_key_excluded(key) for key in keys]
+    try:
+        for key in keys:
+            torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
+        yield
+    finally:
+        for key, excluded in zip(keys, before, strict=True):
+            torch._C._dispatch_tls_set_dispatch_key_excluded(key, excluded)
+
+
+# ---- u = d * (A u + g), canonical, differentiable for ever -----------------------------------------------------------
+
+
+def _masked(A, d, g, activation, tol, max_iter, solver, criterion, on_failure, backend, frozen):
+    problem = _problem(g, activation, tol, max_iter, solver, criterion, on_failure, backend)
+    return solve_masked(A, g, d, None, _fitted(problem, A, g, frozen)).contiguous()
+
+
+def _masked_fake(A, d, g, *options):
+    return torch.empty_like(g, memory_format=torch.contiguous_format)
+
+
+def _masked_vmap(info, in_dims, A, d, g, *options):
+    many = Batch(info.batch_size, in_dims[0], A)
+    d, g = many.samples(d, in_dims[1]), many.samples(g, in_dims[2])
+    return many.apart(torch.ops.deq.masked_linear.default(many.weight(A), d, g, *options)), 0
+
+
+class _MaskedLinear(torch.autograd.Function):
+    """(A, d, g, *options) -> u."""
+
+    @staticmethod
+    def forward(ctx, A, d, g, *options):
+        with _below_autograd():
+            u = torch.ops.deq.masked_linear.default(A, d, g, *options)
+        ctx.options = options
+        ctx.save_for_backward(A, d, g, u)
+        return u
+
+    @staticmethod
+    def backward(ctx, h):
+        A, d, g, u = ctx.saved_tensors
+        q = torch.ops.deq.masked_linear.default(A.mT, d, h, *ctx.options)
+        dA, dd = torch.matmul(q.mT, u), (h + q @ A) * (u @ A.mT + g)
+        return dA, dd, q, *(None for _ in ctx.options)
+
+
+def _masked_autograd(*inputs):
+    return _apply(_MaskedLinear, *inputs)
+
+
+def _apply(function, *inputs):
+    """``function.apply`` inside of an operator's own autograd kernel: of nested transforms of torch.func it is called
+    for one, and what it calls below goes on to the next."""
+    with enable_single_level_autograd_function():
+        return super(torch.autograd.Function, function).apply(*inputs)
+
+
+@contextmanager
+def _below_autograd() -> Iterator[None]:
+    """For what a function's forward calls: the next transform of torch.func below this one may be a gradient too, which
+    must not find gradients switched off."""
+    with torch.enable_grad(), torch._C._AutoDispatchBelowAutograd():
+        yield
+
+
+# Not by torch.library.custom_op, whose gradients torch.func refuses.
+_operators = torch.library.Library("deq", "FRAGMENT")
+for _schema, _kernel, _fake in (
+    (_SOLVE, _solve, _solve_fake),
+    (_GRADIENT, _gradient, _gradient_fake),
+    (_MASKED, _masked, _masked_fake),
+):
+    _name = _schema.partition("(")[0]
+    _operators.define(_schema, tags=torch.Tag.pt2_compliant_tag)
+    _operators.impl(_name, torch.no_grad()(_kernel), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"deq::{_name}", _fake, lib=_operators)
+_operators.impl("solve", _solve_autograd, "Autograd")
+_operators.impl("masked_linear", _masked_autograd, "Autograd")
+torch.library.register_vmap("deq::solve", _solve_vmap, lib=_operators)
+torch.library.register_vmap("deq::masked_linear", _masked_vmap, lib=_operators)
