@@ -22,6 +22,7 @@ T = TypeVar("T")
 
 BUDGET_BYTES = 256 << 20
 ALWAYS_KEPT = 4  # the most recently used entries stay however large they are
+MOST_KEPT = 256  # entries: a key and its bookkeeping take 0.5 to 2 KB, whatever the value
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _lock = threading.Lock()
@@ -37,10 +38,10 @@ def remembered(W: Tensor, what: Hashable, make: Callable[[], T]) -> T:
     make: a pure function of W and ``what``, run without gradients. What it returns (a tensor, or tuples, lists and
         dicts of tensors) is shared between callers: nobody may write into it.
 
-    At most ``BUDGET_BYTES`` are held, and always the last ``ALWAYS_KEPT`` entries. Thread safe; two threads that miss
-    together both call ``make``. Nothing is remembered where the content cannot be read: without the compiled library,
-    on other devices than CPUs and GPUs, inside torch.func transforms, torch.compile and the capture of a CUDA graph,
-    for subclasses of Tensor.
+    At most ``BUDGET_BYTES`` and ``MOST_KEPT`` entries are held, and always the last ``ALWAYS_KEPT`` entries. Thread
+    safe; two threads that miss together both call ``make``. Nothing is remembered where the content cannot be read:
+    without the compiled library, on other devices than CPUs and GPUs, inside torch.func transforms, torch.compile and
+    the capture of a CUDA graph, for subclasses of Tensor.
     """
     if W.is_cuda and is_plain(W) and not W.is_inference() and not torch.cuda.is_current_stream_capturing():
         return by_version(W, what, make)
@@ -60,7 +61,7 @@ def remembered(W: Tensor, what: Hashable, make: Callable[[], T]) -> T:
         _held -= _entries.pop(key, (None, 0))[1]
         _entries[key] = value, _bytes(value)
         _held += _entries[key][1]
-        while _held > BUDGET_BYTES and len(_entries) > ALWAYS_KEPT:
+        while len(_entries) > (ALWAYS_KEPT if _held > BUDGET_BYTES else MOST_KEPT):
             _held -= _entries.popitem(last=False)[1][1]
     return value
 

@@ -103,6 +103,9 @@ class _Equilibrium(torch.autograd.Function):
     def backward(ctx, g, *_):
         if g is None:
             return None, None, None, None
+        if torch.is_autocast_enabled(g.device.type):  # which would round products to 16 bits
+            with torch.autocast(g.device.type, enabled=False):
+                return _Equilibrium.backward(ctx, g)
         W, z, c = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph: the gradient must itself be differentiable
             u = _apply(_MaskedLinear, W.mT, _derivative(W, z, c, ctx.problem), g, ctx.problem)
@@ -146,6 +149,9 @@ class _MaskedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, h):
+        if torch.is_autocast_enabled(h.device.type):
+            with torch.autocast(h.device.type, enabled=False):
+                return _MaskedLinear.backward(ctx, h)
         A, d, g, u = ctx.saved_tensors
         q = _apply(_MaskedLinear, A.mT, d, h, ctx.problem)
         dA = _outer(q, u, ctx.problem.plan.backend) if ctx.needs_input_grad[0] else None

@@ -80,17 +80,22 @@ def implicit_gradient(W: Tensor, c: Tensor, z: Tensor, g: Tensor, activation: st
 
 
 def solve_each(A: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """``x`` (n, m) and LAPACK's info (n,) of ``A x = b`` for n matrices A (n, m, m), as torch.linalg.solve_ex.
+    """``x`` (n, m) and LAPACK's info (n,) of ``A x = b`` for n matrices A (n, m, m), as torch.linalg.solve_ex."""
+    return one_by_one(torch.linalg.solve_ex, A, b)
 
-    On the CPU one by one from m = 128 on: once torch.set_num_threads has been called, torch 2.13 with MKL fails in a
-    batch of them ("Pivots given to lu_solve must all be greater or equal to 1", every time at m >= 200).
+
+def one_by_one(function: Callable[..., tuple[Tensor, ...]], *stacks: Tensor) -> tuple[Tensor, ...]:
+    """``function`` of torch.linalg for stacks (n, ...) of matrices, the first (n, m, m).
+
+    On the CPU one matrix after the other from m = 128 on: once torch.set_num_threads has been called, torch 2.13 with
+    MKL fails in a batch of them ("Pivots given to lu_solve must all be greater or equal to 1", every time at m >= 200)
+    or never returns (m = 150).
     """
-    if A.device.type != "cpu" or A.shape[-1] < 128:
-        return torch.linalg.solve_ex(A, b)
-    x, info = torch.empty_like(b), torch.empty(A.shape[0], dtype=torch.int32)
-    for i in range(A.shape[0]):
-        x[i], info[i] = torch.linalg.solve_ex(A[i], b[i])
-    return x, info
+    first = stacks[0]
+    if first.device.type != "cpu" or first.shape[-1] < 128 or len(first) == 0:
+        return function(*stacks)
+    each = [function(*matrices) for matrices in zip(*stacks, strict=True)]
+    return tuple(torch.stack(parts) for parts in zip(*each, strict=True))
 
 
 def cayley_solve(

@@ -284,6 +284,20 @@ def _below_autograd() -> Iterator[None]:
         yield
 
 
+def _outside_of_modes(kernel):
+    """The kernel without gradients, and without autocast, which would round its products to 16 bits."""
+
+    @torch.no_grad()
+    def run(first, *rest):
+        device = (first if isinstance(first, Tensor) else first[0]).device.type
+        if not torch.is_autocast_enabled(device):
+            return kernel(first, *rest)
+        with torch.autocast(device, enabled=False):
+            return kernel(first, *rest)
+
+    return run
+
+
 # Not by torch.library.custom_op, whose gradients torch.func refuses.
 _operators = torch.library.Library("deq", "FRAGMENT")
 for _schema, _kernel, _fake in (
@@ -293,7 +307,7 @@ for _schema, _kernel, _fake in (
 ):
     _name = _schema.partition("(")[0]
     _operators.define(_schema, tags=torch.Tag.pt2_compliant_tag)
-    _operators.impl(_name, torch.no_grad()(_kernel), "CompositeExplicitAutograd")
+    _operators.impl(_name, _outside_of_modes(_kernel), "CompositeExplicitAutograd")
     torch.library.register_fake(f"deq::{_name}", _fake, lib=_operators)
 _operators.impl("solve", _solve_autograd, "Autograd")
 _operators.impl("masked_linear", _masked_autograd, "Autograd")

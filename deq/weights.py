@@ -10,7 +10,6 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 EXACT_UP_TO = 192  # width up to which all eigenvalues cost less than the estimate and its certificate
 KRYLOV_STEPS = 48  # relative error of the estimated norm below 0.6 % at any width here (Kuczynski, Wozniakowski 1992)
@@ -246,14 +245,31 @@ class _SpectralNormBound(torch.autograd.Function):
     def setup_context(ctx, inputs, output):
         _, left, v = output
         ctx.mark_non_differentiable(left, v)
-        ctx.save_for_backward(left, v)
-        ctx.dtype = inputs[0].dtype
+        ctx.save_for_backward(*inputs, left, v)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad: Tensor, *_: None) -> Tensor:
-        left, v = ctx.saved_tensors
-        return torch.outer(grad * left, v).to(ctx.dtype)
+        V, left, v = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return _SpectralNormGradient.apply(grad, V, left, v)
+        return torch.outer(grad * left, v).to(V.dtype)
+
+
+class _SpectralNormGradient(torch.autograd.Function):
+    """(grad, V, left, v) -> the gradient of V, which has none. Not by torch's once_differentiable: torch.autograd.grad
+    and torch.func pass by that, and a second derivative would be wrong in silence."""
+
+    @staticmethod
+    def forward(grad: Tensor, V: Tensor, left: Tensor, v: Tensor) -> Tensor:
+        return torch.outer(grad * left, v).to(V.dtype)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError("deq.weights.spectral_norm_bound, and with it a contractive W, is differentiable once")
 
 
 def _top_eigenpair(G: Tensor) -> tuple[Tensor, Tensor]:

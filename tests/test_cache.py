@@ -230,3 +230,55 @@ def test_packed_weights_follow_every_change(dtype):
         count, z, dW = packed(W)
         expected = fresh(W)
         assert count == 2 and torch.equal(z, expected[0]) and torch.equal(dW, expected[1])
+
+
+def fingerprint(W):
+    found = torch.empty(2, dtype=torch.int64)
+    torch.ops.deq.fingerprint.default(W, found)
+    return tuple(found.tolist())
+
+
+@needs_library
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
+def test_no_two_changes_of_a_bit_cancel(isa):
+    """Of words that meet in a lane of the hash, whatever their bits: a sign and a 0 that becomes 2 did."""
+    if not _library.use_isa(isa):
+        pytest.skip(f"this CPU or build has no {isa}")
+    try:
+        words = torch.randint(-(2**62), 2**62, (4, 64), generator=torch.Generator().manual_seed(0))
+        seen = set()
+        for i in range(0, 64, 3):
+            for j in range(64):
+                for distance in (1, 2):
+                    changed = words.clone()
+                    changed[0, 5] ^= -(2**63) if i == 63 else 1 << i
+                    changed[distance, 5] ^= -(2**63) if j == 63 else 1 << j
+                    seen.add(fingerprint(changed.view(torch.float64)))
+        assert len(seen) == 22 * 64 * 2
+    finally:
+        _library.use_isa("auto")
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_matrices_of_few_values_are_told_apart(dtype):
+    """Graphs, ternary weights, permutations: nearly all of their bits are zero."""
+    generator = torch.Generator().manual_seed(1)
+    W = torch.zeros(64, 64, dtype=dtype)
+    seen, made = {fingerprint(W)}, {W.numpy(force=True).tobytes() if dtype != torch.bfloat16 else bytes(8192)}
+    values = torch.tensor([-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0], dtype=dtype)
+    for _ in range(5000):
+        places = torch.randint(64 * 64, (2,), generator=generator)
+        W.view(-1)[places] = values[torch.randint(7, (2,), generator=generator)]
+        seen.add(fingerprint(W))
+        made.add(bytes(W.view(torch.uint8).numpy()))
+    assert len(seen) == len(made)
+
+
+@needs_library
+def test_small_entries_are_forgotten_too():
+    """What takes no bytes by itself, such as bounds, takes some as an entry."""
+    cache.clear()
+    for step in range(3 * cache.MOST_KEPT):
+        cache.remembered(torch.full((4,), float(step)), "bounds", lambda: [0.0, 1.0])
+    assert len(cache._entries) == cache.MOST_KEPT and cache.held() == 0

@@ -8,6 +8,7 @@ from close import assert_as_accurate, worst_error
 from problems import exact, gaussian, torch_adjoint, torch_loop
 from test_cayley import monotone_problem
 
+import deq
 from deq import reference
 from deq.activations import ACTIVATIONS
 from deq.solution import Status
@@ -170,3 +171,14 @@ def test_many_large_systems_after_the_thread_count_was_set():
         torch.set_num_threads(before)
     assert (status == Status.CONVERGED).all()
     assert worst_error(reference.cell(W, c, z, "relu"), z) <= 1e-9
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_an_equilibrium_out_of_range_is_not_called_solved(backend):
+    """The norm of what overflows is infinite, and no step is small beside that."""
+    for size in (3e36, 5e37):
+        W, c = torch.full((200, 200), 0.9 / 200), torch.full((1, 200), size)
+        solution = deq.solve(W, c, on_failure="ignore", backend=backend)
+        assert solution.z.isfinite().all()
+        if solution.converged.all():
+            torch.testing.assert_close(solution.z, 10 * c, rtol=1e-3, atol=0)

@@ -312,3 +312,18 @@ def test_numbers_with_prefixes():
     shown = [tables.si(x, "B") for x in (0, 1, 12, 999.9, 1500, 123456, 1.5e9, 0.0012)]
     assert shown == ["0 B", "1 B", "12 B", "1.00 kB", "1.50 kB", "123 kB", "1.50 GB", "1.20 mB"]
     assert tables.si(None) == "" and feed_forward.CLOSE < 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_flops_of_a_weight_that_the_plain_map_does_not_take(dtype):
+    """The call that refuses it counts nothing, whatever its memory held."""
+    m, B = 64, 8
+    torch.manual_seed(0)
+    A = torch.randn(m, m, dtype=dtype) / m**0.5
+    W, c = 0.9 * torch.eye(m, dtype=dtype) - 4 * A.mT @ A, torch.randn(B, m, dtype=dtype)
+    expected = 2 * m * m * int(deq.solve(W, c, "tanh").iterations.sum())
+    for _ in range(3):
+        torch.full((B * 16,), 77, dtype=torch.uint8)  # what the next buffer may be made of
+        with FlopCounterMode(display=False) as mode:
+            deq.solve(W, c, "tanh")
+        assert 0.5 * expected <= mode.get_total_flops() <= 1.5 * expected

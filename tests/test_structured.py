@@ -468,3 +468,84 @@ def test_layers(kind, activation):
     assert layer.solution.converged.all()
     z.square().mean().backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in layer.parameters())
+
+
+@pytest.mark.parametrize("m", [150, 200])
+@pytest.mark.parametrize("trained", [False, True])
+def test_stacks_of_linear_systems(m, trained):
+    """Which torch's batches of them fail in, or never return from, once the number of threads was set."""
+    torch.set_num_threads(torch.get_num_threads())
+    W = torch.randn(2, m, m, generator=torch.Generator().manual_seed(m)) / m**0.5
+    c = injection(m, 9).expand(2, 9, m).clone().requires_grad_()
+    solution = deq.solve(W.requires_grad_(trained), c, "identity", solver="direct")
+    expected = torch.stack([torch.linalg.solve(torch.eye(m) - A, b.mT).mT for A, b in zip(W, c, strict=True)])
+    torch.testing.assert_close(solution.z, expected, rtol=1e-3, atol=1e-3)
+    assert torch.autograd.grad(solution.z.sum(), c)[0].isfinite().all()
+
+
+def expanding(scale, dtype, m=200, r=8):
+    """``diag(d) + P Q^T`` of a monotone W on which q -> Q^T z(q) expands ``scale`` times."""
+    torch.manual_seed(0)
+    P = torch.randn(m, r, dtype=dtype) / m**0.5
+    return torch.zeros(m, dtype=dtype), P, -scale * P
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [3.0, 8.0, 20.0])
+@pytest.mark.parametrize("activation", ["tanh", "relu", "identity"])
+def test_low_rank_where_the_iteration_expands(activation, scale, dtype):
+    """Exact methods need no contraction: the residual is that of the z returned, and so are the gradients."""
+    d, P, Q = (t.requires_grad_() for t in expanding(scale, dtype))
+    c = injection(200, 64, dtype)
+    solution = deq.solve(weights.DiagonalLowRank(d, P, Q), c, activation, solver="direct")
+    assert solution.converged.all()
+    W = (torch.diag(d) + P @ Q.mT).detach().double()
+    act = {"tanh": torch.tanh, "relu": torch.relu, "identity": lambda x: x}[activation]
+    z = solution.z.detach().double()
+    f = act(z @ W.mT + c.double())
+    residual = ((f - z).norm(dim=-1) / f.norm(dim=-1)).max()
+    eps = torch.finfo(dtype).eps
+    assert residual <= 2 * solution.residual.max() + 50 * eps * (1 + torch.linalg.matrix_norm(W, 2))
+    ours = torch.autograd.grad(solution.z.square().sum(), (d, P, Q))
+    exact = [t.detach().double().requires_grad_() for t in (d, P, Q)]
+    z = deq.solve(weights.Dense(torch.diag(exact[0]) + exact[1] @ exact[2].mT), c.double(), activation).z
+    theirs = torch.autograd.grad(z.square().sum(), exact)
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a.double() - b).norm() <= (3e-3 if dtype == torch.float32 else 1e-6) * b.norm()
+
+
+@needs_library
+@pytest.mark.parametrize("max_iter", [3, 10, 61, 65])
+def test_low_rank_keeps_to_its_evaluations(max_iter):
+    d, P, Q = expanding(8.0, torch.float64)
+    W = weights.DiagonalLowRank(d, P, Q)
+    c = injection(200, 40, torch.float64) * torch.logspace(-3, 3, 40, dtype=torch.float64)[:, None]
+    options = {"solver": "direct", "max_iter": max_iter, "on_failure": "ignore"}
+    together = deq.solve(W, c, "tanh", **options)
+    assert together.iterations.max() <= max_iter
+    alone = torch.cat([deq.solve(W, row[None], "tanh", **options).status for row in c])
+    assert torch.equal(together.status, alone)
+
+
+@pytest.mark.parametrize("solver", ["auto", "direct"])
+def test_identity_with_a_diagonal_on_both_sides_of_one(solver):
+    d, c = torch.linspace(0.5, 1.6, 10, dtype=torch.float64), injection(10, 4, torch.float64)
+    strict = torch.tril(torch.randn(10, 10, dtype=torch.float64) * 0.1, -1)
+    for W in (weights.Diagonal(d), weights.LowerTriangular(torch.diag(d) + strict)):
+        solution = deq.solve(W, c, "identity", solver=solver)
+        exact = torch.linalg.solve(torch.eye(10, dtype=torch.float64) - W.dense(), c.mT).mT
+        torch.testing.assert_close(solution.z, exact)
+    with pytest.raises(ValueError, match="more than one root, or none"):
+        deq.solve(weights.Diagonal(torch.tensor([0.5, 1.0, 3.0])), torch.ones(2, 3), "identity", solver="direct")
+
+
+def test_an_answer_out_of_range_has_diverged():
+    c = torch.full((2, 5), 1e37)
+    with pytest.warns(deq.ConvergenceWarning, match="DIVERGED"):
+        solution = deq.solve(0.999 * torch.eye(5), c, "identity")
+    assert solution.z.isfinite().all() and not solution.converged.any()
+    leaf = torch.ones(2, 5, requires_grad=True)
+    z = deq.solve(0.999 * torch.eye(5), leaf, "identity").z
+    with pytest.warns(deq.ConvergenceWarning, match="the gradient of deq.solve"):
+        (g,) = torch.autograd.grad(z, leaf, c)
+    assert g.isfinite().all()

@@ -280,3 +280,20 @@ def test_checkpoint(net, use_reentrant):
     torch.testing.assert_close(x.grad, expected)
     for p, g in zip(net.parameters(), parameters, strict=True):
         torch.testing.assert_close(p.grad, g, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["dense", "lower", "low rank"])
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_a_backward_pass_inside_autocast_keeps_its_precision(kind, create_graph):
+    torch.manual_seed(0)
+    parts = {"dense": 1, "lower": 1, "low rank": 3}[kind]
+    W = [torch.rand(32) * 0.5, *(torch.randn(2, 32, 3) * 0.1)] if parts == 3 else [torch.randn(32, 32) * 0.1]
+    make = {"dense": lambda W: W, "lower": deq.weights.LowerTriangular, "low rank": deq.weights.DiagonalLowRank}[kind]
+    leaves, c = [t.requires_grad_() for t in W], torch.randn(80, 32, requires_grad=True)
+    z = deq.solve(make(*leaves), c, "gelu", solver="auto" if kind == "dense" else "direct").z
+    outside = torch.autograd.grad(z.square().sum(), (*leaves, c), create_graph=create_graph, retain_graph=True)
+    loss = z.square().sum()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = torch.autograd.grad(loss, (*leaves, c), create_graph=create_graph)
+    for a, b in zip(inside, outside, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)

@@ -194,9 +194,18 @@ class TestContractive:
 
     def test_second_derivative_says_that_it_does_not_exist(self):
         V = (3 * gaussian(4, 4)).requires_grad_()
-        (g,) = torch.autograd.grad(contractive(V).square().sum(), V, create_graph=True)
-        with pytest.raises(RuntimeError, match="once_differentiable"):
-            g.sum().backward()
+        loss = lambda V: contractive(V).square().sum()  # noqa: E731
+        (g,) = torch.autograd.grad(loss(V), V, create_graph=True)
+        for second in (
+            lambda: g.sum().backward(),
+            lambda: torch.autograd.grad(g.sum(), V),
+            lambda: torch.func.jacrev(torch.func.grad(loss))(V.detach()),
+        ):
+            with pytest.raises(RuntimeError, match="differentiable once"):
+                second()
+        inside = (V.detach() / 100).requires_grad_()  # where the bound is not reached W is V
+        (g,) = torch.autograd.grad(loss(inside), inside, create_graph=True)
+        torch.testing.assert_close(g, 2 * inside)
 
     @pytest.mark.parametrize(
         ("V", "bound", "error", "message"),

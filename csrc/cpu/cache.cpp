@@ -5,6 +5,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <atomic>
 #include <list>
 #include <mutex>
 #include <optional>
@@ -65,14 +66,19 @@ uint64_t mixed(uint64_t h) {
 Digest digest(const char* data, int64_t bytes, void (*absorb)(uint64_t*, const void*, int64_t)) {
   uint64_t lanes[kHashLanes], rest[kHashLanes] = {};
   constexpr int64_t kBlock = sizeof lanes;
-  for (int i = 0; i < kHashLanes; ++i) lanes[i] = mixed(i + 1);
+  for (int i = 0; i < kHashLanes; ++i) lanes[i] = 0x9E3779B97F4A7C15ull * (i + 1);
   const int64_t blocks = bytes / kBlock;
   absorb(lanes, data, blocks);
   memcpy(rest, data + blocks * kBlock, bytes - blocks * kBlock);
   absorb(lanes, rest, 1);
-  Digest d{{static_cast<uint64_t>(bytes), 1}};
-  for (int i = 0; i < kHashLanes; ++i) d.word[i & 1] = mixed(d.word[i & 1] ^ lanes[i]);
-  return d;
+  uint64_t chains[4] = {static_cast<uint64_t>(bytes), 1, 2, 3};
+  for (int i = 0; i < kHashLanes; ++i) chains[i & 3] = mixed(chains[i & 3] ^ lanes[i]);
+  return {{mixed(chains[0] ^ mixed(chains[2])), mixed(chains[1] ^ mixed(chains[3]))}};
+}
+
+// The digest of a sequence that goes on with one more.
+Digest followed(const Digest& d, const Digest& next) {
+  return {{mixed(3 * d.word[0] ^ next.word[0]), mixed(3 * d.word[1] ^ next.word[1])}};
 }
 
 // A matrix stack as contiguous runs of m elements: the rows, or for a transposed view the columns.
@@ -91,9 +97,9 @@ Digest content(const Runs& runs, int64_t weights, int threads, void (*absorb)(ui
     const int64_t first = i % pieces * per_piece, count = std::min(per_piece, runs.count - first);
     const char* at = runs.data + i / pieces * runs.matrix_stride + first * runs.run_stride;
     if (runs.adjacent()) return digest(at, count * runs.bytes, absorb);
-    std::vector<Digest> parts(count);
-    for (int64_t r = 0; r < count; ++r) parts[r] = digest(at + r * runs.run_stride, runs.bytes, absorb);
-    return digest(reinterpret_cast<const char*>(parts.data()), count * sizeof(Digest), absorb);
+    Digest all{};
+    for (int64_t r = 0; r < count; ++r) all = followed(all, digest(at + r * runs.run_stride, runs.bytes, absorb));
+    return all;
   };
   if (total == 1) return piece(0);  // without a team of one thread and its two system calls
   std::vector<Digest> digests(total);
@@ -171,7 +177,10 @@ int64_t bytes_of(const Entry& entry) {
 // Memory for a form that is not current. False when out of memory.
 bool reserve(Held& held, int64_t weights, int64_t matrix_bytes) {
   const bool fits = held.packed && held.packed->matrix_bytes == matrix_bytes && held.packed->bytes == matrix_bytes * weights;
-  if (fits && held.packed.use_count() == 1) return true;
+  if (fits && held.packed.use_count() == 1) {
+    std::atomic_thread_fence(std::memory_order_acquire);  // who let go of it last, in another thread, has read it
+    return true;
+  }
   held.packed = std::make_shared<Packed>();
   held.packed->data = allocate(matrix_bytes * weights);
   held.packed->matrix_bytes = matrix_bytes;

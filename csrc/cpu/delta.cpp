@@ -8,7 +8,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <memory>
 
 #include "../reliable.h"
 #include "samples.h"
@@ -432,7 +431,7 @@ int32_t delta_solve(const DeqProblem& p) {
   if (!weights.derived) return DEQ_NO_MEMORY;
   Totals totals;
   run_divided(p, segments.count, division, [&](int64_t s, std::atomic<int64_t>& queue, int sharing, Team& team) {
-    std::make_unique<Tile>(p, low, weights.packed.get(), *weights.derived, totals)->run(s, queue, sharing, team);
+    run_on(new (std::nothrow) Tile(p, low, weights.packed.get(), *weights.derived, totals), totals, s, queue, sharing, team);
   });
   return totals.report(p);
 }

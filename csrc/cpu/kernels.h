@@ -7,7 +7,7 @@
 
 namespace deq {
 
-constexpr int kHashLanes = 32;
+constexpr int kHashLanes = 64;
 // Sums over k are cut into chunks: the rounding error of a long sum grows with the chunk, not with m.
 constexpr int64_t kSumChunk = 512;
 constexpr int64_t kSkipWidth = 128;  // most columns that skip_step takes at once

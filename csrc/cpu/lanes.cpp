@@ -10,7 +10,6 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
-#include <memory>
 
 #include "../anderson.h"
 #include "../kernels.h"
@@ -405,7 +404,7 @@ int32_t solve(const DeqProblem& p) {
   if (!weights.packed) return DEQ_NO_MEMORY;
   Totals totals;
   run_divided(p, 1, division, [&](int64_t s, std::atomic<int64_t>& queue, int sharing, Team&) {
-    std::make_unique<LaneGroup<T>>(p, *weights.packed, totals)->run(s, queue, sharing);
+    run_on(new (std::nothrow) LaneGroup<T>(p, *weights.packed, totals), totals, s, queue, sharing);
   });
   return totals.report(p);
 }

@@ -154,7 +154,8 @@ int32_t reduced_iterate(const DeqReducedIteration& iteration) {
         const double step = std::sqrt(squares[b]), size = std::sqrt(static_cast<double>(sums[b]));
         const double r = step > 0 ? (size > step && size < INFINITY ? step / (size - step) : INFINITY) : step;
         const bool is_done = r <= iteration.leave || (r <= iteration.tol && r > kSlowAtTol * before[0][b]);
-        const bool is_slow = it > 2 && r > iteration.slow * before[0][b] && before[0][b] > iteration.slow * before[1][b];
+        // Infinite ones are slow too: a sample that grows must leave before its squares overflow.
+        const bool is_slow = it > 2 && !(r <= iteration.slow * before[0][b]) && !(before[0][b] <= iteration.slow * before[1][b]);
         residual[b] = std::isnan(r) ? std::numeric_limits<T>::infinity() : static_cast<T>(r);
         iterations[b] = it;
         before[1][b] = before[0][b], before[0][b] = r;

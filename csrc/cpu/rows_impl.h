@@ -154,7 +154,9 @@ bool copy_out(const T* src, T factor, int64_t n, T* dst) {
   return ok;
 }
 
-// Multiply-rotate in 64-bit lanes: the order of the words and every bit of them count.
+// Multiply, fold, multiply, rotate in 64-bit lanes: the order of the words and every bit of them count. One multiplication would
+// leave the highest bit of a word alone, so that the sign of a number and a 0 that becomes 2 in the next word of its lane
+// cancelled. Eight vectors of AVX-512 hide it: 119 GB/s instead of 138 in the cache, AVX2 20 instead of 42 (Zen 5).
 void absorb(uint64_t* lanes, const void* data, int64_t blocks) {
   typedef uint64_t U __attribute__((vector_size(DEQ_VECTOR_BYTES)));
   constexpr int kVectors = deq::kHashLanes * 8 / DEQ_VECTOR_BYTES;
@@ -167,6 +169,7 @@ void absorb(uint64_t* lanes, const void* data, int64_t blocks) {
       U w;
       memcpy(&w, p + i * sizeof w, sizeof w);
       U x = (h[i] ^ w) * 0x9E3779B185EBCA87ull;
+      x = (x ^ (x >> 32)) * 0xC2B2AE3D27D4EB4Full;
       h[i] = (x << 31) | (x >> 33);
     }
   }

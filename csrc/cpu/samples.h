@@ -7,7 +7,9 @@
 #include <atomic>
 #include <cmath>
 #include <limits>
+#include <memory>
 #include <mutex>
+#include <new>
 
 #include "../activations.h"
 #include "../judge.h"
@@ -77,6 +79,16 @@ struct Totals {
     }
   }
 };
+
+// Runs what `new (std::nothrow)` made, and ends it: no exception may leave a thread of a parallel region.
+template <class Tile, class... Arguments>
+void run_on(Tile* made, Totals& totals, Arguments&&... arguments) {
+  const std::unique_ptr<Tile> tile(made);
+  if (tile)
+    tile->run(arguments...);
+  else
+    totals.error = DEQ_NO_MEMORY;
+}
 
 template <class T>
 class Samples {

@@ -6,7 +6,6 @@
 // there are few samples of a wide matrix, all threads share the steps of one tile (threads.h).
 #include <algorithm>
 #include <atomic>
-#include <memory>
 #include <utility>
 
 #include "../anderson.h"
@@ -318,7 +317,7 @@ int32_t solve(const DeqProblem& p) {
   if (!weights.packed) return DEQ_NO_MEMORY;
   Totals totals;
   run_divided(p, segments.count, division, [&](int64_t s, std::atomic<int64_t>& queue, int sharing, Team& team) {
-    std::make_unique<Tile<T>>(p, *weights.packed, totals)->run(s, queue, sharing, team);
+    run_on(new (std::nothrow) Tile<T>(p, *weights.packed, totals), totals, s, queue, sharing, team);
   });
   return totals.report(p);
 }
@@ -382,6 +381,7 @@ int32_t deq_cpu_solve(const DeqProblem* p) {
   if (p->weights * p->batch == 0) return DEQ_OK;
   if (p->largest_weight > 0 && deq::is_larger(*p, p->largest_weight)) {
     p->report->bad_weight = -1;
+    std::fill_n(p->iterations, p->weights * p->batch, 0);  // who counts work counts none
     return DEQ_OK;
   }
   if (deq::delta_serves(*p)) return deq::delta_solve(*p);

@@ -170,7 +170,15 @@ def _forward(method: Method, c: Tensor, activation: str, start: Tensor | None) -
     if scale is None:
         return method.solve(c, activation, start)
     result = method.solve(c * scale, activation, None if start is None else start * scale)
-    return result._replace(z=result.z / scale)
+    return _held_in_range(result._replace(z=result.z / scale))
+
+
+def _held_in_range(result: Result) -> Result:
+    """A row that leaves the range of its dtype ends at the edge, with an infinite residual."""
+    largest = torch.finfo(result.z.dtype).max
+    held = result.z.clamp(-largest, largest)
+    leaves = (result.z != held).any(-1) & ~result.z.isnan().any(-1)
+    return result._replace(z=held, residual=torch.where(leaves, torch.inf, result.residual))
 
 
 def _counts(result: Result, c: Tensor) -> Tensor:
@@ -235,6 +243,9 @@ class _Direct(torch.autograd.Function):
     def backward(ctx, g, *_):
         if g is None:
             return (None,) * (6 + len(ctx.settings[0].parts))
+        if torch.is_autocast_enabled(g.device.type):  # which would round products to 16 bits
+            with torch.autocast(g.device.type, enabled=False):
+                return _Direct.backward(ctx, g)
         z, c, derivative, *parts = ctx.saved_tensors
         method, activation, plan, on_failure = ctx.settings
         method = method.of(*parts)
@@ -280,6 +291,9 @@ class _Masked(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, h):
+        if torch.is_autocast_enabled(h.device.type):
+            with torch.autocast(h.device.type, enabled=False):
+                return _Masked.backward(ctx, h)
         s, g, u, *parts = ctx.saved_tensors
         method, plan, on_failure = ctx.settings
         method = method.of(*parts)
@@ -305,7 +319,9 @@ def _solve_masked(
             g = torch.where(finite, g, 0.0)
         scale = _far_from_one(g)  # u is linear in g
     result = masked(g) if scale is None else masked(g * scale)
-    u = result.z if scale is None else result.z / scale
+    if scale is not None:
+        result = _held_in_range(result._replace(z=result.z / scale))
+    u = result.z
     if deferred and on_failure != "ignore":
         status = _status((result.residual <= plan.tol) | result.residual.isnan(), result.residual)
         report_later(Counted(status, g), on_failure)

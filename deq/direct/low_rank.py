@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import cache, recycle
 from ..activations import ACTIVATIONS
-from ..reference import _History
+from ..reference import _History, solve_each
 from .methods import (
     Result,
     is_compiled,
@@ -47,7 +47,7 @@ class Problem(NamedTuple):
     advance: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]  # Q^T z(q) and ||z(q)||
     last: Callable[
         [Tensor, Tensor], tuple[Tensor, Tensor]
-    ]  # all rows, given q and q' = Q^T z(q): z(q'), residual of z(q)
+    ]  # all rows, given q and q' = Q^T z(q): z(q) or z(q'), residual of z(q)
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,9 +128,12 @@ class LowRank:
         """The fixed point in R^r: plainly, by Anderson where that is slow, by Newton where neither gets there."""
         reduced = _Reduced(problem, self.P.detach(), self.Q.detach(), lipschitz, self.tol, q)
         left = reduced.iterate(min(self.max_iter, GIVE_UP_AFTER))
-        if left.numel() and self.max_iter > GIVE_UP_AFTER:
-            reduced.newton(left)
-        return Result(*problem.last(reduced.q, reduced.following), reduced.iterations)
+        if left.numel():
+            reduced.newton(left, self.max_iter)
+        z, residual = problem.last(reduced.q, reduced.following)
+        if (rows := reduced.accelerated).numel():
+            z[rows] = problem.z(reduced.q[rows], rows)
+        return Result(z, residual, reduced.iterations)
 
 
 def _of(t: Tensor, rows: Tensor | None) -> Tensor:
@@ -150,7 +153,7 @@ def _evaluations(
 
         def last(q: Tensor, following: Tensor) -> tuple[Tensor, Tensor]:
             now = z(q, None)
-            return z(following, None), relative_residual(f(now), now)
+            return now, relative_residual(f(now), now)
 
         return None, advance, last
 
@@ -214,12 +217,16 @@ class _Reduced:
         slack = 4 * torch.finfo(P.dtype).eps * gram.diagonal().sum()
         self.gram = (gram + slack * torch.eye(P.shape[1], dtype=P.dtype, device=P.device)).double()
         self.iterations = torch.zeros(q.shape[0], dtype=torch.int32, device=q.device)
+        # Rows that left the plain iteration of the kernels. The map need not contract where others end, and the value
+        # one evaluation after what was judged may be worse.
+        self.accelerated = torch.arange(0, device=q.device)
 
     def residual(self, dq: Tensor, size: Tensor) -> Tensor:
         """Upper bound of ``||f(z) - z|| / ||f(z)||`` from ``q' - q`` and ``||z||``; infinity where it is not finite."""
         dq = dq.double()
         step = ((dq @ self.gram) * dq).sum(-1).clamp(min=0).sqrt()
-        return torch.where(step > 0, step / (size - step).clamp(min=0), step).nan_to_num(nan=torch.inf)
+        bound = torch.where(step > 0, step / (size - step).clamp(min=0), step)
+        return torch.where(torch.isfinite(size), bound, torch.inf).nan_to_num(nan=torch.inf)
 
     def iterate(self, limit: int) -> Tensor:
         """Rows that did not converge within ``limit`` evaluations."""
@@ -227,17 +234,24 @@ class _Reduced:
         own = None  # the rows that the problem is asked about: None for all
         if self.problem.start is not None:
             left = ~(self.problem.start(self, limit) <= self.tol)
+            self.accelerated = rows[left]
             if not bool(left.any()):
                 return rows[:0]
             rows = own = rows[left]
-            q, limit = self.following[left], limit - int(self.iterations[left].min())
+            q = self.following[left]
             q = torch.where(torch.isfinite(q), q, 0.0)
         live = torch.ones_like(rows, dtype=torch.bool)
         slow = torch.zeros_like(live)
         before = torch.full((2, q.shape[0]), torch.inf, dtype=torch.float64, device=q.device)
         history, failed = None, []
-        for _ in range(limit):
-            if rows.numel() == 0:
+        while True:
+            spent = live & (self.iterations[rows] >= limit)
+            if bool(spent.any()):
+                ended, at = rows[spent], q[spent]
+                self.q[ended], self.following[ended] = at, self.problem.advance(at, ended)[0]
+                failed.append(ended)
+                live = live & ~spent
+            if not bool(live.any()):
                 break
             following, size = self.problem.advance(q, own)
             r = self.residual(following - q, size)
@@ -260,13 +274,12 @@ class _Reduced:
                 if history is not None:
                     history.keep(live)
                 live, own = live[live], rows
-        left = rows[live]
-        if left.numel():
-            self.q[left], self.following[left] = q[live], self.problem.advance(q[live], left)[0]
-        return torch.cat((*failed, left))
+        return torch.cat((*failed, rows[:0]))
 
-    def newton(self, rows: Tensor) -> None:
-        """Semismooth Newton on ``F(q) = q - Q^T z(q)`` with a line search on ``||F||``, an r x r system a row."""
+    def newton(self, rows: Tensor, limit: int) -> None:
+        """Semismooth Newton on ``F(q) = q - Q^T z(q)`` with a line search on ``||F||``, an r x r system a row; steps
+        are evaluations, of which a row has ``limit`` in all."""
+        rows = rows[self.iterations[rows] < limit]
         q = self.q[rows]
         eye = torch.eye(q.shape[1], dtype=q.dtype, device=q.device)
         for _ in range(NEWTON_STEPS):
@@ -277,7 +290,7 @@ class _Reduced:
             self.iterations[rows] += 1
             on = ~(self.residual(F, size) <= MARGIN * self.tol)
             slope = self.problem.slope(q, rows)
-            step = torch.linalg.solve_ex(eye - self._coupling(slope), F)[0].nan_to_num(0.0, 0.0, 0.0)
+            step = solve_each(eye - self._coupling(slope), F)[0].nan_to_num(0.0, 0.0, 0.0)
             t = torch.ones_like(F[:, :1])
             for _ in range(HALVINGS):
                 trial = q - t * step
@@ -287,6 +300,7 @@ class _Reduced:
                     break
                 t = torch.where(worse.unsqueeze(-1), 0.5 * t, t)
             self.q[rows], self.following[rows] = q, following
+            on &= self.iterations[rows] < limit
             rows, q = rows[on], trial[on]
 
     def _coupling(self, e: Tensor) -> Tensor:

@@ -16,8 +16,9 @@ in float32 or float64:
                                     weight what decides whether its solution is unique, once a version
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -26,6 +27,7 @@ from torch import Tensor
 from .. import _library, _triton, cache, recycle
 from ..activations import ACTIVATIONS
 from ..products import multiply
+from ..reference import one_by_one
 from . import roots
 
 
@@ -150,20 +152,25 @@ class Linear:
             inverse = cache.remembered(self.W, "inverse of I - W", self._invert)
             return multiply(c, inverse if self.is_transposed else inverse.mT)
         lu, pivots = cache.remembered(self.W, "LU of I - W", self._factor)
-        return torch.linalg.lu_solve(lu, pivots, c, left=False, adjoint=not self.is_transposed)
+        solve = partial(torch.linalg.lu_solve, left=False, adjoint=not self.is_transposed)
+        if lu.dim() == 2:
+            return solve(lu, pivots, c)
+        return one_by_one(lambda *matrices: (solve(*matrices),), lu, pivots, c)[0]
 
     def _factor(self) -> tuple[Tensor, Tensor]:
         if not is_deferred(self.W):
             refuse_non_finite("W", self.W)
-        eye = torch.eye(self.W.shape[-1], dtype=self.W.dtype, device=self.W.device)
-        lu, pivots, _ = torch.linalg.lu_factor_ex(eye - self.W.detach())
-        return lu, pivots
+        return self._of_shifted(torch.linalg.lu_factor_ex)[:2]
 
     def _invert(self) -> Tensor:
         if not is_deferred(self.W):
             refuse_non_finite("W", self.W)
-        eye = torch.eye(self.W.shape[-1], dtype=self.W.dtype, device=self.W.device)
-        return torch.linalg.inv_ex(eye - self.W.detach())[0]
+        return self._of_shifted(torch.linalg.inv_ex)[0]
+
+    def _of_shifted(self, function: Callable[[Tensor], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """``function`` of ``I - W``."""
+        shifted = torch.eye(self.W.shape[-1], dtype=self.W.dtype, device=self.W.device) - self.W.detach()
+        return function(shifted) if shifted.dim() == 2 else one_by_one(function, shifted)
 
 
 class _Packed(NamedTuple):
@@ -220,7 +227,7 @@ class Triangular:
             least, most = self._packed.least, self._packed.most
         else:
             least, most = cache.remembered(self.W, ("bounds", self.strict), self._bounds)
-        return why_not_unique("the diagonal of W", activation, least, most)
+        return why_not_unique("the diagonal of W", activation, least, most, self.W.detach().diagonal())
 
     def _bounds(self) -> tuple[float, float]:
         refuse_non_finite("W", self._lower)
@@ -360,11 +367,14 @@ def why_not_diagonal(d: Tensor, activation: str) -> str | None:
     least, most = cache.remembered(d, "bounds", lambda: torch.stack(torch.aminmax(d.detach())).tolist())
     if not (least > -torch.inf and most < torch.inf):
         refuse_non_finite("d", d)
-    return why_not_unique("d", activation, least, most)
+    return why_not_unique("d", activation, least, most, d)
 
 
-def why_not_unique(name: str, activation: str, least: float, most: float) -> str | None:
+def why_not_unique(name: str, activation: str, least: float, most: float, diagonal: Tensor) -> str | None:
+    """Why ``z = act(d z + x)`` has no unique root for some element of ``diagonal``, all in [least, most]; or None."""
     if roots.has_unique_root(activation, least, most):
+        return None
+    if activation == "identity" and not bool((diagonal == 1).any()):
         return None
     return f"z = {activation}(d z + x) has more than one root, or none, for {name} in [{least:.6g}, {most:.6g}]"
 

@@ -47,7 +47,8 @@ def _as_state(parts: list[Tensor], is_tuple: bool) -> Tensor | tuple[Tensor, ...
 
 
 def _as_parts(state: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
-    return [state.clone()] if isinstance(state, Tensor) else [part.clone() for part in state]
+    parts = (state,) if isinstance(state, Tensor) else state
+    return [part.clone(memory_format=torch.contiguous_format) for part in parts]
 
 
 @torch.library.custom_op("deq::equilibrium", mutates_args=())
@@ -79,12 +80,18 @@ def equilibrium_backward(
         wanted = [leaf for leaf in leaves if leaf.requires_grad]
         found = iter(torch.autograd.grad(parts, wanted, g, allow_unused=True) if wanted else ())
     grads = [next(found) if leaf.requires_grad else None for leaf in leaves]
-    return [torch.zeros_like(leaf) if grad is None else grad.clone() for leaf, grad in zip(leaves, grads, strict=True)]
+    # In contiguous memory, which is what the compiler was told.
+    return [
+        torch.zeros(leaf.shape, dtype=leaf.dtype, device=leaf.device)
+        if grad is None
+        else grad.clone(memory_format=torch.contiguous_format)
+        for leaf, grad in zip(leaves, grads, strict=True)
+    ]
 
 
 @equilibrium_backward.register_fake
 def _(layer, is_tuple, z, inputs, parameters, g):
-    return [torch.empty_like(t) for t in (*inputs, *parameters)]
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (*inputs, *parameters)]
 
 
 def _setup_context(ctx, inputs, output):

@@ -99,8 +99,7 @@ class _Best:
     def judge(self, rows: Tensor, y: Tensor) -> None:
         y = y.to(self.image.dtype)
         image = self.f.of(rows).value(y)
-        step = _norm(image - y)
-        r = torch.where(step > 0, step / _norm(image), step)  # NaN where anything is not finite
+        r = _relative(image - y, image)
         better = r < self.residual[rows]
         self.image[rows[better]] = image[better]
         self.residual[rows[better]] = r[better]
@@ -133,6 +132,12 @@ def _march(f: _Map, start, best, rows, delta, power, steps, limit) -> None:
             f = f.of(keep)
 
 
+def _relative(step: Tensor, image: Tensor) -> Tensor:
+    """``||step|| / ||image||`` (n,), NaN where anything is not finite."""
+    step, size = _norm(step), _norm(image)
+    return torch.where(step > 0, step / size, step).masked_fill_(~torch.isfinite(size), torch.nan)
+
+
 def _power(x: Tensor, exponent: float) -> Tensor:
     """``x ** exponent`` for 1.5 and 0.75, by operations that round the same wherever an element lies: torch's power has
     one function for whole vectors and one for the rest."""
@@ -163,8 +168,7 @@ def masked_solve(
             y[failed] = _least_squares(J[failed], (D * b)[failed])
         y = y.to(g.dtype)
         image = d[part] * backend.evaluate(A, g[part], y, "identity")
-        step, zero = _norm(image - y), d[part] * g[part]
-        r = torch.where(step > 0, step / _norm(image), step)
+        r, zero = _relative(image - y, image), d[part] * g[part]
         usable = r <= 1  # else the point 0 and its image are better; false for NaN
         u[part] = torch.where(usable.unsqueeze(-1), image, zero)
         residual[part] = torch.where(usable, r, (_norm(zero) > 0).to(r.dtype))
