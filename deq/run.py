@@ -29,7 +29,9 @@ def run(
     if (is_structure or activation == "identity" or solver == "direct") and solver in ("auto", "direct"):
         arguments = W, c, z0, problem, backward, solver == "direct", frozen
         found = ranges.call("solve", direct.solve, *arguments) if ranges.listening else direct.solve(*arguments)
-        if found is not None:
+        if isinstance(found, Tensor):
+            z0 = found
+        elif found is not None:
             solution, report = found
             if report is not None:
                 solution.when_read = partial(_report_deferred, report, on_failure)

@@ -549,3 +549,24 @@ def test_an_answer_out_of_range_has_diverged():
     with pytest.warns(deq.ConvergenceWarning, match="the gradient of deq.solve"):
         (g,) = torch.autograd.grad(z, leaf, c)
     assert g.isfinite().all()
+
+
+def test_identity_is_solved_whether_its_weight_is_trained_or_not():
+    """Few samples of a W that is trained are iterated first, stable or not."""
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+        W = 2 * torch.randn(63, 63, generator=generator, dtype=torch.float64) / 63**0.5
+        c = torch.randn(7, 63, generator=generator, dtype=torch.float64)
+        frozen, trained = deq.solve(W, c, "identity"), deq.solve(W.requires_grad_(), c, "identity")
+        assert frozen.converged.all() and trained.converged.all()
+        torch.testing.assert_close(trained.z, frozen.z, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.filterwarnings("ignore::deq.ConvergenceWarning")
+@pytest.mark.parametrize("size", [1e3, 1e4, 1e6])
+def test_what_rounding_keeps_from_the_tolerance_is_still_the_answer(size):
+    """The residual of a large d is d times the rounding of z; z itself is as good as ever."""
+    d, c = -size * (1 + torch.rand(30)), injection(30, 4)
+    exact = deq.solve(weights.Diagonal(d.double()), c.double(), "tanh", solver="direct", on_failure="ignore").z
+    z = deq.solve(weights.Diagonal(d), c, "tanh").z.double()
+    assert ((z - exact).norm(dim=-1) <= 1e-3 * exact.norm(dim=-1)).all()

@@ -49,8 +49,9 @@ def solve(
     backward: str,
     forced: bool,
     frozen: bool,
-) -> tuple[Solution, Deferred | None] | None:
-    """The equilibrium by the direct method of W, or None where it has none or that is not the way to go.
+) -> tuple[Solution, Deferred | None] | Tensor | None:
+    """The equilibrium by the direct method of W, or None where it has none or that is not the way to go; where some
+    samples are beyond the tolerance, z (..., m), finite, to start the iteration from.
 
     On a GPU with the report that is still there, and no sample is looked at here.
 
@@ -97,8 +98,9 @@ def solve(
     else:
         if not is_finite(c):
             _refuse_non_finite_samples(c)
-        if not forced:
-            return None
+        # What is exact to rounding no iteration makes better.
+        if not (forced or isinstance(method, Triangular | Diagonal)):
+            return torch.where(torch.isfinite(z).all(-1, keepdim=True), z.detach(), 0.0).reshape(c.shape)
         if not is_finite(z):  # a singular system: its only iterate is f(0)
             z = torch.where(torch.isfinite(z).all(-1, keepdim=True), z, ACTIVATIONS[activation].value(c.reshape(flat)))
         status = _status(converged, residual)
@@ -110,7 +112,7 @@ def solve(
             outcome = Outcome(z.detach().reshape(flat), solution.stats, report)
             ladder.postpone(outcome, method.W, c.reshape(flat), activation, plan)
         return solution, report
-    if forced:  # otherwise every sample has converged
+    if forced or isinstance(method, Triangular | Diagonal):  # otherwise every sample has converged
         report_failures(solution, on_failure, plan.tol, "deq.solve")
     return solution, None
 

@@ -77,6 +77,8 @@ class _Equilibria:
 
     def newton(self, start: Tensor, plan: Plan) -> tuple[Tensor, ...]:
         steps = min(plan.max_iter, NEWTON_STEPS)
+        if self.activation == "identity":  # one linear system, whether the iteration is stable or not
+            return newton.masked_solve(self.W, torch.ones_like(self.c), self.c, plan.tol, self.backend)
         return newton.newton(self.W, self.c, start, self.activation, plan.tol, steps, self.backend)
 
 
