@@ -101,8 +101,9 @@ def report_failures(solution: Solution, on_failure: str, tol: float, what: str) 
     worst = float(solution.residual[failed].max())
     message = (
         f"{what}: {count} of {solution.status.numel()} samples did not converge ({named}); "
-        f"worst residual {worst:.1e}, tol {tol:.1e}. Their best iterates were returned"
+        f"worst residual {worst:.1e}, tol {tol:.1e}. Their best iterates"
     )
     if on_failure == "raise":
-        raise ConvergenceError(message, solution)
-    warnings.warn(message + "; pass on_failure='ignore' to silence this.", ConvergenceWarning, stacklevel=4)
+        raise ConvergenceError(f"{message} are in `solution` of this error.", solution)
+    silence = "pass on_failure='ignore' to silence this"
+    warnings.warn(f"{message} were returned; {silence}.", ConvergenceWarning, stacklevel=4)
