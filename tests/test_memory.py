@@ -54,7 +54,7 @@ _library.compiled.deq_cpu_clear_cache()
 packed = _library.compiled.deq_cpu_cache_bytes()
 peak = memory.peak_of(lambda: run(W, c, g))
 packed = _library.compiled.deq_cpu_cache_bytes() - packed
-solved = memory.Solved((B, m), 4, trains)
+solved = memory.Solved((B, m), torch.float32, trains)
 theory = memory.backward_bytes([solved], [solved]) if trains else memory.forward_bytes([solved])
 print(json.dumps([peak, theory, packed]))
 """

@@ -6,6 +6,7 @@ from collections import Counter
 import pytest
 import torch
 from click.testing import CliRunner
+from matplotlib.axes import Axes
 from matplotlib.image import imread
 from problems import gaussian
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -14,13 +15,14 @@ from torch.utils.flop_counter import FlopCounterMode
 import deq
 from deq import _library, weights
 from deq.cli import main
-from deq.profiling import Ceilings, ceilings, counter, feed_forward, memory, tables
+from deq.profiling import Ceilings, ceilings, counter, feed_forward, memory, roofline, tables
+from deq.profiling.report import Seconds
 
 needs_library = pytest.mark.skipif(_library.compiled is None, reason=f"no compiled library: {_library.reason}")
 CEILINGS = Ceilings(  # fixed ones: measuring them takes two seconds
     "cpu",
     1,
-    {"float32": 1e11, "float64": 5e10, "bfloat16": 2e11, "int8": 4e11},
+    {"float32": 1e11, "float64": 5e10, "bfloat16": 2e11, "float16": 2e11, "int8": 4e11},
     {},
     {"cache": 2e11, "memory": 3e10},
     {"cache": 1 << 20, "memory": 1 << 28},
@@ -198,6 +200,47 @@ def test_a_training_step():
     assert one.counts.executed == sum((Counter(each.counts.executed) for each in both), Counter())
     with pytest.raises(ValueError, match="leaves the backward pass to"):
         profile(step, feed_forward=2)
+    assert report.memory.model_retained is None and report.memory.model_forward > 0
+    (retained,) = (line for line in str(report).splitlines() if "retained" in line)
+    assert retained.split() == ["retained", "after", "step", *tables.si(report.memory.retained, "B").split()]
+
+
+@pytest.mark.parametrize(
+    "returns", [lambda loss: loss, lambda loss: None, lambda loss: loss.item()], ids=["loss", "None", "number"]
+)
+def test_a_training_step_may_return_anything(returns):
+    """Its loss, whose graph the backward pass has freed, or nothing that holds a tensor."""
+    torch.manual_seed(0)
+    layer = deq.nn.EquilibriumLinear(5, 24, "tanh")
+    optimizer, x = torch.optim.SGD(layer.parameters(), lr=0.0), torch.randn(6, 5)
+
+    def step(x):
+        optimizer.zero_grad()
+        loss = layer(x).square().sum()
+        loss.backward()
+        optimizer.step()
+        return returns(loss)
+
+    (one,) = profile(step, x).passes
+    assert one.name == "step" and len(one.iterations) == 12 and one.counts.flops > 0
+
+
+@pytest.mark.parametrize("structured", [False, True])
+def test_arguments_that_were_computed_count_as_leaves(structured):
+    """The graph that made them is the caller's: it is neither accounted for nor freed."""
+    W, c = leaves(16, 6)
+    made = [2 * W, 3 * c]
+    if structured:
+        made[0] = weights.LowerTriangular(made[0])
+    report = profile(deq.solve, *made)
+    expected = profile(
+        deq.solve, *(weights.LowerTriangular(W) if structured else W.detach().mul(2).requires_grad_(), c)
+    )
+    assert [one.name for one in report.passes] == ["forward", "backward"]
+    assert report.passes[1].counts.operators == expected.passes[1].counts.operators
+    deq.solve(*made).z.sum().backward()
+    assert W.grad is not None and c.grad is not None
+    assert len(profile(lambda given: deq.solve(**given), {"W": 2 * W, "c": 3 * c}).passes) == 2
 
 
 def test_fixed_points_of_any_f():
@@ -245,9 +288,9 @@ def test_live_bytes():
 
 
 def test_the_theory_of_memory():
-    one = memory.Solved((3, 5, 7), 4)
+    one = memory.Solved((3, 5, 7), torch.float32)
     assert one.buffer == 3 * 5 * 7 * 4 and one.statistics == 15 * 9 and one.weight == 3 * 49 * 4
-    trained = memory.Solved((5, 7), 8, True)
+    trained = memory.Solved((5, 7), torch.float64, True)
     assert trained.statistics == 5 * 13
     forward = 5 * 7 * 8 + 5 * 13
     assert memory.forward_bytes([trained]) == forward
@@ -267,6 +310,30 @@ def test_report_json_text_and_figure(tmp_path):
     report.draw(tmp_path / "roofline.png")
     picture = imread(tmp_path / "roofline.png")[..., :3]
     assert 0.01 < (picture.min(-1) < 0.9).mean() < 0.5
+
+
+def test_half_precisions_have_ceilings_and_feed_forward_nets_of_their_own(tmp_path):
+    for dtype in (torch.float16, torch.bfloat16):
+        W, c = leaves(16, 8, dtype)
+        report = profile(deq.solve, W, c, feed_forward=2)
+        name = str(dtype).removeprefix("torch.")
+        assert name in report.passes[1].counts.executed and name in str(report)
+        assert len(report.beside) == 3
+        assert all(net.retained == pytest.approx(2 * 8 * net.width * 2, rel=0.3) for net in report.beside)
+        report.draw(tmp_path / "roofline.png")
+    assert set(roofline.PRECISION_COLOURS) == set(CEILINGS.flops)
+
+
+@pytest.mark.parametrize("m", [1, 8])
+@pytest.mark.parametrize("batch", [0, 3])
+def test_a_figure_of_passes_without_flops(m, batch, tmp_path, monkeypatch):
+    labels = []
+    monkeypatch.setattr(Axes, "legend", lambda axis, **_: labels.extend(axis.get_legend_handles_labels()[1]))
+    d, c = torch.full((m,), 0.5, requires_grad=True), torch.ones(batch, m, requires_grad=True)
+    report = profile(deq.solve, weights.Diagonal(d), c)
+    report.draw(tmp_path / "roofline.png")
+    assert labels[-2:] == ["forward: no FLOPs", "backward: no FLOPs"]
+    assert imread(tmp_path / "roofline.png").min() < 0.5
 
 
 def test_command(tmp_path):
@@ -289,6 +356,7 @@ def test_ceilings_are_measured_once():
     found = ceilings()
     assert found is ceilings()
     assert found.flops["float32"] > found.flops["float64"] > 1e9
+    assert set(found.flops) == set(CEILINGS.flops)
     assert all(rate > 1e8 for rate in found.bandwidth.values())
     assert found.bandwidth_for(1)[0] == "cache" and found.bandwidth_for(1 << 40)[0] == "memory"
 
@@ -311,6 +379,9 @@ def test_what_cannot_be_profiled_is_named(arguments, options, error, words):
 def test_numbers_with_prefixes():
     shown = [tables.si(x, "B") for x in (0, 1, 12, 999.9, 1500, 123456, 1.5e9, 0.0012)]
     assert shown == ["0 B", "1 B", "12 B", "1.00 kB", "1.50 kB", "123 kB", "1.50 GB", "1.20 mB"]
+    assert [tables.si(x, "s") for x in (1e-9, 0.6e-6, 48.3e-3)] == ["0 s", "0 s", "48.3 ms"]
+    spread = tables._spread(Seconds(656e-6, 61.5e-6, 48.3e-3))
+    assert spread == "656 us (61.5 to 48300)"
     assert tables.si(None) == "" and feed_forward.CLOSE < 0.05
 
 

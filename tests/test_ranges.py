@@ -34,13 +34,17 @@ def test_a_step_has_its_ranges():
         solution, _ = step(W, c)
     assert [event.name for event in recorder.events] == ["solve", "adjoint", "dW"]
     solve, adjoint, dW = recorder.events
-    assert solve.shape == adjoint.shape == dW.shape == (5, 16) and solve.element == 4
+    assert solve.shape == adjoint.shape == dW.shape == (5, 16) and solve.dtype == torch.float32
     assert torch.equal(solve.iterations, solution.iterations) and adjoint.iterations.shape == (5,)
     assert solve.plan == solution.plan and dW.iterations is None
     assert all(event.start < event.end for event in recorder.events)
     assert not ranges.listening
     step(W, c)
     assert len(recorder.events) == 3
+    assert (
+        repr(recorder) == "Recorder(1 solve, 1 adjoint, 1 dW)"
+        and repr(ranges.Recorder()) == "Recorder(nothing recorded)"
+    )
 
 
 def test_recording_changes_no_bit():

@@ -54,7 +54,7 @@ def _cpu(threads: int, isa: str) -> Ceilings:
     product = f"best product {PRODUCT} x {PRODUCT} of torch on one thread, times the threads"
     torch.set_num_threads(1)  # a thread's best is what no other process took; all threads at once rarely have that
     try:
-        for name in ("bfloat16", "float32", "float64"):
+        for name in ("bfloat16", "float16", "float32", "float64"):
             flops[name], how[name] = threads * _product(getattr(torch, name)), product
         flops["int8"], how["int8"] = threads * _int8_product(), product
     finally:
@@ -110,9 +110,8 @@ def _int8_product(device: str = "cpu", size: int = PRODUCT, wait=lambda: None) -
 @lru_cache(maxsize=16)
 def _gpu(device: str) -> Ceilings:
     wait = partial(torch.cuda.synchronize, device)
-    flops = {
-        name: _product(getattr(torch, name), device, GPU_PRODUCT, wait) for name in ("float32", "float64", "bfloat16")
-    }
+    names = ("float32", "float64", "bfloat16", "float16")
+    flops = {name: _product(getattr(torch, name), device, GPU_PRODUCT, wait) for name in names}
     flops["int8"] = _int8_product(device, GPU_PRODUCT, wait)
     a = torch.ones(GPU_BYTES // 4, device=device)
     bandwidth = {"memory": _rate(partial(torch.empty_like(a).copy_, a), 2.0 * GPU_BYTES, wait)}

@@ -15,13 +15,18 @@ RESET_PEAK = "5"  # see proc(5): sets VmHWM to VmRSS
 
 @dataclass(frozen=True)
 class Solved:
-    """One solve or adjoint: the shape (..., B, m) of its injection, the bytes of an element, whether W is trained, and
-    whether it has a Plan: of ``deq.fixed_point`` the shape is that of the state, and its memory is that of f."""
+    """One solve or adjoint: the shape (..., B, m) of its injection, its dtype, whether W is trained, and whether it
+    has a Plan: of ``deq.fixed_point`` the shape is that of the state, and its memory is that of f."""
 
     shape: tuple[int, ...]
-    element: int
+    dtype: torch.dtype
     trains_weight: bool = False
     is_planned: bool = True
+
+    @property
+    def element(self) -> int:
+        """Bytes of an element."""
+        return self.dtype.itemsize
 
     @property
     def buffer(self) -> int:

@@ -1,26 +1,27 @@
 """``deq.profile``: run something that solves equilibria, and account for it."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from time import perf_counter
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_iter
+from torch.utils._pytree import tree_iter, tree_map
 
 from .. import _library, cache
 from ..plan import Plan
 from ..solution import Solution
+from ..weights import Structure
 from . import memory, ranges
 from .ceilings import Ceilings, ceilings
 from .counter import Counter, Counts, Live
 from .feed_forward import FeedForward, Sizing, sizings
-from .report import Beside, Memory, Pass, Report, Seconds
+from .report import STEP, Beside, Memory, Pass, Report, Seconds
 
 MIN_TURNS, MAX_TURNS = 3, 200
 COLD_CALLS = 3
-STEP = "step"  # the pass of a call that differentiates by itself
 
 
 def profile(
@@ -35,13 +36,15 @@ def profile(
 
     call: a layer or any callable whose result holds tensors, or a Solution: ``deq.profile(layer, x)``,
         ``deq.profile(deq.solve, W, c)``. It is called a dozen times and more, and must do the same every time. One that
-        differentiates by itself, such as a training step that returns its loss, is accounted for as one pass, "step".
+        differentiates an equilibrium by itself, such as a training step, is accounted for as one pass, "step"; it may
+        return anything.
     feed_forward: depth of the feed-forward nets to put beside the first solve, of equal parameters, of equal FLOPs per
         iteration and of equal memory; none if None, and not for a call that differentiates by itself.
     seconds: for timing each pass; the rest takes about as long, the ceilings of the machine two seconds once a process.
     against: ceilings instead of those measured here.
 
-    Gradients of the leaves are computed and dropped: no ``.grad`` changes. Weights do not change between the timed
+    Gradients of the leaves are computed and dropped: no ``.grad`` changes. Arguments count as leaves: what made them is
+    not the call's. Weights do not change between the timed
     calls; what packing them adds is in ``Report.first_call``. FLOPs are exact: those of every operator by its formula,
     as ``torch.utils.flop_counter.FlopCounterMode`` counts them, and beside them what the engine says that it carried
     out. Memory is that of tensors, and of the whole process where the system tells it (Linux), or of the GPU.
@@ -57,6 +60,7 @@ def profile(
         raise ValueError(f"feed_forward must be a depth of at least 1; got {feed_forward!r}")
     if not seconds > 0:
         raise ValueError(f"seconds must be positive; got {seconds!r}")
+    args, kwargs = tree_map(_as_leaf, (args, kwargs))
     subject = _Subject(partial(call, *args, **kwargs))
     passes, solved, plans = _count(subject)
     for name, times in _time(subject, seconds).items():
@@ -90,11 +94,15 @@ class _Subject:
 
     def __init__(self, run: Callable[[], object]):
         self.run = run
-        tensors = list(_tensors(run()))
-        if not tensors:
+        with ranges.record() as recorder:
+            tensors = list(_tensors(run()))
+        self.is_step = any(event.name in ("adjoint", "dW") for event in recorder.events)
+        if not tensors and not self.is_step:
             raise ValueError("call must return tensors or a deq.Solution; its result holds none")
-        self.device = tensors[0].device
-        outputs = [t for t in tensors if t.requires_grad]
+        # What a step returns need not lie where it solves, and its graph may be gone.
+        solved = [event.iterations for event in recorder.events if self.is_step and event.iterations is not None]
+        self.device = next((t.device for t in (*solved, *tensors)), torch.device("cpu"))
+        outputs = [t for t in tensors if t.requires_grad and not self.is_step]
         self.differentiates = bool(outputs) and torch.is_grad_enabled()
         self.leaves = _leaves(outputs) if self.differentiates else []
         generator = torch.Generator().manual_seed(0)
@@ -129,6 +137,14 @@ def _tensors(result: object) -> Iterator[Tensor]:
             yield part
 
 
+def _as_leaf(part: object) -> object:
+    """``part`` without the graph that made it: that is the caller's, and a backward pass through it would free it."""
+    if isinstance(part, Structure):
+        return replace(part, **{name: _as_leaf(value) for name, value in vars(part).items()})
+    is_made = isinstance(part, Tensor) and part.requires_grad and not part.is_leaf
+    return part.detach().requires_grad_() if is_made else part
+
+
 def _leaves(outputs: list[Tensor]) -> list[Tensor]:
     """The tensors that a backward pass from ``outputs`` would give a ``.grad``."""
     leaves = {id(t): t for t in outputs if t.is_leaf}
@@ -157,7 +173,7 @@ def _count(subject: _Subject) -> tuple[dict[str, Pass], dict[str, list[memory.So
                 gradients = subject.differentiate(result)
             passes["backward"] = Pass("backward", backward.counts)
             del gradients
-        elif any(event.name == "adjoint" for event in recorder.events):
+        elif subject.is_step:
             passes["forward"].name = STEP
     trains = any(event.name == "dW" for event in recorder.events)
     for i, event in enumerate(recorder.events):
@@ -167,7 +183,7 @@ def _count(subject: _Subject) -> tuple[dict[str, Pass], dict[str, list[memory.So
         one.iterations += event.iterations.reshape(-1).tolist()
         trained = trains and event.name == "adjoint"
         is_planned = isinstance(event.plan, Plan)
-        solved[event.name].append(memory.Solved(event.shape, event.element, trained, is_planned))
+        solved[event.name].append(memory.Solved(event.shape, event.dtype, trained, is_planned))
         explained = event.plan.explain().splitlines() if is_planned else [str(event.plan)]
         if event.name == "solve" and explained not in plans:
             plans.append(explained)
@@ -218,11 +234,12 @@ def _memory(subject: _Subject, passes: dict[str, Pass], solved: dict[str, list[m
         measured = [memory.peak_of(run) for run in (subject.run, subject.both)]
     solves, adjoints = solved["solve"], solved["adjoint"]
     last: Counts = list(passes.values())[-1].counts
-    both = memory.backward_bytes(solves, adjoints)
+    both, is_step = memory.backward_bytes(solves, adjoints), subject.is_step
     return Memory(
         buffer=solves[0].buffer if solves else 0,
-        model_forward=both if passes["forward"].name == STEP else memory.forward_bytes(solves),
+        model_forward=both if is_step else memory.forward_bytes(solves),
         model_both=both,
+        model_retained=None if is_step else memory.forward_bytes(solves),
         tensors_forward=passes["forward"].counts.peak,
         tensors_both=last.peak,
         retained=passes["forward"].counts.retained,
@@ -234,9 +251,8 @@ def _memory(subject: _Subject, passes: dict[str, Pass], solved: dict[str, list[m
 
 def _beside(solved: memory.Solved, depth: int, account: Memory, subject: _Subject, seconds: float) -> list[Beside]:
     """The feed-forward nets, profiled in the same way on as many samples."""
-    m = solved.shape[-1]
+    m, dtype = solved.shape[-1], solved.dtype
     batch = solved.buffer // (m * solved.element)
-    dtype = {8: torch.float64, 4: torch.float32, 2: torch.bfloat16}[solved.element]
 
     def make(sizing: Sizing) -> _Subject:
         net = FeedForward(sizing, "relu", dtype, subject.device).requires_grad_(subject.differentiates)

@@ -16,6 +16,7 @@ waited for.
 import ctypes
 import threading
 import time
+from collections import Counter as Tally
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -47,9 +48,9 @@ listening = _has_tool
 @dataclass(frozen=True)
 class Event:
     """One range that has ended. ``start`` and ``end`` in nanoseconds of time.perf_counter_ns; ``shape`` (..., B, m) of
-    what was solved, or None, and ``element``, bytes of an element of it; ``iterations`` (...) of its samples, or None;
-    ``plan`` of a solve, its Rule where it is one of any f; ``thread`` as threading.get_native_id; ``payload`` of a
-    range in the compiled library: rows of a step or anchor, pairs of Anderson's window, m of what was packed."""
+    what was solved, or None, and its ``dtype``; ``iterations`` (...) of its samples, or None; ``plan`` of a solve, its
+    Rule where it is one of any f; ``thread`` as threading.get_native_id; ``payload`` of a range in the compiled
+    library: rows of a step or anchor, pairs of Anderson's window, m of what was packed."""
 
     name: str
     start: int
@@ -57,16 +58,21 @@ class Event:
     thread: int
     shape: tuple[int, ...] | None = None
     iterations: Tensor | None = None
-    element: int = 0
+    dtype: torch.dtype | None = None
     plan: Plan | Rule | None = None
     payload: int | None = None
 
 
-@dataclass
+@dataclass(repr=False)
 class Recorder:
     """Collects events of all threads between :func:`record`'s entry and exit."""
 
     events: list[Event] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        """How many events there are of each name: an event shows its iterations and its plan, and there are many."""
+        counted = ", ".join(f"{n} {name}" for name, n in Tally(event.name for event in self.events).items())
+        return f"Recorder({counted or 'nothing recorded'})"
 
 
 class _Span(ctypes.Structure):
@@ -134,7 +140,7 @@ def phase(name: str) -> Iterator[None]:
 @contextmanager
 def _range(name: str, injection: Tensor | None) -> Iterator[dict]:
     """Yields what its event will hold beside names and times."""
-    about = {} if injection is None else {"shape": tuple(injection.shape), "element": injection.element_size()}
+    about = {} if injection is None else {"shape": tuple(injection.shape), "dtype": injection.dtype}
     if _has_tool:
         _domain.push_range(_attributes(name, about.get("shape")))
     start = time.perf_counter_ns()

@@ -10,6 +10,7 @@ from .ceilings import Ceilings
 from .counter import Counts
 
 WIDTH = 80
+STEP = "step"  # the pass of a call that differentiates by itself
 
 
 class Seconds(NamedTuple):
@@ -56,14 +57,16 @@ class Pass:
 
 @dataclass
 class Memory:
-    """Bytes beyond the inputs. ``buffer``: of B x m elements of the first solve; the theory (deq/profiling/memory.py)
-    counts the solves alone, and is None for those of any f; ``tensors``: all tensors made; ``process``: of the resident
-    set or of the GPU, None where the system does not tell; ``retained``: by the result and its graph after the forward
-    pass; ``packed``: held for weights seen lately, of every size."""
+    """Bytes beyond the inputs. ``buffer``: of B x m elements of the first solve; ``model``: the theory
+    (deq/profiling/memory.py), which counts the solves alone, and is None for those of any f and for what a step
+    retains; ``tensors``: all tensors made; ``process``: of the resident set or of the GPU, None where the system does
+    not tell; ``retained``: by the result and its graph after the forward pass; ``packed``: held for weights seen
+    lately, of every size."""
 
     buffer: int
     model_forward: int | None
     model_both: int | None
+    model_retained: int | None
     tensors_forward: int
     tensors_both: int
     retained: int

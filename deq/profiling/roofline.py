@@ -6,7 +6,13 @@ import numpy as np
 
 from .report import Report
 
-PRECISION_COLOURS = {"float32": "#0072b2", "float64": "#56b4e9", "bfloat16": "#e69f00", "int8": "#d55e00"}
+PRECISION_COLOURS = {
+    "float32": "#0072b2",
+    "float64": "#56b4e9",
+    "bfloat16": "#e69f00",
+    "float16": "#cc79a7",
+    "int8": "#d55e00",
+}
 PASS_MARKS = {"forward": "o", "backward": "s"}
 LINES = ("-", "--", ":")
 
@@ -24,11 +30,13 @@ def draw(report: Report, path: Path) -> None:
     points = [
         (one, one.executed / max(1, one.counts.bytes), one.executed / one.seconds.median) for one in report.passes
     ]
+    without = [one.name for one, x, _ in points if not x]  # no place on a logarithmic axis
+    points = [point for point in points if point[1]]
     used = [name for name in found.flops if any(one.counts.executed[name] for one in report.passes)]
     highest = max((found.flops[name] for name in used), default=max(found.flops.values()))
     slowest = min(found.bandwidth.values())
-    left = min(0.5, *(x / 4 for _, x, _ in points))
-    right = max(4 * highest / slowest, *(4 * x for _, x, _ in points))
+    left = min([0.5, *(x / 4 for _, x, _ in points)])
+    right = max([4 * highest / slowest, *(4 * x for _, x, _ in points)])
     intensity = np.geomspace(left, right, 200)
     for line, (name, rate) in zip(LINES, found.bandwidth.items(), strict=False):
         axis.plot(
@@ -56,6 +64,8 @@ def draw(report: Report, path: Path) -> None:
         mark = PASS_MARKS.get(one.name, "o")
         label = f"{one.name}: {y / 1e9:.3g} GFLOP/s, {share:.0%} of the roof of its mixture"
         axis.plot(x, y / 1e9, mark, color="black", markersize=7, label=label)
+    for name in without:
+        axis.plot([], [], " ", label=f"{name}: no FLOPs")
     axis.set_xscale("log")
     axis.set_yscale("log")
     for ticks in (axis.xaxis, axis.yaxis):

@@ -11,6 +11,7 @@ from rich.text import Text
 from .report import WIDTH, Pass, Report
 
 BAR, MOST_BINS = 32, 10
+PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""), (1e-3, "m"), (1e-6, "u"))
 _INDENT = ({}, {"initial_indent": "  ", "subsequent_indent": "    "})  # of a plan, and of its reasons
 
 
@@ -102,7 +103,7 @@ def _memory(report: Report) -> Table:
             si(memory.process_both, "B"),
             buffers[1],
         )
-    table.add_row(f"retained after {report.passes[0].name}", si(memory.model_forward, "B"), si(memory.retained, "B"))
+    table.add_row(f"retained after {report.passes[0].name}", si(memory.model_retained, "B"), si(memory.retained, "B"))
     table.add_row("kept for later: packed W", "", "", si(memory.packed, "B"))
     return table
 
@@ -148,24 +149,31 @@ def _ceilings(report: Report) -> Text:
 
 
 def _spread(seconds) -> str:
-    return f"{_seconds(seconds.median)} ({_number(seconds.p20)} to {_number(seconds.p80)})"
+    """Both ends in the unit of the median, which alone is named."""
+    factor, _ = _prefix(seconds.median)
+    low, high = (_three_digits(end / factor) for end in (seconds.p20, seconds.p80))
+    return f"{_seconds(seconds.median)} ({low} to {high})"
 
 
 def _seconds(seconds: float) -> str:
     return si(seconds, "s")
 
 
-def _number(seconds: float) -> str:
-    return si(seconds, "s").split()[0]
-
-
 def si(value: float | None, unit: str = "") -> str:
     """Three digits and a prefix: 1.23 GFLOP. Empty for None."""
     if value is None:
         return ""
-    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""), (1e-3, "m"), (1e-6, "u")):
-        if abs(value) >= factor * 0.9995:
-            scaled = value / factor
-            digits = 0 if (factor == 1.0 and scaled == int(scaled)) else max(0, 2 - len(str(int(scaled))) + 1)
-            return f"{scaled:.{digits}f} {prefix}{unit}".rstrip()
-    return f"0 {unit}".rstrip()
+    factor, prefix = _prefix(value)
+    scaled = value / factor
+    is_whole = factor == 1.0 and (scaled == int(scaled) or abs(scaled) < 0.5)  # below all prefixes: 0
+    text = f"{scaled:.0f}" if is_whole else _three_digits(scaled)
+    return f"{text} {prefix}{unit}".rstrip()
+
+
+def _prefix(value: float) -> tuple[float, str]:
+    """The largest prefix that leaves a value of at least 1, with its factor; none for what is smaller than all."""
+    return next((pair for pair in PREFIXES if abs(value) >= pair[0] * 0.9995), (1.0, ""))
+
+
+def _three_digits(scaled: float) -> str:
+    return f"{scaled:.{max(0, 3 - len(str(int(scaled))))}f}"
