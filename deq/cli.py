@@ -103,6 +103,7 @@ def run(
                 left_out = [REGISTRY[name].missing for name in names if REGISTRY[name].missing]
                 names = [name for name in names if not REGISTRY[name].missing]
             settings = {name: REGISTRY[name].settings(**_that_fit(REGISTRY[name], names, options)) for name in names}
+        parts = {name: parts_path(out, name, of_it) for name, of_it in settings.items()}
     except SettingsError as error:
         raise click.UsageError(f"{error}.") from error
     try:
@@ -117,10 +118,9 @@ def run(
         except SettingsError as error:  # a file that cannot be read as what it has to be
             raise click.UsageError(f"{error}.") from error
         except KeyboardInterrupt:
-            kept = parts_path(out, name)
             where = (
-                f"finished parts are kept in {kept}; the same command resumes them"
-                if kept.exists()
+                f"finished parts are kept in {parts[name]}; the same command resumes them"
+                if parts[name].exists()
                 else "no part was finished"
             )
             click.echo(f"Interrupted {name}: {where}.", err=True)
@@ -128,7 +128,7 @@ def run(
         violated += [f"{name}: this proved claim does not hold: {claim.sentence()}." for claim in result.violated]
         if recorded is not None:
             click.echo(_compare(recorded, out / f"{name}.json"))
-    forget_parts(out, settings)
+    forget_parts(parts.values())
     if experiment == "all":
         click.echo(f"Wrote the ledger of claims: {', '.join(map(str, write_ledger(out, REGISTRY)))}.")
     for sentence in (*(f"Left out: {missing}." for missing in left_out), *violated):
@@ -164,9 +164,13 @@ def _recorded(ctx: click.Context, path: str) -> dict:
 
 def _compare(recorded: dict, path: Path) -> str:
     again = json.loads(path.read_text())
+    before, now = (record["provenance"].get("input_sha256") for record in (recorded, again))
+    differ = []
+    if before not in (None, now):
+        differ = [f"the input {again['settings']['input']} has changed: sha256 {before} was recorded, {now} read"]
     if again["values"] == recorded["values"]:
-        return "Every value is the recorded one."
-    differ = [
+        return "\n  ".join(("Every value is the recorded one.", *differ))
+    differ += [
         f"{new['statement']}: {old['measured']!r} was recorded, {new['measured']!r} measured"
         for old, new in zip(recorded["claims"], again["claims"], strict=False)
         if old["measured"] != new["measured"]

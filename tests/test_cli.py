@@ -1,9 +1,13 @@
 """The command line: experiments end to end in their quick form, exit codes, interruption, bad options."""
 
+import hashlib
 import json
+import re
+import wave
 from dataclasses import fields, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from markupsafe import escape
@@ -11,7 +15,7 @@ from matplotlib.image import imread
 
 import deq
 from deq.cli import main
-from deq.experiments import REGISTRY, regions, steep
+from deq.experiments import REGISTRY, audio, regions, steep
 from deq.experiments._result import Claim
 from deq.experiments._run import SCHEMA
 from deq.experiments._steep_target import SelfLoops
@@ -137,12 +141,13 @@ def test_interruption_keeps_parts_and_the_next_run_resumes(tmp_path, monkeypatch
     assert result.exit_code == 130
     assert "Interrupted steep: finished parts are kept in" in result.stderr
     assert "the same command resumes them" in result.stderr
-    assert [p.name for p in out.iterdir()] == ["steep.parts.json"]
+    (kept,) = out.iterdir()
+    assert re.fullmatch(r"steep\.[0-9a-f]{8}\.parts\.json", kept.name) and str(kept) in result.stderr
 
-    other = deq_command(*arguments, "--seed", 1, "--out", out)  # other settings: nothing to resume
+    calls[:] = [1] * 10
+    other = deq_command(*arguments, "--seed", 1, "--out", out)  # other settings: nothing to resume, nothing to forget
     assert other.exit_code == 0 and "Resuming" not in other.output
-    calls.clear()
-    assert deq_command(*arguments, "--out", out).exit_code == 130
+    assert [p.name for p in out.glob("*.parts.json")] == [kept.name]
     calls[:] = [1] * 10
     result = deq_command(*arguments, "--out", out)
     assert result.exit_code == 0
@@ -269,6 +274,47 @@ def test_input_is_for_those_that_read_one(tmp_path):
     assert result.exit_code == 2 and "no WAV file that can be read" in result.stderr
     result = deq_command("run", "audio", "--input", tmp_path / "none.wav", "--out", tmp_path)
     assert result.exit_code == 2 and "--input" in result.stderr
+
+
+def write_sound(path, pitch):
+    sound = (8000 * np.sin(pitch * np.arange(20_000))).astype("<i2")
+    with wave.open(str(path), "wb") as file:
+        file.setparams((1, 2, 8192, 0, "NONE", ""))
+        file.writeframes(sound.tobytes())
+
+
+def test_an_input_is_what_the_file_holds(tmp_path, monkeypatch):
+    """Parts that were finished for another sound are not taken for parts of this one, under whatever name it comes."""
+    fit, calls = audio.fit, []
+
+    def counted(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return fit(*arguments, **options)
+
+    monkeypatch.setattr(audio, "fit", counted)
+    path, moved = tmp_path / "a.wav", tmp_path / "b.wav"
+    write_sound(path, 0.1)
+    run = lambda *arguments: deq_command("run", *arguments, "--out", tmp_path)  # noqa: E731
+    arguments = ("audio", "--quick", "--width", 2, "--seeds", 1, "--input")
+    assert run(*arguments, path).exit_code == 130
+    calls[:] = [1] * 10
+    path.rename(moved)
+    write_sound(path, 0.2)
+    other = run(*arguments, path)
+    assert other.exit_code == 0 and "Resuming" not in other.output
+    record = json.loads((tmp_path / "audio.json").read_text())
+    assert record["provenance"]["input_sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert "Resuming: 1 of" in run(*arguments, moved).output
+    (tmp_path / "recorded.json").write_text(json.dumps(record))
+    assert "has changed" not in run(tmp_path / "recorded.json").output
+    write_sound(path, 0.1)
+    again = " ".join(run(tmp_path / "recorded.json").output.split())
+    assert "Values differ" in again and "a.wav has changed: sha256" in again
+    path.unlink()
+    gone = run(tmp_path / "recorded.json")
+    assert gone.exit_code == 2 and "a.wav: No such file" in " ".join(gone.stderr.split())
 
 
 def test_depth_is_for_those_that_have_it(tmp_path):

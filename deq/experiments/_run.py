@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
+from functools import lru_cache
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -210,8 +211,7 @@ class Run:
 
 
 class KeptParts:
-    """Finished parts in one file, with the seconds that they took, valid for one fingerprint: other settings or other
-    code start afresh."""
+    """Finished parts in one file, with the seconds that they took, valid for one fingerprint."""
 
     def __init__(self, path: Path, fingerprint: str):
         self.path = path
@@ -239,28 +239,34 @@ class KeptParts:
         self.path.unlink(missing_ok=True)
 
 
-def parts_path(out: Path, name: str) -> Path:
-    """Where the finished parts of an interrupted run are kept."""
-    return out / f"{name}.parts.json"
+def parts_path(out: Path, name: str, settings: Settings) -> Path:
+    """Where the finished parts of an interrupted run are kept: other settings, another input or other code have a file
+    of their own. Raises SettingsError for an input that cannot be read."""
+    return _parts_path(out, name, _fingerprint(name, settings))
 
 
-def forget_parts(out: Path, names: Iterable[str]) -> None:
-    """Forget the finished parts of these experiments: they are all done, and the next run is a new one."""
-    for name in names:
-        parts_path(out, name).unlink(missing_ok=True)
+def _parts_path(out: Path, name: str, fingerprint: str) -> Path:
+    return out / f"{name}.{fingerprint[:8]}.parts.json"
+
+
+def forget_parts(paths: Iterable[Path]) -> None:
+    """Forget the finished parts in these files: their runs are all done, and the next one is a new one."""
+    for path in paths:
+        path.unlink(missing_ok=True)
 
 
 def execute(experiment: Experiment, settings: Settings, out: Path, console: Console) -> Result:
     """Run, print the short report and write ``<name>.json``, ``<name>.png`` and ``<name>.md`` into ``out``.
 
-    What is finished is kept in :func:`parts_path`, and a run with the same settings and code starts from it: also after
-    KeyboardInterrupt, which passes through, and until :func:`forget_parts`.
+    What is finished is kept in :func:`parts_path`, and a run with the same settings, input and code starts from it:
+    also after KeyboardInterrupt, which passes through, and until :func:`forget_parts`.
     """
     from ._plot import save  # matplotlib takes a second to import
 
     out.mkdir(parents=True, exist_ok=True)
     console.print(f"[bold]{experiment.name}[/]  {experiment.title}", highlight=False)
-    kept = KeptParts(parts_path(out, experiment.name), _fingerprint(experiment, settings))
+    fingerprint, digest = _fingerprint(experiment.name, settings), _input_digest(settings)
+    kept = KeptParts(_parts_path(out, experiment.name, fingerprint), fingerprint)
     started, start = datetime.now(timezone.utc), time.perf_counter()
     columns = (TextColumn("  {task.description:<48}"), BarColumn(bar_width=16), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
@@ -276,6 +282,7 @@ def execute(experiment: Experiment, settings: Settings, out: Path, console: Cons
         "config": {name: {"value": c.at(settings.level), "why": c.why} for name, c in experiment.config.items()},
         "provenance": {
             **_provenance(run),
+            "input_sha256": digest,
             "started": started.isoformat(timespec="seconds"),
             "seconds": round(time.perf_counter() - start + sum(run.seconds[key] for key in run.resumed), 2),
             "seconds_per_part": run.seconds,
@@ -303,9 +310,26 @@ def _write(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
-def _fingerprint(experiment: Experiment, settings: Settings) -> str:
-    """Of everything a part's value depends on: settings, torch, and every line of Python in this package."""
-    digest = hashlib.sha256(json.dumps([experiment.name, asdict(settings), torch.__version__]).encode())
+def _fingerprint(name: str, settings: Settings) -> str:
+    """Of everything a part's value depends on: settings, what the input holds, torch, and this package."""
+    depends = asdict(settings) | {"input": _input_digest(settings)}
+    return hashlib.sha256(json.dumps([name, depends, torch.__version__, _code_digest()]).encode()).hexdigest()
+
+
+def _input_digest(settings: Settings) -> str | None:
+    """SHA-256 of the file that the settings name; None if they name none."""
+    if settings.input is None:
+        return None
+    try:
+        return hashlib.sha256(Path(settings.input).read_bytes()).hexdigest()
+    except OSError as error:
+        raise SettingsError(f"cannot read {settings.input}: {error.strerror}") from error
+
+
+@lru_cache(maxsize=1)  # of the code that this process began with, also where files change while it runs
+def _code_digest() -> str:
+    """SHA-256 of every line of Python in this package."""
+    digest = hashlib.sha256()
     for path in sorted(Path(__file__).parents[1].rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
