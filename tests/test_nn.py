@@ -295,6 +295,14 @@ class TestErrors:
             ),
             ({"z0": torch.zeros(8)}, TypeError, "unknown solve option 'z0'"),
             ({"f_tol": 1e-3, "b_tol": 1e-3}, TypeError, "'f_tol', 'b_tol'"),
+            ({"solver": "x"}, ValueError, "solver must be one of 'auto', .*; got 'x'"),
+            ({"backend": 3}, TypeError, "backend must be a string; got 3"),
+            ({"criterion": "x"}, ValueError, "criterion must be one of 'residual', 'error'; got 'x'"),
+            ({"tol": -1}, ValueError, "tol must be positive and finite; got -1"),
+            ({"max_iter": 2.5}, TypeError, "max_iter must be an integer; got 2.5"),
+            ({"backward": "x"}, ValueError, "backward must be one of 'implicit', .*; got 'x'"),
+            ({"on_failure": "x"}, ValueError, "on_failure must be one of 'warn', .*; got 'x'"),
+            ({"activation": "gelu", "solver": "cayley"}, ValueError, "needs a nondecreasing activation"),
             ({"activation": "swish"}, ValueError, "activation must be one of .*relu.*; got 'swish'"),
             ({"weight": "sparse"}, ValueError, "weight must be one of 'dense', 'contractive'.*; got 'sparse'"),
             ({"weight": None}, ValueError, "weight must be one of"),
@@ -311,6 +319,14 @@ class TestErrors:
     def test_construction(self, arguments, error, message):
         with pytest.raises(error, match=message):
             EquilibriumLinear(**({"in_features": 3, "width": 8} | arguments))
+
+    @pytest.mark.parametrize("backend", ["auto", "cpu", "triton", "cuda", "reference"])
+    def test_construction_asks_nothing_of_the_machine(self, backend):
+        EquilibriumLinear(3, 8, backend=backend)
+
+    def test_input_of_another_kind(self):
+        with pytest.raises(TypeError, match=r"x must be a torch\.Tensor; got ndarray"):
+            EquilibriumLinear(3, 8)(torch.zeros(4, 3).numpy())
 
     @pytest.mark.parametrize("shape", [(4, 2), (), (3, 4)])
     def test_input_shape(self, shape):

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from ..activations import get_activation
+from ..plan import make_plan
 from ..products import linear
 from ..solution import Solution
-from ..solve import solve
+from ..solve import _check_options, solve
 from .weight_modules import WEIGHTS, WeightModule
 
 SOLVE_OPTIONS = tuple(
@@ -43,7 +44,7 @@ class EquilibriumLinear(nn.Module):
 
     Parameters: ``injection.weight`` U (width, in_features), drawn with variance 1 / in_features so that c has the
     variance of x; ``injection.bias`` b (width,), zero; ``weight.*``, see :mod:`deq.nn.weight_modules`.
-    Raises TypeError for an unknown option and ValueError for other arguments that cannot be.
+    Raises TypeError for an unknown option or one of the wrong type, ValueError for other arguments that cannot be.
     """
 
     def __init__(
@@ -61,7 +62,8 @@ class EquilibriumLinear(nn.Module):
         for name, value in (("in_features", in_features), ("width", width)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive integer; got {value!r}")
-        _check_options(options)
+        _check_names(options)
+        _check_values(activation, options)
         self.in_features = in_features
         self.width = width
         self.activation = activation
@@ -84,6 +86,8 @@ class EquilibriumLinear(nn.Module):
             self.injection.bias.zero_()
 
     def forward(self, x: Tensor, z0: Tensor | None = None) -> Tensor:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x must be a torch.Tensor; got {type(x).__name__}")
         if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise ValueError(f"x must be (..., {self.in_features}), in_features last; got {tuple(x.shape)}")
         dtype = self.injection.weight.dtype
@@ -116,7 +120,7 @@ def _make_weight(weight: str | nn.Module, width: int, lipschitz: float, device, 
     return kind(width, lipschitz, device=device, dtype=dtype)
 
 
-def _check_options(options: dict) -> None:
+def _check_names(options: dict) -> None:
     unknown = [name for name in options if name not in SOLVE_OPTIONS]
     if unknown:
         close = difflib.get_close_matches(unknown[0], SOLVE_OPTIONS, n=1)
@@ -124,3 +128,22 @@ def _check_options(options: dict) -> None:
         raise TypeError(
             f"unknown solve option {', '.join(map(repr, unknown))}{hint}; allowed are {', '.join(SOLVE_OPTIONS)}"
         )
+
+
+def _check_values(activation: str, options: dict) -> None:
+    """As every call will, but for what depends on the machine and the dtype, which the layer may still change."""
+    every = solve.__kwdefaults__ | options
+    _check_options(*(every[name] for name in ("tol", "max_iter", "backward", "on_failure")))
+    planned = {name: every[name] for name in ("solver", "criterion", "backend")}
+    for name, value in planned.items():
+        if not isinstance(value, str):
+            raise TypeError(f"{name} must be a string; got {value!r}")
+    make_plan(
+        dtype="float32",
+        device="cpu",
+        activation=activation,
+        compiled=True,
+        why_no_triton="",
+        why_no_cuda="",
+        **planned,
+    )
