@@ -8,10 +8,12 @@ import pytest
 from rich.console import Console
 
 from deq.experiments import REGISTRY, SettingsError, execute
+from deq.experiments._report import _rich
 from deq.experiments._result import (
     NOT_JUDGED,
     PROVED,
     VIOLATED,
+    Table,
     number,
     proved,
     proved_for_all,
@@ -87,6 +89,21 @@ def test_settings_take_defaults_and_refuse_what_cannot_run():
     with pytest.raises(SettingsError, match="at most 1000; got 1001"):
         regions.settings(width=1001)
     assert json.dumps(vars(steep.settings()))
+
+
+def test_tables_break_no_word_and_align_numbers_beside_blanks():
+    rows = [("contractive DEQ 8", "0.12 [0.1, 0.2]", "1.5"), ("feed-forward 8x3 (memory)", "0.34 [0.3, 0.4]", "")]
+    console = Console(file=StringIO(), width=80)
+    for size in (3, 12):  # with room for whole words, and without
+        wide = Table("Wide", ("model", *["MSE over seeds"] * size, "x10"), [(r[0], *[r[1]] * size, r[2]) for r in rows])
+        console.file = StringIO()
+        console.print(_rich(wide, 80))
+        words = console.file.getvalue().split()
+        assert all(word in words for word in ("contractive", "feed-forward", "(memory)")) == (size == 3)
+        assert "1.5" in words
+        assert max(len(line.rstrip()) for line in console.file.getvalue().splitlines()) <= 80
+    console.print(_rich(Table("Blank", ("model", "multiples"), [("a", "1.5"), ("b", "")]), 80))
+    assert " a           1.5\n" in console.file.getvalue().replace(" \n", "\n")  # below the end of its column's name
 
 
 def test_the_registry_is_named_after_itself():

@@ -128,5 +128,5 @@ def attempt_table(
         best = min((median(rows[rival]) for rival in attempt.against), default=None)
         compared = ("", "") if best is None else (over(median(usual), rows[name]), over(best, rows[name]))
         cells.append((*row, *compared))
-    columns = (*FIT_COLUMNS, "usual / it", "feed-forward / it")
+    columns = (*FIT_COLUMNS, "usual / it", "rival / it")
     return Table(f"{title}, what else was tried with true equilibria", columns, cells)

@@ -38,27 +38,43 @@ def _notes(result: Result) -> list[str]:
 def print_result(console: Console, result: Result) -> None:
     """Print tables, notes and the verdict."""
     for table in (*result.tables, claims_table(result.claims)):
-        console.print(_rich(table))
+        console.print(_rich(table, console.width))
     for note in _notes(result):
         console.print(Padding(Text(note), (0, 0, 0, 2)))
     console.print(f"Verdict: {result.verdict}.", style="bold", highlight=False)
 
 
-def _rich(table: Table) -> RichTable:
+def _rich(table: Table, width: int) -> RichTable:
     rich = RichTable(
         title=Text(table.title, "bold"), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0)
     )
-    numeric = {i for i in range(len(table.columns)) if all(_is_number(row[i]) for row in table.rows)}
-    for i, column in enumerate(table.columns):
-        most = 16 if column == "verdict" else None  # the longest verdict takes two lines, not the room of the claims
-        rich.add_column(Text(column), justify="right" if i in numeric else "left", overflow="fold", max_width=most)
+    columns = [(name, *(row[i] for row in table.rows)) for i, name in enumerate(table.columns)]
+    for (name, *cells), wide in zip(columns, _widths(columns, width), strict=True):
+        filled = [cell for cell in cells if cell]
+        numeric = bool(filled) and all(map(_is_number, filled))
+        rich.add_column(Text(name), justify="right" if numeric else "left", overflow="fold", width=wide)
     for row in table.rows:
         rich.add_row(*(Text(cell, style=_STYLES.get(cell, "")) for cell in row))
     return rich
 
 
+def _widths(columns: Sequence[Sequence[str]], width: int) -> list[int]:
+    """Of the columns, names included, in a table of at most ``width``: those of the longest cells; where that is too
+    much the widest gives way first, down to its longest word. Only where words alone are too much are they broken."""
+    widths = [max(map(len, column)) for column in columns]
+    words = [max((len(word) for cell in column for word in cell.split()), default=0) for column in columns]
+    for i, (name, *_) in enumerate(columns):
+        if name == "verdict":
+            widths[i] = min(widths[i], 16)  # the longest takes two lines, not the room of the claims
+    room = width - len(columns) - 1  # of what stands between them and on either side
+    for least in (words, [1] * len(columns)):
+        while sum(widths) > room and (wider := [i for i in range(len(columns)) if widths[i] > least[i]]):
+            widths[max(wider, key=widths.__getitem__)] -= 1
+    return widths
+
+
 def _is_number(cell: str) -> bool:
-    return bool(cell) and (cell[0].isdigit() or cell[0] in "-<>=~")
+    return cell[0].isdigit() or cell[0] in "-<>=~"
 
 
 def markdown(experiment: "Experiment", settings: "Settings", result: Result) -> str:
