@@ -131,6 +131,22 @@ def test_what_is_served():
     assert (deep.status == Status.CONVERGED).all()
 
 
+@pytest.mark.parametrize(
+    "rule, text",
+    [
+        (Rule("plain", 1e-3, 9), "plain, tol 0.001"),
+        (Rule("anderson", 1e-5, 9), "Anderson(5), tol 1e-05"),
+        (Rule("broyden", 1e-5, 9, 30, 0.5), "Broyden(30), tol 1e-05, damping 0.5"),
+        (Rule("newton_krylov", 1e-5, 9, 20), "Newton-Krylov(20), tol 1e-05"),
+        (Rule("auto", 1e-5, 9, criterion="error"), "plain, Anderson(5) on demand, tol 1e-05, error criterion"),
+    ],
+)
+def test_rules_in_words(rule, text):
+    lines = rule.explain().splitlines()
+    assert str(rule) == lines[0] == text
+    assert all(line.startswith("  ") for line in lines[1:]) and "after 9 evaluations" in lines[1]
+
+
 def test_samples_without_elements():
     for shape in ((0, 3), (2, 0)):
         result = generic.run(lambda z: z, torch.zeros(shape), Rule("anderson", 1e-3, 9), keep=(2,))

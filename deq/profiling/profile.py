@@ -184,7 +184,7 @@ def _count(subject: _Subject) -> tuple[dict[str, Pass], dict[str, list[memory.So
         trained = trains and event.name == "adjoint"
         is_planned = isinstance(event.plan, Plan)
         solved[event.name].append(memory.Solved(event.shape, event.dtype, trained, is_planned))
-        explained = event.plan.explain().splitlines() if is_planned else [str(event.plan)]
+        explained = event.plan.explain().splitlines()
         if event.name == "solve" and explained not in plans:
             plans.append(explained)
     return passes, solved, plans

@@ -6,6 +6,11 @@ from ...reference import MARGIN_POWER
 
 CRITERIA = ("residual", "error", "absolute")
 METHODS = ("plain", "anderson", "broyden", "newton_krylov", "auto")
+_MEASURES = {
+    "residual": "||f(y) - y|| / ||f(y)||",
+    "error": "||f(y) - y|| / ||f(y)|| q / (1 - q), q its measured contraction,",
+    "absolute": "||f(y) - y||",
+}
 # Evaluations without a better residual until STALLED, and the same at the floor of the precision. Unlike the rows of
 # deq.solve the states here may have 10^6 elements, so that the patience does not grow with them.
 PATIENCE, PATIENCE_AT_FLOOR = 128, 32
@@ -37,6 +42,30 @@ class Rule:
     criterion: str = "residual"
     margin: bool = True
     affine: bool = False
+
+    def __str__(self) -> str:
+        methods = {
+            "plain": "plain",
+            "anderson": f"Anderson({self.depth})",
+            "broyden": f"Broyden({self.depth})",
+            "newton_krylov": f"Newton-Krylov({self.depth})",
+            "auto": f"plain, Anderson({self.depth}) on demand",
+        }
+        parts = [methods[self.method], f"tol {self.tol:g}"]
+        if self.criterion != "residual":
+            parts.append(f"{self.criterion} criterion")
+        if self.damping != 1.0:
+            parts.append(f"damping {self.damping:g}")
+        return ", ".join(parts)
+
+    def explain(self) -> str:
+        """The rule and its reasons, one line each."""
+        reasons = [
+            f"a sample is done at {_MEASURES[self.criterion]} <= {self.tol:g}, after {self.max_iter} evaluations"
+        ]
+        if self.method == "auto":
+            reasons.append("on demand: plain iteration, Anderson per sample where the measured contraction is slow")
+        return "\n".join((str(self), *(f"  {reason}" for reason in reasons)))
 
     @property
     def leave(self) -> float:
