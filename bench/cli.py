@@ -126,7 +126,7 @@ def gpu(
     except ValueError as error:
         raise click.UsageError(f"{error}.") from error
     except OSError as error:
-        raise _cannot_write(out, error) from error
+        raise cannot_write(out, error) from error
     _follow(run, out, report.gpu_tables)
 
 
@@ -153,7 +153,7 @@ def constants(update: bool, out: Path) -> None:
     try:
         path = measuring.write(out, update)
     except OSError as error:
-        raise _cannot_write(out, error) from error
+        raise cannot_write(out, error) from error
     console.print(f"Written to {path}", soft_wrap=True)
 
 
@@ -311,6 +311,12 @@ def guard(update: bool) -> None:
     from . import guard as run
 
     console = Console()
+    golden = {}
+    if not update:
+        try:
+            golden = run.read()
+        except OSError as error:
+            raise click.ClickException(f"there is no {run.GOLDEN}: run this in a checkout.") from error
     try:
         with console.status("Counting"):
             measured = run.measure()
@@ -320,10 +326,6 @@ def guard(update: bool) -> None:
         run.write(measured)
         console.print(f"Written to {run.GOLDEN}", soft_wrap=True)
         return
-    try:
-        golden = run.read()
-    except OSError as error:
-        raise click.ClickException(f"the golden numbers come with a checkout: {error}.") from error
     findings = run.compare(golden, measured)
     for finding in findings:
         if finding.fails:
@@ -350,7 +352,7 @@ def _follow(run, out: Path, tables: Callable) -> None:
     except KeyboardInterrupt:
         interrupted = True
     except OSError as error:
-        raise _cannot_write(out, error) from error
+        raise cannot_write(out, error) from error
     for table in tables(run.results):
         console.print(table)
     console.print(report.summary(run.results.required()))
@@ -392,10 +394,10 @@ def _finish(rows: list[dict], out: Path, name: str, console) -> None:
     try:
         path = write([row | where for row in rows], out, name)
     except OSError as error:
-        raise _cannot_write(out, error) from error
+        raise cannot_write(out, error) from error
     console.print(report.summary(rows))
     console.print(f"Written to {path}", soft_wrap=True)
 
 
-def _cannot_write(out: Path, error: OSError) -> click.BadParameter:
-    return click.BadParameter(f"cannot write to {out}: {error.strerror}.", param_hint="--out")
+def cannot_write(out: Path, error: OSError) -> click.BadParameter:
+    return click.BadParameter(f"cannot write to {out}: {error.strerror or error}.", param_hint="'--out'")

@@ -23,11 +23,16 @@ def draw(family: str, m: int, B: int, generator: Generator) -> tuple[Tensor, Ten
     return W, c + 0.3 if name == "outlier" else c  # a mean that excites the slow mode, as trained biases do
 
 
+def names() -> tuple[str, ...]:
+    """Of all families, without numbers."""
+    return (*_FAMILIES, "trained")
+
+
 def split(family: str) -> tuple[str, str]:
     """Name and number, such as ("outlier", "0.95"); the number may be empty. Raises ValueError if it is unknown."""
     found = re.fullmatch(r"([a-z]+)((?:\d+(?:\.\d+)?)?)", family)
-    if found is None or found[1] not in (*_FAMILIES, "trained"):
-        known = ", ".join((*_FAMILIES, "trained"))
+    if found is None or found[1] not in names():
+        known = ", ".join(names())
         raise ValueError(f"family must be one of {known}, with a number or without; got {family!r}")
     return found[1], found[2]
 

@@ -2,17 +2,31 @@
 
 import difflib
 import json
+import tempfile
+from dataclasses import fields
 from pathlib import Path
 
 import click
 
 from . import __version__
 from .activations import ACTIVATIONS
-from .bench.cli import bench
+from .bench import families
+from .bench.cli import bench, cannot_write
 from .plan import DEFAULT_TOL, SOLVERS
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class Interruptible(click.Group):
+    """Ctrl-C ends every command with exit code 130; click's own would be 1, that of a theorem that failed."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            click.echo("Interrupted.", err=True)
+            ctx.exit(130)
+
+
+@click.group(cls=Interruptible, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="deq")
 def main() -> None:
     """Deep equilibrium models in PyTorch: experiments, profiles, benchmarks, and facts about this installation."""
@@ -31,14 +45,15 @@ def _list_experiments(ctx: click.Context, _: click.Parameter, wanted: bool) -> N
         return
     from .experiments import REGISTRY
 
+    column = max(map(len, REGISTRY)) + 2
     for experiment in REGISTRY.values():
-        click.secho(f"{experiment.name:<10}{experiment.title}", bold=True)
+        click.secho(f"{experiment.name:<{column}}{experiment.title}", bold=True)
         text = f"{experiment.claim} Width: {experiment.width_means} (default {experiment.width[0]})."
         if experiment.depth:
             text += f" Depth: {experiment.depth_means} (default {experiment.depth[0]})."
         if experiment.input_means:
             text += f" Input: {experiment.input_means}."
-        click.echo(click.wrap_text(text, 78, "          ", "          "))
+        click.echo(click.wrap_text(text, 78, " " * column, " " * column))
     ctx.exit()
 
 
@@ -96,7 +111,8 @@ def run(
     try:
         if experiment is not None and experiment.endswith(".json"):
             recorded = _recorded(ctx, experiment)
-            settings = {recorded["experiment"]: REGISTRY[recorded["experiment"]].settings(**recorded["settings"])}
+            name, given = recorded["experiment"], recorded["settings"]
+            settings = {name: REGISTRY[name].settings(**given | {"device": _device(given.get("device", "cpu"))})}
         else:
             names = _names(experiment, list(REGISTRY))
             if experiment == "all":
@@ -106,10 +122,7 @@ def run(
         parts = {name: parts_path(out, name, of_it) for name, of_it in settings.items()}
     except SettingsError as error:
         raise click.UsageError(f"{error}.") from error
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise click.BadParameter(f"cannot create {out}: {error.strerror}.", param_hint="'--out'") from error
+    _need_folder(out)
     console = Console()
     violated = []
     for name, options in settings.items():
@@ -117,6 +130,8 @@ def run(
             result = execute(REGISTRY[name], options, out, console)
         except SettingsError as error:  # a file that cannot be read as what it has to be
             raise click.UsageError(f"{error}.") from error
+        except OSError as error:  # the disk is full, say
+            raise cannot_write(out, error) from error
         except KeyboardInterrupt:
             where = (
                 f"finished parts are kept in {parts[name]}; the same command resumes them"
@@ -128,9 +143,13 @@ def run(
         violated += [f"{name}: this proved claim does not hold: {claim.sentence()}." for claim in result.violated]
         if recorded is not None:
             click.echo(_compare(recorded, out / f"{name}.json"))
-    forget_parts(parts.values())
-    if experiment == "all":
-        click.echo(f"Wrote the ledger of claims: {', '.join(map(str, write_ledger(out, REGISTRY)))}.")
+    try:
+        forget_parts(parts.values())
+        ledger = write_ledger(out, REGISTRY) if experiment == "all" else []
+    except OSError as error:
+        raise cannot_write(out, error) from error
+    if ledger:
+        click.echo(f"Wrote the ledger of claims: {', '.join(map(str, ledger))}.")
     for sentence in (*(f"Left out: {missing}." for missing in left_out), *violated):
         click.echo(sentence, err=True)
     ctx.exit(1 if violated else 0)
@@ -146,7 +165,6 @@ def _that_fit(experiment, names: list[str], options: dict) -> dict:
 
 def _recorded(ctx: click.Context, path: str) -> dict:
     """The record of an earlier run, whose settings admit no others."""
-    from .experiments import REGISTRY
 
     given = [p for p in ctx.params if p != "out" and ctx.get_parameter_source(p).name == "COMMANDLINE"]
     if given != ["experiment"]:
@@ -154,12 +172,36 @@ def _recorded(ctx: click.Context, path: str) -> dict:
         raise click.UsageError(f"{path} says how to run; leave out {extra}.")
     try:
         record = json.loads(Path(path).read_text())
-        known = record["experiment"] in REGISTRY and isinstance(record["settings"], dict)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except FileNotFoundError as error:
+        raise click.BadParameter(f"there is no file {path}.", param_hint="EXPERIMENT") from error
+    except OSError as error:
+        raise click.BadParameter(f"cannot read {path}: {error.strerror}.", param_hint="EXPERIMENT") from error
+    except ValueError as error:
         raise click.BadParameter(f"{path} is no result of deq run: {error}.", param_hint="EXPERIMENT") from error
-    if not known:
-        raise click.BadParameter(f"{path} is of no experiment that is known here.", param_hint="EXPERIMENT")
+    wrong = _misfit(record)
+    if wrong:
+        raise click.BadParameter(f"{path} is no result of deq run: {wrong}.", param_hint="EXPERIMENT")
     return record
+
+
+def _misfit(record: object) -> str:
+    """Why this is no record of an experiment, in words; empty if it is one."""
+    from .experiments import REGISTRY, Settings
+
+    record = record if isinstance(record, dict) else {}
+    for key, kind in (("experiment", str), ("settings", dict)):
+        if not isinstance(record.get(key), kind):
+            return f'it has no "{key}"'
+    name = record["experiment"]
+    if name not in REGISTRY:
+        return f"there is no experiment {name!r}"
+    for setting in record["settings"]:
+        if setting not in {field.name for field in fields(Settings)}:
+            return f"its settings hold {setting!r}, which {name} does not have"
+    for key, kind in (("values", dict), ("claims", list), ("provenance", dict)):  # what the new run is compared with
+        if not isinstance(record.get(key), kind):
+            return f'it has no "{key}"'
+    return ""
 
 
 def _compare(recorded: dict, path: Path) -> str:
@@ -182,7 +224,12 @@ def _compare(recorded: dict, path: Path) -> str:
 @main.command()
 @click.option("--width", type=click.IntRange(min=1), default=1024, show_default=True, help="Neurons m.")
 @click.option("--batch", type=click.IntRange(min=1), default=256, show_default=True, help="Samples B.")
-@click.option("--family", default="gaussian", show_default=True, help="How W is drawn, as in `deq bench cpu`.")
+@click.option(
+    "--family",
+    default="gaussian",
+    show_default=True,
+    help=f"How W is drawn: {', '.join(families.names())}, with a number or without, as in `deq bench cpu`.",
+)
 @click.option("--activation", type=click.Choice(list(ACTIVATIONS)), default="relu", show_default=True)
 @click.option("--dtype", type=click.Choice(list(DEFAULT_TOL)), default="float32", show_default=True)
 @click.option("--solver", type=click.Choice(SOLVERS), default="auto", show_default=True)
@@ -221,7 +268,6 @@ def profile(
 
     import deq
 
-    from .bench import families
     from .bench.record import environment
 
     where = _device(device)
@@ -230,6 +276,7 @@ def profile(
     except ValueError as error:
         raise click.BadParameter(f"{error}.", param_hint="'--family'") from error
     W, c = (t.to(where, getattr(torch, dtype)).requires_grad_() for t in (W, c))
+    _need_folder(out)
     console = Console()
     with console.status("Profiling"):
         try:
@@ -238,14 +285,13 @@ def profile(
             )
         except ValueError as error:  # a solver that cannot serve this activation or weight
             raise click.UsageError(f"{error}.") from error
-    console.print(report)
     path = out / "profile.json"
     try:
-        out.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(report.as_dict() | environment(), indent=1) + "\n")
         report.draw(path.with_suffix(".png"))
     except OSError as error:
-        raise click.BadParameter(f"cannot write to {out}: {error.strerror}.", param_hint="'--out'") from error
+        raise cannot_write(out, error) from error
+    console.print(report)
     console.print(f"Written to {path} and {path.with_suffix('.png')}", soft_wrap=True)
 
 
@@ -263,11 +309,20 @@ def _names(experiment: str | None, known: list[str]) -> list[str]:
     )
 
 
+def _need_folder(out: Path) -> None:
+    """Makes the folder, and sees that files can be written there before anything is computed."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as error:
+        raise cannot_write(out, error) from error
+
+
 def _device(text: str) -> str:
     """The device with its index, checked to be here."""
     import torch
 
-    kind, _, index = text.partition(":")
+    kind, _, index = str(text).partition(":")
     if kind not in ("cpu", "cuda") or (index and not (kind == "cuda" and index.isdigit())):
         raise click.BadParameter(f"must be cpu, cuda or cuda:N; got {text!r}.", param_hint="'--device'")
     if kind == "cuda" and not torch.cuda.is_available():

@@ -34,7 +34,7 @@ def problem_of(
 
     compiled: whether the compiled library is loaded. Raises ValueError or TypeError that name the option.
     """
-    _check(tol, max_iter, backward, on_failure)
+    check(tol, max_iter, backward, on_failure)
     get_activation(activation)
     for name, value in (("solver", solver), ("criterion", criterion), ("backend", backend)):
         if not isinstance(value, str):
@@ -55,7 +55,8 @@ def problem_of(
     return Problem(activation, plan, on_failure)
 
 
-def _check(tol: object, max_iter: object, backward: object, on_failure: object) -> None:
+def check(tol: object, max_iter: object, backward: object, on_failure: object) -> None:
+    """Raise ValueError or TypeError for one that cannot be, whatever is solved."""
     if tol is not None:
         if not isinstance(tol, numbers.Real) or isinstance(tol, bool):
             raise TypeError(f"tol must be a number; got {tol!r}")

@@ -205,9 +205,32 @@ def test_out_that_cannot_be_a_folder_is_refused(tmp_path):
         assert result.exit_code == 2 and "--out" in result.stderr
 
 
+def fails(*arguments, **keywords):
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("name", ["execute", "write_ledger", "forget_parts"])
+def test_a_folder_that_cannot_be_written_to_is_refused(name, tmp_path, monkeypatch):
+    """Before anything is computed; where the disk fills up later, then."""
+    monkeypatch.setattr("deq.experiments.REGISTRY", {"regions": REGISTRY["regions"]})
+    with monkeypatch.context() as patch:
+        patch.setattr("tempfile.TemporaryFile", fails)
+        patch.setattr("deq.experiments.execute", lambda *arguments: pytest.fail("computed"))
+        result = deq_command("run", "regions", "--quick", "--out", tmp_path)
+        profiled = deq_command("profile", "--width", 8, "--batch", 2, "--out", tmp_path)
+    monkeypatch.setattr(f"deq.experiments.{name}", fails)
+    later = deq_command("run", "all", "--quick", "--width", 2, "--out", tmp_path)
+    words = f"Invalid value for '--out': cannot write to {tmp_path}: No space left on device."
+    for ended in (result, profiled, later):
+        assert ended.exit_code == 2 and words in " ".join(ended.stderr.split())
+
+
 def test_list_info_version_and_help():
     listed = deq_command("run", "--list")
     assert listed.exit_code == 0
+    column = max(map(len, REGISTRY)) + 2
+    assert all(f"{name:<{column}}{e.title}" in listed.output.splitlines() for name, e in REGISTRY.items())
+    assert {line[:column].strip() for line in listed.output.splitlines()} == {"", *REGISTRY}
     assert all(name in listed.output and e.title in listed.output for name, e in REGISTRY.items())
     assert max(map(len, listed.output.splitlines())) <= 80
     info = deq_command("info")
@@ -236,6 +259,52 @@ def test_a_result_is_run_again_as_it_says(tmp_path):
         path.write_text(text)
         result = deq_command("run", path)
         assert result.exit_code == 2 and "regions.json" in result.stderr
+
+
+REST = {"experiment": "audio", "values": {}, "claims": [], "provenance": {}}  # of a record, beside its settings
+
+
+@pytest.mark.parametrize(
+    "record, words",
+    [
+        ({}, 'it has no "experiment"'),
+        ([1], 'it has no "experiment"'),
+        ({"experiment": "steep"}, 'it has no "settings"'),
+        ({"experiment": "steeper", "settings": {}}, "there is no experiment 'steeper'"),
+        ({"experiment": "steep", "settings": {"foo": 1}}, "its settings hold 'foo', which steep does not have"),
+        ({"experiment": "steep", "settings": {}, "values": {}, "claims": []}, 'it has no "provenance"'),
+        (REST | {"settings": {"width": "a"}}, "audio: width must be an integer; got 'a'"),
+        (REST | {"settings": {"seed": True}}, "audio: seed must be an integer; got True"),
+        (REST | {"settings": {"level": "brief"}}, "audio: level must be one of quick, default, full; got 'brief'"),
+        (REST | {"settings": {"device": 3}}, "must be cpu, cuda or cuda:N; got 3"),
+        (REST | {"settings": {"input": 3}}, "audio: input must be the path of a file; got 3"),
+    ],
+)
+def test_a_result_that_does_not_fit_is_refused(record, words, tmp_path):
+    path = tmp_path / "bad.json"
+    path.write_text(json.dumps(record))
+    result = deq_command("run", path, "--out", tmp_path)
+    assert result.exit_code == 2 and words in " ".join(result.stderr.split())
+
+
+def test_a_result_that_is_not_there_is_named(tmp_path):
+    result = deq_command("run", "nope.json", "--out", tmp_path)
+    assert result.exit_code == 2 and "there is no file nope.json." in result.stderr
+
+
+@pytest.mark.parametrize(
+    "where, arguments",
+    [("deq.profile", ("profile", "--width", 8, "--batch", 2)), ("deq.bench.memory.measure", ("bench", "memory"))],
+)
+def test_ctrl_c_is_exit_code_130_everywhere(where, arguments, tmp_path, monkeypatch):
+    def interrupted(*arguments, **keywords):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(where, interrupted)
+    monkeypatch.setattr("deq.bench.cli._need_compiled", lambda: None)
+    monkeypatch.setattr("deq.profiling.memory.can_measure", lambda: True)
+    result = deq_command(*arguments, "--out", tmp_path)
+    assert result.exit_code == 130 and "Interrupted" in result.stderr
 
 
 def test_all_writes_the_ledger_and_forgets_its_parts(tmp_path, monkeypatch):
@@ -272,6 +341,9 @@ def test_input_is_for_those_that_read_one(tmp_path):
     assert result.exit_code == 2 and "regions: reads no input" in result.stderr
     result = deq_command("run", "audio", "--quick", "--input", path, "--out", tmp_path)
     assert result.exit_code == 2 and "no WAV file that can be read" in result.stderr
+    path.write_bytes(b"")
+    result = deq_command("run", "audio", "--quick", "--input", path, "--out", tmp_path)
+    assert result.exit_code == 2 and "that can be read: it ends too early." in " ".join(result.stderr.split())
     result = deq_command("run", "audio", "--input", tmp_path / "none.wav", "--out", tmp_path)
     assert result.exit_code == 2 and "--input" in result.stderr
 

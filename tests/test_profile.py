@@ -9,6 +9,7 @@ from click.testing import CliRunner
 from matplotlib.axes import Axes
 from matplotlib.image import imread
 from problems import gaussian
+from rich.console import Console
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -345,10 +346,31 @@ def test_command(tmp_path):
     assert (tmp_path / "profile.png").stat().st_size > 10_000
     lines = [line for line in result.output.splitlines() if not line.startswith("Written to")]
     assert max(len(line.rstrip()) for line in lines) <= 80
+    text = " ".join(CliRunner().invoke(main, ["profile", "--help"]).output.split())
+    assert "gaussian, radius, orthogonal, symmetric, outlier, monotone, trained" in text
     bad = CliRunner().invoke(main, ["profile", "--family", "gausian", "--out", str(tmp_path)])
     assert bad.exit_code == 2 and "family must be one of" in bad.output
     bad = CliRunner().invoke(main, ["profile", "--activation", "gelu", "--solver", "cayley", "--out", str(tmp_path)])
     assert bad.exit_code == 2 and "nondecreasing" in bad.output
+
+
+def test_the_report_where_nothing_but_ascii_can_be_printed(tmp_path):
+    W, c = leaves(16, 6)
+    report = profile(deq.solve, W, c)
+    assert "█" in str(report)
+    with open(tmp_path / "report.txt", "w", encoding="ascii") as file:
+        Console(file=file, width=80).print(report)
+    assert "#" in (tmp_path / "report.txt").read_text()
+
+
+def test_files_are_written_before_the_report_is_printed(tmp_path, monkeypatch):
+    def broken(report, ascii_only):
+        raise UnicodeEncodeError("ascii", "x", 0, 1, "of this terminal")
+
+    monkeypatch.setattr(tables, "tables", broken)
+    arguments = ["profile", "--width", "8", "--batch", "2", "--seconds", "0.01", "--out", str(tmp_path)]
+    assert isinstance(CliRunner().invoke(main, arguments).exception, UnicodeEncodeError)
+    assert (tmp_path / "profile.json").exists() and (tmp_path / "profile.png").exists()
 
 
 @needs_library

@@ -132,6 +132,8 @@ def test_timeline_is_text():
     indent = {word: next(line for line in lines if word in line).index(word) for word in ("training", "solve", "dW")}
     assert indent["training"] + 2 == indent["solve"] == indent["dW"]
     assert timeline(ranges.Recorder()) == "nothing was recorded"
+    with pytest.raises(TypeError, match=r"recorder must be what `with record\(\) as recorder:` gives; got"):
+        timeline(record())
 
 
 def best(statement, number=20_000, repeat=9):

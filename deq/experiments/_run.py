@@ -117,6 +117,8 @@ class Experiment:
         input: str | None = None,
     ) -> Settings:
         """Fill what was not given with this experiment's defaults. Raises SettingsError for what cannot be run."""
+        if level not in LEVELS:
+            raise SettingsError(f"{self.name}: level must be one of {', '.join(LEVELS)}; got {level!r}")
         at = {"default": 0, "quick": 1, "full": 2}[level]
         width = self.width[at] if width is None else width
         seeds = self.seeds[at] if seeds is None else seeds
@@ -131,11 +133,15 @@ class Experiment:
         ]
         limits += [("depth", depth, 2, None)] if self.depth else []
         for name, value, low, high in limits:
+            if type(value) is not int:
+                raise SettingsError(f"{self.name}: {name} must be an integer; got {value!r}")
             if value < low or (high is not None and value > high):
                 allowed = f"at least {low}" + (f" and at most {high}" if high else "")
                 raise SettingsError(f"{self.name}: {name} must be {allowed}; got {value}")
         if input is not None and not self.input_means:
             raise SettingsError(f"{self.name}: reads no input; got {input}")
+        if not isinstance(input, str | None):
+            raise SettingsError(f"{self.name}: input must be the path of a file; got {input!r}")
         if self.missing:
             raise SettingsError(self.missing)
         return Settings(width, depth, seed, seeds, device, level, input)

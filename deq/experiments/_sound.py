@@ -36,7 +36,9 @@ def read_wav(path: str, count: int) -> Tensor:
             size, channels = file.getsampwidth(), file.getnchannels()
             raw = file.readframes(file.getnframes())
     except (OSError, EOFError, wave.Error) as error:
-        raise SettingsError(f"audio: {path} is no WAV file that can be read: {error}") from error
+        raise SettingsError(
+            f"audio: {path} is no WAV file that can be read: {str(error) or 'it ends too early'}"
+        ) from error
     if size not in _SCALES:
         raise SettingsError(f"audio: {path} has {8 * size} bits a sample; 8, 16 and 32 are read")
     kind, offset = _SCALES[size]

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from ..activations import get_activation
+from ..options import check
 from ..plan import make_plan
 from ..products import linear
 from ..solution import Solution
-from ..solve import _check_options, solve
+from ..solve import solve
 from .weight_modules import WEIGHTS, WeightModule
 
 SOLVE_OPTIONS = tuple(
@@ -133,7 +134,7 @@ def _check_names(options: dict) -> None:
 def _check_values(activation: str, options: dict) -> None:
     """As every call will, but for what depends on the machine and the dtype, which the layer may still change."""
     every = solve.__kwdefaults__ | options
-    _check_options(*(every[name] for name in ("tol", "max_iter", "backward", "on_failure")))
+    check(*(every[name] for name in ("tol", "max_iter", "backward", "on_failure")))
     planned = {name: every[name] for name in ("solver", "criterion", "backend")}
     for name, value in planned.items():
         if not isinstance(value, str):

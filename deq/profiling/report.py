@@ -155,7 +155,7 @@ class Report:
     def __rich_console__(self, console, options):
         from .tables import tables
 
-        yield from tables(self)
+        yield from tables(self, options.ascii_only)
 
     def __str__(self) -> str:
         from rich.console import Console

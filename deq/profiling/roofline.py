@@ -23,7 +23,7 @@ def draw(report: Report, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.2, 4.6), layout="constrained")
+    figure = Figure(figsize=(7.2, 5.2), layout="constrained")
     FigureCanvasAgg(figure)
     axis = figure.subplots()
     found = report.ceilings
@@ -79,5 +79,6 @@ def draw(report: Report, path: Path) -> None:
     axis.set_ylabel("GFLOP/s")
     shape = " x ".join(map(str, report.shapes[0])) if report.shapes else ""
     axis.set_title(f"{report.what} {shape} on {found.device}, {found.threads} threads", fontsize=11)
-    axis.legend(fontsize=8, frameon=False, loc="lower right")
+    # Below the axes: inside, it would lie on the marks of slow passes.
+    figure.legend(fontsize=8, frameon=False, loc="outside lower center", ncols=2)
     figure.savefig(path, dpi=120)

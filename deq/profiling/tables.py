@@ -11,11 +11,16 @@ from rich.text import Text
 from .report import WIDTH, Pass, Report
 
 BAR, MOST_BINS = 32, 10
+<<<<<<< HEAD
 PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""), (1e-3, "m"), (1e-6, "u"))
+=======
+BLOCK, ASCII_BLOCK = "█", "#"
+>>>>>>> 61231db (Commands refuse what cannot be written, read or fitted before they compute; Ctrl-C is 130 in all; reports in ASCII; the roofline's legend below)
 _INDENT = ({}, {"initial_indent": "  ", "subsequent_indent": "    "})  # of a plan, and of its reasons
 
 
-def tables(report: Report) -> Iterator[object]:
+def tables(report: Report, ascii_only: bool = False) -> Iterator[object]:
+    """The parts of the text, for rich to print; ``ascii_only`` where the encoding has no block characters."""
     shapes = ", ".join(" x ".join(map(str, shape)) for shape in report.shapes) or "nothing"
     threads = f", {report.ceilings.threads} threads" if report.device == "cpu" else ""
     yield Text(f"{report.what}: solved {shapes} on {report.device}{threads}", style="bold")
@@ -24,7 +29,7 @@ def tables(report: Report) -> Iterator[object]:
     yield _passes(report)
     for one in report.passes:
         if one.iterations:
-            yield _histogram(one)
+            yield _histogram(one, ASCII_BLOCK if ascii_only else BLOCK)
     yield _memory(report)
     if report.beside:
         yield _beside(report)
@@ -68,7 +73,7 @@ def _a_sample(one: Pass, rows: int) -> str:
     return f"{rows / len(one.iterations):.2f}" if one.iterations else str(rows)
 
 
-def _histogram(one: Pass) -> Group:
+def _histogram(one: Pass, block: str) -> Group:
     least, most = min(one.iterations), max(one.iterations)
     size = -(-(most - least + 1) // MOST_BINS)
     bins = Tally((n - least) // size for n in one.iterations)
@@ -78,7 +83,7 @@ def _histogram(one: Pass) -> Group:
     for i in range((most - least) // size + 1):
         low, high = least + i * size, min(least + (i + 1) * size - 1, most)
         label = str(low) if low == high else f"{low} to {high}"
-        lines.append(Text(f"{label:>12} {'█' * round(BAR * bins[i] / highest)} {bins[i]}"))
+        lines.append(Text(f"{label:>12} {block * round(BAR * bins[i] / highest)} {bins[i]}"))
     return Group(*lines)
 
 

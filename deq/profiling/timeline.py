@@ -16,6 +16,9 @@ def timeline(recorder: Recorder) -> str:
     Steps, anchors and Anderson's mixtures that follow each other are one line with their numbers and total time. The
     bar shows when, from the first start to the last end of the recording.
     """
+    if not isinstance(recorder, Recorder):
+        kind = type(recorder).__name__
+        raise TypeError(f"recorder must be what `with record() as recorder:` gives; got {kind}")
     if not recorder.events:
         return "nothing was recorded"
     first = min(e.start for e in recorder.events)
