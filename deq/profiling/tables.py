@@ -11,11 +11,8 @@ from rich.text import Text
 from .report import WIDTH, Pass, Report
 
 BAR, MOST_BINS = 32, 10
-<<<<<<< HEAD
 PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""), (1e-3, "m"), (1e-6, "u"))
-=======
 BLOCK, ASCII_BLOCK = "█", "#"
->>>>>>> 61231db (Commands refuse what cannot be written, read or fitted before they compute; Ctrl-C is 130 in all; reports in ASCII; the roofline's legend below)
 _INDENT = ({}, {"initial_indent": "  ", "subsequent_indent": "    "})  # of a plan, and of its reasons
 
 
