@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import LogFormatter, NullFormatter
 from PIL import Image
 
 # Okabe and Ito's palette: told apart with every common colour vision.
@@ -91,3 +91,31 @@ def sparse_ticks(axis: Axis) -> None:
     if low > 0 and math.floor(math.log10(high)) < math.ceil(math.log10(low)) + 1:
         limits = (0.9 * 10 ** math.floor(math.log10(low)), high)
         (axis.axes.set_xlim if axis.axis_name == "x" else axis.axes.set_ylim)(limits)  # axes that share it follow
+
+
+class _PlainFormatter(LogFormatter):
+    """Labels the ticks that matplotlib chooses, by their numbers as they are."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return f"{x:g}" if super().__call__(x, pos) else ""
+
+
+def plain_ticks(axis: Axis) -> None:
+    """Numbers without powers of ten on a logarithmic axis of few decades: 2.5 instead of 2.5 x 10^0."""
+    axis.set_major_formatter(_PlainFormatter())
+    axis.set_minor_formatter(_PlainFormatter())
+
+
+def label(ax: Axes, points: Sequence[tuple[float, float, str, str]]) -> None:
+    """A label beside every point, of equilibria to the right and of others to the left, lower where it would lie on
+    another. points: (x, y, text, colour). The layout of the figure has to be done."""
+    taken: list[tuple[bool, float, float]] = []
+    for x, y, text, colour in sorted(points, key=lambda point: -point[1]):
+        left = colour != BLUE
+        across, height = ax.transData.transform((x, y)) * 72 / ax.figure.dpi
+        lift = 3.0
+        while any(side == left and abs(across - a) < 36 and abs(height + lift - h) < 8 for side, a, h in taken):
+            lift -= 1
+        taken.append((left, across, height + lift))
+        offset, align = ((-6, lift), "right") if left else ((6, lift), "left")
+        ax.annotate(text, (x, y), offset, textcoords="offset points", ha=align, fontsize=7, color=colour)

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from ._attempts import Attempt, Batch, attempt_claims, attempt_table, attempts
 from ._filter_nets import FILTERS, FilterDEQ, FilterNet
@@ -188,7 +189,8 @@ def draw(rows: list[dict], sound: torch.Tensor) -> Figure:
             waves.text(0, 1.05 - 2.4 * level, name, color=colour, fontsize=8)
         waves.set_yticks([])
         waves.spines["left"].set_visible(False)
-        waves.set_ylim(1.3 - 2.4 * len(shown), 1.9)
+        waves.set_ylim(top=1.9)  # and as far down as the last one reaches, which may be below -1
+        waves.xaxis.set_major_locator(MaxNLocator(5))
         waves.set_xlabel(f"samples / {RATE}")
         waves.set_title("Seed 0")
         return fig

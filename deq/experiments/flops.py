@@ -98,6 +98,11 @@ def _table(run: Run, rows: list[dict]) -> Table:
     return Table(f"2^{run.config.pieces} pieces, FLOPs a sample: median [quartiles] over seeds", columns, cells)
 
 
+def _short(model: str) -> str:
+    kind, *_, size = model.split()
+    return size if kind == "feed-forward" else kind
+
+
 def draw(rows: list[dict]) -> Figure:
     """Median error against FLOPs and against parameters."""
     from . import _plot
@@ -112,18 +117,18 @@ def draw(rows: list[dict]) -> Figure:
                 ax.errorbar(
                     r[key], s.median, [[s.median - s.low], [s.high - s.median]], fmt="o", color=colour, ms=5, lw=1
                 )
-                name = r["model"].partition(" ")[0]
-                label_ = r["model"].split()[-1] if name == "feed-forward" else name
-                ax.annotate(label_, (r[key], s.median), (6, 3), textcoords="offset points", fontsize=7, color=colour)
             ax.axhline(TRIVIAL, color=_plot.GREY, ls="--", lw=1)
             ax.set_xscale("log")
             ax.set_yscale("log")
             ax.set_xlabel(label)
             _plot.sparse_ticks(ax.xaxis)
-        _plot.sparse_ticks(axes[0].yaxis)
+        _plot.plain_ticks(axes[0].yaxis)
         axes[0].set_ylabel("test MSE, median and quartiles")
         axes[0].set_title("Blue: equilibrium; purple: finite depth")
         axes[1].set_title("Red: feed-forward, width x depth")
+        fig.draw_without_rendering()  # the layout, which says which labels are close
+        for ax, key in zip(axes, ("flops", "parameters"), strict=True):
+            _plot.label(ax, [(r[key], spread(r["mse"]).median, _short(r["model"]), _plot.kind_colour(r)) for r in rows])
         return fig
 
     return paint()

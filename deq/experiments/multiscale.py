@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor, nn
 
 from ..fixed_point import StateSolution
@@ -210,6 +211,8 @@ def draw(rows: list[dict]) -> Figure:
             median = torch.tensor(r["loss"]).median(0).values.tolist()
             left.plot(range(1, len(median) + 1), median, style, color=_plot.kind_colour(r), label=r["model"])
         left.set_yscale("log")
+        _plot.plain_ticks(left.yaxis)
+        left.xaxis.set_major_locator(MaxNLocator(integer=True))
         left.set_xlabel("step")
         left.set_title("cross entropy, median over seeds")
         left.legend()
@@ -218,7 +221,7 @@ def draw(rows: list[dict]) -> Figure:
             right.plot([at - 0.25, at + 0.25], [spread(r["error"]).median] * 2, color=_plot.kind_colour(r), lw=2)
         right.set_xticks(range(len(rows)), [r["model"].split(",")[0].replace(" ", "\n", 1) for r in rows])
         right.set_xlim(-0.6, len(rows) - 0.4)
-        right.set_ylim(bottom=0)
+        right.set_ylim(0, 1.1 * max(max(r["error"]) for r in rows) or 1)
         right.set_title("error on test images, by seed")
         return fig
 

@@ -207,6 +207,7 @@ def draw(run: Run, rows: dict) -> Figure:
             ax.set_xticks(ds)
             ax.legend(frameon=False, fontsize=8)
         free.set_yscale("log")
+        _plot.plain_ticks(free.yaxis)
         capped.set_ylabel("sup error, median and quartiles")
         capped.set_title(f"All norms at most {run.config.cap:g} (bars: provable floors)")
         free.set_ylabel("largest infinity norm")

@@ -234,7 +234,7 @@ def draw(trained: dict[int, list[dict]], more: list[dict], last: int) -> Figure:
         _plot.strip(errors, [(r["model"], r["mse"], _plot.kind_colour(r)) for r in rows])
         errors.axvline(TRIVIAL, color=_plot.GREY, ls="--", lw=1)
         errors.set_xlabel("test MSE of every seed, and median; dashed: best constant")
-        errors.set_title(f"2^{last} pieces")
+        errors.set_title(f"$\\mathbf{{2^{{{last}}}}}$ pieces")
         x = np.linspace(0, 1, len(rows[0]["shown"]))
         chosen = [
             min((r for r in rows if r["kind"] == "equilibrium"), key=lambda r: spread(r["mse"]).median, default=None)
