@@ -154,6 +154,8 @@ def fixed_point_with(
     evaluate = _MatrixMap(f, layout, device)
     start = layout.flatten(z0, "z0")
     start = start if fresh else start.detach()
+    if start.is_inference() and not torch.is_inference_mode_enabled():  # autograd takes no such tensor
+        start = start.clone()
     if not (fresh or in_transform()) and not _is_finite(start):
         bad = int((~torch.isfinite(start).all(1)).nonzero()[0])
         raise ValueError(f"z0 must be finite; sample {bad} holds NaN or infinity")
@@ -284,14 +286,14 @@ class _MatrixMap:
         self.f, self.layout, self.device = f, layout, device
 
     def __call__(self, flat: Tensor) -> Tensor:
-        return self._at(flat, self.layout.unflatten(flat))
+        return self._at(flat, self.layout.unflatten(flat), flat.is_inference())
 
     def on(self, flat: Tensor) -> Callable[[], Tensor]:
         """The map at what ``flat`` holds when it is called, its result in any shape; the state is made once where
         it is a view."""
         if not self.layout.is_view:
             return functools.partial(self, flat)
-        return functools.partial(self._at, flat, self.layout.unflatten(flat), loose=True)
+        return functools.partial(self._at, flat, self.layout.unflatten(flat), flat.is_inference(), loose=True)
 
     def of(self, old: Sequence[Tensor], *new: Tensor) -> "_MatrixMap | None":
         """The same of the ``new`` tensors in place of the ``old`` ones; None if f does not hold
@@ -299,14 +301,14 @@ class _MatrixMap:
         g = with_others(self.f, old, new)
         return None if g is None else _MatrixMap(g, self.layout, self.device)
 
-    def _at(self, flat: Tensor, state: State, loose: bool = False) -> Tensor:
-        version = flat._version
+    def _at(self, flat: Tensor, state: State, unversioned: bool, loose: bool = False) -> Tensor:
+        version = None if unversioned else flat._version
         if torch.is_autocast_enabled(self.device):
             with full_precision(self.device):
                 image = self.f(state)
         else:
             image = self.f(state)
-        if flat._version != version:
+        if not unversioned and flat._version != version:
             raise RuntimeError("f must not modify its argument in place")
         if loose and type(image) is type(state) is Tensor and image.shape == state.shape and image.dtype == state.dtype:
             return image

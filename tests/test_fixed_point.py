@@ -477,3 +477,22 @@ def test_raise_carries_the_solution():
     with pytest.raises(deq.ConvergenceError, match="2 DIVERGED") as caught:
         deq.fixed_point(lambda z: 3 * z + 1, torch.zeros(2, 3), solver="plain", on_failure="raise")
     assert caught.value.solution.z.shape == (2, 3)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_inference_mode(solver):
+    W, c, _ = gaussian(8, 3, torch.float64)
+    expected = solve(W, c, solver=solver).z
+    with torch.inference_mode():
+        assert torch.equal(solve(W, c, solver=solver).z, expected)
+        assert torch.equal(deq.nn.Equilibrium(lambda z, c: cell(W, c)(z), solver=solver)(c), expected)
+
+
+def test_a_start_made_in_inference_mode():
+    W, c, g = gaussian(8, 3, torch.float64)
+    c = c.requires_grad_()
+    with torch.inference_mode():
+        z0 = 0.1 * c
+    z, cold = deq.fixed_point(cell(W, c), z0, tol=1e-12).z, solve(W, c, tol=1e-12).z
+    grads = (torch.autograd.grad(z, c, g)[0] for z in (z, cold))
+    torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-11)
