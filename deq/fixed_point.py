@@ -91,8 +91,9 @@ def fixed_point(
     """Fixed point ``z = f(z)`` of every sample, with exact gradients for everything that f closes over.
 
     Args:
-        f: takes a state and returns one of the same shapes. It must treat samples independently, always give the same
-            result for the same state, and leave its argument as it is.
+        f: takes a state and returns one of the same shapes on the same device, dense, of any floating dtypes. It must
+            treat samples independently, always give the same result for the same state, and leave its argument as it
+            is.
         z0: starting point, a tensor or a tuple or list of tensors; float32, float64, bfloat16 or float16. The first
             dimension counts samples; a state of one-dimensional tensors is one sample. No gradient flows to it.
         solver: "plain" iterates ``z <- z + damping (f(z) - z)``; "anderson" mixes the last ``depth`` evaluations of
@@ -310,7 +311,7 @@ class _MatrixMap:
             image = self.f(state)
         if not unversioned and flat._version != version:
             raise RuntimeError("f must not modify its argument in place")
-        if loose and type(image) is type(state) is Tensor and image.shape == state.shape and image.dtype == state.dtype:
+        if loose and self.layout.kind is Tensor and self.layout.fits(image):
             return image
         return self.layout.flatten(image)
 

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -18,8 +18,8 @@ DTYPES = (torch.float32, torch.float64, *HALVES)
 class Layout:
     """How a state lies in its matrix.
 
-    kind: Tensor, tuple or list. shapes, dtypes: of its tensors. samples: the leading sizes that count samples, () for
-    one sample. dtype: that of the matrix, float64 or float32.
+    kind: Tensor, tuple or list. shapes, dtypes, device: of its tensors. samples: the leading sizes that count samples,
+    () for one sample. dtype: that of the matrix, float64 or float32.
     """
 
     kind: type
@@ -27,6 +27,7 @@ class Layout:
     dtypes: tuple[torch.dtype, ...]
     samples: tuple[int, ...]
     dtype: torch.dtype
+    device: torch.device
 
     @cached_property
     def batch(self) -> int:
@@ -47,13 +48,8 @@ class Layout:
         return max(self.dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
     def flatten(self, state: State, name: str = "f's result") -> Tensor:
-        """(B, D); of one tensor a view where its strides allow."""
-        if (
-            type(state) is Tensor
-            and self.kind is Tensor
-            and state.shape == self.shapes[0]
-            and state.dtype == self.dtype
-        ):
+        """(B, D); of one tensor a view where its strides allow. Raises TypeError and ValueError naming ``name``."""
+        if self.kind is Tensor and self.dtype == self.dtypes[0] and self.fits(state):
             return state.reshape(self.batch, self.widths[0])
         parts = (state,) if isinstance(state, Tensor) else state
         self._check(state, parts, name)
@@ -61,6 +57,16 @@ class Layout:
         if len(parts) == 1:
             return parts[0].reshape(batch, self.widths[0]).to(self.dtype)
         return torch.cat([part.reshape(batch, n).to(self.dtype) for part, n in zip(parts, self.widths, strict=True)], 1)
+
+    def fits(self, state: object) -> bool:
+        """Whether ``state`` is one tensor as that of the layout, whose memory may be read as such."""
+        return (
+            type(state) is Tensor
+            and state.shape == self.shapes[0]
+            and state.dtype == self.dtypes[0]
+            and state.device == self.device
+            and state.layout is torch.strided
+        )
 
     def unflatten(self, flat: Tensor) -> State:
         """The state whose matrix is ``flat``: views of it, but for tensors of other dtypes."""
@@ -79,6 +85,13 @@ class Layout:
             raise TypeError(f"{name} must be {self._wanted()}; got {_told(state)}")
         if len(parts) != len(self.shapes) or any(p.shape != s for p, s in zip(parts, self.shapes, strict=True)):
             raise ValueError(f"{name} must be {self._wanted()}; got {_told(state)}")
+        for part in parts:
+            if part.layout is not torch.strided:
+                raise TypeError(f"{name} must be dense; got layout {part.layout}")
+            if not part.dtype.is_floating_point:
+                raise TypeError(f"{name} must be of the dtype of z0 or another floating one; got {part.dtype}")
+            if part.device != self.device:
+                raise ValueError(f"{name} must be on the device of z0, {self.device}; got {part.device}")
 
     def _wanted(self) -> str:
         shapes = [str(tuple(shape)) for shape in self.shapes]
@@ -92,13 +105,13 @@ def layout_of(z0: object, batch_dims: int | None) -> Layout:
     Raises TypeError and ValueError naming z0 or batch_dims.
     """
     if type(z0) is Tensor and z0.layout is torch.strided and (batch_dims is None or type(batch_dims) is int):
-        return _layout_of_tensor(z0.shape, z0.dtype, batch_dims)
+        return _layout_of_tensor(z0.shape, z0.dtype, z0.device, batch_dims)
     return _layout_of(z0, batch_dims)
 
 
 @functools.lru_cache(maxsize=256)
-def _layout_of_tensor(shape: torch.Size, dtype: torch.dtype, batch_dims: int | None) -> Layout:
-    return _layout_of(torch.empty(shape, dtype=dtype, device="meta"), batch_dims)
+def _layout_of_tensor(shape: torch.Size, dtype: torch.dtype, device: torch.device, batch_dims: int | None) -> Layout:
+    return replace(_layout_of(torch.empty(shape, dtype=dtype, device="meta"), batch_dims), device=device)
 
 
 def _layout_of(z0: object, batch_dims: int | None) -> Layout:
@@ -127,7 +140,7 @@ def _layout_of(z0: object, batch_dims: int | None) -> Layout:
         )
     dtypes = tuple(part.dtype for part in parts)
     dtype = torch.float64 if torch.float64 in dtypes else torch.float32
-    return Layout(kind, tuple(part.shape for part in parts), dtypes, samples, dtype)
+    return Layout(kind, tuple(part.shape for part in parts), dtypes, samples, dtype, parts[0].device)
 
 
 def _told(state: object) -> str:

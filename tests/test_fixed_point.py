@@ -467,6 +467,15 @@ def test_wrong_states():
         deq.fixed_point(lambda z: torch.zeros(2, 4), torch.zeros(2, 3))
     with pytest.raises(TypeError, match="f's result must be tensors of"):
         deq.fixed_point(lambda z: z[0], (torch.zeros(2, 3), torch.zeros(2, 1)))
+    with pytest.raises(TypeError, match="f's result must be dense; got layout torch"):
+        deq.fixed_point(lambda z: z.to_sparse(), torch.zeros(2, 3))
+    for dtype in (torch.complex64, torch.int32, torch.bool):
+        with pytest.raises(
+            TypeError, match=f"f's result must be of the dtype of z0 or another floating one; got {dtype}"
+        ):
+            deq.fixed_point(lambda z, dtype=dtype: z.to(dtype), torch.zeros(2, 3))
+    with pytest.raises(ValueError, match="f's result must be on the device of z0, cpu; got meta"):
+        deq.fixed_point(lambda z: (z[0], z[1].to("meta")), (torch.zeros(2, 3), torch.zeros(2, 1)))
     with pytest.raises(RuntimeError, match="f must not modify its argument in place"):
         deq.fixed_point(lambda z: z.add_(1), torch.zeros(2, 3))
     with pytest.raises(TypeError, match="f must be callable"):
@@ -496,3 +505,12 @@ def test_a_start_made_in_inference_mode():
     z, cold = deq.fixed_point(cell(W, c), z0, tol=1e-12).z, solve(W, c, tol=1e-12).z
     grads = (torch.autograd.grad(z, c, g)[0] for z in (z, cold))
     torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_result_on_another_device(solver, grad):
+    """Is named, where its memory would be read."""
+    w = torch.ones(3, requires_grad=grad)
+    with pytest.raises(ValueError, match="f's result must be on the device of z0, cpu; got meta"):
+        deq.fixed_point(lambda z: (0.5 * z + w).to("meta"), torch.zeros(2, 3), solver=solver)

@@ -264,6 +264,15 @@ def test_nan_and_divergence_beside_good_samples():
         assert torch.isfinite(z).all() and not (info["abs_lowest"][[0, 3]] > 1e-5).any()
 
 
+@pytest.mark.parametrize("solver", ["fixed_point_iter", "anderson", "broyden", "newton_krylov"])
+def test_results_whose_memory_cannot_be_read(solver):
+    run = ours.get_solver(solver)
+    with pytest.raises(ValueError, match="f's result must be on the device of z0, cpu; got meta"):
+        run(lambda z: (0.5 * z + 1).to("meta"), torch.zeros(4, 3))
+    with pytest.raises(TypeError, match="f's result must be dense; got layout torch"):
+        run(lambda z: (0.5 * z + 1).to_sparse(), torch.zeros(4, 3))
+
+
 def test_double_backward():
     w = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
     model = ours.get_deq(ift=True, f_max_iter=400, f_tol=1e-13, b_tol=1e-13, b_max_iter=400)

@@ -143,8 +143,7 @@ class _MatrixMap:
 
         def evaluate() -> Tensor:
             image = func(state)
-            fits = type(image) is Tensor and image.shape == state.shape and image.dtype == state.dtype
-            return image if fits else layout.flatten(image)
+            return image if layout.fits(image) else layout.flatten(image)
 
         return evaluate
 
