@@ -13,9 +13,10 @@ from .closures import graph_break, in_forward_mode, in_transform, watched
 from .held import Applied, held, with_others
 from .implicit_function import Equation, closed_over, full_precision
 from .implicit_function import fixed_point as implicit
-from .solution import Solution, report_failures
+from .solution import Solution, Status, report_failures
 from .solvers import generic
 from .solvers.generic import CRITERIA, METHODS, Rule
+from .solvers.generic.torch_steps import norm as norms
 from .state import Layout, State, layout_of
 
 BACKWARDS = ("implicit", "phantom", "one_step", "neumann", "unrolled")
@@ -205,8 +206,8 @@ def fixed_point_with(
             evaluate,
             start,
             result,
+            rule,
             backward,
-            options["damping"],
             options["backward_steps"],
             options["backward_damping"],
         )
@@ -327,25 +328,60 @@ def _differentiated(
     evaluate: Callable[[Tensor], Tensor],
     start: Tensor,
     result: generic.Result,
+    rule: Rule,
     backward: str,
-    damping: float,
     steps: int,
     backward_damping: float,
 ) -> Tensor:
-    """The fixed point with a gradient that is not exact, or unrolled."""
+    """The fixed point with a gradient that is not exact, or unrolled; of a sample that failed its best iterate."""
+    if backward == "unrolled":
+        return _unrolled(evaluate, start, result, rule)
+    if not result.told.is_converged():
+        evaluate = functools.partial(_where_finite, evaluate, start)
     if backward == "one_step":
         return evaluate(result.z)
-    z = result.z if backward == "phantom" else start
-    if backward == "phantom":
-        for _ in range(steps):
-            z = torch.lerp(z, evaluate(z), backward_damping)
-        return z
-    needed = result.iterations
-    for k in range(1, (int(needed.max()) if needed.numel() else 0) + 1):
-        image = evaluate(z)
-        step = image if damping == 1.0 else torch.lerp(z, image, damping)
-        z = torch.where((needed > k).unsqueeze(1), step, torch.where((needed == k).unsqueeze(1), image, z))
+    z = result.z
+    for _ in range(steps):
+        z = torch.lerp(z, evaluate(z), backward_damping)
     return z
+
+
+def _where_finite(evaluate: Callable[[Tensor], Tensor], start: Tensor, z: Tensor) -> Tensor:
+    """f(z), but z in the rows where that is not finite."""
+    image = evaluate(z)
+    finite = torch.isfinite(image).all(1, keepdim=True)
+    if bool(finite.all()):
+        return image
+    # Evaluated elsewhere in those rows: the derivative there times a gradient of zero would be NaN.
+    return torch.where(finite, evaluate(torch.where(finite, z, start)), z)
+
+
+def _unrolled(evaluate: Callable[[Tensor], Tensor], start: Tensor, result: generic.Result, rule: Rule) -> Tensor:
+    """The plain iteration once more, all of it in the graph."""
+    is_converged = result.told.is_converged()
+    converged = (result.status == int(Status.CONVERGED)).unsqueeze(1)
+    # The last evaluation of use: where f is not finite it has no derivative either.
+    last = (result.iterations - (result.status == int(Status.NONFINITE)).int()).unsqueeze(1)
+    best = torch.full_like(last, torch.inf, dtype=torch.float64)
+    y, z = start, result.z
+    for k in range(1, (max(1, int(last.max())) if last.numel() else 0) + 1):
+        image = evaluate(y)
+        take = last == k
+        if not is_converged:  # those that failed return their best image, as they do from a solve
+            measure = _measure(y.detach(), image.detach(), rule)
+            better = (measure < best) & (last >= k)
+            best = torch.where(better, measure, best)
+            take = torch.where(converged, take, better)
+        z = torch.where(take, image, z)
+        step = image if rule.damping == 1.0 else torch.lerp(y, image, rule.damping)
+        y = torch.where(last > k, step, start)
+    return z
+
+
+def _measure(y: Tensor, image: Tensor, rule: Rule) -> Tensor:
+    """By what a solve compares the images of points y: (B, 1) float64."""
+    step = norms(image - y)
+    return (step if rule.criterion == "absolute" else torch.where(step > 0, step / norms(image), step)).unsqueeze(1)
 
 
 def unknown_option(function: str, item: tuple[str, object], options: Sequence[str]) -> str:

@@ -514,3 +514,42 @@ def test_a_result_on_another_device(solver, grad):
     w = torch.ones(3, requires_grad=grad)
     with pytest.raises(ValueError, match="f's result must be on the device of z0, cpu; got meta"):
         deq.fixed_point(lambda z: (0.5 * z + w).to("meta"), torch.zeros(2, 3), solver=solver)
+
+
+@pytest.mark.parametrize("backward", ["one_step", "phantom", "unrolled"])
+def test_inexact_gradients_of_failed_samples(backward):
+    """z is finite where a solve's is, though f is not; nothing of it reaches the gradients of the others."""
+    c = torch.tensor([[4.0], [1.0], [3.0]], dtype=torch.float64).expand(3, 4).clone().requires_grad_()
+    options = {"solver": "plain", "backward": backward, "on_failure": "ignore"}
+
+    def run(c, **options):
+        solution = deq.fixed_point(lambda z: torch.sqrt(c - 1.5 * z), torch.zeros_like(c), **options)
+        return solution, solution.z
+
+    solution, z = run(c, **options)
+    assert solution.status.tolist() == [Status.CONVERGED, Status.NONFINITE, Status.CONVERGED]
+    with torch.no_grad():
+        torch.testing.assert_close(z, run(c, **options)[1], rtol=1e-9, atol=0)
+    grad = torch.autograd.grad(z.sum(), c)[0]
+    mates = torch.autograd.grad(run(c[[0, 2]], **options)[1].sum(), c)[0]
+    assert torch.isfinite(grad).all()
+    torch.testing.assert_close(grad[[0, 2]], mates[[0, 2]], rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("criterion", ["residual", "absolute"])
+@pytest.mark.parametrize("damping", [1.0, 0.7])
+def test_unrolled_returns_the_best_iterate(damping, criterion):
+    """Samples that grow end with what they began with, those that only lack evaluations with their last."""
+    rate = torch.tensor([[0.99], [3.5], [0.2]], dtype=torch.float64)
+    c = torch.linspace(1, 2, 12, dtype=torch.float64).view(3, 4)
+    x = c.clone().requires_grad_()
+    options = {"solver": "plain", "damping": damping, "criterion": criterion, "max_iter": 30, "on_failure": "ignore"}
+    plain, unrolled = (
+        deq.fixed_point(lambda z: x - rate * z, torch.zeros_like(c), backward=backward, **options)
+        for backward in ("implicit", "unrolled")
+    )
+    assert plain.status[1] != Status.CONVERGED and plain.status[2] == Status.CONVERGED
+    torch.testing.assert_close(unrolled.z, plain.z, rtol=1e-12, atol=0)
+    z = unrolled.z
+    (grad,) = torch.autograd.grad(z.sum(), x)
+    torch.testing.assert_close(grad * c, z.detach(), rtol=1e-9, atol=0)  # z is linear in x

@@ -273,6 +273,30 @@ def test_results_whose_memory_cannot_be_read(solver):
         run(lambda z: (0.5 * z + 1).to_sparse(), torch.zeros(4, 3))
 
 
+@pytest.mark.parametrize("options", [{}, {"grad": 3, "tau": 0.5}, {"ift": True}])
+@pytest.mark.parametrize("several", [False, True])
+def test_gradient_steps_leave_a_sample_where_it_was_finite(options, several):
+    """From its best iterate one sample has no finite image: its mates get the gradients that they get without it."""
+    c = torch.tensor([[4.0], [1.0], [3.0]], dtype=torch.float64).expand(3, 4).clone().requires_grad_()
+    w = torch.full((3, 1), 1.5, dtype=torch.float64, requires_grad=True)
+    good = [0, 2]
+
+    def run(c, w):
+        f = lambda z: torch.sqrt(c - w * z)  # noqa: E731
+        zeros = torch.zeros_like(c)
+        model = ours.get_deq(**options)
+        if several:
+            return model(lambda a, b: (f(b), f(a)), (zeros, zeros))[0][-1][0]
+        return model(f, zeros)[0][-1]
+
+    z, mates = run(c, w), run(c[good], w[good])
+    assert torch.isfinite(z).all() and torch.equal(z[1], torch.ones(4, dtype=torch.float64))
+    torch.testing.assert_close(z[good], mates, rtol=1e-3, atol=0)
+    (dw,), (expected,) = (torch.autograd.grad(z.sum(), w) for z in (z, mates))
+    torch.testing.assert_close(dw[good], expected[good], rtol=1e-2, atol=0)
+    assert torch.isfinite(dw).all() or "ift" in options
+
+
 def test_double_backward():
     w = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
     model = ours.get_deq(ift=True, f_max_iter=400, f_tol=1e-13, b_tol=1e-13, b_max_iter=400)

@@ -1,5 +1,6 @@
 """torchdeq's modules: ``deq(func, z_init) -> (states, info)``."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -101,7 +102,7 @@ class DEQBase(nn.Module):
         gap, places = self.args["sup_gap"], self.args["sup_loc"]
         found = []
         for k in range(1, steps + 1):
-            z = problem(z, self.args["tau"])
+            z = problem.step(z, self.args["tau"])
             if k == steps or (gap > 0 and k % gap == 0) or (gap <= 0 and k in places):
                 found.append(z)
         return found
@@ -169,6 +170,20 @@ class _Problem:
         new = self._matrix_map(self.func)(z) if self.several else self.func(z)
         return new if tau == 1.0 else torch.lerp(z, new, tau)
 
+    def step(self, z, tau: float):
+        """One gradient step from z; samples that would not be finite after it stay where they are."""
+        new = self(z, tau)
+        if self._are_finite(new):
+            return new
+        old = self.to_matrix(z)
+        finite = _finite_rows(self.to_matrix(new))
+        # From elsewhere for those samples: the derivative at z times a gradient of zero would be NaN.
+        new = self(self.of_matrix(torch.where(finite, old, self.to_matrix(self.start))), tau)
+        return self.of_matrix(torch.where(finite, self.to_matrix(new), old))
+
+    def _are_finite(self, z) -> bool:
+        return all(math.isfinite(generic.norm(part.detach())) for part in ((z,) if isinstance(z, Tensor) else z))
+
     def detach(self, z):
         return [part.detach() for part in z] if self.listed else z.detach()
 
@@ -201,6 +216,8 @@ class _Problem:
         """
         flat = self.to_matrix(z)
         image, tensors, graph = recorded(self._matrix_map, self.func, flat)
+        if advance and not self._are_finite(image):
+            image = torch.where(_finite_rows(image), image, flat)
         equation = Equation(
             closed_over(self._matrix_map(self.func), tensors),
             None,
@@ -247,6 +264,11 @@ class _Problem:
             point = self.to_matrix(z).detach().requires_grad_()
             image = self._matrix_map(self.func)(point)
         return power_method(image, point)[1].detach()
+
+
+def _finite_rows(flat: Tensor) -> Tensor:
+    """(B, 1)"""
+    return torch.isfinite(flat).all(1, keepdim=True)
 
 
 _cores: dict[str, type[nn.Module]] = {"indexing": DEQIndexing, "sliced": DEQSliced}
