@@ -46,7 +46,7 @@ def watched(f: Callable[[Tensor], Tensor], z: Tensor, near: Sequence[Tensor] = (
 
 def _watched_closely(f: Callable[[Tensor], Tensor], z: Tensor) -> tuple[Tensor, list[Tensor]]:
     with torch.no_grad(), _Calls() if in_transform() or in_forward_mode() else _Operators() as seen:
-        return f(z), list(seen.found.values())
+        return f(z), [tensor for tensor in seen.found.values() if tensor is not z]
 
 
 @dataclass(eq=False)

@@ -170,10 +170,11 @@ def fixed_point_with(
         report_failures(_solution(z, result, layout if fits else None, rule), on_failure, rule.tol, what)
 
     first = stranger = None
-    if not (torch.is_grad_enabled() or in_transform() or in_forward_mode()):
+    special = in_transform() or in_forward_mode()
+    if not (torch.is_grad_enabled() or special):
         tensors = ()
     elif tensors is None:
-        remembers = isinstance(f, Applied) and not (in_transform() or in_forward_mode())
+        remembers = isinstance(f, Applied) and not special
         tensors = f.recall() if remembers else None
         if tensors is None:
             first, tensors = watched(evaluate, start, held(f))
@@ -182,7 +183,8 @@ def fixed_point_with(
             stranger = functools.partial(_refuse_stranger, f)
     else:
         tensors = [t for t in tensors if isinstance(t, Tensor)]
-    if tensors and backward in ("implicit", "neumann"):
+    exact = backward in ("implicit", "neumann")
+    if special or (tensors and exact):  # a start may belong to a transform as well
         terms = options["backward_steps"] if backward == "neumann" else None
         equation = Equation(
             closed_over(evaluate, tensors),
@@ -194,14 +196,14 @@ def fixed_point_with(
             direct=functools.partial(evaluate.of, tensors),
             stranger=stranger,
             owns_start=fresh,
+            constant=not exact,
         )
-        hidden = None if first is None or in_transform() or in_forward_mode() else first
-        result = implicit(equation, start, tensors, hidden)
-        return _solution(layout.unflatten(result.z), result, layout, rule)
-    equation = Equation(closed_over(evaluate, ()), rule, adjoint, keep=keep, report=report)
-    result = equation.solve(start, first=first, owned=fresh and not tensors)
+        result = implicit(equation, start, tensors, None if special else first)
+    else:
+        equation = Equation(closed_over(evaluate, ()), rule, adjoint, keep=keep, report=report)
+        result = equation.solve(start, first=first, owned=fresh and not tensors)
     z = result.z
-    if tensors:
+    if tensors and not exact:
         z = _differentiated(
             evaluate,
             start,
@@ -336,7 +338,7 @@ def _differentiated(
     """The fixed point with a gradient that is not exact, or unrolled; of a sample that failed its best iterate."""
     if backward == "unrolled":
         return _unrolled(evaluate, start, result, rule)
-    if not result.told.is_converged():
+    if in_transform() or not result.told.is_converged():
         evaluate = functools.partial(_where_finite, evaluate, start)
     if backward == "one_step":
         return evaluate(result.z)
@@ -350,7 +352,7 @@ def _where_finite(evaluate: Callable[[Tensor], Tensor], start: Tensor, z: Tensor
     """f(z), but z in the rows where that is not finite."""
     image = evaluate(z)
     finite = torch.isfinite(image).all(1, keepdim=True)
-    if bool(finite.all()):
+    if not in_transform() and bool(finite.all()):
         return image
     # Evaluated elsewhere in those rows: the derivative there times a gradient of zero would be NaN.
     return torch.where(finite, evaluate(torch.where(finite, z, start)), z)
@@ -358,13 +360,13 @@ def _where_finite(evaluate: Callable[[Tensor], Tensor], start: Tensor, z: Tensor
 
 def _unrolled(evaluate: Callable[[Tensor], Tensor], start: Tensor, result: generic.Result, rule: Rule) -> Tensor:
     """The plain iteration once more, all of it in the graph."""
-    is_converged = result.told.is_converged()
+    is_converged = not in_transform() and result.told.is_converged()
     converged = (result.status == int(Status.CONVERGED)).unsqueeze(1)
     # The last evaluation of use: where f is not finite it has no derivative either.
     last = (result.iterations - (result.status == int(Status.NONFINITE)).int()).unsqueeze(1)
     best = torch.full_like(last, torch.inf, dtype=torch.float64)
     y, z = start, result.z
-    for k in range(1, (max(1, int(last.max())) if last.numel() else 0) + 1):
+    for k in range(1, max(1, _largest(last)) + 1):
         image = evaluate(y)
         take = last == k
         if not is_converged:  # those that failed return their best image, as they do from a solve
@@ -376,6 +378,13 @@ def _unrolled(evaluate: Callable[[Tensor], Tensor], start: Tensor, result: gener
         step = image if rule.damping == 1.0 else torch.lerp(y, image, rule.damping)
         y = torch.where(last > k, step, start)
     return z
+
+
+def _largest(numbers: Tensor) -> int:
+    """The largest, or 0: of all samples, where vmap shows one."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(numbers):
+        numbers = torch._C._functorch.get_unwrapped(numbers)
+    return int(numbers.max()) if numbers.numel() else 0
 
 
 def _measure(y: Tensor, image: Tensor, rule: Rule) -> Tensor:

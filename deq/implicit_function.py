@@ -45,6 +45,7 @@ class Equation:
     report: told the result of every solve.
     direct: the tensors t -> the map as far as f takes them as arguments, or None; what it takes otherwise stays in it.
     owns_start: whether :func:`fixed_point` may overwrite z0.
+    constant: whether the solution is to carry no gradient, under any transform.
     graph: None, or an evaluation of f near the solution whose leaves stand for t: the first backward pass uses it
         instead of evaluating f.
     stranger: None, or raises: called where the backward pass meets a tensor that f uses and that t lacks, though there
@@ -61,6 +62,7 @@ class Equation:
     direct: Callable[..., Map | None] = field(default=lambda *tensors: None)
     stranger: Callable[[], None] | None = None
     owns_start: bool = False
+    constant: bool = False
     graph: Graph | None = None
 
     def linear(self, bind: Callable[..., Map]) -> "Equation":
@@ -184,14 +186,14 @@ class _FixedPoint(torch.autograd.Function):
         last = result.z
         trajectory = [last if state is None else state for state in result.trajectory]
         z = result.z
-        if z is z0 or z is first:  # what comes in may not go out and be saved
-            z = z.view_as(z)
+        if z is z0 or z is first:  # what comes in may not go out and be saved, and a view has no tangent of its own
+            z = z.clone()
         return (z, result.iterations, result.residual, result.status, *(t.clone() for t in trajectory))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.equation, _, _, *tensors = inputs
-        ctx.mark_non_differentiable(*output[1:])
+        ctx.mark_non_differentiable(*output[0 if ctx.equation.constant else 1 :])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(output[0], *tensors)
         ctx.save_for_forward(output[0], *tensors)
@@ -205,6 +207,8 @@ class _FixedPoint(torch.autograd.Function):
         z, *tensors = ctx.saved_tensors
         moving = [i for i, tangent in enumerate(tangents) if tangent is not None]
         equation = ctx.equation
+        if equation.constant:
+            return (None,) * (4 + len(equation.keep))
 
         def along(*some: Tensor) -> Tensor:  # f at z as a function of what moves
             new = list(tensors)

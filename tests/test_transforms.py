@@ -11,6 +11,7 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.utils.checkpoint import checkpoint
 
 import deq
+from deq.torchdeq import get_deq
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning"),
@@ -128,6 +129,99 @@ def test_gradgradcheck_of_other_solvers(solver, problem):
         return deq.fixed_point(f, torch.zeros_like(c), tol=1e-13, solver=solver).z
 
     assert torch.autograd.gradcheck(run, (W, c)) and torch.autograd.gradgradcheck(run, (W, c))
+
+
+def inexact(backward):
+    options = {"backward": backward, "backward_steps": 3, "tol": 1e-12, "solver": "plain"}
+    return lambda W, c: deq.fixed_point(lambda z: torch.tanh(z @ W.mT + c), torch.zeros_like(c), **options).z
+
+
+def torchdeq(ift):
+    model = get_deq(ift=ift, f_tol=1e-13, b_tol=1e-13, f_max_iter=200, b_max_iter=200, grad=3, tau=0.5)
+    return lambda W, c: model(lambda z: torch.tanh(z @ W.mT + c), torch.zeros_like(c))[0][-1]
+
+
+INEXACT = {name: inexact(name) for name in ("one_step", "phantom", "unrolled")} | {"torchdeq": torchdeq(False)}
+
+
+@pytest.mark.parametrize("name", INEXACT)
+def test_inexact_gradients(name, problem):
+    """Under a transform as by autograd: what is not differentiated there is constant here."""
+    W, c, g = problem
+    solve = INEXACT[name]
+    leaves = [t.clone().requires_grad_() for t in (W, c)]
+    expected = torch.autograd.grad((solve(*leaves) * g).sum(), leaves, create_graph=True)
+    loss = lambda W, c: (solve(W, c) * g).sum()  # noqa: E731
+    close(grad(loss, (0, 1))(W, c), expected)
+    directions = c.T @ c, g
+    along = sum((a * b).sum() for a, b in zip(expected, directions, strict=True))
+    close(jvp(loss, (W, c), directions)[1], along)
+    with forward_ad.dual_level():
+        dual = loss(*(forward_ad.make_dual(a, b) for a, b in zip((W, c), directions, strict=True)))
+        close(forward_ad.unpack_dual(dual).tangent, along)
+    each = vmap(grad(lambda W, c, g: (solve(W, c) * g).sum(), 1), (None, 0, 0))(W, c, g)
+    close(each, expected[1])
+    twice = torch.autograd.grad(sum(part.square().sum() for part in expected), leaves)
+    squares = lambda W, c: sum(part.square().sum() for part in grad(loss, (0, 1))(W, c))  # noqa: E731
+    close(grad(squares, (0, 1))(W, c), twice)
+
+
+def test_exact_gradients_of_torchdeq(problem):
+    W, c, g = problem
+    solve = torchdeq(True)
+    loss = lambda f: lambda W, c: (f(W, c) * g).sum()  # noqa: E731
+    close(grad(loss(solve), (0, 1))(W, c), grad(loss(unrolled), (0, 1))(W, c))
+    close(jvp(solve, (W, c), (c.T @ c, g)), jvp(unrolled, (W, c), (c.T @ c, g)))
+    close(vmap(solve, (None, 0))(W, c), unrolled(W, c))
+    total = lambda f: lambda c: f(W, c[None]).square().sum()  # noqa: E731
+    close(hessian(total(solve))(c[0]), hessian(total(unrolled))(c[0]))
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(solve(W, forward_ad.make_dual(c, g))).tangent
+    close(tangent, jvp(unrolled, (W, c), (torch.zeros_like(W), g))[1])
+
+
+@SOLVES
+def test_reverse_mode_of_reverse_mode(solve, problem):
+    W, c, g = problem
+
+    def pulled(f):
+        return lambda c: vjp(lambda c: f(W, c), c)[1](g)[0]
+
+    def pushed(f):
+        _, pull = vjp(lambda c: f(W, c), c)
+        return vjp(lambda u: pull(u)[0], torch.zeros_like(c))[1](g)[0]
+
+    close(vjp(pulled(solve), c)[1](g), vjp(pulled(unrolled), c)[1](g))
+    close(jvp(pulled(solve), (c,), (g,)), jvp(pulled(unrolled), (c,), (g,)))
+    close(pushed(solve), pushed(unrolled))
+
+
+@pytest.mark.parametrize("solver", ["anderson", "newton_krylov"])
+def test_an_equilibrium_inside_of_another(solver, problem):
+    W, c, _ = problem
+
+    def nested(W, solve):
+        inner = lambda v: solve(lambda y: torch.tanh(0.3 * y + v), torch.zeros_like(c))  # noqa: E731
+        return solve(lambda z: torch.tanh(0.4 * inner(0.3 * z @ W) + c), torch.zeros_like(c))
+
+    def iterate(f, z):
+        for _ in range(60):
+            z = f(z)
+        return z
+
+    ours = lambda W: nested(W, lambda f, z: deq.fixed_point(f, z, solver=solver, tol=1e-13).z)  # noqa: E731
+    close(ours(W), nested(W, iterate))
+    expected = grad(lambda W: nested(W, iterate).sum())(W)
+    close(grad(lambda W: ours(W).sum())(W), expected)
+    leaf = W.clone().requires_grad_()
+    close(torch.autograd.grad(ours(leaf).sum(), leaf)[0], expected)
+
+
+def test_a_start_that_alone_belongs_to_a_transform():
+    starts = torch.linspace(0.1, 0.9, 6, dtype=torch.float64).view(3, 2)
+    z = vmap(lambda z0: deq.fixed_point(torch.cos, z0, tol=1e-13).z)(starts)
+    close(z, torch.full_like(starts, 0.7390851332151607))
+    assert not grad(lambda z0: deq.fixed_point(torch.cos, z0).z.sum())(starts).any()
 
 
 class Block(nn.Module):

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..closures import graph_break, recorded
+from ..closures import graph_break, in_forward_mode, in_transform, recorded, watched
 from ..held import with_others
-from ..implicit_function import Equation, attached, closed_over
+from ..implicit_function import Equation, attached, closed_over, fixed_point
 from ..solvers import generic
 from ..solvers.generic import Rule
 from ..state import Layout, layout_of
@@ -19,7 +19,7 @@ from .arguments import OPTIONS, gather, refuse
 from .dropout import reset_dropout
 from .loss import power_method
 from .norm import reset_norm
-from .solver import get_solver
+from .solver import SolverStat, get_solver
 
 
 class DEQBase(nn.Module):
@@ -182,6 +182,8 @@ class _Problem:
         return self.of_matrix(torch.where(finite, self.to_matrix(new), old))
 
     def _are_finite(self, z) -> bool:
+        if in_transform():  # which does not say
+            return False
         return all(math.isfinite(generic.norm(part.detach())) for part in ((z,) if isinstance(z, Tensor) else z))
 
     def detach(self, z):
@@ -199,6 +201,8 @@ class _Problem:
     def solve(self, z, limit: int, options: dict, indexing=None):
         config = self.model.args
         options = {"tol": config["f_tol"], "stop_mode": config["f_stop_mode"]} | options
+        if hasattr(self.model.f_solver, "rule_of") and (in_transform() or in_forward_mode()):
+            return self._solve_below(z, limit, options, indexing or ())
         if indexing is not None:
             options["indexing"] = indexing
         with torch.no_grad(), parametrize.cached():  # weights are computed once a solve
@@ -206,6 +210,20 @@ class _Problem:
         if indexing is not None:  # what the solver did not reach is its last state
             trajectory = list(trajectory) + [z] * (len(indexing) - len(trajectory))
         return z, trajectory, info
+
+    def _solve_below(self, z, limit: int, options: dict, indexing: Sequence[int]):
+        """As :meth:`solve` where tensors belong to a transform of torch.func or carry tangents, of which the solver
+        must see nothing. Of the statistics there are rel_lowest and nstep."""
+        options = dict(options)
+        if options.pop("return_final", False):
+            raise ValueError("return_final is not available inside transforms of torch.func and forward mode")
+        f, flat, rule = self._matrix_map(self.func), self.to_matrix(z), self.model.f_solver.rule_of(limit, **options)
+        _, tensors = watched(f, flat)
+        keep = tuple(sorted(set(indexing)))
+        equation = Equation(closed_over(f, tensors), rule, rule, keep=keep, constant=True)
+        result = fixed_point(equation, flat.detach(), tensors, None)
+        info = SolverStat(rel_lowest=result.residual.float(), nstep=result.iterations.float())
+        return self.of_matrix(result.z), [self.of_matrix(state) for state in result.trajectory], info
 
     def implicit(self, z, advance: bool = True):
         """z, or one evaluation on from it, with the exact gradient of the fixed point.
@@ -215,7 +233,10 @@ class _Problem:
         the solution as torchdeq's.
         """
         flat = self.to_matrix(z)
-        image, tensors, graph = recorded(self._matrix_map, self.func, flat)
+        if in_transform():
+            (image, tensors), graph = watched(self._matrix_map(self.func), flat), None
+        else:
+            image, tensors, graph = recorded(self._matrix_map, self.func, flat)
         if advance and not self._are_finite(image):
             image = torch.where(_finite_rows(image), image, flat)
         equation = Equation(
