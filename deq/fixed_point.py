@@ -297,7 +297,7 @@ class _MatrixMap:
         it is a view."""
         if not self.layout.is_view:
             return functools.partial(self, flat)
-        return functools.partial(self._at, flat, self.layout.unflatten(flat), flat.is_inference(), loose=True)
+        return functools.partial(self._at, flat, self.layout.unflatten(flat), flat.is_inference(), True)
 
     def of(self, old: Sequence[Tensor], *new: Tensor) -> "_MatrixMap | None":
         """The same of the ``new`` tensors in place of the ``old`` ones; None if f does not hold
@@ -314,7 +314,7 @@ class _MatrixMap:
             image = self.f(state)
         if not unversioned and flat._version != version:
             raise RuntimeError("f must not modify its argument in place")
-        if loose and self.layout.kind is Tensor and self.layout.fits(image):
+        if loose and self.layout.fits(image):
             return image
         return self.layout.flatten(image)
 

@@ -49,7 +49,7 @@ class Layout:
 
     def flatten(self, state: State, name: str = "f's result") -> Tensor:
         """(B, D); of one tensor a view where its strides allow. Raises TypeError and ValueError naming ``name``."""
-        if self.kind is Tensor and self.dtype == self.dtypes[0] and self.fits(state):
+        if self.fits(state) and self.dtypes[0] is self.dtype:
             return state.reshape(self.batch, self.widths[0])
         parts = (state,) if isinstance(state, Tensor) else state
         self._check(state, parts, name)
@@ -59,11 +59,11 @@ class Layout:
         return torch.cat([part.reshape(batch, n).to(self.dtype) for part, n in zip(parts, self.widths, strict=True)], 1)
 
     def fits(self, state: object) -> bool:
-        """Whether ``state`` is one tensor as that of the layout, whose memory may be read as such."""
+        """Whether ``state`` is one tensor, as the layout's, whose memory may be read as such."""
         return (
-            type(state) is Tensor
+            type(state) is self.kind is Tensor
             and state.shape == self.shapes[0]
-            and state.dtype == self.dtypes[0]
+            and state.dtype is self.dtypes[0]
             and state.device == self.device
             and state.layout is torch.strided
         )

@@ -184,7 +184,9 @@ class _Problem:
     def _are_finite(self, z) -> bool:
         if in_transform():  # which does not say
             return False
-        return all(math.isfinite(generic.norm(part.detach())) for part in ((z,) if isinstance(z, Tensor) else z))
+        if isinstance(z, Tensor):
+            return math.isfinite(generic.norm(z.detach()))
+        return all(map(self._are_finite, z))
 
     def detach(self, z):
         return [part.detach() for part in z] if self.listed else z.detach()
