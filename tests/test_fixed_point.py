@@ -80,9 +80,33 @@ def test_a_sample_does_not_see_its_mates(solver):
     for i in range(6):
         alone = deq.fixed_point(f(c[i : i + 1]), torch.zeros(1, 16, dtype=c.dtype), solver=solver, tol=1e-8)
         assert int(alone.status) == int(together.status[i]) == Status.CONVERGED
-        if solver != "newton_krylov":  # whose inner products are multiplied for all samples together
-            assert torch.equal(alone.z[0], together.z[i])
-            assert int(alone.iterations) == int(together.iterations[i])
+        assert torch.equal(alone.z[0], together.z[i])
+        assert int(alone.iterations) == int(together.iterations[i])
+
+
+@pytest.mark.parametrize("max_iter", [1, 2, 3, 17, 30, 500])
+def test_newton_krylov_of_a_sample_with_a_hard_mate(max_iter):
+    """Which takes twice the products: each counts its own, and none has more than it may."""
+    torch.manual_seed(0)
+    A = torch.randn(60, 60, dtype=torch.float64)
+    A *= 2 / torch.linalg.matrix_norm(A, 2)
+    rate, c = torch.tensor([[0.09], [1.0]], dtype=torch.float64), torch.randn(2, 60, dtype=torch.float64)
+    options = {"solver": "newton_krylov", "max_iter": max_iter, "on_failure": "ignore", "keep": (2, 12)}
+
+    def run(rows):
+        f = lambda z: torch.tanh(rate[rows] * (z.unsqueeze(1) * A).sum(2) + c[rows])  # noqa: E731
+        return deq.fixed_point(f, torch.zeros_like(c[rows]), **options)
+
+    together = run(slice(0, 2))
+    assert (together.iterations <= max_iter).all()
+    for i in range(2):
+        alone = run(slice(i, i + 1))
+        assert torch.equal(alone.z[0], together.z[i]) and torch.equal(alone.residual[0], together.residual[i])
+        assert (int(alone.status), int(alone.iterations)) == (int(together.status[i]), int(together.iterations[i]))
+        for state, of_all in zip(alone.trajectory, together.trajectory, strict=True):
+            assert state is None or torch.equal(state[0], of_all[i])
+    if max_iter == 500:
+        assert together.converged.all() and together.iterations[1] > 1.5 * together.iterations[0]
 
 
 @pytest.mark.parametrize("solver", SOLVERS)

@@ -31,14 +31,13 @@ def newton_krylov(
 ) -> Result:
     """See :func:`deq.solvers.generic.run`; products count as evaluations, but have no place in the trace."""
     steps = TorchSteps(y0, replace(rule, method="plain", damping=1.0))
-    trajectory: list[Tensor | None] = [None] * len(keep)
+    kept, reached = [y0.clone() for _ in keep], [torch.zeros_like(steps.status, dtype=torch.bool) for _ in keep]
     point, direction = y0.clone(), torch.zeros_like(y0)
     best = torch.full_like(steps.residual, torch.inf)  # measure at point
     share = torch.zeros_like(best)  # of the direction that was taken; none before the first
     forcing = torch.full_like(best, GROSSEST)
-    zero = f(torch.zeros_like(y0)) if rule.affine else None
-    products = int(rule.affine)
-    charged = torch.full_like(steps.iterations, products)  # to every sample that ran while they were made
+    zero = None  # f(0) of an affine f
+    products = torch.zeros_like(steps.iterations)  # of every sample, f(0) with them
     while True:
         trial = steps.y
         # A trial without a finite image is a step too long, not an end, as long as it can be halved.
@@ -48,11 +47,16 @@ def newton_krylov(
         steps.advance(image)
         if traced:
             steps.note()
+        spent = steps.iterations + products
         for i, k in enumerate(keep):
-            if trajectory[i] is None and steps.evaluations + products >= k:
-                trajectory[i] = steps.z.clone()
+            due = (spent >= k) & ~reached[i]
+            kept[i] = torch.where(due.unsqueeze(1), steps.z, kept[i])
+            reached[i] |= due
+        steps.status = torch.where(
+            (steps.status == RUNNING) & (spent >= rule.max_iter), _at_the_end(steps), steps.status
+        )
         running = steps.status == RUNNING
-        if not bool(running.any()) or steps.evaluations + products >= rule.max_iter:
+        if not bool(running.any()):
             break
         g = image - trial
         measure = norm(g)
@@ -64,18 +68,33 @@ def newton_krylov(
         best = torch.where(accept, measure, best)
         share = torch.where(accept, 1.0, share / 2)
         if bool(accept.any()):
-            product = _product(f, trial, zero, g)
-            left = rule.max_iter - steps.evaluations - products - 1
+            left = rule.max_iter - 1 - spent  # but for the evaluation of the next trial
+            if rule.affine and zero is None:  # all samples that run are here for the first time
+                left = left - 1
+                if bool((accept & (left > 0)).any()):
+                    zero = f(torch.zeros_like(y0))
+                    products += running.to(products.dtype)
+            limit = torch.where(accept, left.clamp(0, rule.depth), 0)
             right = torch.where(accept.unsqueeze(1), g, 0.0)
-            s, used = gmres(product, right, forcing, max(1, min(rule.depth, left)))
+            s, used = gmres(_product(f, trial, zero, g), right, forcing, limit) if bool(limit.any()) else (g, 0)
             products += used
-            charged += torch.where(running, used, 0).to(torch.int32)
+            s = torch.where((limit > 0).unsqueeze(1), s, g)  # no product left: a plain step
             direction = torch.where(accept.unsqueeze(1), s, direction)
         following = point + share.to(y0.dtype).unsqueeze(1) * direction
         steps.y = torch.where(running.unsqueeze(1), following, steps.y)
-    steps.status = torch.where(steps.status == RUNNING, int(Status.MAX_ITER), steps.status)
-    steps.iterations += charged
+    steps.iterations += products
+    trajectory = [
+        torch.where(some.unsqueeze(1), z, steps.z) if bool(some.any()) else None
+        for z, some in zip(kept, reached, strict=True)
+    ]
     return Result.of(steps, trajectory)
+
+
+def _at_the_end(steps: TorchSteps) -> Tensor:
+    """The status of samples that may not be evaluated any more."""
+    rule = steps.rule
+    met = (steps.measure <= rule.tol) & (rule.criterion != "error")
+    return torch.where(met, int(Status.CONVERGED), int(Status.MAX_ITER)).to(torch.uint8)
 
 
 def _product(f, y: Tensor, zero: Tensor | None, g: Tensor) -> Callable[[Tensor], Tensor]:
@@ -89,28 +108,32 @@ def _product(f, y: Tensor, zero: Tensor | None, g: Tensor) -> Callable[[Tensor],
     return lambda v: v - push(v)[0]
 
 
-def gmres(product: Callable[[Tensor], Tensor], b: Tensor, forcing: Tensor, depth: int) -> tuple[Tensor, int]:
-    """x (B, D) with ``||b - A x|| <= forcing ||b||`` for every sample, or after depth products; and the products.
+def gmres(product: Callable[[Tensor], Tensor], b: Tensor, forcing: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
+    """x (B, D) with ``||b - A x|| <= forcing ||b||`` for every sample, or after ``limit`` (B,) products, and how many
+    each of them took: none where b is zero.
 
-    Arnoldi with two passes of Gram-Schmidt; the Hessenberg matrices are triangularised by rotations in float64.
+    Arnoldi with two passes of Gram-Schmidt; the Hessenberg matrices are triangularised by rotations in float64. The
+    space of a sample grows until it has its x, whatever its mates do: what is added for them later are zeros, which
+    have no pivot.
     """
     B, D = b.shape
+    depth = int(limit.max())
     wide = {"dtype": torch.float64, "device": b.device}
     size = norm(b)
-    live = size > 0
+    grows = (size > 0) & (limit > 0)
+    used = torch.zeros_like(limit)
     V = b.new_zeros(B, depth + 1, D)
-    V[:, 0] = b / torch.where(live, size, 1.0).to(b.dtype).unsqueeze(1)
+    V[:, 0] = b / torch.where(size > 0, size, 1.0).to(b.dtype).unsqueeze(1)
     R = torch.zeros(B, depth, depth, **wide)
     cos, sin = torch.zeros(B, depth, **wide), torch.zeros(B, depth, **wide)
     t = torch.zeros(B, depth + 1, **wide)
     t[:, 0] = size
-    used = 0
     for k in range(depth):
-        w = product(V[:, k])
-        used = k + 1
+        w = torch.where(grows.unsqueeze(1), product(V[:, k]), 0.0)
+        used += grows
         h = torch.zeros(B, k + 1, **wide)
         for _ in range(2):
-            dots = (V[:, : k + 1] @ w.unsqueeze(2)).squeeze(2)
+            dots = (V[:, : k + 1] * w.unsqueeze(1)).sum(2)  # a product of matrices rounds by the number of samples
             w = w - (dots.unsqueeze(1) @ V[:, : k + 1]).squeeze(1)
             h += dots
         length = norm(w)
@@ -127,14 +150,21 @@ def gmres(product: Callable[[Tensor], Tensor], b: Tensor, forcing: Tensor, depth
         h[:, k] = radius
         R[:, : k + 1, k] = h
         t[:, k], t[:, k + 1] = cos[:, k] * t[:, k], -sin[:, k] * t[:, k]
-        if not bool((live & (t[:, k + 1].abs() > forcing * size)).any()):
+        grows = grows & (t[:, k + 1].abs() > forcing * size) & (limit > k + 1)
+        if not bool(grows.any()):
             break
-    # A singular direction is left out: its pivot is made infinite.
-    R = R[:, :used, :used]
+    return _combined(R, t, V, k + 1), used
+
+
+def _combined(R: Tensor, t: Tensor, V: Tensor, n: int) -> Tensor:
+    """``sum_j x_j V_j`` (B, D) with ``R x = t``, by columns: zeros that follow change no bit of it."""
     pivot = R.diagonal(dim1=1, dim2=2)
-    largest = pivot.abs().amax(1, keepdim=True)
-    usable = torch.isfinite(pivot) & (pivot.abs() > 1e-14 * largest)
-    R = torch.diagonal_scatter(R, torch.where(usable, pivot, torch.inf), dim1=1, dim2=2)
-    x = torch.linalg.solve_triangular(R, t[:, :used].unsqueeze(2), upper=True)
-    x = torch.where(torch.isfinite(x), x, 0.0).to(b.dtype)
-    return (x.transpose(1, 2) @ V[:, :used]).squeeze(1), used
+    # A singular direction is left out.
+    usable = torch.isfinite(pivot) & (pivot.abs() > 1e-14 * pivot.abs().amax(1, keepdim=True))
+    t, found = t.clone(), torch.zeros_like(V[:, 0])
+    for j in reversed(range(n)):
+        x = torch.where(usable[:, j], t[:, j] / pivot[:, j], 0.0)
+        x = torch.where(torch.isfinite(x), x, 0.0)
+        t[:, :n] -= R[:, :n, j] * x.unsqueeze(1)
+        found += x.to(V.dtype).unsqueeze(1) * V[:, j]
+    return found
