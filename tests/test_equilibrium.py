@@ -122,6 +122,16 @@ def test_autocast(block, x):
     torch.testing.assert_close(gradient, plain, rtol=0.1, atol=0.02 * float(plain.abs().max()))  # x was rounded
 
 
+def test_multiscale_block_behind_a_layer_under_autocast():
+    torch.manual_seed(0)
+    block, stem, x = deq.nn.MultiscaleBlock([4, 8]), nn.Conv2d(3, 4, 1), torch.randn(2, 3, 8, 8)
+    layer = deq.nn.Equilibrium(block, init=block.start, on_failure="raise")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        z = layer(stem(x))
+    assert [part.dtype for part in z] == [torch.float32, torch.float32]
+    torch.testing.assert_close(z, layer(stem(x)), rtol=0.05, atol=0.05)
+
+
 def test_multiscale_classifier_of_digits():
     """Three resolutions solved together tell real handwritten digits apart after a few steps of training."""
     datasets = pytest.importorskip("sklearn.datasets", reason="scikit-learn is not installed (bench extra)")

@@ -54,12 +54,13 @@ class MultiscaleBlock(nn.Module):
         return nn.Sequential(*steps)
 
     def start(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Zeros of the shapes of the state for x."""
+        """Zeros of the shapes of the state for x, in the dtype of the parameters: under autocast x may have another."""
         B, _, H, W = x.shape
         coarsest = 2 ** (len(self.channels) - 1)
         if H % coarsest or W % coarsest:
             raise ValueError(f"x must have height and width divisible by {coarsest}; got {H} and {W}")
-        return tuple(x.new_zeros(B, c, H >> i, W >> i) for i, c in enumerate(self.channels))
+        dtype = self.norm.weight.dtype
+        return tuple(x.new_zeros(B, c, H >> i, W >> i, dtype=dtype) for i, c in enumerate(self.channels))
 
     def forward(self, z: tuple[Tensor, ...], x: Tensor) -> tuple[Tensor, ...]:
         maps = [branch(part) for branch, part in zip(self.branches, z, strict=True)]
