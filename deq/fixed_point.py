@@ -4,7 +4,7 @@ import difflib
 import functools
 import math
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -85,7 +85,7 @@ def fixed_point(
     backward_damping: float = 0.5,
     keep: Sequence[int] = (),
     batch_dims: int | None = None,
-    tensors: Sequence[Tensor] | None = None,
+    tensors: Sequence[Tensor] | Tensor | None = None,
     on_failure: str = "warn",
     **unknown,
 ) -> StateSolution:
@@ -113,8 +113,8 @@ def fixed_point(
             to the incoming gradient, with criterion "residual".
         keep: evaluations, counted from 1, after which the best states so far are wanted in ``solution.trajectory``.
         batch_dims: how many leading dimensions count samples, where the rule of z0 does not fit.
-        tensors: all tensors that f closes over and that need gradients, where they are known: f is then not watched,
-            which costs up to 15 us an operator of f where it uses tensors that are no leaves.
+        tensors: all tensors that f closes over and that need gradients, or the only one, where they are known: f is
+            then not watched, which costs up to 15 us an operator of f where it uses tensors that are no leaves.
         on_failure: "warn", "raise" (:class:`deq.ConvergenceError`) or "ignore" when samples do not converge.
 
     Returns:
@@ -147,7 +147,10 @@ def fixed_point_with(
         raise TypeError(f"f must be callable; got {type(f).__name__}")
     layout = layout_of(z0, batch_dims)
     checked = {name: value for name, value in options.items() if name not in ("batch_dims", "tensors")}
-    checked["keep"] = tuple(options["keep"])
+    if tensors is not None:
+        tensors = [tensors] if isinstance(tensors, Tensor) else _listed("tensors", tensors, Tensor, "tensors")
+    keep = options["keep"]
+    checked["keep"] = keep if type(keep) is tuple else tuple(_listed("keep", keep, numbers.Integral, "integers"))
     try:
         rule, adjoint, keep = _rules(layout.coarsest, **checked)
     except TypeError:  # what has no hash is named
@@ -181,8 +184,6 @@ def fixed_point_with(
             tensors = f.learn(tensors) if remembers else tensors
         if remembers and f.is_known():
             stranger = functools.partial(_refuse_stranger, f)
-    else:
-        tensors = [t for t in tensors if isinstance(t, Tensor)]
     exact = backward in ("implicit", "neumann")
     if special or (tensors and exact):  # a start may belong to a transform as well
         terms = options["backward_steps"] if backward == "neumann" else None
@@ -399,6 +400,16 @@ def unknown_option(function: str, item: tuple[str, object], options: Sequence[st
     close = difflib.get_close_matches(name, list(options), n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
     return f"{function} has no option {name}={value!r}; {hint}allowed are {', '.join(options)}"
+
+
+def _listed(name: str, value: object, kind: type, kinds: str) -> list:
+    if not isinstance(value, Iterable):
+        raise TypeError(f"{name} must be a sequence of {kinds}; got {value!r}")
+    items = list(value)
+    for item in items:
+        if not isinstance(item, kind):
+            raise TypeError(f"{name} must be a sequence of {kinds}; got one with {item!r}")
+    return items
 
 
 def _check_choice(name: str, value: object, allowed: Sequence[str]) -> None:

@@ -469,6 +469,11 @@ def test_memory_between_forward_and_backward():
         ({"on_failure": "warning"}, ValueError, "on_failure must be one of"),
         ({"batch_dims": 3}, ValueError, r"batch_dims must lie in 0..2"),
         ({"keep": (0,)}, ValueError, "keep must be at least 1"),
+        ({"keep": 3}, TypeError, "keep must be a sequence of integers; got 3"),
+        ({"keep": [1, 2.5]}, TypeError, "keep must be a sequence of integers; got one with 2.5"),
+        ({"keep": (1, 2.5)}, TypeError, "keep must be an integer; got 2.5"),
+        ({"tensors": 5}, TypeError, "tensors must be a sequence of tensors; got 5"),
+        ({"tensors": [torch.zeros(2), None]}, TypeError, "tensors must be a sequence of tensors; got one with None"),
     ],
 )
 def test_wrong_options(options, error, message):
@@ -577,3 +582,14 @@ def test_unrolled_returns_the_best_iterate(damping, criterion):
     z = unrolled.z
     (grad,) = torch.autograd.grad(z.sum(), x)
     torch.testing.assert_close(grad * c, z.detach(), rtol=1e-9, atol=0)  # z is linear in x
+
+
+def test_tensors_that_are_known():
+    """Named one by one, or the only one by itself."""
+    W, c, g = gaussian(8, 3, torch.float64)
+    W, c = W.requires_grad_(), c.requires_grad_()
+    expected = torch.autograd.grad(solve(W, c, tol=1e-12).z, (W, c), g)
+    known = solve(W, c, tol=1e-12, tensors=(t for t in (W, c))).z
+    torch.testing.assert_close(torch.autograd.grad(known, (W, c), g), expected, rtol=1e-9, atol=1e-11)
+    only = solve(W, c.detach(), tol=1e-12, tensors=W).z
+    torch.testing.assert_close(torch.autograd.grad(only, W, g)[0], expected[0], rtol=1e-9, atol=1e-11)
