@@ -156,6 +156,24 @@ def test_monotone_convolution(mu):
     torch.testing.assert_close(solved, torch.relu(layer(solved) + x), rtol=1e-7, atol=1e-8)
 
 
+def test_warm_start_after_a_change_of_dtype_or_shape():
+    """Begins anew, as the layer does by itself; what is still known is used."""
+    torch.manual_seed(0)
+    layer = deq.nn.Equilibrium(lambda z, x: torch.tanh(0.8 * z.roll(1, 1) + x), on_failure="raise")
+    warm = deq.nn.WarmStart(layer)
+    x = torch.randn(4, 10)
+    for other in (x, x.double(), x[:, :7], x):
+        assert torch.equal(warm(other), layer(other))
+    warm(x[:2].double(), keys=[0, 1])
+    warm(x)
+    assert (layer.solution.iterations[2:] < layer.solution.iterations[:2].min()).all()
+    linear = deq.nn.EquilibriumLinear(3, 6)
+    warm, x = deq.nn.WarmStart(linear), torch.randn(4, 3)
+    assert warm(x).dtype == torch.float32
+    linear.double()
+    assert torch.equal(warm(x.double()), linear(x.double()))
+
+
 def test_warm_start():
     torch.manual_seed(0)
     layer = deq.nn.Equilibrium(lambda z, x: torch.tanh(0.8 * z.roll(1, 1) + x), on_failure="raise")

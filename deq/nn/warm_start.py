@@ -16,8 +16,9 @@ class WarmStart(nn.Module):
     capacity: samples remembered at most; the ones used longest ago are forgotten.
 
     ``warm(*inputs, keys=None)``: keys names the samples of the batch; without, the i-th sample follows the i-th of the
-    last call. A sample that is not known starts at zero. Where a map has several equilibria, a warm start may find
-    another one than a cold start. The memory holds no graph, is not saved, and :meth:`forget` empties it.
+    last call. A sample that is not known, or only with inputs or parameters of another shape, dtype or device, starts
+    at zero. Where a map has several equilibria, a warm start may find another one than a cold start. The memory holds
+    no graph, is not saved, and :meth:`forget` empties it.
     """
 
     def __init__(self, layer: nn.Module, capacity: int = 65536):
@@ -25,7 +26,7 @@ class WarmStart(nn.Module):
         if not isinstance(capacity, int) or capacity < 1:
             raise ValueError(f"capacity must be a positive integer; got {capacity!r}")
         self.layer, self.capacity = layer, capacity
-        self._memory: OrderedDict[Hashable, list[Tensor]] = OrderedDict()
+        self._memory: OrderedDict[Hashable, tuple[tuple, list[Tensor]]] = OrderedDict()  # :meth:`_like`, the state
         self._kind: type = Tensor
 
     def forget(self) -> None:
@@ -37,29 +38,37 @@ class WarmStart(nn.Module):
         names = range(n) if keys is None else keys
         if len(names) != n:
             raise ValueError(f"keys must name {n} samples; got {len(names)}")
-        z = self.layer(*inputs, z0=self._start(names))
-        self._remember(names, z)
+        like = self._like(inputs)
+        z = self.layer(*inputs, z0=self._start(names, like))
+        self._remember(names, like, z)
         return z
 
-    def _start(self, names: Sequence[Hashable]) -> State | None:
+    def _start(self, names: Sequence[Hashable], like: tuple) -> State | None:
         known = [self._memory.get(name) for name in names]
+        known = [entry[1] if entry is not None and entry[0] == like else None for entry in known]
         model = next((parts for parts in known if parts is not None), None)
         if model is None:
             return None
-        fits = lambda parts: [p.shape for p in parts] == [p.shape for p in model]  # noqa: E731
-        rows = [parts if parts and fits(parts) else [torch.zeros_like(p) for p in model] for parts in known]
+        rows = [[torch.zeros_like(p) for p in model] if parts is None else parts for parts in known]
         columns = [torch.stack(column) for column in zip(*rows, strict=True)]
         return columns[0] if self._kind is Tensor else self._kind(columns)
 
-    def _remember(self, names: Sequence[Hashable], z: State) -> None:
+    def _remember(self, names: Sequence[Hashable], like: tuple, z: State) -> None:
         self._kind = Tensor if isinstance(z, Tensor) else type(z)
         parts = [z] if isinstance(z, Tensor) else list(z)
         rows = zip(*(part.detach().unbind(0) for part in parts), strict=True)
         for name, row in zip(names, rows, strict=True):
-            self._memory[name] = [part.clone() for part in row]
+            self._memory[name] = like, [part.clone() for part in row]
             self._memory.move_to_end(name)
         while len(self._memory) > self.capacity:
             self._memory.popitem(last=False)
+
+    def _like(self, inputs: Sequence[object]) -> tuple:
+        """What decides on the shape, dtype and device of a sample's state: those of its inputs and of the layer."""
+        tensors = [x for x in inputs if isinstance(x, Tensor)]
+        weight = next(self.layer.parameters(), None)
+        layer = None if weight is None else (weight.dtype, weight.device)
+        return layer, *[(x.shape[1:], x.dtype, x.device) for x in tensors]
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_memory": OrderedDict()}
