@@ -226,6 +226,18 @@ def test_a_training_step_may_return_anything(returns):
     assert one.name == "step" and len(one.iterations) == 12 and one.counts.flops > 0
 
 
+def test_a_training_step_of_a_structured_weight():
+    d, c = torch.full((8,), 0.5, requires_grad=True), torch.ones(3, 8)
+
+    def step():
+        d.grad = None
+        loss = deq.solve(weights.Diagonal(d), c).z.sum()
+        loss.backward()
+        return loss
+
+    assert [one.name for one in profile(step).passes] == ["step"]
+
+
 @pytest.mark.parametrize("structured", [False, True])
 def test_arguments_that_were_computed_count_as_leaves(structured):
     """The graph that made them is the caller's: it is neither accounted for nor freed."""

@@ -76,10 +76,12 @@ def test_a_range_ends_where_a_solve_raises():
 
 @needs_library
 def test_structured_weights_have_a_range():
-    W = deq.weights.LowerTriangular(torch.eye(6) / 2)
-    with record() as recorder:
-        deq.solve(W, torch.ones(2, 6))
-    assert recorder.events[0].name == "solve" and recorder.events[0].iterations.tolist() == [1, 1]
+    for W in (deq.weights.LowerTriangular(torch.eye(6) / 2), deq.weights.Diagonal(torch.full((6,), 0.5))):
+        with record() as recorder:
+            deq.solve(W, torch.ones(2, 6, requires_grad=True)).z.sum().backward()
+        solve, adjoint = recorder.events
+        assert (solve.name, solve.iterations.tolist()) == ("solve", [1, 1])
+        assert (adjoint.name, adjoint.shape, adjoint.iterations) == ("adjoint", (2, 6), None)
 
 
 def test_a_solve_in_a_compiled_graph_has_a_range():

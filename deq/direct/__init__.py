@@ -23,6 +23,7 @@ from ..activations import ACTIVATIONS
 from ..backends import Counted, Deferred, Outcome
 from ..implicit import Problem, report_later
 from ..plan import Plan
+from ..profiling import ranges
 from ..solution import Solution, Status, report_failures
 from ..solvers import ladder
 from . import methods
@@ -273,12 +274,15 @@ def _adjoint(
 ) -> Tensor:
     """``u = D (g + W^T u)`` at z; c where z alone does not give D, or the derivative if it is known."""
     entry = ACTIVATIONS[activation]
-    if isinstance(method, Triangular) and entry.derivative_of_value and plan.backend == "cpu":
+    refuses_samples = isinstance(method, Triangular) and entry.derivative_of_value and plan.backend == "cpu"
+    if refuses_samples:
         masked = lambda g: method.T.masked_of_value(z, activation, g)  # noqa: E731
-        return _solve_masked(masked, g, plan, on_failure, refuses_samples=True)
-    if derivative is None:
-        derivative = entry.derivative_of_value(z) if c is None else entry.derivative(method.apply(z) + c)
-    return _solve_masked(lambda g: method.T.masked(derivative, g), g, plan, on_failure)
+    else:
+        if derivative is None:
+            derivative = entry.derivative_of_value(z) if c is None else entry.derivative(method.apply(z) + c)
+        masked = lambda g: method.T.masked(derivative, g)  # noqa: E731
+    arguments = masked, g, plan, on_failure, refuses_samples
+    return ranges.call("adjoint", _solve_masked, *arguments) if ranges.listening else _solve_masked(*arguments)
 
 
 class _Masked(torch.autograd.Function):
