@@ -140,7 +140,14 @@ def _ends(image: Tensor, first: int, near: Sequence[Tensor] = ()) -> list[Tensor
 def has_strangers(image: Tensor, first: int, known: Sequence[Tensor]) -> bool:
     """Whether the graph of ``image``, made since node ``first``, ends at a tensor that is none of ``known``."""
     found = _ends(image, first, [tensor for tensor in known if not tensor.is_leaf])
-    return found is None or not {id(tensor) for tensor in found} <= {id(tensor) for tensor in known}
+    if found is None:
+        return True
+    numbers = {id(tensor) for tensor in known}
+    others = [tensor for tensor in found if id(tensor) not in numbers]
+    if not others:
+        return False
+    edges = {_edge(tensor) for tensor in known if tensor.requires_grad}  # checkpointing saves them as other objects
+    return any(_edge(tensor) not in edges for tensor in others)
 
 
 def _are_saves_hooked() -> bool:

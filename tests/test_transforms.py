@@ -391,3 +391,15 @@ def test_a_backward_pass_inside_autocast_keeps_its_precision(kind, create_graph)
         inside = torch.autograd.grad(loss, (*leaves, c), create_graph=create_graph)
     for a, b in zip(inside, outside, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("needed", [False, True])
+def test_checkpoint_of_a_layer_alone(needed):
+    """Its inputs and parameters come back as other objects than those that its block has."""
+    torch.manual_seed(0)
+    layer = deq.nn.Equilibrium(Block(), tol=1e-6)
+    x = torch.randn(3, 6, requires_grad=needed)
+    inputs = [*layer.parameters(), *([x] if needed else [])]
+    expected = torch.autograd.grad(layer(x).sum(), inputs)
+    checkpoint(layer, x, use_reentrant=False).sum().backward()
+    torch.testing.assert_close([t.grad for t in inputs], list(expected), rtol=1e-5, atol=1e-6)
