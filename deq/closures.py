@@ -219,17 +219,22 @@ def _is_special(tensor: Tensor) -> bool:
 
 
 class Exchange(TorchFunctionMode):
-    """While active, calls of torch's functions on one of ``old`` are made on its counterpart in ``new``."""
+    """While active, calls of torch's functions on one of ``old`` are made on its counterpart in ``new``; ``met`` holds
+    the numbers of those that there were."""
 
     def __init__(self, old: Sequence[Tensor], new: Sequence[Tensor]):
         super().__init__()
         self.new = {id(a): b for a, b in zip(old, new, strict=True)}
+        self.met: set[int] = set()
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        new = self.new
+        new, met = self.new, self.met
 
         def swap(value):
-            return new.get(id(value), value) if isinstance(value, Tensor) else value
+            if isinstance(value, Tensor) and (number := id(value)) in new:
+                met.add(number)
+                return new[number]
+            return value
 
         args = [_swapped(value, swap) for value in args]
         kwargs = {name: _swapped(value, swap) for name, value in (kwargs or {}).items()}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .closures import graph_break, in_forward_mode, in_transform, watched
-from .held import Applied, held, with_others
+from .held import Applied, Call, held, with_others
 from .implicit_function import Equation, closed_over, full_precision
 from .implicit_function import fixed_point as implicit
 from .solution import Solution, Status, report_failures
@@ -187,8 +187,9 @@ def fixed_point_with(
     exact = backward in ("implicit", "neumann")
     if special or (tensors and exact):  # a start may belong to a transform as well
         terms = options["backward_steps"] if backward == "neumann" else None
+        call = Call(f, tensors, watched=first is not None)
         equation = Equation(
-            closed_over(evaluate, tensors),
+            closed_over(evaluate, tensors, call),
             rule,
             adjoint,
             terms,
@@ -196,6 +197,7 @@ def fixed_point_with(
             report,
             direct=functools.partial(evaluate.of, tensors),
             stranger=stranger,
+            call=call,
             owns_start=fresh,
             constant=not exact,
         )
@@ -228,8 +230,7 @@ def _refuse_stranger(f: Applied) -> None:
     raise RuntimeError(
         "the block of deq.nn.Equilibrium uses a tensor in the backward pass that needs a gradient, that is neither an "
         "input nor a parameter of it, and that it was not seen to use: make it one of them, or call the layer once "
-        "more, which looks again. Parameters that were exchanged for the call (torch.func.functional_call) must stay "
-        "so for the backward pass"
+        "more, which looks again"
     )
 
 

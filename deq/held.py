@@ -3,24 +3,89 @@
 import dis
 import functools
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from types import CellType, CodeType, FunctionType
+from contextlib import AbstractContextManager, nullcontext, suppress
+from types import CellType, CodeType, FunctionType, MethodType
 
 from torch import Tensor, nn
 
 
-def parameters_of(block: Callable) -> list[Tensor]:
-    """As ``list(block.parameters())`` in a fifth of the time; a shared one comes as often as it is used. None of a
-    function."""
-    if not isinstance(block, nn.Module):
-        return []
-    found, stack = [], [block]
+class Members:
+    """The parameters, buffers and training flags of modules at this moment, for evaluations at a later one.
+
+    ``torch.func.functional_call`` exchanges them for a call alone, which is over before the backward pass evaluates the
+    modules again.
+
+    modules: these and all inside of them. parameters: theirs, as ``list(module.parameters())`` in a fifth of the time;
+    a shared one comes as often as it is used.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module]):
+        self.parameters: list[Tensor] = []
+        self._places: list[tuple[dict, str, object]] = []
+        places, stack = self._places, list(reversed(modules))
+        while stack:
+            module = stack.pop()
+            is_python = "training" in module.__dict__  # one of TorchScript keeps its members elsewhere, for good
+            if tensors := module._parameters:
+                self.parameters += [tensor for tensor in tensors.values() if tensor is not None]
+                if is_python:
+                    places += [(tensors, name, tensor) for name, tensor in tensors.items()]
+            if is_python:
+                places.append((module.__dict__, "training", module.training))
+                if tensors := module._buffers:
+                    places += [(tensors, name, tensor) for name, tensor in tensors.items()]
+            if children := module._modules:
+                stack += [child for child in reversed(children.values()) if child is not None]
+
+    def others(self) -> list[tuple[dict, str, object]]:
+        """Where modules have other members now: the dictionary, the name, and the member of then.
+
+        Sharded ones are left alone: FSDP puts them in and out by itself.
+        """
+        return [
+            (place, name, then)
+            for place, name, then in self._places
+            if (now := place.get(name)) is not then and type(now) in _EXCHANGEABLE and type(then) in _EXCHANGEABLE
+        ]
+
+
+_EXCHANGEABLE = (Tensor, nn.Parameter, bool, type(None))
+
+
+class _Exchanged:
+    """While active, every (dictionary, name, value) holds."""
+
+    def __init__(self, places: Sequence[tuple[dict, str, object]]):
+        self._places = places
+
+    def __enter__(self) -> None:
+        self._before = [(place, name, place.get(name)) for place, name, _ in self._places]
+        for place, name, value in self._places:
+            place[name] = value
+
+    def __exit__(self, *_) -> None:
+        for place, name, value in self._before:
+            place[name] = value
+
+
+def modules_of(f: Callable) -> list[nn.Module]:
+    """The modules that f is, is a method of, or holds in closures, its own and those of functions in them."""
+    found, stack, visited = [], [f], set()
     while stack:
-        module = stack.pop()
-        if module._parameters:
-            found += [parameter for parameter in module._parameters.values() if parameter is not None]
-        if module._modules:
-            stack += [child for child in reversed(module._modules.values()) if child is not None]
+        value = stack.pop()
+        if isinstance(value, nn.Module):
+            found.append(value)
+        elif id(value) not in visited:
+            visited.add(id(value))
+            if isinstance(value, Applied):
+                stack.append(value.block)
+            elif isinstance(value, functools.partial):
+                stack += [value.func, *value.args, *value.keywords.values()]
+            elif isinstance(value, (FunctionType, MethodType)):
+                stack += [getattr(value, "__self__", None), getattr(value, "__func__", None)]
+                for cell in getattr(value, "__closure__", None) or ():
+                    with suppress(ValueError):  # an empty cell
+                        stack.append(cell.cell_contents)
     return found
 
 
@@ -61,14 +126,13 @@ class Uses:
 class Applied:
     """``z -> block(z, *inputs)`` with inputs that can be exchanged without :class:`~deq.closures.Exchange`.
 
-    uses: what is known of the tensors that the block uses. parameters: the block's, where there are uses.
+    uses: what is known of the tensors that the block uses. members: the block's, if it is a module.
     """
 
     def __init__(
-        self, block: Callable, inputs: Sequence[object], uses: Uses | None = None, parameters: Sequence[Tensor] = ()
+        self, block: Callable, inputs: Sequence[object], uses: Uses | None = None, members: Members | None = None
     ):
-        self.block, self.inputs, self.uses = block, tuple(inputs), uses
-        self._parameters = parameters
+        self.block, self.inputs, self.uses, self.members = block, tuple(inputs), uses, members
 
     def __call__(self, z):
         return self.block(z, *self.inputs)
@@ -93,7 +157,54 @@ class Applied:
         return found if self.uses is None else self.uses.learn(self.block, self._candidates(), found)
 
     def _candidates(self) -> list[Tensor]:
-        return [*(value for value in self.inputs if isinstance(value, Tensor)), *self._parameters]
+        parameters = () if self.members is None else self.members.parameters
+        return [*(value for value in self.inputs if isinstance(value, Tensor)), *parameters]
+
+
+class Call:
+    """A call of a solver, as far as its backward passes, which evaluate f again, need to know of it.
+
+    f, tensors: the function and the tensors that it uses. watched: whether it was seen to use them: it is then an error
+    if it does not do so in a backward pass.
+    """
+
+    def __init__(self, f: Callable, tensors: Sequence[Tensor], watched: bool):
+        self._members, self.watched = _members(f, tensors), watched
+        self._used: set[int] = set()
+        self._is_over = False
+
+    def again(self) -> AbstractContextManager:
+        """While active, as a backward pass is, modules have the members that they had in the call."""
+        self._is_over = True
+        others = None if self._members is None else self._members.others()
+        return _Exchanged(others) if others else nullcontext()
+
+    def tell(self, used: set[int]) -> None:
+        """One evaluation of f used these tensors, given by number. Of those of the call the last counts."""
+        if not self._is_over:
+            self._used = used
+        elif self.watched and not self._used <= used:
+            self.refuse()
+
+    @staticmethod
+    def refuse() -> None:
+        raise RuntimeError(
+            "the backward pass of deq.fixed_point, which evaluates f again, does not use the tensors that f was seen "
+            "to use: their gradients would be lost. Parameters that torch.func.functional_call exchanged are back by "
+            "then: let f hold them, or the module that they were given to. If f uses other tensors at other states, "
+            "list all of them as tensors="
+        )
+
+
+def _members(f: Callable, tensors: Sequence[Tensor]) -> Members | None:
+    """Those of the modules behind f, where ``tensors``, which f uses, may be some that modules have for this call
+    alone: they are no parameters, and f does not hold them itself."""
+    if isinstance(f, Applied) and f.members is not None:
+        return f.members
+    own = {id(tensor) for tensor in held(f)}
+    if all(type(tensor) is nn.Parameter or id(tensor) in own for tensor in tensors):
+        return None
+    return Members(modules_of(f))
 
 
 def held(f: Callable) -> list[Tensor]:

@@ -26,6 +26,7 @@ from .closures import (
     strays,
     uncompiled,
 )
+from .held import Call
 from .profiling import ranges
 from .solvers import generic
 from .solvers.generic import Rule
@@ -50,6 +51,7 @@ class Equation:
         instead of evaluating f.
     stranger: None, or raises: called where the backward pass meets a tensor that f uses and that t lacks, though there
         should be none.
+    call: what backward passes, which evaluate f again, need to know of the call, or None.
     """
 
     bind: Callable[..., Map]
@@ -64,11 +66,17 @@ class Equation:
     owns_start: bool = False
     constant: bool = False
     graph: Graph | None = None
+    call: Call | None = None
 
     def linear(self, bind: Callable[..., Map]) -> "Equation":
         """One of the linear equations that derivatives need."""
         rule = self.adjoint
-        return Equation(bind, rule, rule, self.terms, report=self.report, what=self._named_gradient)
+        return Equation(bind, rule, rule, self.terms, report=self.report, what=self._named_gradient, call=self.call)
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether f was seen to use the tensors, and is to use them in backward passes as well."""
+        return self.call is not None and self.call.watched and self.rule is not self.adjoint
 
     @property
     def _named_gradient(self) -> str:
@@ -122,16 +130,22 @@ def full_precision(device: str) -> AbstractContextManager:
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
-def closed_over(f: Callable[[Tensor], Tensor], tensors: Sequence[Tensor]) -> Callable[..., Map]:
-    """``bind`` of a function that closes over ``tensors``."""
+def closed_over(
+    f: Callable[[Tensor], Tensor], tensors: Sequence[Tensor], call: Call | None = None
+) -> Callable[..., Map]:
+    """``bind`` of a function that closes over ``tensors``; ``call`` is told which of them f uses."""
 
     def bind(*new: Tensor) -> Map:
         if all(a is b for a, b in zip(tensors, new, strict=True)):
             return f
 
         def exchanged(z: Tensor) -> Tensor:
-            with Exchange(tensors, new), uncompiled():
-                return f(z)
+            exchange = Exchange(tensors, new)
+            with exchange, uncompiled():
+                image = f(z)
+            if call is not None:
+                call.tell(exchange.met)
+            return image
 
         return exchanged
 
@@ -252,7 +266,8 @@ def _gradients(ctx, g: Tensor | None, wanted: Sequence[bool]) -> tuple:
     if g is None:
         return (None,) * len(tensors)
     pullback = _differentiable_pullback if torch.is_grad_enabled() or in_transform() else _pullback
-    with full_precision(z.device.type):
+    again = nullcontext() if ctx.equation.call is None else ctx.equation.call.again()
+    with full_precision(z.device.type), again:
         return pullback(ctx.equation, z, tensors, g, wanted)
 
 
@@ -264,14 +279,17 @@ _run_backward = torch.autograd.Variable._execution_engine.run_backward
 def _pullback(equation: Equation, z: Tensor, tensors: list[Tensor], g: Tensor, wanted: Sequence[bool]) -> tuple:
     """Gradients of ``tensors`` for the gradient g of z; one graph of f serves every product J^T u."""
     g, finite, scale = _normalised(g)
-    graph = equation.graph
+    graph, watched = equation.graph, equation.is_watched
     image = None if graph is None else graph.take()
     if image is not None:
         point, leaves, missed = graph.point, graph.leaves, []
+        begin = 0  # every node is one of this graph
     else:  # where the graph was, if there was one: the same gradients once more
         point, begin = (z if graph is None else graph.point).detach().requires_grad_(), next_node()
         image, leaves, missed = _image(equation, point, tensors, wanted)
         if not image.requires_grad:
+            if watched:
+                equation.call.refuse()
             return (None,) * len(tensors)
         if equation.stranger is not None and has_strangers(image, begin, [point, *leaves, *tensors]):
             equation.stranger()
@@ -292,6 +310,10 @@ def _pullback(equation: Equation, z: Tensor, tensors: list[Tensor], g: Tensor, w
         found = _run_backward(images, (u,), False, False, tuple(sources), allow_unreachable=True, accumulate_grad=False)
     else:
         found = ()
+    if watched and any(grad is None for grad in found):
+        there = [*leaves, *(tensors[i] for i in missed)]
+        if not reaches(image, there) or has_strangers(image, begin, [point, *there, *tensors]):
+            equation.call.refuse()
     found = iter(found)
     grads = [next(found) if want else None for want in wanted]
     for i in missed:
@@ -339,8 +361,8 @@ def _differentiable_pullback(
         _, pull = torch.func.vjp(equation.bind(*tensors), z)
         return lambda u: g + pull(u)[0]
 
-    u = _FixedPoint.apply(equation.linear(bind), g, None, g, z, *tensors)[0]
     _refuse_strays(equation, z, tensors)
+    u = _FixedPoint.apply(equation.linear(bind), g, None, g, z, *tensors)[0]
     _, pull = torch.func.vjp(lambda *tensors: equation.bind(*tensors)(z), *tensors)
     return tuple(grad if want else None for grad, want in zip(pull(u), wanted, strict=True))
 
@@ -349,13 +371,17 @@ def _refuse_strays(equation: Equation, z: Tensor, tensors: list[Tensor]) -> None
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor
     if in_transform() or any(wrapped(t) for t in tensors) or not any(t.requires_grad for t in tensors):
         return
-    leaves = [t.detach() for t in tensors]
+    leaves = [t.detach().requires_grad_(t.requires_grad) for t in tensors]
     point, begin = z.detach().requires_grad_(), next_node()
     with torch.enable_grad():
         image = equation.bind(*leaves)(point)
-    if equation.stranger is not None and image.requires_grad and has_strangers(image, begin, [point, *tensors]):
+    known = [point, *leaves, *tensors]
+    if equation.stranger is not None and image.requires_grad and has_strangers(image, begin, known):
         equation.stranger()
-    if image.requires_grad and strays([image], tensors):
+    missed = strays([image], tensors) if image.requires_grad else []
+    if equation.is_watched and not missed and not reaches(image, leaves):
+        equation.call.refuse()
+    if missed:
         raise RuntimeError(
             "f uses a tensor that requires a gradient inside a custom autograd function or compiled code: "
             "deq.fixed_point differentiates it once, not twice"

@@ -238,10 +238,22 @@ class TestWatchedOnce:
         layer.block.outside = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
         self.check(layer, x.detach(), layer.block.outside)
 
-    def test_parameters_that_were_exchanged_for_the_call_alone_are_refused(self, layer, x):
-        """Not differentiated at the layer's own, which are back in the backward pass."""
-        others = {name: (p.detach() / 2).requires_grad_() for name, p in layer.named_parameters()}
-        for _ in range(2):
+    @pytest.mark.parametrize("kind", ["leaf", "parameter", "computed"])
+    def test_parameters_that_were_exchanged_for_the_call_alone(self, layer, x, kind):
+        """They are differentiated, and not the layer's own, which are back in the backward pass."""
+        own = dict(layer.named_parameters())
+        halves = {name: (p.detach() / 2).requires_grad_() for name, p in own.items()}
+        if kind == "parameter":
+            halves = {name: nn.Parameter(p) for name, p in halves.items()}
+        used, unused = (f"block.weights.{i}" for i in (0, 1))
+        twin = copy.deepcopy(layer.block)
+        twin.load_state_dict({name.removeprefix("block."): p.detach() for name, p in halves.items()})
+        expected = torch.autograd.grad(unrolled(twin, x).sum(), (x, twin.weights[0]))
+        for twice in (False, True):
+            others = {name: 1 * p for name, p in halves.items()} if kind == "computed" else halves
             z = torch.func.functional_call(layer, others, (x,))
-            with pytest.raises(RuntimeError, match="functional_call"):
-                z.sum().backward()
+            inputs = (x, halves[used], halves[unused], *layer.parameters())
+            grads = torch.autograd.grad(z.sum(), inputs, create_graph=twice, allow_unused=True)
+            torch.testing.assert_close(grads[:2], expected, rtol=1e-9, atol=1e-11)
+            assert not any(grad.any() for grad in grads[2:] if grad is not None)
+        assert all(p is own[name] for name, p in layer.named_parameters())

@@ -1,6 +1,7 @@
 """What PyTorch does to functions, done to equilibria: torch.func, forward mode, compile, export, autocast and more."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -100,6 +101,91 @@ def test_transforms_of_modules_and_tuples(kind):
     parameters = dict(layer.named_parameters())
     ours = jacrev(run)(parameters, lambda f, z: deq.fixed_point(f, z, tol=1e-13).z)
     close(ours, jacrev(run)(parameters, iterate))
+
+
+class Holding(nn.Module):
+    """``z = tanh(0.3 linear(z) + x)`` in a forward of its own, where f holds the module as ``kind`` says."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+        self.linear = nn.Linear(4, 4, dtype=torch.float64)
+        self.register_buffer("gain", torch.tensor(0.3, dtype=torch.float64))
+
+    def cell(self, z, x):
+        return torch.tanh(self.gain * self.linear(z) + x)
+
+    def forward(self, x):
+        def step(z):
+            return self.cell(z, x)
+
+        holder = [self]
+        f = {
+            "closure": lambda z: self.cell(z, x),
+            "method": partial(self.cell, x=x),
+            "behind": lambda z: step(z),
+            "list": lambda z: holder[0].cell(z, x),
+        }
+        return deq.fixed_point(f[self.kind], torch.zeros_like(x), tol=1e-13).z
+
+
+def exchanged(kind):
+    """A model for functional_call, its parameters and buffers, other than its own, and inputs."""
+    torch.manual_seed(0)
+    model = Holding(kind) if kind != "layer" else deq.nn.Equilibrium(nn.Module(), tol=1e-13)
+    if kind == "layer":
+        model.block = Holding(kind)
+        model.block.forward = model.block.cell
+    values = {name: 0.7 * t.detach() for name, t in (*model.named_parameters(), *model.named_buffers())}
+    return model, values, torch.randn(3, 4, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("kind", ["closure", "method", "behind", "layer"])
+def test_functional_call_of_a_model(kind):
+    """It exchanges parameters for the call alone: the backward pass has them as well."""
+    model, values, x = exchanged(kind)
+    name = next(iter(name for name in values if name.endswith("weight")))
+    constants = {key: t for key, t in values.items() if key != name}
+
+    def ours(W, x=x):
+        return torch.func.functional_call(model, {**constants, name: W}, (x,))
+
+    def unrolled(W, x=x):
+        gain, bias = (next(t for key, t in values.items() if key.endswith(end)) for end in ("gain", "bias"))
+        z = torch.zeros_like(x)
+        for _ in range(80):
+            z = torch.tanh(gain * (z @ W.mT + bias) + x)
+        return z
+
+    W = values[name]
+    close(jacrev(ours)(W), jacrev(unrolled)(W))
+    total = lambda f: lambda W, x: f(W, x[None]).square().sum()  # noqa: E731
+    close(vmap(grad(total(ours)), (None, 0))(W, x), vmap(grad(total(unrolled)), (None, 0))(W, x))
+    close(hessian(total(ours))(W, x[0]), hessian(total(unrolled))(W, x[0]))
+    weights = torch.stack((W, -W))
+    close(vmap(ours)(weights), torch.stack([unrolled(w) for w in weights]))
+    leaf = W.clone().requires_grad_()
+    close(torch.autograd.grad(ours(leaf).sum(), leaf), torch.autograd.grad(unrolled(leaf).sum(), leaf))
+
+
+def test_parameters_that_cannot_be_given_back_are_refused():
+    """Where f reaches the module by ways that are not known: an error, and never a gradient of zero."""
+    model, values, x = exchanged("list")
+    run = lambda values: torch.func.functional_call(model, values, (x,)).sum()  # noqa: E731
+    with pytest.raises(RuntimeError, match="functional_call"):
+        grad(run)(values)
+    leaves = {name: t.requires_grad_() for name, t in values.items()}
+    for frozen in (False, True):
+        model.requires_grad_(not frozen)
+        for twice in (False, True):
+            with pytest.raises(RuntimeError, match="functional_call"):
+                torch.autograd.grad(run(leaves), list(leaves.values()), create_graph=twice)
+
+
+def test_the_start_has_no_gradient():
+    """Also where f closes over nothing at all."""
+    z = torch.ones(2, 3, dtype=torch.float64)
+    assert not grad(lambda z: deq.fixed_point(torch.cos, z).z.sum())(z).any()
 
 
 @SOLVES

@@ -1,13 +1,13 @@
 """The layer ``z = block(z, x)`` around any module."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from ..fixed_point import StateSolution, fixed_point, fixed_point_with, unknown_option
-from ..held import Applied, Uses, parameters_of
+from ..held import Applied, Members, Uses
 from ..state import State
 from .compiled import equilibrium, register
 from .dropout import reset_dropout
@@ -54,17 +54,17 @@ class Equilibrium(nn.Module):
 
     def forward(self, *inputs: Tensor, z0: State | None = None) -> State:
         reset_dropout(self)
-        parameters = parameters_of(self.block)
+        members = Members([self.block]) if isinstance(self.block, nn.Module) else None
         fresh = z0 is None and self.init is None
         if z0 is None:
-            z0 = self._start(inputs, parameters)
+            z0 = self._start(inputs, members)
         if torch.is_autocast_enabled(_device_type(z0)):
             dtype = (z0 if isinstance(z0, Tensor) else z0[0]).dtype
             wide = lambda x: isinstance(x, Tensor) and x.is_floating_point()  # noqa: E731
             inputs = tuple(x.to(dtype) if wide(x) else x for x in inputs)
         if torch.compiler.is_compiling():
             return self._compiled(inputs, z0)
-        return self.solve(Applied(self.block, inputs, self._uses, parameters), z0, fresh).z
+        return self.solve(Applied(self.block, inputs, self._uses, members), z0, fresh).z
 
     def solve(self, f: Callable[[State], State], z0: State, fresh: bool = False) -> StateSolution:
         """:func:`deq.fixed_point` with the layer's options; ``solution`` keeps it, detached. fresh: as
@@ -84,14 +84,14 @@ class Equilibrium(nn.Module):
         parts = equilibrium(self._number, is_tuple, start, list(inputs), parameters)
         return tuple(parts) if is_tuple else parts[0]
 
-    def _start(self, inputs: tuple[Tensor, ...], parameters: Sequence[Tensor]) -> State:
+    def _start(self, inputs: tuple[Tensor, ...], members: Members | None) -> State:
         if self.init is not None:
             return self.init(*inputs)
         if not inputs or not isinstance(inputs[0], Tensor):
             raise ValueError("z0 must be given, or init, where the first input is no tensor of the shape of z")
         dtype = inputs[0].dtype
-        if parameters and parameters[0].is_floating_point():
-            dtype = parameters[0].dtype
+        if members is not None and members.parameters and members.parameters[0].is_floating_point():
+            dtype = members.parameters[0].dtype
         return torch.zeros_like(inputs[0], dtype=dtype)
 
     def __getstate__(self) -> dict:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..closures import graph_break, in_forward_mode, in_transform, recorded, watched
-from ..held import with_others
+from ..held import Call, with_others
 from ..implicit_function import Equation, attached, closed_over, fixed_point
 from ..solvers import generic
 from ..solvers.generic import Rule
@@ -241,12 +241,14 @@ class _Problem:
             image, tensors, graph = recorded(self._matrix_map, self.func, flat)
         if advance and not self._are_finite(image):
             image = torch.where(_finite_rows(image), image, flat)
+        call = Call(self.func, tensors, watched=True)
         equation = Equation(
-            closed_over(self._matrix_map(self.func), tensors),
+            closed_over(self._matrix_map(self.func), tensors, call),
             None,
             self._adjoint_rule(),
             direct=lambda *new: self._with(tensors, new),
             graph=graph,
+            call=call,
         )
         return self.of_matrix(attached(equation, image if advance else flat, tensors))
 
