@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .closures import graph_break, in_forward_mode, in_transform, watched
-from .held import Applied, Call, held, with_others
+from .held import Applied, Call, frozen, held, with_others
 from .implicit_function import Equation, closed_over, full_precision
 from .implicit_function import fixed_point as implicit
 from .solution import Solution, Status, report_failures
@@ -156,6 +156,10 @@ def fixed_point_with(
     except TypeError:  # what has no hash is named
         rule, adjoint, keep = _rules.__wrapped__(layout.coarsest, **checked)
     device = (z0 if isinstance(z0, Tensor) else z0[0]).device.type
+    special = in_transform() or in_forward_mode()
+    differentiates = torch.is_grad_enabled() or special
+    if differentiates and backward in ("implicit", "neumann"):
+        f = frozen(f)
     evaluate = _MatrixMap(f, layout, device)
     start = layout.flatten(z0, "z0")
     start = start if fresh else start.detach()
@@ -173,8 +177,7 @@ def fixed_point_with(
         report_failures(_solution(z, result, layout if fits else None, rule), on_failure, rule.tol, what)
 
     first = stranger = None
-    special = in_transform() or in_forward_mode()
-    if not (torch.is_grad_enabled() or special):
+    if not differentiates:
         tensors = ()
     elif tensors is None:
         remembers = isinstance(f, Applied) and not special
@@ -201,7 +204,10 @@ def fixed_point_with(
             owns_start=fresh,
             constant=not exact,
         )
+        if not in_transform():
+            call.begin(f)
         result = implicit(equation, start, tensors, None if special else first)
+        call.end()
     else:
         equation = Equation(closed_over(evaluate, ()), rule, adjoint, keep=keep, report=report)
         result = equation.solve(start, first=first, owned=fresh and not tensors)

@@ -172,10 +172,30 @@ class Call:
         self._members, self.watched = _members(f, tensors), watched
         self._used: set[int] = set()
         self._is_over = False
+        self._data: list[tuple[Tensor, int]] = []
+
+    def begin(self, f: Callable) -> None:
+        """Note the data that f holds itself: it must be the same in the backward pass."""
+        self._data = [(t, t._version) for t in held(f) if not (t.requires_grad or t.is_inference())]
+
+    def end(self) -> None:
+        """What f changed in the call is its own business."""
+        if any(tensor._version != version for tensor, version in self._data):
+            self._data = [(tensor, version) for tensor, version in self._data if tensor._version == version]
 
     def again(self) -> AbstractContextManager:
-        """While active, as a backward pass is, modules have the members that they had in the call."""
+        """While active, as a backward pass is, modules have the members that they had in the call.
+
+        Raises RuntimeError where data has changed since.
+        """
         self._is_over = True
+        for tensor, version in self._data:
+            if tensor._version != version:
+                raise RuntimeError(
+                    "a tensor that f uses, needed for the gradient of deq.fixed_point, has been modified by an inplace "
+                    f"operation: the one of shape {tuple(tensor.shape)} is at version {tensor._version}; expected "
+                    f"version {version}. The backward pass evaluates f again: give f a copy of it"
+                )
         others = None if self._members is None else self._members.others()
         return _Exchanged(others) if others else nullcontext()
 
@@ -236,18 +256,77 @@ def with_others(f: Callable, old: Sequence[Tensor], new: Sequence[Tensor]) -> Ca
             return type(value)(exchange.get(id(item), item) for item in value)
         return exchange.get(id(value), value)
 
-    assigned, closure = _assigned(f.__code__), list(f.__closure__ or ())
+    assigned, cells = _assigned(f.__code__), list(f.__closure__ or ())
     for i, name in enumerate(f.__code__.co_freevars):
         with suppress(ValueError):  # an empty cell
-            content = closure[i].cell_contents
+            content = cells[i].cell_contents
             if (new_content := other(content)) is not content:
                 if name in assigned:
                     return None
-                closure[i] = CellType(new_content)
-    defaults = None if f.__defaults__ is None else tuple(exchange.get(id(x), x) for x in f.__defaults__)
-    g = FunctionType(f.__code__, f.__globals__, f.__name__, defaults, tuple(closure))
+                cells[i] = CellType(new_content)
+    g = _copied(f, cells)
+    if f.__defaults__ is not None:
+        g.__defaults__ = tuple(exchange.get(id(x), x) for x in f.__defaults__)
     if f.__kwdefaults__:
         g.__kwdefaults__ = {name: exchange.get(id(x), x) for name, x in f.__kwdefaults__.items()}
+    return g
+
+
+def frozen(f: Callable) -> Callable:
+    """A copy of f that goes on with the tensors, modules, numbers and containers that variables of outer functions hold
+    now, and so do the functions that it holds; f itself if it uses no such variables.
+
+    A loop gives such variables other values before the backward pass evaluates f again. Those that f, or a function
+    that it holds, assigns to are left as they are.
+    """
+    if isinstance(f, Applied):
+        f.block = frozen(f.block)
+        return f
+    return _frozen(f, _written(f, set()), {}) if _has_closure(f) else f
+
+
+def _frozen(f: FunctionType, written: set[int], copies: dict[int, Callable]) -> Callable:
+    copies[id(f)] = f  # for one that holds itself
+    cells = list(f.__closure__)
+    for i, cell in enumerate(cells):
+        with suppress(ValueError):  # an empty cell
+            content = cell.cell_contents
+            if _has_closure(content):
+                content = copies.get(id(content)) or _frozen(content, written, copies)
+            elif not isinstance(content, _FREEZABLE):
+                continue
+            if id(cell) not in written:
+                cells[i] = CellType(content)
+    if any(a is not b for a, b in zip(cells, f.__closure__, strict=True)):
+        copies[id(f)] = _copied(f, cells)
+    return copies[id(f)]
+
+
+_FREEZABLE = (Tensor, nn.Module, int, float, tuple, list, dict)
+
+
+def _written(f: FunctionType, visited: set[int]) -> set[int]:
+    """The cells, by number, that f or a function that it holds assigns to."""
+    visited.add(id(f))
+    assigned, found = _assigned(f.__code__), set()
+    for name, cell in zip(f.__code__.co_freevars, f.__closure__, strict=True):
+        if name in assigned:
+            found.add(id(cell))
+        with suppress(ValueError):  # an empty cell
+            if _has_closure(content := cell.cell_contents) and id(content) not in visited:
+                found |= _written(content, visited)
+    return found
+
+
+def _has_closure(f: object) -> bool:
+    """Whether f is a function with variables of outer ones, and no compiled one, which is to stay the same object."""
+    return type(f) is FunctionType and bool(f.__closure__) and "_torchdynamo_orig_callable" not in f.__dict__
+
+
+def _copied(f: FunctionType, cells: Sequence[CellType]) -> FunctionType:
+    g = FunctionType(f.__code__, f.__globals__, f.__name__, f.__defaults__, tuple(cells))
+    g.__kwdefaults__ = f.__kwdefaults__
+    g.__dict__.update(f.__dict__)
     return g
 
 

@@ -429,6 +429,75 @@ def test_hooks_of_leaves_see_one_gradient():
     torch.testing.assert_close(grad, 3 * seen[0])
 
 
+@pytest.mark.parametrize("kind", ["tensor", "index", "module", "behind"])
+@pytest.mark.parametrize("twice", [False, True])
+def test_variables_that_a_loop_gives_other_values(kind, twice):
+    """The backward pass, after the loop, has f with those of its own turn."""
+    W, x, _ = gaussian(6, 9, torch.float64)
+    W, xs = W.requires_grad_(), x.split(3)
+    modules = [Shift(x) for x in xs]
+
+    def total(solve):
+        loss = 0
+        for i, x in enumerate(xs):
+            module = modules[i]
+
+            def step(z):
+                return torch.tanh(z @ W.mT + x)  # noqa: B023
+
+            f = {
+                "tensor": lambda z: torch.tanh(z @ W.mT + x),  # noqa: B023
+                "index": lambda z: torch.tanh(z @ W.mT + xs[i]),  # noqa: B023
+                "module": lambda z: torch.tanh(module(z @ W.mT)),  # noqa: B023
+                "behind": lambda z: step(z),
+            }
+            loss = loss + solve(f[kind]).square().sum()
+        return torch.autograd.grad(loss, W, create_graph=twice)[0]
+
+    def unrolled(f):
+        z = torch.zeros_like(xs[0])
+        for _ in range(150):
+            z = f(z)
+        return z
+
+    expected = total(unrolled)
+    ours = total(lambda f: deq.fixed_point(f, torch.zeros_like(xs[0]), tol=1e-13).z)
+    torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-11)
+
+
+class Shift(torch.nn.Module):
+    def __init__(self, shift):
+        super().__init__()
+        self.shift = shift
+
+    def forward(self, z):
+        return z + self.shift
+
+
+@pytest.mark.parametrize("kind", ["closure", "layer"])
+def test_data_that_is_overwritten_before_the_backward_pass(kind):
+    """Refused, as by torch; what f itself writes is not."""
+    W, x, _ = gaussian(6, 3, torch.float64)
+    W, calls = W.requires_grad_(), torch.zeros((), dtype=torch.int64)
+    block = torch.nn.Module()
+    block.forward = lambda z, x: torch.tanh(z @ W.mT + x)
+
+    def f(z):
+        calls.add_(1)
+        return block(z, x)
+
+    def run():
+        return deq.nn.Equilibrium(block)(x) if kind == "layer" else deq.fixed_point(f, torch.zeros_like(x)).z
+
+    z = run()
+    torch.autograd.grad(z.sum(), W, retain_graph=True)
+    torch.autograd.grad(z.sum(), W)
+    z = run()
+    x.mul_(0.5)
+    with pytest.raises(RuntimeError, match=r"modified by an inplace operation: the one of shape \(3, 6\)"):
+        z.sum().backward()
+
+
 def test_no_gradient_no_graph():
     W, c, _ = gaussian(6, 3)
     assert not solve(W, c).z.requires_grad

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import deq
-from deq.held import with_others
+from deq.held import frozen, with_others
 
 
 def holders(x, y):
@@ -63,3 +63,28 @@ def test_gradients_whatever_holds_the_tensor(kind):
     (grad,) = torch.autograd.grad(z.sum(), c)
     torch.testing.assert_close(z, 10 * c, rtol=1e-11, atol=1e-11)
     torch.testing.assert_close(grad, torch.full_like(c, 10.0), rtol=1e-11, atol=1e-11)
+
+
+def test_a_frozen_function_keeps_what_it_held():
+    """Its variables, and those of functions that it holds; but not those that are assigned to by one of them."""
+    count, total = 0, 0
+
+    def step(z):
+        nonlocal total
+        total += 1
+        return a * z + b[0]
+
+    def f(z):
+        nonlocal count
+        count += 1
+        return (f if z < 0 else step)(abs(z)) + count + total + missing
+
+    a, b = torch.tensor(2.0), (torch.tensor(3.0),)
+    g = frozen(f)
+    a, b = None, None
+    missing = 0  # not yet there when f was frozen
+    assert g(1.0) == 5 + 1 + 1 and (count, total) == (1, 1)
+    with pytest.raises(TypeError):
+        f(1.0)
+    plain = lambda z: z  # noqa: E731
+    assert frozen(plain) is plain and frozen(torch.cos) is torch.cos
