@@ -2,6 +2,7 @@
 
 import dis
 import functools
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from types import CellType, CodeType, FunctionType, MethodType
@@ -10,17 +11,18 @@ from torch import Tensor, nn
 
 
 class Members:
-    """The parameters, buffers and training flags of modules at this moment, for evaluations at a later one.
+    """The parameters, buffers, training flags and dropout masks of modules at this moment, for later evaluations.
 
     ``torch.func.functional_call`` exchanges them for a call alone, which is over before the backward pass evaluates the
     modules again.
 
     modules: these and all inside of them. parameters: theirs, as ``list(module.parameters())`` in a fifth of the time;
-    a shared one comes as often as it is used.
+    a shared one comes as often as it is used. has_masks: whether there is a :class:`deq.nn.VariationalDropout`.
     """
 
     def __init__(self, modules: Sequence[nn.Module]):
         self.parameters: list[Tensor] = []
+        self.has_masks = False
         self._places: list[tuple[dict, str, object]] = []
         places, stack = self._places, list(reversed(modules))
         while stack:
@@ -31,7 +33,11 @@ class Members:
                 if is_python:
                     places += [(tensors, name, tensor) for name, tensor in tensors.items()]
             if is_python:
-                places.append((module.__dict__, "training", module.training))
+                own = module.__dict__
+                places.append((own, "training", own["training"]))
+                if "_dropout_draw" in own:
+                    places.append((own, "_dropout_draw", own["_dropout_draw"]))
+                    self.has_masks = True
                 if tensors := module._buffers:
                     places += [(tensors, name, tensor) for name, tensor in tensors.items()]
             if children := module._modules:
@@ -49,11 +55,26 @@ class Members:
         ]
 
 
-_EXCHANGEABLE = (Tensor, nn.Parameter, bool, type(None))
+_EXCHANGEABLE = (Tensor, nn.Parameter, bool, list, type(None))
+
+
+class Enclosed(threading.local):
+    """While active, layers are part of another one, whose dropout masks they keep."""
+
+    depth = 0
+
+    def __enter__(self) -> None:
+        self.depth += 1
+
+    def __exit__(self, *_) -> None:
+        self.depth -= 1
+
+
+enclosed = Enclosed()
 
 
 class _Exchanged:
-    """While active, every (dictionary, name, value) holds."""
+    """While active, every (dictionary, name, value) holds, and layers are enclosed."""
 
     def __init__(self, places: Sequence[tuple[dict, str, object]]):
         self._places = places
@@ -62,8 +83,10 @@ class _Exchanged:
         self._before = [(place, name, place.get(name)) for place, name, _ in self._places]
         for place, name, value in self._places:
             place[name] = value
+        enclosed.depth += 1
 
     def __exit__(self, *_) -> None:
+        enclosed.depth -= 1
         for place, name, value in self._before:
             place[name] = value
 
@@ -196,8 +219,10 @@ class Call:
                     f"operation: the one of shape {tuple(tensor.shape)} is at version {tensor._version}; expected "
                     f"version {version}. The backward pass evaluates f again: give f a copy of it"
                 )
-        others = None if self._members is None else self._members.others()
-        return _Exchanged(others) if others else nullcontext()
+        if self._members is None:
+            return nullcontext()
+        others = self._members.others()
+        return _Exchanged(others) if others or self._members.has_masks else nullcontext()
 
     def tell(self, used: set[int]) -> None:
         """One evaluation of f used these tensors, given by number. Of those of the call the last counts."""

@@ -115,6 +115,58 @@ def test_dropout_in_an_equilibrium():
         deq.nn.VariationalDropout(1.5)
 
 
+class Dropping(nn.Module):
+    """``tanh(0.3 drop(linear(z)) + x)``, or the same of another equilibrium in place of z."""
+
+    def __init__(self, inner=None):
+        super().__init__()
+        self.linear = nn.Linear(6, 6, dtype=torch.float64)
+        self.drop = deq.nn.VariationalDropout(0.5)
+        self.inner = inner
+
+    def forward(self, z, x):
+        z = z if self.inner is None else self.inner(0.3 * z)
+        return torch.tanh(0.3 * self.drop(self.linear(z)) + x)
+
+
+@pytest.mark.parametrize("between", ["call", "eval", "other size"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_the_backward_pass_has_the_masks_of_its_call(between, nested):
+    torch.manual_seed(0)
+    block = Dropping(deq.nn.Equilibrium(Dropping(), tol=1e-13) if nested else None)
+    layer = deq.nn.Equilibrium(block, tol=1e-12, on_failure="raise")
+    drops = [module for module in layer.modules() if isinstance(module, deq.nn.VariationalDropout)]
+    x, other = torch.randn(2, 3, 6, dtype=torch.float64)
+    z = layer(x)
+    masks = [drop.mask for drop in drops]
+    if between == "eval":
+        layer.eval()
+    else:
+        layer(other[: 2 if between == "other size" else 3])
+        assert all(drop.mask is not mask for drop, mask in zip(drops, masks, strict=True))
+    after = [drop.mask for drop in drops]
+    weights = list(layer.parameters())
+    grads = torch.autograd.grad(z.sum(), weights)
+    assert all(drop.mask is mask for drop, mask in zip(drops, after, strict=True))
+    layer.train()
+    blocks = [module for module in layer.modules() if isinstance(module, Dropping)]
+
+    def evaluate(block, z, x):
+        y = z if block.inner is None else iterate(blocks[1], 0.3 * z)
+        return torch.tanh(0.3 * block.linear(y) * masks[drops.index(block.drop)] + x)
+
+    def iterate(block, x):
+        z = torch.zeros_like(x)
+        for _ in range(40):
+            z = evaluate(block, z, x)
+        return z
+
+    expected = iterate(block, x)
+    torch.testing.assert_close(z, expected, rtol=1e-9, atol=1e-10)
+    expected = torch.autograd.grad(expected.sum(), weights)
+    torch.testing.assert_close(grads, expected, rtol=1e-8, atol=1e-9)
+
+
 def operator(f, shape):
     """The matrix of a linear map on tensors of that shape."""
     eye = torch.eye(math.prod(shape), dtype=torch.float64)

@@ -14,7 +14,8 @@ class VariationalDropout(nn.Module):
     p: probability of zero, in [0, 1]; 1 gives zeros. shared: dimensions of x along which the mask is constant, such as
     (1,) to drop whole features of (B, tokens, features). In evaluation, and for p = 0, x itself is returned.
 
-    :class:`deq.nn.Equilibrium` draws new masks at every call; in a loop of your own call :func:`reset_dropout`.
+    :class:`deq.nn.Equilibrium` draws new masks at every call, one inside of another with it, and its backward pass has
+    those of the call; in a loop of your own call :func:`reset_dropout`.
     """
 
     def __init__(self, p: float = 0.5, shared: Sequence[int] = ()):
@@ -23,12 +24,20 @@ class VariationalDropout(nn.Module):
             raise ValueError(f"p must lie in [0, 1]; got {p!r}")
         self.p = p
         self.shared = tuple(shared)
-        self.mask: Tensor | None = None
+        self._dropout_draw: list[Tensor] = []  # the mask, once there is one: a call that is over keeps its own list
 
     def __new__(cls, *args, **kwargs):
         global _exists
         _exists = True
         return super().__new__(cls)
+
+    @property
+    def mask(self) -> Tensor | None:
+        return self._dropout_draw[0] if self._dropout_draw else None
+
+    @mask.setter
+    def mask(self, mask: Tensor | None) -> None:
+        self._dropout_draw = [] if mask is None else [mask]
 
     def reset_mask(self) -> None:
         """Forget the mask: the next call draws one for its shape, dtype and device."""
@@ -37,17 +46,17 @@ class VariationalDropout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0:
             return x
-        if self.mask is None:
+        if not self._dropout_draw:
             shape = list(x.shape)
             for dim in self.shared:
                 shape[dim] = 1
             keep = 1 - self.p
             mask = torch.zeros(shape, dtype=x.dtype, device=x.device)
-            self.mask = mask.bernoulli_(keep).div_(keep) if keep else mask
-        return x * self.mask
+            self._dropout_draw.append(mask.bernoulli_(keep).div_(keep) if keep else mask)
+        return x * self._dropout_draw[0]
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "mask": None}
+        return {**self.__dict__, "_dropout_draw": []}
 
     def extra_repr(self) -> str:
         return f"p={self.p}" + (f", shared={self.shared}" if self.shared else "")

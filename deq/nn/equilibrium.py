@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..fixed_point import StateSolution, fixed_point, fixed_point_with, unknown_option
-from ..held import Applied, Members, Uses
+from ..held import Applied, Members, Uses, enclosed
 from ..state import State
 from .compiled import equilibrium, register
 from .dropout import reset_dropout
@@ -53,7 +53,8 @@ class Equilibrium(nn.Module):
         self._number = register(self)
 
     def forward(self, *inputs: Tensor, z0: State | None = None) -> State:
-        reset_dropout(self)
+        if torch.compiler.is_compiling() or not enclosed.depth:
+            reset_dropout(self)
         members = Members([self.block]) if isinstance(self.block, nn.Module) else None
         fresh = z0 is None and self.init is None
         if z0 is None:
@@ -64,7 +65,11 @@ class Equilibrium(nn.Module):
             inputs = tuple(x.to(dtype) if wide(x) else x for x in inputs)
         if torch.compiler.is_compiling():
             return self._compiled(inputs, z0)
-        return self.solve(Applied(self.block, inputs, self._uses, members), z0, fresh).z
+        f = Applied(self.block, inputs, self._uses, members)
+        if members is None or not members.has_masks:
+            return self.solve(f, z0, fresh).z
+        with enclosed:
+            return self.solve(f, z0, fresh).z
 
     def solve(self, f: Callable[[State], State], z0: State, fresh: bool = False) -> StateSolution:
         """:func:`deq.fixed_point` with the layer's options; ``solution`` keeps it, detached. fresh: as
