@@ -31,7 +31,10 @@ _OPTIONS = (
     "str activation, float? tol, int? max_iter, str solver, str criterion, str on_failure, str backend, bool frozen"
 )
 _SOLVE = f"solve(Tensor[] parts, str structure, Tensor c, Tensor? z0, {_OPTIONS}) -> (Tensor, Tensor)"
-_GRADIENT = f"solve_gradient(Tensor[] parts, str structure, Tensor c, Tensor z, Tensor g, {_OPTIONS}) -> Tensor[]"
+_GRADIENT = (  # with c where z alone does not give the derivative; of c and with of_parts of the parts
+    f"solve_gradient(Tensor[] parts, str structure, Tensor? c, Tensor z, Tensor g, bool of_parts, {_OPTIONS})"
+    " -> Tensor[]"
+)
 _MASKED = f"masked_linear(Tensor A, Tensor d, Tensor g, {_OPTIONS}) -> Tensor"
 _STRUCTURES = {kind.structure: kind for kind in (Dense, LowerTriangular, Diagonal, DiagonalLowRank)}
 _STRICT = "strictly_lower_triangular"
@@ -154,7 +157,7 @@ class _Solve(torch.autograd.Function):
             z, said = torch.ops.deq.solve.default(list(parts), structure, c, z0, *options)
         ctx.structure, ctx.options = structure, options
         ctx.mark_non_differentiable(said)
-        ctx.save_for_backward(z, c, *parts)
+        ctx.save_for_backward(z, None if ACTIVATIONS[options[0]].derivative_of_value else c, *parts)
         return z, said
 
     @staticmethod
@@ -163,8 +166,9 @@ class _Solve(torch.autograd.Function):
         if torch.is_grad_enabled():  # the gradient must itself be differentiable
             u, grads = _differentiable_gradient(parts, ctx.structure, c, z, g, ctx.options)
         else:
-            u, *grads = torch.ops.deq.solve_gradient.default(parts, ctx.structure, c, z, g, *ctx.options)
-        return None, None, u, None, *grads
+            of_parts = any(ctx.needs_input_grad[4:])
+            u, *grads = torch.ops.deq.solve_gradient.default(parts, ctx.structure, c, z, g, of_parts, *ctx.options)
+        return None, None, u, None, *(grads or [None] * len(parts))
 
 
 def _solve_autograd(parts, structure, c, z0, *options):
@@ -175,8 +179,8 @@ def _differentiable_gradient(parts, structure, c, z, g, options):
     entry, shape = ACTIVATIONS[options[0]], g.shape
     W = _dense(parts, structure)
     flat = canonical_shape(W.dim(), shape)
-    c, z, g = (x.reshape(flat) for x in (c, z, g))
-    d = entry.derivative_of_value(z) if entry.derivative_of_value else entry.derivative(z @ W.mT + c)
+    z, g = z.reshape(flat), g.reshape(flat)
+    d = entry.derivative_of_value(z) if c is None else entry.derivative(z @ W.mT + c.reshape(flat))
     u = torch.ops.deq.masked_linear.default(W.mT, d, g, *options)
     grads = [torch.matmul(u.mT, z)]
     if structure != Dense.structure:
@@ -187,24 +191,28 @@ def _differentiable_gradient(parts, structure, c, z, g, options):
 # ---- its gradient ----------------------------------------------------------------------------------------------------
 
 
-def _gradient(parts, structure, c, z, g, activation, tol, max_iter, solver, criterion, on_failure, backend, frozen):
-    problem = _problem(c, activation, tol, max_iter, solver, criterion, on_failure, backend)
-    W, shape = _weight_of(parts, structure), c.shape
-    found = direct.gradients(W, c, z, g, problem, solver == "direct", frozen)
+def _gradient(
+    parts, structure, c, z, g, of_parts, activation, tol, max_iter, solver, criterion, on_failure, backend, frozen
+):
+    problem = _problem(z, activation, tol, max_iter, solver, criterion, on_failure, backend)
+    W, shape = _weight_of(parts, structure), z.shape
+    found = direct.gradients(W, c, z, g, of_parts, problem, solver == "direct", frozen)
     if found is None:
         dense = _dense(parts, structure)
         flat = canonical_shape(dense.dim(), shape)
-        c, z, g = (x.reshape(flat) for x in (c, z, g))
-        problem = _fitted(problem, dense, c, frozen)
-        u = adjoint(dense, z, None if ACTIVATIONS[activation].derivative_of_value else c, g, problem)
-        dW = get_backend(problem.plan.backend).outer(u, z)
-        found = u, [dW] if structure == Dense.structure else _pulled(parts, structure, dW)
+        c, z, g = (None if x is None else x.reshape(flat) for x in (c, z, g))
+        problem = _fitted(problem, dense, z, frozen)
+        u, grads = adjoint(dense, z, c, g, problem), []
+        if of_parts:
+            dW = get_backend(problem.plan.backend).outer(u, z)
+            grads = [dW] if structure == Dense.structure else _pulled(parts, structure, dW)
+        found = u, grads
     u, grads = found
     return [u.reshape(shape).contiguous(), *(t.contiguous() for t in grads)]
 
 
-def _gradient_fake(parts, structure, c, z, g, *options):
-    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (g, *parts)]
+def _gradient_fake(parts, structure, c, z, g, of_parts, *options):
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (g, *(parts if of_parts else ()))]
 
 
 def _pulled(parts: Sequence[Tensor], structure: str, dW: Tensor) -> Sequence[Tensor]:

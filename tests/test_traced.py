@@ -9,6 +9,7 @@ import torch
 from problems import gaussian
 from torch import nn
 from torch.func import grad, vmap
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import deq
 from deq import _library, weights
@@ -23,6 +24,18 @@ BACKENDS = ["reference"] + (["cpu"] if _library.compiled is not None else [])
 @pytest.fixture(autouse=True)
 def afresh():
     torch.compiler.reset()
+
+
+class Recorder(TorchDispatchMode):
+    """The operators that reach torch's dispatcher, by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.name())
+        return function(*args, **(kwargs or {}))
 
 
 def compiled(f):
@@ -220,3 +233,16 @@ def test_increments_are_used_inside_of_a_graph():
     W, c, _ = gaussian(128, 40)
     assert deq.solve(W, c).plan.increments != "native"
     same(lambda W, c: deq.solve(W, c).z, (W, c))
+
+
+def test_a_gradient_that_nobody_wants_is_not_computed():
+    """With W frozen dW is no product of the graph, and for relu the injection is not kept."""
+    W, c, _ = gaussian(12, 5)
+    leaf, saved = c.clone().requires_grad_(), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
+        z = compiled(lambda c: deq.solve(W, c).z)(leaf)
+    assert sorted(map(tuple, saved)) == [(5, 12), (12, 12)]
+    with Recorder() as made:
+        (g,) = torch.autograd.grad(z.sum(), leaf)
+    assert "deq::product_" not in made.names
+    assert torch.equal(g, torch.autograd.grad(deq.solve(W, leaf).z.sum(), leaf)[0])

@@ -119,22 +119,30 @@ def solve(
 
 
 def gradients(
-    W: Tensor | weights.Structure, c: Tensor, z: Tensor, g: Tensor, problem: Problem, forced: bool, frozen: bool
+    W: Tensor | weights.Structure,
+    c: Tensor | None,
+    z: Tensor,
+    g: Tensor,
+    of_parts: bool,
+    problem: Problem,
+    forced: bool,
+    frozen: bool,
 ) -> tuple[Tensor, list[Tensor]] | None:
-    """The gradients of c and of W's own tensors for the gradient g of the equilibrium z, all (..., m), by the direct
-    method of W; None where :func:`solve` would not have taken it for its shape."""
+    """The gradients of c and with ``of_parts`` of W's own tensors for the gradient g of the equilibrium z, all
+    (..., m), by the direct method of W; None where :func:`solve` would not have taken it for its shape. c where z alone
+    does not give the derivative.
+    """
     activation, plan, on_failure = problem
     if not isinstance(W, weights.Structure) and activation != "identity":
         return None
-    method, why_not = _choose(W, c, activation, plan, forced, frozen)
+    method, why_not = _choose(W, z, activation, plan, forced, frozen)
     if why_not is not None or method.why_not(activation) is not None:
         return None
-    dtype, precision = c.dtype, getattr(torch, plan.precision)
+    dtype, precision = z.dtype, getattr(torch, plan.precision)
     method = method.of(*(part.to(precision) for part in method.parts))
-    c, z, g = (x.reshape(_flat(W, x)).to(precision) for x in (c, z, g))
-    known = ACTIVATIONS[activation].derivative_of_value
-    u = _adjoint(method, activation, plan, on_failure, z, None if known else c, None, g)
-    return u.to(dtype), [t.to(dtype) for t in method.outer(u, z)]
+    c, z, g = (None if x is None else x.reshape(_flat(W, x)).to(precision) for x in (c, z, g))
+    u = _adjoint(method, activation, plan, on_failure, z, c, None, g)
+    return u.to(dtype), [t.to(dtype) for t in method.outer(u, z)] if of_parts else []
 
 
 def _flat(W: Tensor | weights.Structure, c: Tensor) -> tuple[int, ...]:
