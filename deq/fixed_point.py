@@ -204,8 +204,6 @@ def fixed_point_with(
             owns_start=fresh,
             constant=not exact,
         )
-        if not in_transform():
-            call.begin(f)
         result = implicit(equation, start, tensors, None if special else first)
         call.end()
     else:

@@ -24,21 +24,23 @@ class Members:
         self.parameters: list[Tensor] = []
         self.has_masks = False
         self._places: list[tuple[dict, str, object]] = []
-        places, stack = self._places, list(reversed(modules))
+        parameters, places, stack = self.parameters, self._places, list(reversed(modules))
         while stack:
             module = stack.pop()
-            is_python = "training" in module.__dict__  # one of TorchScript keeps its members elsewhere, for good
+            own = module.__dict__
+            is_python = "training" in own  # one of TorchScript keeps its members elsewhere, for good
             if tensors := module._parameters:
-                self.parameters += [tensor for tensor in tensors.values() if tensor is not None]
-                if is_python:
-                    places += [(tensors, name, tensor) for name, tensor in tensors.items()]
+                for name, tensor in tensors.items():
+                    if tensor is not None:
+                        parameters.append(tensor)
+                        if is_python:
+                            places.append((tensors, name, tensor))
             if is_python:
-                own = module.__dict__
                 places.append((own, "training", own["training"]))
                 if "_dropout_draw" in own:
                     places.append((own, "_dropout_draw", own["_dropout_draw"]))
                     self.has_masks = True
-                if tensors := module._buffers:
+                if tensors := own["_buffers"]:
                     places += [(tensors, name, tensor) for name, tensor in tensors.items()]
             if children := module._modules:
                 stack += [child for child in reversed(children.values()) if child is not None]
@@ -188,23 +190,22 @@ class Call:
     """A call of a solver, as far as its backward passes, which evaluate f again, need to know of it.
 
     f, tensors: the function and the tensors that it uses. watched: whether it was seen to use them: it is then an error
-    if it does not do so in a backward pass.
+    if it does not do so in a backward pass. has_graph: whether the backward pass has a graph of f, with torch's checks
+    of the data in it.
     """
 
-    def __init__(self, f: Callable, tensors: Sequence[Tensor], watched: bool):
-        self._members, self.watched = _members(f, tensors), watched
+    def __init__(self, f: Callable, tensors: Sequence[Tensor], watched: bool, has_graph: bool = False):
+        own = held(f)
+        self._members, self.watched = _members(f, tensors, own), watched
         self._used: set[int] = set()
         self._is_over = False
-        self._data: list[tuple[Tensor, int]] = []
-
-    def begin(self, f: Callable) -> None:
-        """Note the data that f holds itself: it must be the same in the backward pass."""
-        self._data = [(t, t._version) for t in held(f) if not (t.requires_grad or t.is_inference())]
+        # The data that f holds itself, which must be the same in the backward pass.
+        data = () if has_graph else own
+        self._data = [(t, t._version) for t in data if not (t.requires_grad or t.is_inference())]
 
     def end(self) -> None:
         """What f changed in the call is its own business."""
-        if any(tensor._version != version for tensor, version in self._data):
-            self._data = [(tensor, version) for tensor, version in self._data if tensor._version == version]
+        self._data = [note for note in self._data if note[0]._version == note[1]]
 
     def again(self) -> AbstractContextManager:
         """While active, as a backward pass is, modules have the members that they had in the call.
@@ -241,13 +242,13 @@ class Call:
         )
 
 
-def _members(f: Callable, tensors: Sequence[Tensor]) -> Members | None:
+def _members(f: Callable, tensors: Sequence[Tensor], own: Sequence[Tensor]) -> Members | None:
     """Those of the modules behind f, where ``tensors``, which f uses, may be some that modules have for this call
-    alone: they are no parameters, and f does not hold them itself."""
+    alone: they are no parameters, and not its ``own``, which it holds itself."""
     if isinstance(f, Applied) and f.members is not None:
         return f.members
-    own = {id(tensor) for tensor in held(f)}
-    if all(type(tensor) is nn.Parameter or id(tensor) in own for tensor in tensors):
+    numbers = {id(tensor) for tensor in own}
+    if all([type(tensor) is nn.Parameter or id(tensor) in numbers for tensor in tensors]):
         return None
     return Members(modules_of(f))
 
@@ -259,9 +260,11 @@ def held(f: Callable) -> list[Tensor]:
     else:
         values = [*(getattr(f, "__defaults__", None) or ()), *(getattr(f, "__kwdefaults__", None) or {}).values()]
         for cell in getattr(f, "__closure__", None) or ():
-            with suppress(ValueError):  # an empty cell
+            try:
                 content = cell.cell_contents
-                values += content if isinstance(content, (tuple, list)) else (content,)
+            except ValueError:  # an empty cell
+                continue
+            values += content if isinstance(content, (tuple, list)) else (content,)
     return [value for value in values if isinstance(value, Tensor)]
 
 
@@ -312,17 +315,19 @@ def frozen(f: Callable) -> Callable:
 
 def _frozen(f: FunctionType, written: set[int], copies: dict[int, Callable]) -> Callable:
     copies[id(f)] = f  # for one that holds itself
-    cells = list(f.__closure__)
-    for i, cell in enumerate(cells):
-        with suppress(ValueError):  # an empty cell
+    cells, is_other = list(f.__closure__), False
+    for i, cell in enumerate(f.__closure__):
+        try:
             content = cell.cell_contents
-            if _has_closure(content):
-                content = copies.get(id(content)) or _frozen(content, written, copies)
-            elif not isinstance(content, _FREEZABLE):
+        except ValueError:  # an empty cell
+            continue
+        if not isinstance(content, _FREEZABLE):
+            if not _has_closure(content):
                 continue
-            if id(cell) not in written:
-                cells[i] = CellType(content)
-    if any(a is not b for a, b in zip(cells, f.__closure__, strict=True)):
+            content = copies.get(id(content)) or _frozen(content, written, copies)
+        if id(cell) not in written:
+            cells[i], is_other = CellType(content), True
+    if is_other:
         copies[id(f)] = _copied(f, cells)
     return copies[id(f)]
 
@@ -334,12 +339,15 @@ def _written(f: FunctionType, visited: set[int]) -> set[int]:
     """The cells, by number, that f or a function that it holds assigns to."""
     visited.add(id(f))
     assigned, found = _assigned(f.__code__), set()
-    for name, cell in zip(f.__code__.co_freevars, f.__closure__, strict=True):
-        if name in assigned:
-            found.add(id(cell))
-        with suppress(ValueError):  # an empty cell
-            if _has_closure(content := cell.cell_contents) and id(content) not in visited:
-                found |= _written(content, visited)
+    if assigned:
+        found = {id(cell) for name, cell in zip(f.__code__.co_freevars, f.__closure__, strict=True) if name in assigned}
+    for cell in f.__closure__:
+        try:
+            content = cell.cell_contents
+        except ValueError:  # an empty cell
+            continue
+        if _has_closure(content) and id(content) not in visited:
+            found |= _written(content, visited)
     return found
 
 
@@ -350,8 +358,10 @@ def _has_closure(f: object) -> bool:
 
 def _copied(f: FunctionType, cells: Sequence[CellType]) -> FunctionType:
     g = FunctionType(f.__code__, f.__globals__, f.__name__, f.__defaults__, tuple(cells))
-    g.__kwdefaults__ = f.__kwdefaults__
-    g.__dict__.update(f.__dict__)
+    if f.__kwdefaults__:
+        g.__kwdefaults__ = f.__kwdefaults__
+    if f.__dict__:
+        g.__dict__.update(f.__dict__)
     return g
 
 

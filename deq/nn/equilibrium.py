@@ -53,7 +53,8 @@ class Equilibrium(nn.Module):
         self._number = register(self)
 
     def forward(self, *inputs: Tensor, z0: State | None = None) -> State:
-        if torch.compiler.is_compiling() or not enclosed.depth:
+        is_compiling = torch.compiler.is_compiling()
+        if is_compiling or not enclosed.depth:
             reset_dropout(self)
         members = Members([self.block]) if isinstance(self.block, nn.Module) else None
         fresh = z0 is None and self.init is None
@@ -63,7 +64,7 @@ class Equilibrium(nn.Module):
             dtype = (z0 if isinstance(z0, Tensor) else z0[0]).dtype
             wide = lambda x: isinstance(x, Tensor) and x.is_floating_point()  # noqa: E731
             inputs = tuple(x.to(dtype) if wide(x) else x for x in inputs)
-        if torch.compiler.is_compiling():
+        if is_compiling:
             return self._compiled(inputs, z0)
         f = Applied(self.block, inputs, self._uses, members)
         if members is None or not members.has_masks:

@@ -241,7 +241,7 @@ class _Problem:
             image, tensors, graph = recorded(self._matrix_map, func, flat)
         if advance and not self._are_finite(image):
             image = torch.where(_finite_rows(image), image, flat)
-        call = Call(func, tensors, watched=True)
+        call = Call(func, tensors, watched=True, has_graph=graph is not None)
         equation = Equation(
             closed_over(self._matrix_map(func), tensors, call),
             None,
