@@ -3,6 +3,8 @@
 import copy
 import io
 import pickle
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -257,3 +259,33 @@ class TestWatchedOnce:
             torch.testing.assert_close(grads[:2], expected, rtol=1e-9, atol=1e-11)
             assert not any(grad.any() for grad in grads[2:] if grad is not None)
         assert all(p is own[name] for name, p in layer.named_parameters())
+
+
+def test_threads_that_train_a_parametrised_layer_keep_its_gradients():
+    """What one thread remembers of a solve, computed without gradients, is not handed to another."""
+
+    class Normed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.utils.parametrizations.weight_norm(nn.Linear(6, 6))
+
+        def forward(self, z, x):
+            return torch.tanh(0.3 * self.linear(z) + x)
+
+    torch.manual_seed(0)
+    layer, x = deq.nn.Equilibrium(Normed()), torch.randn(3, 6)
+    parameters = list(layer.parameters())
+    expected = torch.autograd.grad(layer(x).sum(), parameters)
+
+    def work(_):
+        found = torch.autograd.grad(layer(x).sum(), parameters, allow_unused=True)
+        return all(g is not None and torch.allclose(g, e) for g, e in zip(found, expected, strict=True))
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-4)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            assert all(pool.map(work, range(200)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert nn.utils.parametrize._cache_enabled == 0 and type(nn.utils.parametrize._cache) is dict

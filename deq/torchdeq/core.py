@@ -7,11 +7,10 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from ..closures import graph_break, in_forward_mode, in_transform, recorded, watched
 from ..held import Call, frozen, with_others
-from ..implicit_function import Equation, attached, closed_over, fixed_point
+from ..implicit_function import CachedWeights, Equation, attached, closed_over, fixed_point
 from ..solvers import generic
 from ..solvers.generic import Rule
 from ..state import Layout, layout_of
@@ -207,7 +206,7 @@ class _Problem:
             return self._solve_below(z, limit, options, indexing or ())
         if indexing is not None:
             options["indexing"] = indexing
-        with torch.no_grad(), parametrize.cached():  # weights are computed once a solve
+        with torch.no_grad(), CachedWeights():  # weights are computed once a solve
             z, trajectory, info = self.model.f_solver(self, self.detach(z), max_iter=limit, **options)
         if indexing is not None:  # what the solver did not reach is its last state
             trajectory = list(trajectory) + [z] * (len(indexing) - len(trajectory))
