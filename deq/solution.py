@@ -42,7 +42,7 @@ class Solution:
     residual: (...) float32 or float64, ``||f(y) - y|| / ||f(y)||`` (2-norm) at the last point ``y`` judged; ``z`` is
         ``f(y)``, one evaluation better. For a sample that failed, ``y`` is the point with the smallest residual.
     status: (...) uint8, values of :class:`Status`.
-    plan: what was run and why.
+    plan: what was run and why; None in a compiled graph, where it is not known yet.
     stats: the buffer (:mod:`deq.stats`) that iterations, residual and status are views of, made when they are read.
     when_read: called once with the solution when the status is first read; a solve on a GPU, which waits for nothing,
         warns or raises there.
