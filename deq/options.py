@@ -55,6 +55,12 @@ def problem_of(
     return Problem(activation, plan, on_failure)
 
 
+def check_backward(backward: object) -> None:
+    """Raise ValueError for one that there is not."""
+    if backward not in BACKWARDS:
+        raise ValueError(f"backward must be one of {', '.join(map(repr, BACKWARDS))}; got {backward!r}")
+
+
 def check(tol: object, max_iter: object, backward: object, on_failure: object) -> None:
     """Raise ValueError or TypeError for one that cannot be, whatever is solved."""
     if tol is not None:
@@ -67,7 +73,6 @@ def check(tol: object, max_iter: object, backward: object, on_failure: object) -
             raise TypeError(f"max_iter must be an integer; got {max_iter!r}")
         if not 1 <= max_iter < 2**31:
             raise ValueError(f"max_iter must be at least 1 and below 2**31; got {max_iter!r}")
-    if backward not in BACKWARDS:
-        raise ValueError(f"backward must be one of {', '.join(map(repr, BACKWARDS))}; got {backward!r}")
+    check_backward(backward)
     if on_failure not in ON_FAILURE:
         raise ValueError(f"on_failure must be one of {', '.join(map(repr, ON_FAILURE))}; got {on_failure!r}")

@@ -22,7 +22,7 @@ from .backends import get_backend
 from .batch import Batch
 from .implicit import Problem, adjoint, approximate, solve_masked
 from .indicators import fitted, is_large
-from .options import BACKWARDS, problem_of
+from .options import check_backward, problem_of
 from .run import canonical_shape, run
 from .solution import Solution
 from .weights import Dense, Diagonal, DiagonalLowRank, LowerTriangular, Structure
@@ -55,8 +55,7 @@ def solve(
     frozen: bool,
 ) -> Solution:
     """:func:`deq.solve` inside of a graph; its plan is not known there."""
-    if backward not in BACKWARDS:
-        raise ValueError(f"backward must be one of {', '.join(map(repr, BACKWARDS))}; got {backward!r}")
+    check_backward(backward)
     if backward == "unrolled":
         raise ValueError("backward='unrolled' is not available inside torch.compile")
     options = activation, tol, max_iter, solver, criterion, on_failure, backend, frozen

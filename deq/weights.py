@@ -250,9 +250,7 @@ class _SpectralNormBound(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor, *_: None) -> Tensor:
         V, left, v = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            return _SpectralNormGradient.apply(grad, V, left, v)
-        return torch.outer(grad * left, v).to(V.dtype)
+        return _SpectralNormGradient.apply(grad, V, left, v)
 
 
 class _SpectralNormGradient(torch.autograd.Function):

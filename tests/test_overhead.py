@@ -7,25 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from problems import gaussian
-from torch.utils._python_dispatch import TorchDispatchMode
+from recorder import Recorder
 
 import deq
 from deq import _library
 from deq.backends import cpu
 
 pytestmark = pytest.mark.skipif(_library.compiled is None, reason=f"no compiled library: {_library.reason}")
-
-
-class Recorder(TorchDispatchMode):
-    """The operators that reach torch's dispatcher, by name."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.names.append(function.name())
-        return function(*args, **(kwargs or {}))
 
 
 def solve(W, c):

@@ -7,9 +7,9 @@ import warnings
 import pytest
 import torch
 from problems import gaussian
+from recorder import Recorder
 from torch import nn
 from torch.func import grad, vmap
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import deq
 from deq import _library, weights
@@ -24,18 +24,6 @@ BACKENDS = ["reference"] + (["cpu"] if _library.compiled is not None else [])
 @pytest.fixture(autouse=True)
 def afresh():
     torch.compiler.reset()
-
-
-class Recorder(TorchDispatchMode):
-    """The operators that reach torch's dispatcher, by name."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.names.append(function.name())
-        return function(*args, **(kwargs or {}))
 
 
 def compiled(f):

@@ -307,8 +307,8 @@ def _rescue(
 
 
 def _regime(c: Tensor, plan: Plan) -> str | None:
-    """None for what goes elsewhere: what Triton is expected to solve sooner, and the plain solver, whose
-    path rounded increments would leave."""
+    """None for what goes elsewhere: what Triton is expected to solve sooner, and the plain solver, whose path rounded
+    increments would leave."""
     if plan.acceleration == "none" or c.numel() == 0 or c.dtype == torch.float64:
         return None
     return regime_for(c.shape[-1], c.shape[-2], c.device.index)

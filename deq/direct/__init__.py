@@ -86,6 +86,7 @@ def solve(
         z, residual, iterations = _run(method, activation, plan, on_failure, start, c.reshape(flat).to(precision))
     converged = residual <= plan.tol
     finite = torch.isfinite(c.detach()).all(-1) if deferred else None
+    is_last = forced or isinstance(method, Triangular | Diagonal)  # exact to rounding: no iteration makes it better
     if c.dtype != precision:
         largest = torch.finfo(c.dtype).max
         converged = converged & (z.detach().abs().amax(-1) <= largest)
@@ -99,8 +100,7 @@ def solve(
     else:
         if not is_finite(c):
             _refuse_non_finite_samples(c)
-        # What is exact to rounding no iteration makes better.
-        if not (forced or isinstance(method, Triangular | Diagonal)):
+        if not is_last:
             return torch.where(torch.isfinite(z).all(-1, keepdim=True), z.detach(), 0.0).reshape(c.shape)
         if not is_finite(z):  # a singular system: its only iterate is f(0)
             z = torch.where(torch.isfinite(z).all(-1, keepdim=True), z, ACTIVATIONS[activation].value(c.reshape(flat)))
@@ -113,7 +113,7 @@ def solve(
             outcome = Outcome(z.detach().reshape(flat), solution.stats, report)
             ladder.postpone(outcome, method.W, c.reshape(flat), activation, plan)
         return solution, report
-    if forced or isinstance(method, Triangular | Diagonal):  # otherwise every sample has converged
+    if is_last:  # otherwise every sample has converged
         report_failures(solution, on_failure, plan.tol, "deq.solve")
     return solution, None
 
