@@ -9,17 +9,19 @@ namespace {
 
 constexpr int64_t kBlock = 64;  // outputs at a time: a tile of them stays in L1
 
-// How the samples of a problem are cut into tiles.
+// How the samples of a problem are cut into tiles, and the equations that they share.
 template <class T>
 struct Tiles {
   explicit Tiles(const DeqReduced& p)
       : threads(4.0 * p.batch * p.width * p.rank < 1e6 ? 1 : std::max(p.threads, 1)),
         samples(p.batch > static_cast<int64_t>(threads) * kernels.lanes ? kernels.samples : kernels.lanes),
         count((p.batch + samples - 1) / samples),
-        padded_rank(triangle_panels(p.rank) * kPanel) {}
+        padded_rank(triangle_panels(p.rank) * kPanel),
+        equations(p.diagonal, p.width, p.mask.data ? -1 : p.activation) {}
   const StructuredKernels<T>& kernels = structured_kernels<T>();
   int threads, samples;
   int64_t count, padded_rank;
+  ScalarEquations<T> equations;
 };
 
 template <class T>
@@ -28,9 +30,8 @@ int32_t reduced(const DeqReduced& p) {
   const StructuredKernels<T>& k = tiles.kernels;
   const int samples = tiles.samples;
   const int64_t padded_rank = tiles.padded_rank;
-  const ScalarEquations<T> equations(p.diagonal, p.width, p.mask.data ? -1 : p.activation);
-  if (equations.error()) return equations.error();
-  const Scalars<T>& scalars = equations.scalars();
+  if (tiles.equations.error()) return tiles.equations.error();
+  const Scalars<T>& scalars = tiles.equations.scalars();
   std::atomic<int32_t> error{DEQ_OK};
 #pragma omp parallel for num_threads(tiles.threads) schedule(dynamic) if (tiles.threads > 1)
   for (int64_t i = 0; i < tiles.count; ++i) {
@@ -109,9 +110,8 @@ int32_t reduced_iterate(const DeqReducedIteration& iteration) {
   const StructuredKernels<T>& k = tiles.kernels;
   const int samples = tiles.samples;
   const int64_t padded_rank = tiles.padded_rank;
-  const ScalarEquations<T> equations(p.diagonal, p.width, p.mask.data ? -1 : p.activation);
-  if (equations.error()) return equations.error();
-  const Scalars<T>& scalars = equations.scalars();
+  if (tiles.equations.error()) return tiles.equations.error();
+  const Scalars<T>& scalars = tiles.equations.scalars();
   const int64_t padded_width = triangle_panels(p.width) * kPanel;
   const bool masked = p.mask.data;
   std::atomic<int32_t> error{DEQ_OK};
