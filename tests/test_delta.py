@@ -327,7 +327,8 @@ def test_strides_batches_and_stacks(increments):
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize(("m", "B"), [(256, 1), (257, 3), (300, 8), (333, 16), (527, 4), (1030, 9), (1100, 2)])
 def test_weights_that_are_new_are_used_in_place(m, B, threads, increments):
-    """A W whose columns are contiguous is not packed for a few samples before it is seen again; no answer shows it."""
+    """A W whose columns are contiguous is not packed for a few samples before it is seen again, nor then at the widths
+    where reading it in place is faster; no answer shows it."""
     parts = [gaussian(m, 20, seed=s) for s in range(2)]
     wide, c = torch.zeros(2, m, m + 7), torch.stack([p[1] for p in parts])
     wide[..., 3 : m + 3] = torch.stack([p[0].mT for p in parts])
@@ -339,7 +340,10 @@ def test_weights_that_are_new_are_used_in_place(m, B, threads, increments):
         new = solve(W, few, "tanh", increments)
         held = library.deq_cpu_cache_bytes()
         known = solve(W, few, "tanh", increments)
-        assert library.deq_cpu_cache_bytes() >= held + W.numel() * W.element_size()
+        if m < 640:
+            assert library.deq_cpu_cache_bytes() >= held + W.numel() * W.element_size()
+        else:
+            assert library.deq_cpu_cache_bytes() == held
         library.deq_cpu_clear_cache()
         return new, known, solve(W, c, "tanh", increments)
 

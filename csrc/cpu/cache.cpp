@@ -265,7 +265,7 @@ Weights packed_weights(const DeqProblem& p, int threads, const Derived* derived)
   }
   Entry& entry = entries.front();
   Held &plain = entry.held[DEQ_NATIVE], *other = derived ? &entry.held[derived->form] : nullptr;
-  const bool straight = derived && derived->straight && !is_known && native && columns;
+  const bool straight = derived && derived->straight && (!is_known || derived->stays) && native && columns;
   const bool packs = !straight && !plain.current, derives = other && !other->current;
   Weights result;
   auto fail = [&] {

@@ -23,8 +23,9 @@ struct Derived {
   // Writes what belongs to the panels [first, last) of one packed matrix.
   std::function<void(const void* packed, char* to, int64_t first, int64_t last)> fill;
   // The same of one matrix as the caller has it, of elements in the precision computed in, its columns contiguous and `stride`
-  // elements apart; false if one is not finite. With it new weights like that are not packed.
+  // elements apart; false if one is not finite. With it new weights like that are not packed, nor with `stays` known ones.
   std::function<bool(const void* w, int64_t stride, char* to, int64_t first, int64_t last)> straight;
+  bool stays;
 };
 
 struct Weights {
@@ -34,7 +35,7 @@ struct Weights {
 
 // The packed form of the (S, m, m) view W for the kernels in use, from the cache or made now with `threads` threads, and with
 // `derived` that form too, kept with it; null where out of memory. Weights that are new have no packed form if the derived one is
-// made straight of them: it is made when they are found again.
+// made straight of them: it is made when they are found again, unless they stay in place.
 //
 // The key is the content itself (a 128-bit fingerprint, one read of W: about a third of the price of packing), not an address
 // or a version counter: writing through .data, views, freed and reused memory can never bring back old weights. Weights that are

@@ -11,6 +11,10 @@ namespace {
 // samples of one matrix at most. Training, Zen 4, against packing them, one and two threads: 1.3 and 1.45 x as fast at 1024 x
 // 4, 1.05 at 1024 x 16, 1.0 and 1.1 at 512 x 8, the same at 256 x 1 and, where the anchors take as much longer, at 2048 x 16.
 constexpr int64_t kInPlaceFrom = 256, kInPlaceBatch = 16;
+// Known weights are too where W and its packed form would drive each other out of the caches: a read of W for its content brings
+// it there. Training, Zen 5, one and two threads, W as it was: 1.05 to 1.15 and 1.1 to 1.2 x at 1024 x 1 to 12, 1.1 and 1.15 at
+// 1536 x 1 to 8, 1.0 at 640 x 4 and 1792 x 8; but 0.98 at 512 x 8 and 1024 x 16, 0.92 at 2048 x 16 and 2304 x 4.
+constexpr int64_t kStaysFrom = 640, kStaysTo = 1792, kStaysBatch = 12;
 
 }  // namespace
 
@@ -40,7 +44,7 @@ Weights delta_weights(const DeqProblem& p, const DeltaKernels& low, int threads)
                  [&](const void* packed, char* to, int64_t first, int64_t last) {
                    low.pack(static_cast<const float*>(packed), m, to, first, last);
                  },
-                 nullptr};
+                 nullptr, m >= kStaysFrom && m <= kStaysTo && p.batch <= kStaysBatch};
   if (m >= kInPlaceFrom && p.batch <= kInPlaceBatch)
     planes.straight = [&](const void* w, int64_t stride, char* to, int64_t first, int64_t last) {
       return low.pack_columns(static_cast<const float*>(w), stride, m, to, first, last);
