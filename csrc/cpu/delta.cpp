@@ -10,6 +10,7 @@
 #include <atomic>
 
 #include "../reliable.h"
+#include "kernels.h"
 #include "samples.h"
 #include "scales.h"
 #include "segments.h"
@@ -21,11 +22,8 @@
 namespace deq {
 namespace {
 
-constexpr int kMaxTile = 64;
-// Most of a 1 MB L2 for the rows of a tile: the panels of W that stream through are a quarter as large as in float32.
-constexpr int64_t kTileBytes = 768 << 10;
-// Rows start this many bytes apart modulo 4096, so that the rows of a tile do not share cache sets.
-constexpr int64_t kRowSkew = 64;
+// More of a 1 MB L2 for the rows of a tile: the panels of W that stream through are a quarter as large as in float32.
+constexpr int64_t kDeltaTileBytes = 768 << 10;
 // Rounding of W leaves about this share of the increments in y, and a correction this share of that: smaller increments than
 // what is left gain nothing.
 constexpr double kPollution[] = {0, 1e-2, 2e-3}, kRest[] = {0, 1.0 / 256, 1.0 / 512};
@@ -124,7 +122,7 @@ class Tile {
     const int64_t stride = padded_ * kFloat + kRowSkew, half = (padded_ * low_.element_bytes + 63) / 64 * 64;
     const int64_t rows = p_.mask.data ? 5 : 4, per_slot = rows * stride + 3 * half + sums;
     const int64_t words = (m_ + 63) / 64;
-    const int64_t share = (p_.batch + sharing - 1) / sharing, fit = kTileBytes / per_slot / k_.rows * k_.rows;
+    const int64_t share = (p_.batch + sharing - 1) / sharing, fit = kDeltaTileBytes / per_slot / k_.rows * k_.rows;
     size_ = static_cast<int>(std::min<int64_t>({kMaxTile, std::max<int64_t>(2 * k_.rows, fit), share}));
     char* at = static_cast<char*>(rows_arena.get(size_ * (per_slot + words * 8 + members * kSkipWidth * kFloat) +
                                                  (2 * members + 1 + (packed_ ? 0 : size_)) * stride));

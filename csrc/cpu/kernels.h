@@ -3,6 +3,8 @@
 #pragma once
 #include <stdint.h>
 
+#include <algorithm>
+
 #include "lanes.h"
 
 namespace deq {
@@ -100,6 +102,19 @@ struct Kernels {
 template <class T>
 int64_t packed_elements(const Kernels<T>& k, int64_t m) {
   return (m + k.lanes - 1) / k.lanes * k.lanes * m;
+}
+
+constexpr int kMaxTile = 64;
+// Half of a 1 MB L2 for the rows of a tile; the rest for the panels of W that stream through.
+constexpr int64_t kTileBytes = 512 << 10;
+// Rows start this many bytes apart modulo 4096, so that the rows of a tile do not share cache sets.
+constexpr int64_t kRowSkew = 64;
+
+// The samples that the row engine takes together at most, of `rows` rows of `stride` elements each.
+template <class T>
+int64_t tile_size(const Kernels<T>& k, int64_t rows, int64_t stride) {
+  const int64_t fit = kTileBytes / (rows * stride * static_cast<int64_t>(sizeof(T)));
+  return std::min<int64_t>(kMaxTile, std::max<int64_t>(2 * k.rows, fit / k.rows * k.rows));
 }
 
 // Compiled-in tables; null where the build or the CPU lacks the instruction set.

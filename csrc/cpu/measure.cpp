@@ -32,7 +32,7 @@ double best_gflops(double seconds, F burst) {
 template <class T>
 double kernel_gflops(int64_t batch, int64_t m, double seconds) {
   const Kernels<T>& k = kernels<T>();
-  const int64_t padded = (m + k.lanes - 1) / k.lanes * k.lanes, stride = padded + 64 / static_cast<int64_t>(sizeof(T));
+  const int64_t padded = (m + k.lanes - 1) / k.lanes * k.lanes, stride = padded + kRowSkew / static_cast<int64_t>(sizeof(T));
   const Segments segments(m, padded);
   const int64_t sums_size = 2 * k.lanes * segments.count;
   T* packed = static_cast<T*>(allocate(packed_elements(k, m) * static_cast<int64_t>(sizeof(T))));
@@ -55,19 +55,22 @@ double kernel_gflops(int64_t batch, int64_t m, double seconds) {
     out[b] = at + sums_size + stride;
     c[b] = at + sums_size + 2 * stride;
   }
-  Step<T> step{z.data(), out.data(), c.data(), nullptr, sums.data(), totals.data(), packed, m, kRelu, 0, 0, 0};
-  const int rows_together = static_cast<int>(batch);
+  // As the row engine: so many rows together, the segments one after the other.
+  const int64_t together = tile_size(k, 3, stride);
   const double flops = 2.0 * batch * m * m;
   const int repeats = static_cast<int>(1e6 / flops) + 1;
   const double best = best_gflops(seconds, [&] {
-    for (int i = 0; i < repeats; ++i) {
-      for (step.segment = 0; step.segment < segments.count; ++step.segment) {
-        step.from = segments.start[step.segment];
-        step.to = segments.start[step.segment + 1];
-        k.step(step, rows_together);
+    for (int i = 0; i < repeats; ++i)
+      for (int64_t b = 0; b < batch; b += together) {
+        const int n = static_cast<int>(std::min(together, batch - b));
+        Step<T> step{&z[b], &out[b], &c[b], nullptr, &sums[b], &totals[2 * b], packed, m, kRelu, 0, 0, 0};
+        for (; step.segment < segments.count; ++step.segment) {
+          step.from = segments.start[step.segment];
+          step.to = segments.start[step.segment + 1];
+          k.step(step, n);
+        }
+        k.add_up(step, n, segments.count);
       }
-      k.add_up(step, rows_together, segments.count);
-    }
     return repeats * flops;
   });
   free(packed);

@@ -26,15 +26,10 @@ thread_local DeqWork last_work{};
 
 namespace {
 
-constexpr int kMaxTile = 64;
-// Half of a 1 MB L2 for the rows of a tile; the rest for the panels of W that stream through.
-constexpr int64_t kTileBytes = 512 << 10;
 constexpr int kLookEvery = 16;  // steps after which rows that had too few zeros are looked at again
 // A W far beyond the L2 cache is read faster without gaps; that takes some rows to make up for (2048 x 4: 0.8 x, x 16: 1.2 x).
 constexpr int kSkipRows = 8;
 constexpr int64_t kSkipWidest = 1024;
-// Rows start this many bytes apart modulo 4096, so that the rows of a tile do not share cache sets.
-constexpr int64_t kRowSkew = 64;
 
 thread_local Arena rows_arena, window_arena, result_arena;
 
@@ -125,9 +120,8 @@ class Tile {
     const int64_t stride = padded_ + kRowSkew / static_cast<int64_t>(sizeof(T));
     const int rows = 3 + (p_.mask.data ? 1 : 0) + (p_.reflected ? 2 : 0);
     const int held = rows + (p_.acceleration == DEQ_ANDERSON ? 2 * depth_ : 0);  // a window is read as often as the rows
-    const int64_t fit = kTileBytes / (held * stride * static_cast<int64_t>(sizeof(T)));
     const int64_t share = (p_.batch + sharing - 1) / sharing;
-    size_ = static_cast<int>(std::min<int64_t>({kMaxTile, std::max<int64_t>(2 * k_.rows, fit / k_.rows * k_.rows), share}));
+    size_ = static_cast<int>(std::min(tile_size(k_, held, stride), share));
     const int64_t sums = 2 * k_.lanes * segments_.count, per_slot = rows * stride + sums;
     result_ = p_.reflected ? static_cast<T*>(result_arena.get(padded_ * static_cast<int64_t>(sizeof(T)))) : nullptr;
     if (p_.reflected && !result_) return false;
