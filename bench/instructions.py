@@ -52,6 +52,7 @@ class Problem(ctypes.Structure):
         ("tol", ctypes.c_double),
         ("threads", ctypes.c_int32),
         ("precision", ctypes.c_int32),
+        ("largest_weight", ctypes.c_double),
         ("reflected", ctypes.c_int32),
     )
 

@@ -1,6 +1,8 @@
 """The boundary to torch: hand-written declarations against torch's headers, the operators' own checks, its threads."""
 
+import ctypes
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,7 +14,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from deq import _library, activations
 from deq import stats as layout
+from deq.bench import instructions
 from deq.plan import ANDERSON_DEPTH
+from deq.profiling import counter, ranges
+from deq.solvers.generic import compiled_steps
 
 ROOT = Path(__file__).resolve().parents[1]
 HEADER = (ROOT / "csrc" / "torch_abi.h").read_text()
@@ -72,6 +77,47 @@ def test_wrong_declarations_are_caught(tmp_path, right, wrong):
     done = compile_check(tmp_path, HEADER.replace(right, wrong))
     assert done.returncode != 0
     assert wrong.split(",")[0].removeprefix("F(").rstrip(")") in done.stderr
+
+
+# ---- structures of the C interface, written twice ------------------------------------------------------------------
+
+_C_TYPES = {
+    ctypes.c_int32: "int32_t",
+    ctypes.c_int64: "int64_t",
+    ctypes.c_double: "double",
+    instructions.View: "struct DeqView",
+    instructions.VIEW: "int64_t",
+}
+
+
+def members(header: str, name: str) -> list[tuple[str, str]]:
+    """(name, type) of every member of a structure of csrc, "pointer" for any pointer."""
+    text = re.sub(r"//.*", "", (ROOT / "csrc" / header).read_text())
+    body = re.search(rf"struct {name} {{(.*?)\n}};", text, re.DOTALL).group(1)
+    found = []
+    for kind, names in re.findall(r"((?:const |struct )*\w+\s*\**) ?([\w, \[\]*]+);", body):
+        for member in names.split(","):
+            is_pointer = "*" in kind or "*" in member
+            found.append((re.sub(r"[*\s]|\[.*\]", "", member), "pointer" if is_pointer else kind.strip()))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("header", "name", "structure"),
+    [
+        ("kernels.h", "DeqView", instructions.View),
+        ("kernels.h", "DeqProblem", instructions.Problem),
+        ("kernels.h", "DeqWork", counter.Work),
+        ("kernels.h", "DeqSpan", ranges._Span),
+        ("vector.h", "DeqSteps", compiled_steps._DeqSteps),
+        ("cuda_kernels.h", "DeqCudaPlan", _library.CudaPlan),
+    ],
+)
+def test_structures_are_those_of_the_headers(header, name, structure):
+    declared = members(header, name)
+    written = [(field, _C_TYPES.get(kind, "pointer")) for field, kind in structure._fields_]
+    assert len(declared) > 1
+    assert written == declared
 
 
 # ---- operators ------------------------------------------------------------------------------------------------------
