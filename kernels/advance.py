@@ -49,7 +49,7 @@ from .records import (
 @triton.jit
 def overwritten(place, turn, DEPTH: tl.constexpr):
     """Whether a turn writes to the PLACE."""
-    return (place == (turn + 1) % 2) | (place == RING + turn % DEPTH)
+    return (place == (turn + 1) % 2) | (place == turn % DEPTH + RING)
 
 
 @triton.jit
@@ -115,7 +115,7 @@ def advance(
     status, better, best, best_at, limit, slow = judge(
         step, size, k, previous, before, best, best_at, limit, tol, leave, max_iter, patience, CRITERION
     )
-    here = tl.where(held > 0, RING + turn % DEPTH, (turn + 1) % 2)
+    here = tl.where(held > 0, turn % DEPTH + RING, (turn + 1) % 2)
     place = tl.where(better, here, tl.where(overwritten(place, turn, DEPTH), SAVED, place))
     goes_on = live & (status == LIVE)
     if ACCELERATION != NONE:

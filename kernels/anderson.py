@@ -89,7 +89,7 @@ def mixing_weights(gram_ptrs, stride, mask, count, newest, DEPTH: tl.constexpr):
             back = back + (a * inverse[DEPTH - dropped - 1 - n],)
             total += back[n] * scale[DEPTH - dropped - 1 - n]
             absolute += tl.abs(back[n] * scale[DEPTH - dropped - 1 - n])
-        trusted = known[DEPTH - dropped - 1] & (absolute < _MAX_WEIGHT * tl.abs(total))  # false for NaN
+        trusted = known[DEPTH - dropped - 1] & (absolute < tl.abs(total) * _MAX_WEIGHT)  # false for NaN
         use = trusted & (found == 0)
         unit = 1.0 / tl.where(use, total, 1.0)
         chosen = ()

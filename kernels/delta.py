@@ -118,7 +118,7 @@ def is_due(step, size, ratio, moved, run, k, limit, tol, leave, max_iter, DRIFT:
     goal = leave
     if CRITERION == ERROR:
         goal = tol * (1.0 - ratio) / tl.maximum(ratio, 1e-3)
-    due = (step <= SAFE * goal * size) | (step <= DRIFT * moved) | (run >= LONGEST)
+    due = (step <= goal * SAFE * size) | (step <= moved * DRIFT) | (run >= LONGEST)
     return due | (k + 1 >= max_iter) | ((step < float("inf")) == 0) | ((size <= limit) == 0)
 
 

@@ -28,7 +28,7 @@ def root(d, x, ACTIVATION: tl.constexpr):
     elif ACTIVATION == RELU:
         p = tl.where(x > 0, x / (1.0 - d), x)
     elif ACTIVATION == LEAKY_RELU:
-        p = x / tl.where(x > 0, 1.0 - d, 1.0 - _LEAKY * d)
+        p = x / tl.where(x > 0, 1.0 - d, 1.0 - d * _LEAKY)
     else:
         p = x
         h = -d * activations.value(p, ACTIVATION)
@@ -45,7 +45,7 @@ def root(d, x, ACTIVATION: tl.constexpr):
             k += 1
         low, high = tl.minimum(x, other), tl.maximum(x, other)
         scale = tl.abs(x)
-        busy = tl.abs(h) > _TIGHT * (tl.abs(p) + scale)
+        busy = tl.abs(h) > (tl.abs(p) + scale) * _TIGHT
         k = 0
         while (k < _MOST_STEPS) & (tl.max(busy.to(tl.int32)) > 0):
             low = tl.where(h < 0, p, low)
@@ -55,7 +55,7 @@ def root(d, x, ACTIVATION: tl.constexpr):
             p = tl.where(busy, following, p)
             a = d * activations.value(p, ACTIVATION)
             h = p - a - x
-            busy = busy & (tl.abs(h) > _TIGHT * (tl.abs(p) + tl.abs(a) + scale))
+            busy = busy & (tl.abs(h) > (tl.abs(p) + tl.abs(a) + scale) * _TIGHT)
             k += 1
         following = p - h / (1.0 - d * activations.derivative(p, ACTIVATION))  # to the last bit
         p = tl.where((following >= low) & (following <= high), following, p)

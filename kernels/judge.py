@@ -53,7 +53,7 @@ def judge(
     now = step / previous
     ago = tl.where(before < float("inf"), previous / before, 0.0)
     if CRITERION == RESIDUAL:
-        done = (residual <= tol) & ((residual <= leave) | (step > _SLOW * previous) | (k >= max_iter))
+        done = (residual <= tol) & ((residual <= leave) | (step > previous * _SLOW) | (k >= max_iter))
     else:
         q = tl.where(k == 1, 1.0, tl.maximum(now, ago))
         done = (step == 0) | ((q < 1) & (residual * q <= tol * (1 - q)))
