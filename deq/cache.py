@@ -115,7 +115,7 @@ def _key(W: Tensor, what: Hashable) -> Hashable | None:
         matrix = matrix.unsqueeze(0)
     if 1 not in matrix.stride()[-2:] and 1 not in matrix.shape[-2:]:
         matrix = matrix.contiguous()
-    fingerprint = torch.empty(2, dtype=torch.int64)
+    fingerprint = torch.empty(2, dtype=torch.int64, device="cpu")
     torch.ops.deq.fingerprint.default(matrix, fingerprint)
     return what, W.shape, W.dtype, *fingerprint.tolist()
 

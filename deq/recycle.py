@@ -79,7 +79,7 @@ def _take(size: int) -> np.ndarray:
             if not blocks:
                 del _free[size]
             return block
-    return torch.empty(size, dtype=torch.uint8).numpy()  # aligned as torch's are
+    return torch.empty(size, dtype=torch.uint8, device="cpu").numpy()  # aligned as torch's are
 
 
 def _give_back(block: np.ndarray) -> None:

@@ -287,7 +287,7 @@ def _top_eigenpair(G: Tensor) -> tuple[Tensor, Tensor]:
 def _krylov_estimate(G: Tensor) -> Tensor:
     """Unit vector that maximises ``v^T G v`` over a Krylov space of G from a fixed random start (Lanczos)."""
     m = G.shape[0]
-    start = torch.randn(m, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(G.device)
+    start = torch.randn(m, dtype=torch.float64, device="cpu", generator=torch.Generator().manual_seed(0)).to(G.device)
     basis = G.new_zeros(KRYLOV_STEPS, m)  # orthonormal rows
     images = G.new_zeros(KRYLOV_STEPS, m)
     w, tiny = start, torch.finfo(torch.float64).tiny

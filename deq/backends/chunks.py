@@ -44,7 +44,7 @@ class Loop:
         returns. In a capture, which would read that memory at every replay, and at first, so that it is compiled when a
         capture comes, by a kernel that is handed the addresses; it takes the host ten times as long."""
         if self._graphs and not torch.cuda.is_current_stream_capturing():
-            self.table[: len(addresses)].copy_(torch.tensor(addresses), non_blocking=True)
+            self.table[: len(addresses)].copy_(torch.tensor(addresses, device="cpu"), non_blocking=True)
         else:
             records.bind_kernel[(1,)](self.table, *addresses, enable_fp_fusion=True)
 
@@ -79,7 +79,7 @@ class Loop:
             end()
             return None
         if not self._seen:
-            pinned = torch.empty(2, 2, dtype=torch.int32, pin_memory=True)
+            pinned = torch.empty(2, 2, dtype=torch.int32, device="cpu", pin_memory=True)
             self._seen = [(pinned[i], torch.cuda.Event()) for i in range(2)]
         stream = torch.cuda.current_stream(counters.device)
         chunks = -(-turns // chunk)

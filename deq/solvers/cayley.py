@@ -145,7 +145,7 @@ def _workspace(count: int, dtype: torch.dtype) -> Tensor:
     held = getattr(_kept, "memory", None)
     if held is None or held.numel() < count or held.dtype != dtype:
         with torch.inference_mode(False):  # what is made inside could not be written to outside
-            held = torch.empty(count, dtype=dtype)
+            held = torch.empty(count, dtype=dtype, device="cpu")
         if held.nbytes <= 8 << 20:
             _kept.memory = held
     return held
@@ -162,7 +162,7 @@ def _invert_block_(A: Tensor) -> None:
 def _probe_error(K: Tensor, W: Tensor, alpha: float) -> float:
     """``||((1 + alpha) I - alpha W) V x - x|| / ||x||`` for one random x, two products with a vector."""
     m = K.shape[0]
-    x = torch.randn(m, generator=torch.Generator().manual_seed(m)).to(K)
+    x = torch.randn(m, dtype=torch.float32, device="cpu", generator=torch.Generator().manual_seed(m)).to(K)
     y = (torch.mv(K, x) + x) / 2
     back = (1.0 + alpha) * y - alpha * torch.mv(W.to(K.dtype), y)
     return float(torch.linalg.vector_norm(back - x) / torch.linalg.vector_norm(x))

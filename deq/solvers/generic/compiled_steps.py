@@ -68,7 +68,7 @@ def _take(size: int) -> Tensor:
     except IndexError:
         workspace = None
     if workspace is None or workspace.numel() < size:
-        workspace = torch.empty(size, dtype=torch.uint8)
+        workspace = torch.empty(size, dtype=torch.uint8, device="cpu")  # whatever the default device is
     return workspace
 
 
@@ -125,7 +125,7 @@ class CompiledTold:
     """As Told, in one allocation of which views are made when they are read: each costs 5 us where caches are cold."""
 
     def __init__(self, B: int):
-        self._batch, self._buffer = B, torch.empty(29 * B, dtype=torch.uint8)
+        self._batch, self._buffer = B, torch.empty(29 * B, dtype=torch.uint8, device="cpu")
         self.failed = 0  # samples that are done without having converged
 
     def is_converged(self) -> bool:

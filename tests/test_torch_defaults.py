@@ -1,0 +1,93 @@
+"""Tensors are made where and as they are needed, whatever torch's default device and dtype are."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from problems import gaussian
+
+import deq
+from deq import _library
+from deq.fixed_point import BACKWARDS
+from deq.solvers.generic import METHODS
+
+
+@contextmanager
+def default_device():
+    with torch.device("meta"):
+        yield
+
+
+@contextmanager
+def default_dtype():
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.fixture(params=[default_device, default_dtype])
+def defaults(request):
+    return request.param
+
+
+@pytest.fixture
+def problem():
+    W, c, g = gaussian(12, 3)
+    return W.requires_grad_(), c.requires_grad_(), g
+
+
+def assert_unchanged(run, defaults):
+    expected = run()
+    with defaults():
+        actual = run()
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert ours.device == theirs.device and ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("backward", BACKWARDS)
+@pytest.mark.parametrize("solver", METHODS)
+def test_fixed_point(problem, defaults, solver, backward, compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(_library, "compiled", None)
+    W, c, g = problem
+    z0 = torch.zeros_like(c)
+
+    def run():
+        options = {"solver": solver, "backward": backward, "keep": (1, 2)}
+        solution = deq.fixed_point(lambda z: torch.tanh(z @ W.mT + c), z0, **options)
+        grads = torch.autograd.grad(solution.z, (W, c), g)
+        return solution.z, solution.iterations, solution.residual, solution.status, *solution.trajectory, *grads
+
+    assert_unchanged(run, defaults)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # torch's forward mode
+def test_derivatives_of_derivatives(problem, defaults):
+    W, c, g = problem
+
+    def equilibrium(c):
+        return deq.fixed_point(lambda z: torch.tanh(z @ W.mT + c), torch.zeros_like(c)).z
+
+    def run():
+        first = torch.autograd.grad(equilibrium(c), c, g, create_graph=True)
+        tangent = torch.func.jvp(equilibrium, (c.detach(),), (g,))[1]
+        return torch.autograd.grad(first[0].sum(), W)[0], tangent
+
+    assert_unchanged(run, defaults)
+
+
+@pytest.mark.parametrize("solver", ["auto", "plain", "cayley"])
+def test_solve(problem, defaults, solver):
+    W, c, g = problem
+
+    def run():
+        with torch.no_grad():  # what is known of a weight is kept by its content
+            frozen = deq.solve(W, c, solver=solver).z
+        z = deq.solve(W, c, solver=solver).z
+        return frozen, z, *torch.autograd.grad(z, (W, c), g)
+
+    assert_unchanged(run, defaults)
