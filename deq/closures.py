@@ -7,13 +7,13 @@ Both are cheap where they can be: leaves are read off the graph of one evaluatio
 
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -224,6 +224,7 @@ class Exchange(TorchFunctionMode):
 
     def __init__(self, old: Sequence[Tensor], new: Sequence[Tensor]):
         super().__init__()
+        self._old = old  # kept, so that nothing else gets their numbers
         self.new = {id(a): b for a, b in zip(old, new, strict=True)}
         self.met: set[int] = set()
 
@@ -239,6 +240,31 @@ class Exchange(TorchFunctionMode):
         args = [_swapped(value, swap) for value in args]
         kwargs = {name: _swapped(value, swap) for name, value in (kwargs or {}).items()}
         return function(*args, **kwargs)
+
+
+def exchanges() -> list[Exchange]:
+    """Those that are active: the last one sees a tensor first."""
+    if not torch._C._len_torch_function_stack():
+        return []
+    return [mode for mode in _get_current_function_mode_stack() if isinstance(mode, Exchange)]
+
+
+def exchanged(tensor: Tensor, by: Sequence[Exchange]) -> Tensor:
+    """What calls of torch's functions take in place of ``tensor``."""
+    for exchange in reversed(by):
+        tensor = exchange.new.get(id(tensor), tensor)
+    return tensor
+
+
+def within(by: Sequence[Exchange], f: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
+    """f(z) while the exchanges are active."""
+    active = exchanges()
+    with ExitStack() as stack:
+        for exchange in by:
+            if exchange not in active:
+                stack.enter_context(exchange)
+                stack.enter_context(uncompiled())
+        return f(z)
 
 
 def _swapped(value, swap):

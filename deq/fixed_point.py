@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from .closures import graph_break, in_forward_mode, in_transform, watched
+from .closures import exchanged, exchanges, graph_break, in_forward_mode, in_transform, watched
 from .held import Applied, Call, frozen, held, with_others
 from .implicit_function import Equation, closed_over, full_precision
 from .implicit_function import fixed_point as implicit
@@ -177,10 +177,13 @@ def fixed_point_with(
         report_failures(_solution(z, result, layout if fits else None, rule), on_failure, rule.tol, what)
 
     first = stranger = None
+    outer = exchanges() if differentiates else ()
     if not differentiates:
         tensors = ()
-    elif tensors is None:
-        remembers = isinstance(f, Applied) and not special
+    elif tensors is not None:
+        tensors = [exchanged(tensor, outer) for tensor in tensors]
+    else:
+        remembers = isinstance(f, Applied) and not special and not outer
         tensors = f.recall() if remembers else None
         if tensors is None:
             first, tensors = watched(evaluate, start, held(f))
@@ -198,7 +201,7 @@ def fixed_point_with(
             terms,
             keep,
             report,
-            direct=functools.partial(evaluate.of, tensors),
+            direct=(lambda *new: None) if outer else functools.partial(evaluate.of, tensors),
             stranger=stranger,
             call=call,
             owns_start=fresh,

@@ -19,6 +19,8 @@ from torch.nn.utils import parametrize
 from .closures import (
     Exchange,
     Graph,
+    exchanged,
+    exchanges,
     has_strangers,
     in_forward_mode,
     in_transform,
@@ -26,6 +28,7 @@ from .closures import (
     reaches,
     strays,
     uncompiled,
+    within,
 )
 from .held import Call
 from .profiling import ranges
@@ -162,21 +165,29 @@ def full_precision(device: str) -> AbstractContextManager:
 def closed_over(
     f: Callable[[Tensor], Tensor], tensors: Sequence[Tensor], call: Call | None = None
 ) -> Callable[..., Map]:
-    """``bind`` of a function that closes over ``tensors``; ``call`` is told which of them f uses."""
+    """``bind`` of a function that closes over ``tensors``; ``call`` is told which of them f uses.
+
+    A solve inside of another function whose tensors are exchanged goes on with that in its backward pass, which may
+    come when the exchange is over.
+    """
+    names = list(tensors)  # all that calls of torch's functions may know the tensors by
+    if outer := exchanges():
+        f = partial(within, outer, f)
+        names = [exchanged(tensor, outer) for tensor in tensors] + names
 
     def bind(*new: Tensor) -> Map:
         if all(a is b for a, b in zip(tensors, new, strict=True)):
             return f
 
-        def exchanged(z: Tensor) -> Tensor:
-            exchange = Exchange(tensors, new)
+        def with_new(z: Tensor) -> Tensor:
+            exchange = Exchange(names, new * (len(names) // len(new)))
             with exchange, uncompiled():
                 image = f(z)
             if call is not None:
                 call.tell(exchange.met)
             return image
 
-        return exchanged
+        return with_new
 
     return bind
 
