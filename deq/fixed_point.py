@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .closures import exchanged, exchanges, graph_break, in_forward_mode, in_transform, watched
 from .held import Applied, Call, frozen, held, with_others
-from .implicit_function import Equation, closed_over, full_precision
+from .implicit_function import Equation, attached, closed_over, full_precision
 from .implicit_function import fixed_point as implicit
 from .solution import Solution, Status, report_failures
 from .solvers import generic
@@ -135,11 +135,12 @@ def fixed_point(
 
 
 def fixed_point_with(
-    f: Callable[[State], State], z0: State, options: dict[str, object], fresh: bool = False
+    f: Callable[[State], State], z0: State, options: dict[str, object], fresh: bool = False, solved: bool = False
 ) -> StateSolution:
     """:func:`fixed_point` with all its options, outside of graphs of the compiler.
 
-    fresh: z0 is finite, carries no gradient and is used by nobody else: it may be overwritten.
+    fresh: z0 is finite, carries no gradient and is used by nobody else: it may be overwritten. solved: z0 is what a
+    solve returned, which is given its gradient again.
     """
     batch_dims, tensors = options["batch_dims"], options["tensors"]
     backward, on_failure = options["backward"], options["on_failure"]
@@ -207,8 +208,14 @@ def fixed_point_with(
             owns_start=fresh,
             constant=not exact,
         )
-        result = implicit(equation, start, tensors, None if special else first)
+        if solved:
+            z = attached(equation, start, tensors)
+            result = generic.Result(z, generic.Told.unjudged(start))
+        else:
+            result = implicit(equation, start, tensors, None if special else first)
         call.end()
+    elif solved:
+        result = generic.Result(start, generic.Told.unjudged(start))
     else:
         equation = Equation(closed_over(evaluate, ()), rule, adjoint, keep=keep, report=report)
         result = equation.solve(start, first=first, owned=fresh and not tensors)
@@ -222,6 +229,7 @@ def fixed_point_with(
             backward,
             options["backward_steps"],
             options["backward_damping"],
+            is_judged=not solved,
         )
     return _solution(layout.unflatten(z), result, layout, rule)
 
@@ -343,11 +351,15 @@ def _differentiated(
     backward: str,
     steps: int,
     backward_damping: float,
+    is_judged: bool,
 ) -> Tensor:
-    """The fixed point with a gradient that is not exact, or unrolled; of a sample that failed its best iterate."""
+    """The fixed point with a gradient that is not exact, or unrolled; of a sample that failed its best iterate.
+
+    is_judged: whether the result tells which samples failed.
+    """
     if backward == "unrolled":
         return _unrolled(evaluate, start, result, rule)
-    if in_transform() or not result.told.is_converged():
+    if in_transform() or not is_judged or not result.told.is_converged():
         evaluate = functools.partial(_where_finite, evaluate, start)
     if backward == "one_step":
         return evaluate(result.z)

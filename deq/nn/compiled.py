@@ -1,37 +1,97 @@
 """An equilibrium layer as one operator, for torch.compile and torch.export.
 
 A solve decides by its numbers when to stop, which no graph can hold: in a compiled graph it is the opaque operator
-``deq::equilibrium``, its gradient another. They know their layer by a number that is good for this process.
+``deq::equilibrium``, its gradient another. They know their layer by a number that is good for this process, and draw
+the masks of its dropout from a seed: both are tensors, which a graph takes as it finds them, where it would be compiled
+anew for every other number.
 """
 
 import itertools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from ..held import enclosed
 from ..traced import autograd_inside
+from .dropout import VariationalDropout
 
 _numbers = itertools.count()
 _layers: "weakref.WeakValueDictionary[int, nn.Module]" = weakref.WeakValueDictionary()
 
 
-def register(layer: nn.Module) -> int:
-    """The number by which the operators find ``layer`` as long as it lives."""
+def register(layer: nn.Module) -> Tensor:
+    """The number, int64 on the CPU, by which the operators find ``layer`` as long as it lives."""
     number = next(_numbers)
     _layers[number] = layer
-    return number
+    return torch.tensor(number, dtype=torch.int64, device="cpu")
 
 
-def _layer(number: int) -> nn.Module:
+def new_seed(block: object) -> Tensor | None:
+    """Of the masks of one call, int64 on the CPU; None for a block that draws none."""
+    if not isinstance(block, nn.Module):
+        return None
+    if not any(isinstance(module, VariationalDropout) and module.training for module in block.modules()):
+        return None
+    return torch.randint(2**62, (), dtype=torch.int64, device="cpu")
+
+
+def _layer(number: Tensor) -> nn.Module:
     try:
-        return _layers[number]
+        return _layers[int(number)]
     except KeyError:
         raise RuntimeError(
             "deq::equilibrium: its layer is gone; a compiled or exported graph serves while the layer that it was made "
             "from lives in the same process"
         ) from None
+
+
+_KEYS = [
+    getattr(torch._C.DispatchKey, name)
+    for name in (
+        *("Conjugate", "Negative", "ZeroTensor", "FuncTorchGradWrapper", "FuncTorchBatched", "FuncTorchVmapMode"),
+        *("FuncTorchDynamicLayerFrontMode", "FuncTorchDynamicLayerBackMode"),
+    )
+]
+
+
+@contextmanager
+def _eagerly() -> Iterator[None]:
+    """Inside of an operator all that blocks may use outside of one: autograd, transforms of torch.func, views that
+    conjugate or negate. A compiled graph calls operators without."""
+    before = [torch._C._dispatch_tls_is_dispatch_key_excluded(key) for key in _KEYS]
+    try:
+        for key in _KEYS:
+            torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
+        with autograd_inside():
+            yield
+    finally:
+        for key, excluded in zip(_KEYS, before, strict=True):
+            torch._C._dispatch_tls_set_dispatch_key_excluded(key, excluded)
+
+
+@contextmanager
+def _masks(block: object, seed: Tensor | None, device: torch.device) -> Iterator[None]:
+    """While active, dropout in ``block`` has the masks that ``seed`` gives; torch's generators stay where they are."""
+    if seed is None:
+        yield
+        return
+    dropouts = [module for module in block.modules() if isinstance(module, VariationalDropout)]
+    before = [dropout.mask for dropout in dropouts]
+    on_gpu = device.type == "cuda"
+    with torch.random.fork_rng([device] if on_gpu else []), enclosed:
+        torch.default_generator.manual_seed(int(seed))
+        if on_gpu:
+            torch.cuda.default_generators[device.index].manual_seed(int(seed))
+        try:
+            for dropout in dropouts:
+                dropout.reset_mask()
+            yield
+        finally:
+            for dropout, mask in zip(dropouts, before, strict=True):
+                dropout.mask = mask
 
 
 def _function(layer: nn.Module, inputs: list[Tensor], parameters: list[Tensor]) -> Callable:
@@ -53,34 +113,49 @@ def _as_parts(state: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
 
 @torch.library.custom_op("deq::equilibrium", mutates_args=())
 def equilibrium(
-    layer: int, is_tuple: bool, start: list[Tensor], inputs: list[Tensor], parameters: list[Tensor]
+    layer: Tensor,
+    seed: Tensor | None,
+    is_tuple: bool,
+    start: list[Tensor],
+    inputs: list[Tensor],
+    parameters: list[Tensor],
 ) -> list[Tensor]:
     """The equilibrium of a registered layer from ``start``, its parts."""
     module = _layer(layer)
-    solution = module.solve(_function(module, inputs, parameters), _as_state(start, is_tuple))
+    with _eagerly(), torch.no_grad(), _masks(module.block, seed, start[0].device):
+        solution = module.solve(_function(module, inputs, parameters), _as_state(start, is_tuple))
     return _as_parts(solution.z)
 
 
 @equilibrium.register_fake
-def _(layer, is_tuple, start, inputs, parameters):
+def _(layer, seed, is_tuple, start, inputs, parameters):
     return [torch.empty_like(part, memory_format=torch.contiguous_format) for part in start]
 
 
 @torch.library.custom_op("deq::equilibrium_backward", mutates_args=())
 def equilibrium_backward(
-    layer: int, is_tuple: bool, z: list[Tensor], inputs: list[Tensor], parameters: list[Tensor], g: list[Tensor]
+    layer: Tensor,
+    seed: Tensor | None,
+    is_tuple: bool,
+    z: list[Tensor],
+    inputs: list[Tensor],
+    parameters: list[Tensor],
+    g: list[Tensor],
 ) -> list[Tensor]:
-    """Gradients of the inputs and the parameters: the solve is taken up at its end, and differentiated there."""
+    """Gradients of the inputs and the parameters at the equilibrium z, in contiguous memory, as the compiler was told;
+    zeros for those that need none."""
     module = _layer(layer)
-    with autograd_inside(), torch.enable_grad():
-        leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in (*inputs, *parameters)]
+    leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in (*inputs, *parameters)]
+    wanted = [leaf for leaf in leaves if leaf.requires_grad]
+    found = iter(())
+    if wanted:
         f = _function(module, leaves[: len(inputs)], leaves[len(inputs) :])
-        solution = module.solve(f, _as_state(z, is_tuple))
-        parts = [solution.z] if isinstance(solution.z, Tensor) else list(solution.z)
-        wanted = [leaf for leaf in leaves if leaf.requires_grad]
-        found = iter(torch.autograd.grad(parts, wanted, g, allow_unused=True) if wanted else ())
+        with _eagerly(), torch.enable_grad(), _masks(module.block, seed, z[0].device):
+            attached = module.attach(f, _as_state(z, is_tuple), wanted)
+            parts = [attached] if isinstance(attached, Tensor) else list(attached)
+            parts, g = zip(*((p, v) for p, v in zip(parts, g, strict=True) if p.requires_grad), strict=True)
+            found = iter(torch.autograd.grad(parts, wanted, g, allow_unused=True))
     grads = [next(found) if leaf.requires_grad else None for leaf in leaves]
-    # In contiguous memory, which is what the compiler was told.
     return [
         torch.zeros(leaf.shape, dtype=leaf.dtype, device=leaf.device)
         if grad is None
@@ -90,23 +165,23 @@ def equilibrium_backward(
 
 
 @equilibrium_backward.register_fake
-def _(layer, is_tuple, z, inputs, parameters, g):
+def _(layer, seed, is_tuple, z, inputs, parameters, g):
     return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (*inputs, *parameters)]
 
 
 def _setup_context(ctx, inputs, output):
-    ctx.layer, ctx.is_tuple, _, x, parameters = inputs
+    layer, seed, ctx.is_tuple, _, x, parameters = inputs
     ctx.counts = len(output), len(x)
-    ctx.save_for_backward(*output, *x, *parameters)
+    ctx.save_for_backward(layer, seed, *output, *x, *parameters)
 
 
 def _backward(ctx, g):
     n, m = ctx.counts
-    saved = list(ctx.saved_tensors)
+    layer, seed, *saved = ctx.saved_tensors
     z, x, parameters = saved[:n], saved[n : n + m], saved[n + m :]
-    grads = equilibrium_backward(ctx.layer, ctx.is_tuple, z, x, parameters, list(g))
+    grads = equilibrium_backward(layer, seed, ctx.is_tuple, z, x, parameters, list(g))
     floating = [grad if t.is_floating_point() else None for grad, t in zip(grads, (*x, *parameters), strict=True)]
-    return None, None, [None] * n, floating[:m], floating[m:]
+    return None, None, None, [None] * n, floating[:m], floating[m:]
 
 
 equilibrium.register_autograd(_backward, setup_context=_setup_context)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..fixed_point import StateSolution, fixed_point, fixed_point_with, unknown_option
 from ..held import Applied, Members, Uses, enclosed
 from ..state import State
-from .compiled import equilibrium, register
+from .compiled import equilibrium, new_seed, register
 from .dropout import reset_dropout
 
 OPTIONS = tuple(
@@ -54,7 +54,7 @@ class Equilibrium(nn.Module):
 
     def forward(self, *inputs: Tensor, z0: State | None = None) -> State:
         is_compiling = torch.compiler.is_compiling()
-        if is_compiling or not enclosed.depth:
+        if not (is_compiling or enclosed.depth):
             reset_dropout(self)
         members = Members([self.block]) if isinstance(self.block, nn.Module) else None
         fresh = z0 is None and self.init is None
@@ -79,6 +79,10 @@ class Equilibrium(nn.Module):
         self.__dict__["solution"] = solution.detach()  # not by nn.Module, which looks for parameters in it: 8 us
         return solution
 
+    def attach(self, f: Callable[[State], State], z: State, tensors: list[Tensor]) -> State:
+        """z, which :meth:`solve` returned, with its gradient to ``tensors``, all that f uses."""
+        return fixed_point_with(f, z, _DEFAULTS | self.options | {"tensors": tensors}, solved=True).z
+
     def _compiled(self, inputs: tuple[Tensor, ...], z0: State) -> State:
         if self.options.get("backward") == "unrolled":
             raise ValueError("backward='unrolled' is not available inside torch.compile")
@@ -87,7 +91,8 @@ class Equilibrium(nn.Module):
         is_tuple = not isinstance(z0, Tensor)
         parameters = list(self.block.parameters()) if isinstance(self.block, nn.Module) else []
         start = [part.detach() for part in (z0 if is_tuple else (z0,))]
-        parts = equilibrium(self._number, is_tuple, start, list(inputs), parameters)
+        seed = new_seed(self.block)
+        parts = equilibrium(self._number, seed, is_tuple, start, list(inputs), parameters)
         return tuple(parts) if is_tuple else parts[0]
 
     def _start(self, inputs: tuple[Tensor, ...], members: Members | None) -> State:

@@ -1,0 +1,179 @@
+"""deq.nn.Equilibrium inside of graphs of torch.compile and torch.export: what it does outside of them."""
+
+import io
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import deq
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:torch"),
+    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning"),
+]
+SOLVERS = ("plain", "anderson", "broyden", "newton_krylov", "auto")
+
+
+class Block(nn.Module):
+    def __init__(self, dropout=0.0):
+        super().__init__()
+        self.linear, self.dropout = nn.Linear(6, 6).double(), deq.nn.VariationalDropout(dropout)
+        with torch.no_grad():
+            self.linear.weight.mul_(0.5)
+
+    def forward(self, z, x):
+        return torch.tanh(self.dropout(self.linear(z)) + x)
+
+
+@pytest.fixture(autouse=True)
+def afresh():
+    torch.compiler.reset()
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def x():
+    return torch.randn(4, 6, dtype=torch.float64).requires_grad_()
+
+
+def compiled(f, backend="aot_eager"):
+    return torch.compile(f, fullgraph=True, backend=backend)
+
+
+def value_and_gradients(f, x, tensors):
+    z = f(x)
+    return z, *torch.autograd.grad(z.sin().sum(), tensors)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backward", ["implicit", "phantom", "one_step", "neumann"])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_value_and_gradients(x, solver, backward, backend):
+    layer = deq.nn.Equilibrium(Block(), solver=solver, backward=backward, tol=1e-12)
+    tensors = x, *layer.parameters()
+    actual, expected = (value_and_gradients(f, x, tensors) for f in (compiled(layer, backend), layer))
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("backward_solver", SOLVERS)
+def test_solvers_of_the_backward_pass(x, backward_solver):
+    layer = deq.nn.Equilibrium(Block(), backward_solver=backward_solver, tol=1e-12)
+    tensors = x, *layer.parameters()
+    actual, expected = (value_and_gradients(f, x, tensors) for f in (compiled(layer), layer))
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+def test_a_call_keeps_its_dropout_masks(x, backend):
+    """In its backward pass too, and has others than the calls before and after it."""
+    layer = deq.nn.Equilibrium(Block(0.5), tol=1e-12)
+    block, seen = layer.block, []
+    block.dropout.register_forward_hook(lambda module, inputs, output: seen.append(module.mask))
+    f, masks = compiled(layer, backend), []
+    for _ in range(3):
+        seen.clear()
+        z = f(x)
+        masks.append(seen[-1])
+        f(x)
+        actual = z, *torch.autograd.grad(z.sin().sum(), (x, block.linear.weight))
+        state = torch.zeros_like(x)
+        for _ in range(100):
+            state = torch.tanh(block.linear(state) * masks[-1] + x)
+        expected = state, *torch.autograd.grad(state.sin().sum(), (x, block.linear.weight))
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11)
+    assert not torch.equal(masks[0], masks[1]) and not torch.equal(masks[1], masks[2])
+    layer.eval()
+    torch.testing.assert_close(compiled(layer, backend)(x), layer(x), rtol=1e-10, atol=1e-12)
+
+
+def test_dropout_of_an_inner_layer():
+    """Masks are of the outer call."""
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = deq.nn.Equilibrium(Block(0.5), tol=1e-12)
+
+        def forward(self, z, x):
+            return torch.tanh(0.3 * self.layer(z) + x)
+
+    layer, x = deq.nn.Equilibrium(Outer(), tol=1e-12, on_failure="raise"), torch.randn(4, 6, dtype=torch.float64)
+    x.requires_grad_()
+    direction = torch.randn_like(x)
+    f = compiled(layer)
+
+    def value(x):
+        torch.manual_seed(7)  # the same masks
+        return f(x).sin().sum()
+
+    (grad,) = torch.autograd.grad(value(x), x)
+    with torch.no_grad():
+        difference = (value(x + 1e-5 * direction) - value(x - 1e-5 * direction)) / 2e-5
+    torch.testing.assert_close((grad * direction).sum(), difference, rtol=1e-6, atol=0)
+
+
+def test_one_graph_serves_any_number_of_layers(x):
+    """As many as one has, without that torch compiles it anew for each."""
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    for _ in range(12):
+        layer = deq.nn.Equilibrium(Block(), tol=1e-12)
+        layer.compile(fullgraph=True, backend=counter)
+        torch.testing.assert_close(layer(x), deq.nn.Equilibrium(layer.block, tol=1e-12)(x), rtol=1e-10, atol=1e-12)
+    assert counter.frame_count == 1
+
+
+def test_failed_samples_are_solved_and_told_of_once(x):
+    """The backward pass goes on from where the solve ended."""
+    layer = deq.nn.Equilibrium(Block(), max_iter=2, backward_max_iter=500, tol=1e-12)
+    calls = []
+    layer.block.forward = lambda z, x, forward=layer.block.forward: calls.append(1) or forward(z, x)
+    f = compiled(layer)
+    with pytest.warns(deq.ConvergenceWarning, match="4 of 4 samples did not converge"):
+        z = f(x)
+    calls.clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        grads = torch.autograd.grad(z.sin().sum(), (x, *layer.parameters()))
+    assert len(calls) == 1 and (layer.solution.status == deq.Status.MAX_ITER).all()
+    layer.options["on_failure"] = "ignore"
+    torch.testing.assert_close(grads, value_and_gradients(layer, x, (x, *layer.parameters()))[1:])
+
+
+@pytest.mark.parametrize("backward", ["implicit", "phantom", "one_step", "neumann"])
+def test_failed_samples_leave_the_gradients_of_the_others(backward):
+    c = torch.tensor([[4.0], [1.0], [3.0]], dtype=torch.float64).expand(3, 4).clone().requires_grad_()
+    options = {"solver": "plain", "backward": backward, "on_failure": "ignore", "tol": 1e-12}
+    layer = deq.nn.Equilibrium(lambda z, c: torch.sqrt(c - 1.5 * z), **options)
+    z, eager = compiled(layer)(c), layer(c)
+    torch.testing.assert_close(z, eager)
+    ours, theirs = (torch.autograd.grad(t.sum(), c)[0] for t in (z, eager))
+    torch.testing.assert_close(ours[[0, 2]], theirs[[0, 2]])
+
+
+def test_a_block_with_views_that_conjugate_or_negate(x):
+    def f(z, x):
+        return torch.complex(torch.zeros_like(z), 0.5 * torch.tanh(z) + x).conj().imag
+
+    layer = deq.nn.Equilibrium(f, tol=1e-12)
+    torch.testing.assert_close(*(value_and_gradients(g, x, (x,)) for g in (compiled(layer), layer)))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_without_gradients(x, dropout):
+    layer = deq.nn.Equilibrium(Block(dropout), tol=1e-12)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            z = compiled(layer)(x.detach())
+            assert torch.isfinite(z).all() and not z.requires_grad
+
+
+def test_export(x):
+    """The exported program finds its layer, saved and loaded in the same process too."""
+    layer, x = deq.nn.Equilibrium(Block(), tol=1e-12).eval(), x.detach()
+    program, file = torch.export.export(layer, (x,)), io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    for found in (program, torch.export.load(file)):
+        torch.testing.assert_close(found.module()(x), layer(x), rtol=1e-10, atol=1e-12)
