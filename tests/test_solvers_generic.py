@@ -46,6 +46,24 @@ def maps(D, dtype):
     return {"contraction": lambda z: torch.relu(z @ W.T + c), "slow": lambda z: z * slow + c, "mixed": mixed}
 
 
+@pytest.mark.parametrize("method", generic.METHODS)
+@pytest.mark.parametrize("D", [1, 5])
+def test_views_that_negate(method, D):
+    """What torch negates when it reads it is negated: images, starting points and the shift of a linear map."""
+    c = torch.full((1, D), 3.0, dtype=torch.float64)
+    negated = lambda x: torch._neg_view(-x)  # noqa: E731  x, by another way
+    expected = torch.full((1, D), 2.0, dtype=torch.float64)
+    for affine in (False, True):
+        rule = Rule(method, 1e-10, 200, affine=affine)
+        f = lambda y: negated(-0.5 * y + c)  # noqa: E731
+        result = generic.run(f, negated(0.1 * c), rule, first=f(0.1 * c))
+        torch.testing.assert_close(result.z, expected)
+    linear = lambda y: negated(-0.5 * y)  # noqa: E731
+    for owned in (False, True):
+        result = generic.run(linear, negated(c), rule, shift=negated(c), owned=owned)
+        torch.testing.assert_close(result.z, expected)
+
+
 @needs_library
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("D", [1, 17, 9001])

@@ -26,7 +26,7 @@ class TritonSteps(TorchSteps):
         self.pairs = self.count
         slot = self._next_slot(pushing)
         slots = torch.where(pushing, slot, -1)
-        norms, dots = history.measure(self.y, fy.contiguous(), self.F, self.G, slots)
+        norms, dots = history.measure(self.y, fy.resolve_neg().contiguous(), self.F, self.G, slots)
         self._enter(slot, dots, pushing)
         return norms.unbind(1)
 
