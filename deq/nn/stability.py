@@ -13,14 +13,17 @@ def jacobian_penalty(image: Tensor, point: Tensor, samples: int = 1, create_grap
     product of two different probes' elements has mean zero (Bai et al. 2021, "Stabilizing equilibrium models").
 
     image: f(point), computed with gradients from ``point``, which must require one. create_graph: whether the penalty
-    itself is to be differentiated, as training with it needs. Returns a scalar.
+    itself is to be differentiated, as training with it needs. Returns a scalar, 0 where point has no elements. Raises
+    ValueError if samples is no positive integer.
     """
+    if not isinstance(samples, int) or samples < 1:
+        raise ValueError(f"samples must be a positive integer; got {samples!r}")
     total = point.new_zeros(())
     for _ in range(samples):
         probe = torch.randn_like(image)
         (product,) = torch.autograd.grad(image, point, probe, retain_graph=True, create_graph=create_graph)
         total = total + product.square().sum()
-    return total / (samples * point.numel())
+    return total / max(1, samples * point.numel())
 
 
 def spectral_radius(image: Tensor, point: Tensor, iterations: int = 100) -> tuple[Tensor, Tensor]:
