@@ -24,6 +24,18 @@ def test_jacobian_penalty():
     assert float((slope - exact).norm() / exact.norm()) < 0.2
 
 
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0)])
+def test_jacobian_penalty_of_nothing(shape):
+    """Zero, and so are its gradients."""
+    w, z = (torch.ones(*size, requires_grad=True) for size in ((shape[1],), shape))
+    penalty = deq.nn.jacobian_penalty(torch.tanh(w * z), z)
+    assert float(penalty.detach()) == 0
+    for grad, like in zip(torch.autograd.grad(penalty, (w, z)), (w, z), strict=True):
+        assert torch.equal(grad, torch.zeros_like(like))
+    with pytest.raises(ValueError, match="samples must be a positive integer; got 0"):
+        deq.nn.jacobian_penalty(torch.tanh(w * z), z, samples=0)
+
+
 def test_spectral_radius():
     """Real, complex and zero: the modulus of the largest eigenvalue of every sample's own Jacobian."""
     rotation = torch.tensor([[math.cos(1.3), -math.sin(1.3)], [math.sin(1.3), math.cos(1.3)]])
@@ -245,3 +257,19 @@ def test_warm_start():
     assert len(copy.deepcopy(warm)._memory) == 0
     with pytest.raises(ValueError, match="keys must name 4 samples; got 1"):
         warm(x, keys=["a"])
+
+
+@pytest.mark.parametrize("keys", [torch.tensor([7, 3]), [torch.tensor(7), torch.tensor(3)]])
+def test_warm_start_with_tensors_as_keys(keys):
+    """They are the numbers that they hold, whichever objects they are."""
+    layer = deq.nn.Equilibrium(lambda z, x: torch.tanh(0.9 * z + x))
+    warm, x = deq.nn.WarmStart(layer), torch.linspace(-1, 1, 8).view(2, 4)
+    warm(x, keys=keys)
+    for again in (keys, [7, 3]):
+        warm(x, keys=again)
+        assert layer.solution.iterations.tolist() == [1, 1]
+    warm(x.flip(0), keys=[3, 7])
+    assert layer.solution.iterations.tolist() == [1, 1]
+    for wrong, error in ((torch.tensor(7), ValueError), (torch.zeros(2, 3), TypeError), ([[1], [2]], TypeError)):
+        with pytest.raises(error, match="keys must"):
+            warm(x, keys=wrong)

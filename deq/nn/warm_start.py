@@ -15,10 +15,12 @@ class WarmStart(nn.Module):
     layer: takes ``z0`` and returns a state, such as :class:`deq.nn.Equilibrium` and :class:`deq.nn.EquilibriumLinear`.
     capacity: samples remembered at most; the ones used longest ago are forgotten.
 
-    ``warm(*inputs, keys=None)``: keys names the samples of the batch; without, the i-th sample follows the i-th of the
-    last call. A sample that is not known, or only with inputs or parameters of another shape, dtype or device, starts
-    at zero. Where a map has several equilibria, a warm start may find another one than a cold start. The memory holds
-    no graph, is not saved, and :meth:`forget` empties it.
+    ``warm(*inputs, keys=None)``: keys names the samples of the batch, by hashable values or a tensor (B,) of numbers,
+    for which a GPU is waited; without, the i-th sample follows the i-th of the last call. A sample that is not known,
+    or only with inputs or parameters of another shape, dtype or device, starts at zero. Where a map has several
+    equilibria, a warm start may find another one than a cold start. The memory holds no graph, is not saved, and
+    :meth:`forget` empties it. Raises ValueError where keys are not as many as samples, TypeError where one has no
+    hash.
     """
 
     def __init__(self, layer: nn.Module, capacity: int = 65536):
@@ -33,9 +35,9 @@ class WarmStart(nn.Module):
         """Begin a new sequence."""
         self._memory.clear()
 
-    def forward(self, *inputs: Tensor, keys: Sequence[Hashable] | None = None) -> State:
+    def forward(self, *inputs: Tensor, keys: Sequence[Hashable] | Tensor | None = None) -> State:
         n = inputs[0].shape[0]
-        names = range(n) if keys is None else keys
+        names = range(n) if keys is None else _names(keys)
         if len(names) != n:
             raise ValueError(f"keys must name {n} samples; got {len(names)}")
         like = self._like(inputs)
@@ -72,3 +74,14 @@ class WarmStart(nn.Module):
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_memory": OrderedDict()}
+
+
+def _names(keys: Sequence[Hashable] | Tensor) -> list[Hashable]:
+    """Numbers in place of tensors, which are equal only to themselves."""
+    if isinstance(keys, Tensor) and keys.dim() == 0:
+        raise ValueError("keys must name every sample of the batch; got a tensor without dimensions")
+    names = keys.tolist() if isinstance(keys, Tensor) else [k.tolist() if isinstance(k, Tensor) else k for k in keys]
+    for name in names:
+        if not isinstance(name, Hashable):
+            raise TypeError(f"keys must be hashable, or one number a sample; got {name!r}")
+    return names
