@@ -83,7 +83,7 @@ class Substitution {
           for (int64_t k = 0; k < m_; ++k) x[k * samples + b] = T(0);
       if (std::any_of(scale, scale + n, [](T s) { return s != 1; })) k_.scale(x, scale, m_, samples, reach);
       k_.substitute(lanes);
-      if (std::all_of(sums + samples, sums + samples + n, [](T s) { return in_range(s) || s == 0; })) break;
+      if (std::all_of(sums + samples, sums + samples + n, [](T s) { return in_range(s); })) break;
       std::fill(reach, reach + samples, T(1));
       k_.scale(x, reach, m_, samples, reach);
       bool again = false;
@@ -140,11 +140,13 @@ class Substitution {
     double step2, size2;
     Row<T> solve{x, z, derivative, scalars_, m_, p_.activation, to_unit(largest)};
     k_.diagonal(solve, &step2, &size2);
-    if (!in_range(size2) && size2 != 0) {
+    if (!in_range(size2)) {  // in the unit of the solution, which may be far larger or smaller than the injection
       T reach = 0;
       for (int64_t j = 0; j < m_; ++j) reach = std::max(reach, std::fabs(z[j]));
-      solve.unit = to_unit(reach);
-      k_.diagonal(solve, &step2, &size2);
+      if (reach > 0 && to_unit(reach) != solve.unit) {
+        solve.unit = to_unit(reach);
+        k_.diagonal(solve, &step2, &size2);
+      }
     }
     r = residual<T>(step2, size2);
     if (!k.copy_out(z, T(1), m_, out)) {

@@ -51,10 +51,12 @@ def row_norm(z: Tensor) -> Tensor:
     if is_deferred(z):
         return torch.linalg.vector_norm(z, dim=-1, dtype=torch.float64)
     norm = torch.linalg.vector_norm(z, dim=-1).double()
-    if z.dtype == torch.float32 and not bool(((norm == 0) | ((norm > 1e-15) & (norm < 1e18))).all()):
-        norm = torch.linalg.vector_norm(
-            z, dim=-1, dtype=torch.float64
-        )  # six times slower, for squares out of float32's range
+    low, high = (1e-15, 1e18) if z.dtype == torch.float32 else (1e-146, 1e153)
+    if not bool(((norm > low) & (norm < high)).all()):
+        largest = z.abs().amax(-1) if z.numel() else norm
+        if not bool(((norm > low) & (norm < high) | (largest == 0)).all()):  # squares out of the range of the dtype
+            unit = torch.where((largest > 0) & (largest < torch.inf), largest, 1.0).unsqueeze(-1)
+            norm = torch.linalg.vector_norm(z / unit, dim=-1).double() * unit.squeeze(-1)
     return norm
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..activations import ACTIVATIONS, LEAKY_SLOPE
 
-MAX_NEWTON = 60  # a bracket halves at worst: bisection alone would be done
+NEWTON_ALONE = 8  # steps; it takes three to five, and more only where |d| is large: there it takes turns with bisection
 
 
 def slopes(activation: str) -> tuple[float, float]:
@@ -31,8 +31,10 @@ def scalar_root(d: Tensor, x: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     """``z = act(d z + x)`` elementwise to rounding, and the pre-activation ``d z + x``; d broadcasts over x.
 
     Closed for the piecewise linear activations; otherwise Newton's method on ``h(p) = p - d act(p) - x`` inside a
-    bracket: ``h' >= kappa > 0`` puts the root within ``|h(x)| / kappa`` of x. The caller has asked
-    :func:`has_unique_root`.
+    bracket: ``h' >= kappa > 0`` puts the root within ``|h(x)| / kappa`` of x. It ends where h is its own rounding, or
+    where another step would be changed by its curvature in less than the rounding of p. That step is still taken, for p
+    and along the tangent for z, which is then right to rounding where ``act(p)`` is only as good as p. The caller has
+    asked :func:`has_unique_root`.
     """
     if activation == "identity":
         z = x / (1 - d)
@@ -46,23 +48,40 @@ def scalar_root(d: Tensor, x: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     entry = ACTIVATIONS[activation]
     least, most = slopes(activation)
     kappa = 1 - torch.maximum(d * least, d * most)
-    tight = 2 * torch.finfo(x.dtype).eps
+    kind = torch.finfo(x.dtype)
     p, a = x, entry.value(x)
     h = -d * a
     reach = 1.01 * h.abs() / kappa
-    lo, hi = x - reach, x + reach
-    done = h.abs() <= tight * (p.abs() + x.abs())
-    for _ in range(MAX_NEWTON):
-        if done.all():
+    lo, hi = (x - reach).clamp(min=kind.min), (x + reach).clamp(max=kind.max)
+    most_steps = NEWTON_ALONE + 2 * kind.bits  # the bracket loses half of its numbers at every second one
+    for n in range(most_steps + 1):
+        s = entry.derivative(p)
+        step = h / (1 - d * s)
+        done = h.abs() <= 2 * kind.eps * (p.abs() + (d * a).abs() + x.abs())
+        done = done | ((step * step <= kind.eps / 4 * p.abs().clamp(max=1.0)) & (step.abs() <= 0.5 * p.abs()))
+        done = (done & torch.isfinite(h)) | ~torch.isfinite(x)
+        if n == most_steps or bool(done.all()):
             break
         lo, hi = torch.where(h < 0, p, lo), torch.where(h > 0, p, hi)
-        following = p - h / (1 - d * entry.derivative(p))
-        inside = (following > lo) & (following < hi)
-        p = torch.where(done, p, torch.where(inside, following, 0.5 * lo + 0.5 * hi))
+        following = p - step
+        following = torch.where((following > lo) & (following < hi), following, 0.5 * lo + 0.5 * hi)
+        if n >= NEWTON_ALONE and n % 2 == 0:
+            following = _middle(lo, hi)
+        p = torch.where(done, p, following)
         a = entry.value(p)
-        h = p - d * a - x
-        done = done | (h.abs() <= tight * (p.abs() + (d * a).abs() + x.abs())) | ~torch.isfinite(h)
-    return a, p
+        h = torch.where(done, h, p - d * a - x)  # of the first p = x it has more digits
+    finite = torch.isfinite(step)
+    return torch.where(finite, a - s * step, a), torch.where(finite, p - step, p)
+
+
+def _middle(a: Tensor, b: Tensor) -> Tensor:
+    """The number in the middle between a and b, both finite, by counting the numbers there are: half of the exponents
+    lie below 1."""
+    integer = torch.int32 if a.dtype == torch.float32 else torch.int64
+    sign, magnitude = torch.iinfo(integer).bits - 1, torch.iinfo(integer).max
+    i, k = (bits ^ ((bits >> sign) & magnitude) for bits in (a.view(integer), b.view(integer)))
+    middle = (i & k) + ((i ^ k) >> 1)
+    return (middle ^ ((middle >> sign) & magnitude)).view(a.dtype)
 
 
 def substitute(W: Tensor, c: Tensor, activation: str) -> Tensor:
