@@ -282,10 +282,10 @@ def _each_weight(run: Callable[..., tuple[Tensor, ...]], A: Tensor, *batches: Te
     """Flatten the sample dimensions, run once per weight matrix, restore the shapes."""
     shape = batches[0].shape
     weights = A.unsqueeze(0) if A.dim() == 2 else A
-    flat = [b.reshape(weights.shape[0], -1, shape[-1]) for b in batches]
-    parts = [run(w, *(b[s] for b in flat)) for s, w in enumerate(weights)]
-    if not parts:  # S = 0
+    if weights.shape[0] == 0:
         empty = batches[0].new_empty(shape[:-1])
         return batches[0].clone(), empty.int(), empty, empty.to(torch.uint8)
+    flat = [b.reshape(weights.shape[0], -1, shape[-1]) for b in batches]
+    parts = [run(w, *(b[s] for b in flat)) for s, w in enumerate(weights)]
     z, *rest = (torch.stack(t) for t in zip(*parts, strict=True))
     return (z.reshape(shape), *(t.reshape(shape[:-1]) for t in rest))

@@ -110,6 +110,16 @@ def test_batched_weights(backend, threads):
 
 
 @backends
+@pytest.mark.parametrize("solver", ["plain", "anderson", "cayley", "auto"])
+def test_no_weights_at_all(backend, solver):
+    W, c = torch.ones(0, 4, 4, requires_grad=True), torch.ones(0, 3, 4, requires_grad=True)
+    solution = deq.solve(W, c, backend=backend, solver=solver)
+    assert solution.z.shape == (0, 3, 4) and solution.status.shape == solution.residual.shape == (0, 3)
+    grads = torch.autograd.grad(solution.z.sum(), (W, c))
+    assert [g.shape for g in grads] == [W.shape, c.shape]
+
+
+@backends
 def test_per_sample_convergence_and_true_residual(backend):
     W, c, _ = gaussian(50, 40, torch.float64, scale=0.9)
     c[3] = 0  # relu(0) = 0: an equilibrium at zero converges
