@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 
 from . import direct
+from . import stats as layout
 from .backends import Deferred
 from .implicit import Problem, equilibrium, report_gradients
 from .indicators import fitted
 from .plan import LargeWeight
 from .profiling import ranges
-from .solution import Solution, report_failures
+from .solution import Solution, Status, report_failures
 from .weights import Structure
 
 
@@ -36,9 +37,11 @@ def run(
             if report is not None:
                 solution.when_read = partial(_report_deferred, report, on_failure)
             return solution
+    shape, dtype = c.shape, c.dtype
     if is_structure:
-        W = W.dense()
-    shape = c.shape
+        W = W.formed()
+        if W.dtype != dtype:  # W has more digits than 16 bits hold: solved as its dtype, and z is rounded once
+            c, z0 = c.to(W.dtype), None if z0 is None else z0.to(W.dtype)
     is_canonical = len(shape) == W.dim()
     if not is_canonical:
         flat = canonical_shape(W.dim(), shape)
@@ -50,6 +53,8 @@ def run(
     except LargeWeight:
         problem = Problem(activation, fitted(general, W, c, frozen, large=True), on_failure)
         z, stats, report = equilibrium(W, c, z0, problem, backward)
+    if z.dtype != dtype:
+        z, report = _rounded(z, stats, report, dtype)
     solution = Solution(z if is_canonical else z.reshape(shape), stats, problem.plan)
     if isinstance(report, Deferred):
         solution.when_read = partial(_report_deferred, report, on_failure)
@@ -57,6 +62,26 @@ def run(
         _refuse_non_finite(report[1:], W, shape[:-1])
         report_failures(solution, on_failure, problem.plan.tol, "deq.solve")
     return solution
+
+
+def _rounded(z: Tensor, stats: Tensor, report: list[int] | Deferred | None, dtype: torch.dtype) -> tuple:
+    """z in a dtype of 16 bits, held at its largest number where it is beyond and said to have diverged; the report."""
+    largest = torch.finfo(dtype).max
+    beyond = (z.detach().abs() > largest).any(-1)
+    layout.status(z, stats).masked_fill_(beyond, int(Status.DIVERGED))
+    rounded = z.clamp(-largest, largest).to(dtype)
+    if isinstance(report, Deferred):
+        if report.rescue is not None:
+            rescue, found, given = report.rescue, z.data, rounded.data
+
+            def rescue_and_round() -> None:
+                rescue()
+                given.copy_(found.clamp(-largest, largest))
+
+            report.rescue = rescue_and_round
+    elif report is not None and bool(beyond.any()):
+        report = [int((layout.status(z, stats) != Status.CONVERGED).sum()), *report[1:]]
+    return rounded, report
 
 
 def canonical_shape(dims: int, shape: torch.Size) -> tuple[int, ...]:

@@ -48,6 +48,10 @@ class Structure:
         """The matrix (m, m) itself, differentiable in the fields."""
         raise NotImplementedError  # abstract: every subclass has its own
 
+    def formed(self) -> Tensor:
+        """``dense()`` without what its dtype would round: (m, m), in float32 where it is computed from 16 bits."""
+        return self.dense()
+
     def like(self) -> Tensor:
         """A tensor of the shape, dtype and device of ``dense()``, of one undefined element."""
         return self._leading.detach().new_empty(()).expand(self.width, self.width)
@@ -127,7 +131,16 @@ class DiagonalLowRank(Structure):
         return self.P.shape[1]
 
     def dense(self) -> Tensor:
-        return torch.diag(self.d) + self.P @ self.Q.mT
+        return self.formed().to(self.dtype)
+
+    def formed(self) -> Tensor:
+        d, P, Q = self.d, self.P, self.Q
+        if d.element_size() < 4:
+            d, P, Q = d.float(), P.float(), Q.float()
+        if torch.is_autocast_enabled(d.device.type):  # which would round the product to 16 bits
+            with torch.autocast(d.device.type, enabled=False):
+                return torch.diag(d) + P @ Q.mT
+        return torch.diag(d) + P @ Q.mT
 
 
 def contractive(V: Tensor, bound: float = 0.95) -> Tensor:

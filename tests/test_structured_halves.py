@@ -1,0 +1,65 @@
+"""Structured weights of 16 bits that are iterated in the dense way."""
+
+import pytest
+import torch
+from close import worst_error
+from problems import exact
+
+import deq
+from deq import weights
+from deq.solution import Status
+
+HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+
+
+def low_rank(dtype, m=64, r=4, B=16, norm=0.9):
+    """d, P, Q of a W of that 2-norm, and an injection."""
+    generator = torch.Generator().manual_seed(0)
+    d, P, Q, c = (torch.randn(*shape, generator=generator) for shape in ((m,), (m, r), (m, r), (B, m)))
+    d = 0.1 * torch.tanh(d)
+    PQ = P @ Q.mT
+    P = P * ((norm - 0.1) / torch.linalg.matrix_norm(PQ, 2))
+    return [t.to(dtype) for t in (d, P, Q, c)]
+
+
+@HALVES
+@pytest.mark.parametrize("solver", ["plain", "anderson", "auto"])
+def test_a_low_rank_weight_is_formed_in_float32(dtype, solver):
+    d, P, Q, c = low_rank(dtype)
+    D = torch.diag(d.double()) + P.double() @ Q.double().mT
+    z = exact(D, c, "tanh")
+    solution = deq.solve(weights.DiagonalLowRank(d, P, Q), c, "tanh", solver=solver, tol=1e-6)
+    assert solution.z.dtype == dtype and solution.converged.all() and solution.residual.dtype == torch.float32
+    assert worst_error(solution.z, z) <= 1.01 * worst_error(z.to(dtype), z)  # that of rounding the answer once
+
+
+@HALVES
+def test_its_gradients_have_their_dtypes(dtype):
+    leaves = [t.requires_grad_() for t in low_rank(dtype)]
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    for (d, P, Q, c), tol in ((leaves, 1e-6), (wide, 1e-12)):
+        deq.solve(weights.DiagonalLowRank(d, P, Q), c, "tanh", solver="plain", tol=tol).z.sum().backward()
+    for leaf, other in zip(leaves, wide, strict=True):
+        assert leaf.grad.dtype == dtype
+        error = (leaf.grad.double() - other.grad).norm() / other.grad.norm()
+        assert error <= 2 * torch.finfo(dtype).eps
+
+
+def test_an_equilibrium_beyond_16_bits_has_diverged():
+    m = 8
+    W = weights.DiagonalLowRank(torch.full((m,), 0.9).half(), torch.zeros(m, 1).half(), torch.zeros(m, 1).half())
+    c = torch.tensor([[1.0], [6e4]]).half().expand(2, m)
+    with pytest.warns(deq.ConvergenceWarning, match="1 of 2 samples did not converge"):
+        solution = deq.solve(W, c, solver="plain")
+    assert solution.status.tolist() == [Status.CONVERGED, Status.DIVERGED] and solution.z.isfinite().all()
+
+
+@pytest.mark.parametrize("solver", ["plain", "direct"])
+def test_autocast_rounds_no_factor(solver):
+    d, P, Q, c = low_rank(torch.float32)
+    W = weights.DiagonalLowRank(d, P, Q)
+    want = deq.solve(W, c, "tanh", solver=solver).z
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(deq.solve(W, c, "tanh", solver=solver).z, want)
+        dense = W.dense()
+    assert torch.equal(dense, W.dense())
