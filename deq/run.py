@@ -12,7 +12,6 @@ from .backends import Deferred
 from .implicit import Problem, equilibrium, report_gradients
 from .indicators import fitted
 from .plan import LargeWeight
-from .profiling import ranges
 from .solution import Solution, Status, report_failures
 from .weights import Structure
 
@@ -28,8 +27,7 @@ def run(
     activation, general, on_failure = problem
     is_structure = isinstance(W, Structure)
     if (is_structure or activation == "identity" or solver == "direct") and solver in ("auto", "direct"):
-        arguments = W, c, z0, problem, backward, solver == "direct", frozen
-        found = ranges.call("solve", direct.solve, *arguments) if ranges.listening else direct.solve(*arguments)
+        found = direct.solve(W, c, z0, problem, backward, solver == "direct", frozen)
         if isinstance(found, Tensor):
             z0 = found
         elif found is not None:

@@ -84,6 +84,17 @@ def test_structured_weights_have_a_range():
         assert (adjoint.name, adjoint.shape, adjoint.iterations) == ("adjoint", (2, 6), None)
 
 
+def test_a_direct_method_that_is_not_taken_has_no_range():
+    W, c = leaves(64, 2)
+    with record() as recorder:
+        step(W, c, activation="identity")  # few samples of a weight that is trained are iterated
+    assert [event.name for event in recorder.events] == ["solve", "adjoint", "dW"]
+    layer = deq.nn.EquilibriumLinear(3, 24, weight="diagonal_low_rank")  # so small that it is iterated
+    with record() as recorder:
+        layer(torch.ones(4, 3)).sum().backward()
+    assert [event.name for event in recorder.events] == ["solve", "adjoint", "dW"]
+
+
 def test_a_solve_in_a_compiled_graph_has_a_range():
     W, c = leaves(6, 3)
     solve = torch.compile(lambda W, c: deq.solve(W, c).z, backend="aot_eager", fullgraph=True)

@@ -60,25 +60,35 @@ def solve(
     (solver="direct") the method is used whether it pays or not, and samples beyond the tolerance are reported STALLED.
     Raises ValueError for NaN or infinity in W, d, P, Q or c, and with ``forced`` saying why there is no direct method.
     """
-    activation, plan, on_failure = problem.activation, problem.plan, problem.on_failure
     if backward != "implicit":
         if forced:
             raise ValueError(f"solver='direct' has the exact gradient alone, backward='implicit'; got {backward!r}")
         return None
-    method, why_not = _choose(W, c, activation, plan, forced, frozen)
-    deferred = method is not None and method.defers and methods.is_deferred(c)
-    if why_not is None and not deferred and z0 is not None and not is_finite(z0):
-        why_not = "z0 is not finite"
-    if why_not is None:
-        why_not = method.why_not(activation)
-    if why_not is not None:
-        if forced:
-            raise ValueError(f"solver='direct' cannot solve this: {why_not}; {HAVE_A_DIRECT_METHOD}")
-        return None
-    precision = getattr(torch, plan.precision)
-    flat = _flat(W, c)
-    start = None if z0 is None else z0.detach().reshape(flat).to(precision)
+    method, why_not = _choose(W, c, problem.activation, problem.plan, forced, frozen)
+    if method is None:
+        return _declined(why_not, forced)
+    arguments = method, c, z0, problem, _flat(W, c), forced
+    return ranges.call("solve", _solve, *arguments) if ranges.listening else _solve(*arguments)
+
+
+def _declined(why_not: str, forced: bool) -> None:
+    if forced:
+        raise ValueError(f"solver='direct' cannot solve this: {why_not}; {HAVE_A_DIRECT_METHOD}")
+
+
+def _solve(
+    method: Method, c: Tensor, z0: Tensor | None, problem: Problem, flat: tuple[int, ...], forced: bool
+) -> tuple[Solution, Deferred | None] | Tensor | None:
+    """:func:`solve` by the method; ``flat``: the canonical shape of c."""
+    activation, plan, on_failure = problem
+    deferred = method.defers and methods.is_deferred(c)
+    if not deferred and z0 is not None and not is_finite(z0):
+        return _declined("z0 is not finite", forced)
+    if (why_not := method.why_not(activation)) is not None:
+        return _declined(why_not, forced)
     plan = _plan_of(plan, method.name, method.what)
+    precision = getattr(torch, plan.precision)
+    start = None if z0 is None else z0.detach().reshape(flat).to(precision)
     if torch.is_autocast_enabled(c.device.type):
         with torch.autocast(c.device.type, enabled=False):
             z, residual, iterations = _run(method, activation, plan, on_failure, start, c.reshape(flat).to(precision))
