@@ -4,6 +4,7 @@ import difflib
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from . import _library, traced
 from .options import DTYPES, problem_of
@@ -32,7 +33,8 @@ def solve(
     Args:
         W: (m, m), a structure from :mod:`deq.weights`, or batched (S, m, m) with ``c`` (S, ..., m). float32, float64,
             bfloat16 or float16; 16-bit problems are solved in float32 and rounded once.
-        c: (..., m) injection ``U x + b``, dtype and device of W. Any strides.
+        c: (..., m) injection ``U x + b``, dtype and device of W. Any strides. On the meta device, or of a
+            FakeTensorMode, the solution has shapes, dtypes and gradients alike, and no numbers.
         activation: a name of :data:`deq.activations.ACTIVATIONS`.
         z0: starting point, shape of c; zero if None. No gradient flows to it.
         tol: relative tolerance; 1e-5 in float32, 1e-10 in float64, 1e-4 in 16 bits if None. Serves the gradient too.
@@ -70,6 +72,8 @@ def solve(
         problem = problem_of(*given)
     except TypeError:  # an option that cannot be a key, or a wrong one: its own error
         problem = problem_of.__wrapped__(*given)
+    if c.is_meta or (type(c) is not Tensor and isinstance(c, FakeTensor)):  # shapes without numbers
+        return traced.solve(W, c, z0, *options, frozen)
     return run(W, c, z0, problem, solver, backward, frozen)
 
 

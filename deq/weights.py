@@ -137,7 +137,7 @@ class DiagonalLowRank(Structure):
         d, P, Q = self.d, self.P, self.Q
         if d.element_size() < 4:
             d, P, Q = d.float(), P.float(), Q.float()
-        if torch.is_autocast_enabled(d.device.type):  # which would round the product to 16 bits
+        if not d.is_meta and torch.is_autocast_enabled(d.device.type):  # which would round the product to 16 bits
             with torch.autocast(d.device.type, enabled=False):
                 return torch.diag(d) + P @ Q.mT
         return torch.diag(d) + P @ Q.mT
