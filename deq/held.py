@@ -75,6 +75,9 @@ class Enclosed(threading.local):
 enclosed = Enclosed()
 
 
+_ABSENT = object()
+
+
 class _Exchanged:
     """While active, every (dictionary, name, value) holds, and layers are enclosed."""
 
@@ -82,7 +85,7 @@ class _Exchanged:
         self._places = places
 
     def __enter__(self) -> None:
-        self._before = [(place, name, place.get(name)) for place, name, _ in self._places]
+        self._before = [(place, name, place.get(name, _ABSENT)) for place, name, _ in self._places]
         for place, name, value in self._places:
             place[name] = value
         enclosed.depth += 1
@@ -90,7 +93,10 @@ class _Exchanged:
     def __exit__(self, *_) -> None:
         enclosed.depth -= 1
         for place, name, value in self._before:
-            place[name] = value
+            if value is _ABSENT:
+                place.pop(name, None)
+            else:
+                place[name] = value
 
 
 def modules_of(f: Callable) -> list[nn.Module]:
@@ -197,10 +203,11 @@ class Call:
     def __init__(self, f: Callable, tensors: Sequence[Tensor], watched: bool, has_graph: bool = False):
         own = held(f)
         self._members, self.watched = _members(f, tensors, own), watched
+        self._globals = _globals_read(f)
         self._used: set[int] = set()
         self._is_over = False
         # The data that f holds itself, which must be the same in the backward pass.
-        data = () if has_graph else own
+        data = () if has_graph else [*own, *(t for _, _, t in self._globals if isinstance(t, Tensor))]
         self._data = [(t, t._version) for t in data if not (t.requires_grad or t.is_inference())]
 
     def end(self) -> None:
@@ -208,7 +215,8 @@ class Call:
         self._data = [note for note in self._data if note[0]._version == note[1]]
 
     def again(self) -> AbstractContextManager:
-        """While active, as a backward pass is, modules have the members that they had in the call.
+        """While active, as a backward pass is, modules have the members that they had in the call, and global variables
+        their values.
 
         Raises RuntimeError where data has changed since.
         """
@@ -220,10 +228,11 @@ class Call:
                     f"operation: the one of shape {tuple(tensor.shape)} is at version {tensor._version}; expected "
                     f"version {version}. The backward pass evaluates f again: give f a copy of it"
                 )
-        if self._members is None:
-            return nullcontext()
-        others = self._members.others()
-        return _Exchanged(others) if others or self._members.has_masks else nullcontext()
+        others = [entry for entry in self._globals if entry[0].get(entry[1]) is not entry[2]]
+        if self._members is not None:
+            others += self._members.others()
+        has_masks = self._members is not None and self._members.has_masks
+        return _Exchanged(others) if others or has_masks else nullcontext()
 
     def tell(self, used: set[int]) -> None:
         """One evaluation of f used these tensors, given by number. Of those of the call the last counts."""
@@ -251,6 +260,52 @@ def _members(f: Callable, tensors: Sequence[Tensor], own: Sequence[Tensor]) -> M
     if all([type(tensor) is nn.Parameter or id(tensor) in numbers for tensor in tensors]):
         return None
     return Members(modules_of(f))
+
+
+def _globals_read(f: Callable) -> list[tuple[dict, str, object]]:
+    """The global variables that f reads, or a function of its module that it names or holds: the dictionary, the name
+    and the value of each. Of a module that is its own forward, not those of modules inside of it.
+
+    They are no copy's, as the variables of :func:`frozen` are: a function with another dictionary of globals is slower,
+    and writes where nobody reads.
+    """
+    f = f.block if isinstance(f, Applied) else f
+    f = type(f).forward if isinstance(f, nn.Module) else f
+    f = getattr(f, "__func__", f)
+    if type(f) is not FunctionType:
+        return []
+    place, stack, visited, found = f.__globals__, [f], set(), []
+    while stack:
+        function = stack.pop()
+        if function.__code__ in visited:
+            continue
+        visited.add(function.__code__)
+        for name in _global_names(function.__code__):
+            value = place.get(name)
+            if isinstance(value, _FREEZABLE):
+                found.append((place, name, value))
+            elif type(value) is FunctionType and value.__globals__ is place:
+                found.append((place, name, value))
+                stack.append(value)
+        for cell in function.__closure__ or ():
+            with suppress(ValueError):  # an empty cell
+                content = cell.cell_contents
+                if type(content) is FunctionType and content.__globals__ is place:
+                    stack.append(content)
+    return found
+
+
+@functools.lru_cache(maxsize=256)
+def _global_names(code: CodeType) -> tuple[str, ...]:
+    """The global variables that a function, or one inside of it, reads and does not assign to."""
+    inner = [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+    read, assigned = set(), set()
+    for instruction in dis.get_instructions(code):
+        if instruction.opname == "LOAD_GLOBAL":
+            read.add(instruction.argval)
+        elif instruction.opname in ("STORE_GLOBAL", "DELETE_GLOBAL"):
+            assigned.add(instruction.argval)
+    return tuple(sorted(read.union(*map(_global_names, inner)) - assigned))
 
 
 def held(f: Callable) -> list[Tensor]:

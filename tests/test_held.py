@@ -88,3 +88,88 @@ def test_a_frozen_function_keeps_what_it_held():
         f(1.0)
     plain = lambda z: z  # noqa: E731
     assert frozen(plain) is plain and frozen(torch.cos) is torch.cos
+
+
+PROGRAM = """
+def step(z):
+    return torch.tanh(z @ weight.mT + x)
+
+def by_function(z):
+    return step(z)
+
+def by_index(z):
+    return torch.tanh(z @ weight.mT + xs[i])
+
+def by_module(z):
+    return torch.tanh(shift(z @ weight.mT))
+
+def by_comprehension(z):
+    return torch.tanh(z @ weight.mT + sum([value + 0 * i for value in (x,)]))
+
+def counting(z):
+    global count
+    count += 1
+    return torch.tanh(z @ weight.mT + x)
+
+def layer(z, y):
+    return step(z) + 0 * y
+
+class Block(torch.nn.Module):
+    def forward(self, z, y):
+        return step(z) + 0 * y
+"""
+
+
+@pytest.mark.parametrize("twice", [False, True])
+@pytest.mark.parametrize(
+    "name", ["step", "by_function", "by_index", "by_module", "by_comprehension", "counting", "layer", "Block"]
+)
+def test_global_variables_that_change_before_the_backward_pass(name, twice):
+    """As those of a loop at the top level of a program, or of a notebook: a backward pass has those of its call."""
+    weight = 0.3 * torch.randn(3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    space = {"torch": torch, "count": 0, "weight": weight.requires_grad_()}
+    exec(PROGRAM, space)
+    space["xs"] = torch.randn(3, 2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).unbind()
+
+    def shift_by(x):
+        module = torch.nn.Module()
+        module.forward = lambda z: z + x
+        return module
+
+    def total(solve):
+        loss = 0
+        for i, x in enumerate(space["xs"]):
+            space.update(i=i, x=x, shift=shift_by(x))
+            loss = loss + solve(space[name]).square().sum()
+        del space["x"]
+        space.update(i=None, shift=None)
+        grad = torch.autograd.grad(loss, weight, create_graph=twice)[0]
+        if twice:
+            grad = torch.autograd.grad(grad.square().sum(), weight)[0]
+        assert "x" not in space and space["i"] is space["shift"] is None
+        return grad
+
+    def solve(f):
+        zeros = torch.zeros(2, 3, dtype=torch.float64)
+        if name in ("layer", "Block"):
+            return deq.nn.Equilibrium(f() if name == "Block" else f, tol=1e-13)(zeros)
+        return deq.fixed_point(f, zeros, tol=1e-13).z
+
+    def unrolled(f):
+        f = f() if name == "Block" else f
+        z = torch.zeros(2, 3, dtype=torch.float64)
+        for _ in range(100):
+            z = f(z, z) if name in ("layer", "Block") else f(z)
+        return z
+
+    torch.testing.assert_close(total(solve), total(unrolled), rtol=1e-9, atol=1e-11)
+    assert space["count"] > 0 or name != "counting"
+
+
+def test_global_data_that_is_overwritten_before_the_backward_pass():
+    space = {"torch": torch, "weight": torch.full((3, 3), 0.1).requires_grad_(), "x": torch.ones(2, 3)}
+    exec(PROGRAM, space)
+    z = deq.fixed_point(space["by_function"], torch.zeros(2, 3)).z
+    space["x"].mul_(2)
+    with pytest.raises(RuntimeError, match=r"modified by an inplace operation: the one of shape \(2, 3\)"):
+        z.sum().backward()
