@@ -5,7 +5,7 @@ import functools
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from types import CellType, CodeType, FunctionType, MethodType
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 
 from torch import Tensor, nn
 
@@ -274,24 +274,27 @@ def _globals_read(f: Callable) -> list[tuple[dict, str, object]]:
     f = getattr(f, "__func__", f)
     if type(f) is not FunctionType:
         return []
-    place, stack, visited, found = f.__globals__, [f], set(), []
-    while stack:
-        function = stack.pop()
+    place, found, stack, visited = f.__globals__, [], [f], set()
+    for function in stack:
         if function.__code__ in visited:
             continue
         visited.add(function.__code__)
         for name in _global_names(function.__code__):
             value = place.get(name)
-            if isinstance(value, _FREEZABLE):
-                found.append((place, name, value))
-            elif type(value) is FunctionType and value.__globals__ is place:
-                found.append((place, name, value))
+            if type(value) is ModuleType:
+                continue
+            if type(value) is FunctionType and value.__globals__ is place:
                 stack.append(value)
+                found.append((place, name, value))
+            elif isinstance(value, _FREEZABLE):
+                found.append((place, name, value))
         for cell in function.__closure__ or ():
-            with suppress(ValueError):  # an empty cell
+            try:
                 content = cell.cell_contents
-                if type(content) is FunctionType and content.__globals__ is place:
-                    stack.append(content)
+            except ValueError:  # an empty cell
+                continue
+            if type(content) is FunctionType and content.__globals__ is place:
+                stack.append(content)
     return found
 
 

@@ -206,7 +206,9 @@ class CompiledSteps:
         return numbers.view(len(self._trace), -1, 2)
 
     def advance(self, fy: Tensor) -> None:
-        fy = _plain(fy)
+        fy = fy.contiguous()
+        if fy.is_neg():  # as _plain, which would be one more call in every step
+            fy = fy.resolve_neg()
         self._running = self._advance(self._pointer, fy.data_ptr())
         if self._running < 0:
             raise RuntimeError("deq_cpu_advance refused its arguments")
