@@ -6,7 +6,7 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
-from close import assert_as_accurate
+from close import assert_as_accurate, worst_error
 from problems import exact, gaussian, torch_loop
 
 import deq
@@ -343,3 +343,14 @@ def test_never_nan_and_always_an_honest_status(m, B, activation, solver, scale, 
     expansion = max(1.0, ACTIVATIONS[activation].lipschitz * float(torch.linalg.matrix_norm(W.double(), 2)))
     floor = 4e-6 * (1 + scale) * (1 + expansion)
     assert (residual[solution.converged] <= 1e-5 * expansion + floor).all()
+
+
+@pytest.mark.parametrize("contraction", [0.9, 0.99])
+def test_the_error_criterion_holds_for_the_plain_iteration(contraction):
+    """On the slowest of modes, where the residual is far below the distance."""
+    m = 300
+    W = torch.full((m, m), contraction / m, dtype=torch.float64)
+    c = gaussian(m, 16, torch.float64)[1] * 10.0 ** -(torch.arange(16, dtype=torch.float64)[:, None] / 4)
+    z = deq.solve(W, c, "tanh", tol=1e-13, max_iter=100000, solver="anderson", on_failure="ignore").z
+    solution = deq.solve(W, c, "tanh", tol=1e-5, max_iter=20000, criterion="error", solver="plain")
+    assert worst_error(solution.z, z) <= 1.1e-5 and solution.residual.max() < 1e-5
