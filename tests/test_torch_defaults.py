@@ -91,3 +91,19 @@ def test_solve(problem, defaults, solver):
         return frozen, z, *torch.autograd.grad(z, (W, c), g)
 
     assert_unchanged(run, defaults)
+
+
+@pytest.mark.parametrize("solver", ["auto", "direct"])
+@pytest.mark.parametrize("activation", ["relu", "tanh", "identity"])
+@pytest.mark.parametrize("structure", ["LowerTriangular", "Diagonal", "DiagonalLowRank"])
+def test_structures(problem, defaults, structure, activation, solver):
+    W, c, g = problem
+    d = W.diagonal().detach().clone().requires_grad_()
+    P, Q = (x[:, :2].detach().clone().requires_grad_() for x in (W, W.mT))
+    parts = {"LowerTriangular": (W,), "Diagonal": (d,), "DiagonalLowRank": (d, P, Q)}[structure]
+
+    def run():
+        z = deq.solve(getattr(deq.weights, structure)(*parts), c, activation, solver=solver).z
+        return z, *torch.autograd.grad(z, (*parts, c), g)
+
+    assert_unchanged(run, defaults)

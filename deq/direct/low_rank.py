@@ -165,17 +165,17 @@ def _evaluations(
         nonlocal own, of_rows
         if rows is not of_rows:
             own, of_rows = (c[rows], none if e is None else e[rows]), rows
-        following, size = torch.empty(q.shape, dtype=q.dtype), torch.empty(q.shape[0], dtype=q.dtype)
+        following, size = q.new_empty(q.shape), q.new_empty(q.shape[0])
         torch.ops.deq.reduced_.default(*panels, d, *own, rows_contiguous(q), following, size, none, activation)
         return following, size.double()
 
     def last(q: Tensor, following: Tensor) -> tuple[Tensor, Tensor]:
-        out, residual = recycle.empty_like(c), torch.empty(c.shape[0], dtype=c.dtype)
+        out, residual = recycle.empty_like(c), c.new_empty(c.shape[0])
         torch.ops.deq.reduced_.default(*panels, d, *every, rows_contiguous(q), following, residual, out, activation)
         return out, residual
 
     def start(reduced: "_Reduced", limit: int) -> Tensor:
-        residual = torch.empty(c.shape[0], dtype=c.dtype)
+        residual = c.new_empty(c.shape[0])
         torch.ops.deq.reduced_iterate_.default(
             *panels,
             d,

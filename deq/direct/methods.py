@@ -357,7 +357,7 @@ def _substitute(
     none = c.new_empty(0)
     z = recycle.empty_like(c)
     derivative = recycle.empty_like(c) if derives else none
-    residual = torch.empty(c.shape[0], dtype=c.dtype)
+    residual = c.new_empty(c.shape[0])
     mask = none if mask is None else rows_contiguous(mask)
     torch.ops.deq.substitute_.default(
         packed, diagonal, rows_contiguous(c), mask, z, derivative, residual, activation, int(reversed)
