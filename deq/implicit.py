@@ -20,7 +20,7 @@ from torch.autograd import forward_ad
 from . import stats as layout
 from .activations import ACTIVATIONS
 from .backends import Deferred, Outcome, get_backend
-from .batch import Batch
+from .batch import Batch, is_batch_of_gradients, one_gradient_at_a_time
 from .plan import Plan
 from .profiling import ranges
 from .solution import ConvergenceError, ConvergenceWarning, Solution, report_failures
@@ -103,6 +103,8 @@ class _Equilibrium(torch.autograd.Function):
     def backward(ctx, g, *_):
         if g is None:
             return None, None, None, None
+        if is_batch_of_gradients(g):
+            return one_gradient_at_a_time(_Equilibrium.backward, ctx, g)
         if torch.is_autocast_enabled(g.device.type):  # which would round products to 16 bits
             with torch.autocast(g.device.type, enabled=False):
                 return _Equilibrium.backward(ctx, g)
@@ -149,6 +151,8 @@ class _MaskedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, h):
+        if is_batch_of_gradients(h):
+            return one_gradient_at_a_time(_MaskedLinear.backward, ctx, h)
         if torch.is_autocast_enabled(h.device.type):
             with torch.autocast(h.device.type, enabled=False):
                 return _MaskedLinear.backward(ctx, h)

@@ -11,6 +11,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from .batch import is_batch_of_gradients, one_gradient_at_a_time
+
 EXACT_UP_TO = 192  # width up to which all eigenvalues cost less than the estimate and its certificate
 KRYLOV_STEPS = 48  # relative error of the estimated norm below 0.6 % at any width here (Kuczynski, Wozniakowski 1992)
 CERTIFICATE_SLACK = 1.01  # by how much the certified norm exceeds the estimated one
@@ -259,20 +261,32 @@ class _SpectralNormBound(torch.autograd.Function):
         _, left, v = output
         ctx.mark_non_differentiable(left, v)
         ctx.save_for_backward(*inputs, left, v)
+        ctx.save_for_forward(*inputs, left, v)
 
     @staticmethod
-    def backward(ctx, grad: Tensor, *_: None) -> Tensor:
+    def backward(ctx, grad: Tensor, *_: None) -> tuple[Tensor]:
+        if is_batch_of_gradients(grad):
+            return one_gradient_at_a_time(_SpectralNormBound.backward, ctx, grad)
         V, left, v = ctx.saved_tensors
-        return _SpectralNormGradient.apply(grad, V, left, v)
-
-
-class _SpectralNormGradient(torch.autograd.Function):
-    """(grad, V, left, v) -> the gradient of V, which has none. Not by torch's once_differentiable: torch.autograd.grad
-    and torch.func pass by that, and a second derivative would be wrong in silence."""
+        return (_SpectralNormGradient.apply(grad, V, left, v),)
 
     @staticmethod
-    def forward(grad: Tensor, V: Tensor, left: Tensor, v: Tensor) -> Tensor:
-        return torch.outer(grad * left, v).to(V.dtype)
+    def jvp(ctx, dV: Tensor) -> tuple[Tensor, None, None]:
+        V, left, v = ctx.saved_tensors
+        return _SpectralNormTangent.apply(dV, V, left, v), None, None
+
+    @staticmethod
+    def vmap(info, in_dims, V: Tensor) -> tuple:
+        """One matrix after the other: each has its own certificate."""
+        each = [_SpectralNormBound.apply(one) for one in V.movedim(in_dims[0], 0)]
+        return tuple(torch.stack(outputs) for outputs in zip(*each, strict=True)), (0, 0, 0)
+
+
+class _Once(torch.autograd.Function):
+    """A derivative that has none. Not by torch's once_differentiable: torch.autograd.grad and torch.func pass by that,
+    and a second derivative would be wrong in silence."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -281,6 +295,24 @@ class _SpectralNormGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *_):
         raise RuntimeError("deq.weights.spectral_norm_bound, and with it a contractive W, is differentiable once")
+
+    jvp = backward
+
+
+class _SpectralNormGradient(_Once):
+    """(grad, V, left, v) -> the gradient of V."""
+
+    @staticmethod
+    def forward(grad: Tensor, V: Tensor, left: Tensor, v: Tensor) -> Tensor:
+        return torch.outer(grad * left, v).to(V.dtype)
+
+
+class _SpectralNormTangent(_Once):
+    """(dV, V, left, v) -> the tangent of the norm."""
+
+    @staticmethod
+    def forward(dV: Tensor, V: Tensor, left: Tensor, v: Tensor) -> Tensor:
+        return left @ (dV.double() @ v)
 
 
 def _top_eigenpair(G: Tensor) -> tuple[Tensor, Tensor]:

@@ -192,6 +192,26 @@ class TestContractive:
             contractive(V).sum().backward()
             assert V.grad.isfinite().all()
 
+    @pytest.mark.parametrize("m", [5, deq.weights.EXACT_UP_TO + 8])
+    def test_transforms(self, m):
+        V, direction, g = (gaussian(m, m).double() for _ in range(3))
+        loss = lambda V: (contractive(V) * g).sum()  # noqa: E731
+        tangent = torch.func.jvp(contractive, (V,), (direction,))[1]
+        gradient = torch.func.grad(loss)(V)
+        torch.testing.assert_close((tangent * g).sum(), (gradient * direction).sum())
+        stack = torch.stack((V, V / 100, direction))
+        for function in (contractive, torch.func.grad(loss)):
+            each = torch.stack([function(one) for one in stack])
+            torch.testing.assert_close(torch.func.vmap(function)(stack), each)
+            torch.testing.assert_close(torch.func.vmap(function, 2)(stack.movedim(0, 2)), each)
+
+    def test_jacobians(self):
+        V = 3 * gaussian(4, 4).double()
+        want = torch.autograd.functional.jacobian(contractive, V)
+        torch.testing.assert_close(torch.func.jacrev(contractive)(V), want)
+        torch.testing.assert_close(torch.func.jacfwd(contractive)(V), want)
+        torch.testing.assert_close(torch.autograd.functional.jacobian(contractive, V, vectorize=True), want)
+
     def test_second_derivative_says_that_it_does_not_exist(self):
         V = (3 * gaussian(4, 4)).requires_grad_()
         loss = lambda V: contractive(V).square().sum()  # noqa: E731
@@ -200,6 +220,9 @@ class TestContractive:
             lambda: g.sum().backward(),
             lambda: torch.autograd.grad(g.sum(), V),
             lambda: torch.func.jacrev(torch.func.grad(loss))(V.detach()),
+            lambda: torch.func.hessian(loss)(V.detach()),
+            lambda: torch.func.jacfwd(torch.func.jacfwd(loss))(V.detach()),
+            lambda: torch.func.jacrev(torch.func.jacfwd(loss))(V.detach()),
         ):
             with pytest.raises(RuntimeError, match="differentiable once"):
                 second()

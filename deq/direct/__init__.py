@@ -21,6 +21,7 @@ from torch import Tensor
 from .. import stats, weights
 from ..activations import ACTIVATIONS
 from ..backends import Counted, Deferred, Outcome
+from ..batch import is_batch_of_gradients, one_gradient_at_a_time
 from ..implicit import Problem, report_later
 from ..plan import Plan
 from ..profiling import ranges
@@ -264,6 +265,8 @@ class _Direct(torch.autograd.Function):
     def backward(ctx, g, *_):
         if g is None:
             return (None,) * (6 + len(ctx.settings[0].parts))
+        if is_batch_of_gradients(g):
+            return one_gradient_at_a_time(_Direct.backward, ctx, g)
         if torch.is_autocast_enabled(g.device.type):  # which would round products to 16 bits
             with torch.autocast(g.device.type, enabled=False):
                 return _Direct.backward(ctx, g)
@@ -315,6 +318,8 @@ class _Masked(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, h):
+        if is_batch_of_gradients(h):
+            return one_gradient_at_a_time(_Masked.backward, ctx, h)
         if torch.is_autocast_enabled(h.device.type):
             with torch.autocast(h.device.type, enabled=False):
                 return _Masked.backward(ctx, h)
