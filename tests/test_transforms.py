@@ -524,7 +524,8 @@ def test_structured_weights_without_numbers():
             solution = deq.solve(weight, c, "tanh", backward=backward)
             assert solution.z.shape == c.shape and solution.z.is_meta
             assert all(
-                g.shape == t.shape for g, t in zip(torch.autograd.grad(solution.z.sum(), (W, c)), (W, c), strict=True)
+                g.shape == t.shape
+                for g, t in zip(torch.autograd.grad(solution.z.sum(), (W, c), retain_graph=True), (W, c), strict=True)
             )
     with pytest.raises(ValueError, match="solver must be one of"):
         deq.solve(W, c, solver="guess")

@@ -123,6 +123,7 @@ class TestStructures:
             make()
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 class TestContractive:
     @pytest.mark.parametrize("m", [1, 2, 17, 192, 193, 256])
     @pytest.mark.parametrize("name", FAMILIES)
