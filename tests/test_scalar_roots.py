@@ -5,6 +5,7 @@ from functools import cache
 import mpmath
 import pytest
 import torch
+from structures import injection
 
 import deq
 from deq import _library, weights
@@ -116,3 +117,27 @@ def test_a_root_does_not_depend_on_those_beside_it(activation, isa):
                 z = deq.solve(weight, c, activation, **options).z
                 alone = torch.cat([deq.solve(weight, row[None], activation, **options).z for row in c])
                 assert torch.equal(z, alone)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_roots_near_the_limit_of_uniqueness(activation, isa):
+    """Slopes of the map up to 1 - 1e-3, where iterating takes thousands of evaluations."""
+    least, most = roots.slopes(activation)
+    d = torch.linspace(-5.0, 0.999 / most, 101, dtype=torch.float64)
+    d = d[d * least < 0.999]
+    c = torch.linspace(-20, 20, 41, dtype=torch.float64).unsqueeze(-1) * torch.ones_like(d)
+    for backend in ("cpu", "reference"):
+        z = deq.solve(weights.Diagonal(d), c, activation, solver="direct", backend=backend, on_failure="raise").z
+        f = ACTIVATIONS[activation].value(d * z + c)
+        size = z.abs() + (d * z).abs() + c.abs()
+        assert ((f - z).abs() <= 16 * torch.finfo(torch.float64).eps * size).all()
+
+
+@pytest.mark.filterwarnings("ignore::deq.ConvergenceWarning")
+@pytest.mark.parametrize("size", [1e3, 1e4, 1e6])
+def test_what_rounding_keeps_from_the_tolerance_is_still_the_answer(size):
+    """The residual of a large d is d times the rounding of z; z itself is as good as ever."""
+    d, c = -size * (1 + torch.rand(30)), injection(30, 4)
+    exact = deq.solve(weights.Diagonal(d.double()), c.double(), "tanh", solver="direct", on_failure="ignore").z
+    z = deq.solve(weights.Diagonal(d), c, "tanh").z.double()
+    assert ((z - exact).norm(dim=-1) <= 1e-3 * exact.norm(dim=-1)).all()

@@ -1,9 +1,10 @@
-"""Structured weights of 16 bits that are iterated in the dense way."""
+"""Structured weights of 16 bits: solved in float32 and rounded once, directly or in the dense way."""
 
 import pytest
 import torch
 from close import worst_error
 from problems import exact
+from structures import KINDS, injection, parts, structure
 
 import deq
 from deq import weights
@@ -63,3 +64,15 @@ def test_autocast_rounds_no_factor(solver):
         assert torch.equal(deq.solve(W, c, "tanh", solver=solver).z, want)
         dense = W.dense()
     assert torch.equal(dense, W.dense())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_halves_are_solved_in_float32_and_rounded_once(dtype):
+    for kind in KINDS:
+        tensors, c = parts(kind, 40, dtype), injection(40, 8, dtype)
+        half = deq.solve(structure(kind, *tensors), c, "tanh", solver="direct")
+        wide = deq.solve(structure(kind, *(t.float() for t in tensors)), c.float(), "tanh", solver="direct", tol=1e-4)
+        assert half.z.dtype == dtype and torch.equal(half.z, wide.z.to(dtype)) and half.residual.dtype == torch.float32
+        leaves = [t.clone().requires_grad_() for t in tensors]
+        deq.solve(structure(kind, *leaves), c, "tanh").z.sum().backward()
+        assert all(leaf.grad.dtype == dtype and torch.isfinite(leaf.grad).all() for leaf in leaves)
