@@ -16,3 +16,8 @@ def assert_as_accurate(actual: Tensor, plain: Tensor, exact: Tensor) -> None:
     assert actual.shape == plain.shape == exact.shape
     ours, theirs = worst_error(actual, exact), worst_error(plain, exact)
     assert ours <= 2 * theirs + 2 * torch.finfo(actual.dtype).eps, f"worst error {ours:.2e}, plain PyTorch {theirs:.2e}"
+
+
+def close(actual, expected):
+    """Equal up to the rounding of float64."""
+    torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-10)
