@@ -1,7 +1,4 @@
-"""A batch of problems of torch.vmap as one problem of deq: more samples of one weight, or more weights; and a batch of
-gradients: ``torch.autograd.grad(is_grads_batched=True)``, ``torch.autograd.functional.jacobian(vectorize=True)``."""
-
-from collections.abc import Callable
+"""A batch of problems of torch.vmap as one problem of deq: more samples of one weight, or more weights."""
 
 import torch
 from torch import Tensor
@@ -44,19 +41,3 @@ class Batch:
         if self.stacked:
             return t.reshape(self.size, -1, t.shape[1], *tail)
         return t.reshape(self.size, -1, *tail)
-
-
-# Whether the gradient of a backward pass is such a batch: a tensor of torch's older vmap, which has no rule for our
-# operators and asks no torch.autograd.Function for one.
-is_batch_of_gradients = torch._C._functorch.is_legacy_batchedtensor
-
-
-def one_gradient_at_a_time(backward: Callable[..., tuple], ctx, g: Tensor, *others) -> tuple:
-    """``backward(ctx, g, *others)`` of a torch.autograd.Function for a batch g of gradients: its results, batched."""
-    level = torch._C._vmapmode_increment_nesting() - 1
-    torch._C._vmapmode_decrement_nesting()
-    found = [backward(ctx, one, *others) for one in torch._remove_batch_dim(g, level, 0, 0)]
-    return tuple(
-        None if grads[0] is None else torch._add_batch_dim(torch.stack(grads), 0, level)
-        for grads in zip(*found, strict=True)
-    )

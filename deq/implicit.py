@@ -20,7 +20,8 @@ from torch.autograd import forward_ad
 from . import stats as layout
 from .activations import ACTIVATIONS
 from .backends import Deferred, Outcome, get_backend
-from .batch import Batch, is_batch_of_gradients, one_gradient_at_a_time
+from .backward import backward_pass
+from .batch import Batch
 from .plan import Plan
 from .profiling import ranges
 from .solution import ConvergenceError, ConvergenceWarning, Solution, report_failures
@@ -100,14 +101,10 @@ class _Equilibrium(torch.autograd.Function):
         _save(ctx, *keep)
 
     @staticmethod
+    @backward_pass
     def backward(ctx, g, *_):
         if g is None:
             return None, None, None, None
-        if is_batch_of_gradients(g):
-            return one_gradient_at_a_time(_Equilibrium.backward, ctx, g)
-        if torch.is_autocast_enabled(g.device.type):  # which would round products to 16 bits
-            with torch.autocast(g.device.type, enabled=False):
-                return _Equilibrium.backward(ctx, g)
         W, z, c = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph: the gradient must itself be differentiable
             u = _apply(_MaskedLinear, W.mT, _derivative(W, z, c, ctx.problem), g, ctx.problem)
@@ -150,12 +147,8 @@ class _MaskedLinear(torch.autograd.Function):
         _save(ctx, A, d, g, output)
 
     @staticmethod
+    @backward_pass
     def backward(ctx, h):
-        if is_batch_of_gradients(h):
-            return one_gradient_at_a_time(_MaskedLinear.backward, ctx, h)
-        if torch.is_autocast_enabled(h.device.type):
-            with torch.autocast(h.device.type, enabled=False):
-                return _MaskedLinear.backward(ctx, h)
         A, d, g, u = ctx.saved_tensors
         q = _apply(_MaskedLinear, A.mT, d, h, ctx.problem)
         dA = _outer(q, u, ctx.problem.plan.backend) if ctx.needs_input_grad[0] else None

@@ -12,7 +12,7 @@ from .backends import Deferred
 from .implicit import Problem, equilibrium, report_gradients
 from .indicators import fitted
 from .plan import LargeWeight
-from .solution import Solution, Status, report_failures
+from .solution import Solution, Status, report_failures, rounded
 from .weights import Structure
 
 
@@ -63,23 +63,20 @@ def run(
 
 
 def _rounded(z: Tensor, stats: Tensor, report: list[int] | Deferred | None, dtype: torch.dtype) -> tuple:
-    """z in a dtype of 16 bits, held at its largest number where it is beyond and said to have diverged; the report."""
-    largest = torch.finfo(dtype).max
-    beyond = (z.detach().abs() > largest).any(-1)
-    layout.status(z, stats).masked_fill_(beyond, int(Status.DIVERGED))
-    rounded = z.clamp(-largest, largest).to(dtype)
+    """z in a dtype of 16 bits, and the report of that."""
+    narrow = rounded(z, stats, dtype)
     if isinstance(report, Deferred):
         if report.rescue is not None:
-            rescue, found, given = report.rescue, z.data, rounded.data
+            rescue, found, given = report.rescue, z.data, narrow.data
 
             def rescue_and_round() -> None:
                 rescue()
-                given.copy_(found.clamp(-largest, largest))
+                given.copy_(rounded(found, stats, dtype))
 
             report.rescue = rescue_and_round
-    elif report is not None and bool(beyond.any()):
+    elif report is not None:
         report = [int((layout.status(z, stats) != Status.CONVERGED).sum()), *report[1:]]
-    return rounded, report
+    return narrow, report
 
 
 def canonical_shape(dims: int, shape: torch.Size) -> tuple[int, ...]:

@@ -88,6 +88,14 @@ class Solution:
         )
 
 
+def rounded(z: Tensor, stats: Tensor, dtype: torch.dtype) -> Tensor:
+    """z (..., m) in the dtype of the injection; a sample that leaves its range is held at its edge and has diverged."""
+    largest = torch.finfo(dtype).max
+    held = z.clamp(-largest, largest)
+    layout.status(z, stats).masked_fill_(((held != z) & z.isfinite()).any(-1), int(Status.DIVERGED))
+    return held.to(dtype)
+
+
 def report_failures(solution: Solution, on_failure: str, tol: float, what: str) -> None:
     """Warn or raise once for all samples that did not converge; silent for ``on_failure="ignore"``."""
     if on_failure == "ignore" or solution.status.numel() == 0:

@@ -219,15 +219,17 @@ def _gradient_fake(parts, structure, c, z, g, of_parts, *options):
 
 def _pulled(parts: Sequence[Tensor], structure: str, dW: Tensor) -> Sequence[Tensor]:
     """The gradients of a structure's own tensors."""
-    with autograd_inside(), torch.enable_grad():
+    with included(), torch.enable_grad():
         leaves = [part.detach().requires_grad_() for part in parts]
         return torch.autograd.grad(_dense(leaves, structure), leaves, dW)
 
 
+AUTOGRAD = (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView)
+
+
 @contextmanager
-def autograd_inside() -> Iterator[None]:
-    """Autograd inside of an operator, which torch runs without."""
-    keys = [torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView]
+def included(keys: Sequence[torch._C.DispatchKey] = AUTOGRAD) -> Iterator[None]:
+    """While active, what torch's dispatch keys stand for is there; an operator is run without :data:`AUTOGRAD`."""
     before = [torch._C._dispatch_tls_is_dispatch_key_excluded(key) for key in keys]
     try:
         for key in keys:

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .batch import is_batch_of_gradients, one_gradient_at_a_time
+from .backward import is_batch_of_gradients, one_gradient_at_a_time
 
 EXACT_UP_TO = 192  # width up to which all eigenvalues cost less than the estimate and its certificate
 KRYLOV_STEPS = 48  # relative error of the estimated norm below 0.6 % at any width here (Kuczynski, Wozniakowski 1992)

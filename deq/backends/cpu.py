@@ -17,9 +17,8 @@ _CRITERION = {"residual": 0, "error": 1}
 # acceleration, depth, criterion, tol, max_iter, precision, reflected: of an operator that multiplies once. Whatever is
 # finite has converged, so that the report tells whether anything is not.
 _ONE_EVALUATION = (_ACCELERATION["none"], 1, _CRITERION["residual"], 1e15, 1, INCREMENTS["native"], 0)
-_ZERO = {
-    dim: torch.empty((0,) * dim, device="cpu") for dim in (2, 3)
-}  # the operator's z0 without elements: start at zero
+# The operator's z0 without elements: start at zero.
+_ZERO = {dim: torch.empty((0,) * dim, device="cpu") for dim in (2, 3)}
 _reports: list[Tensor] = []  # those not in use; a list, whose pop and append are safe between threads
 
 

@@ -21,7 +21,7 @@ from .. import _library, _triton, gpu_plan, gpu_times, stats
 from ..activations import ACTIVATIONS
 from ..gpu_device import find_device
 from ..plan import Plan
-from ..solution import Status
+from ..solution import Status, rounded
 from . import reference
 from .cpu import _options
 from .outcome import Deferred, Outcome
@@ -363,13 +363,5 @@ def _run(
     except RuntimeError as error:
         raise Refused(str(error)) from error
     if c.dtype != torch.float32:
-        z = _rounded(z, said, c.dtype)
+        z = rounded(z, said, c.dtype)
     return Outcome(z if out is None else out.copy_(z), said, _Report(z.numel() // z.shape[-1], said, weight))
-
-
-def _rounded(z: Tensor, said: Tensor, dtype: torch.dtype) -> Tensor:
-    """z in the dtype of the injection; a sample that leaves its range is held at its edge and has diverged."""
-    largest = torch.finfo(dtype).max
-    held = z.clamp(-largest, largest)
-    stats.status(z, said).masked_fill_(((held != z) & z.isfinite()).any(-1), int(Status.DIVERGED))
-    return held.to(dtype)

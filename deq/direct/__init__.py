@@ -21,7 +21,7 @@ from torch import Tensor
 from .. import stats, weights
 from ..activations import ACTIVATIONS
 from ..backends import Counted, Deferred, Outcome
-from ..batch import is_batch_of_gradients, one_gradient_at_a_time
+from ..backward import backward_pass
 from ..implicit import Problem, report_later
 from ..plan import Plan
 from ..profiling import ranges
@@ -262,14 +262,10 @@ class _Direct(torch.autograd.Function):
         return z, result.residual, iterations
 
     @staticmethod
+    @backward_pass
     def backward(ctx, g, *_):
         if g is None:
             return (None,) * (6 + len(ctx.settings[0].parts))
-        if is_batch_of_gradients(g):
-            return one_gradient_at_a_time(_Direct.backward, ctx, g)
-        if torch.is_autocast_enabled(g.device.type):  # which would round products to 16 bits
-            with torch.autocast(g.device.type, enabled=False):
-                return _Direct.backward(ctx, g)
         z, c, derivative, *parts = ctx.saved_tensors
         method, activation, plan, on_failure = ctx.settings
         method = method.of(*parts)
@@ -317,12 +313,8 @@ class _Masked(torch.autograd.Function):
         return u
 
     @staticmethod
+    @backward_pass
     def backward(ctx, h):
-        if is_batch_of_gradients(h):
-            return one_gradient_at_a_time(_Masked.backward, ctx, h)
-        if torch.is_autocast_enabled(h.device.type):
-            with torch.autocast(h.device.type, enabled=False):
-                return _Masked.backward(ctx, h)
         s, g, u, *parts = ctx.saved_tensors
         method, plan, on_failure = ctx.settings
         method = method.of(*parts)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..held import enclosed
-from ..traced import autograd_inside
+from ..traced import AUTOGRAD, included
 from .dropout import VariationalDropout
 
 _numbers = itertools.count()
@@ -48,28 +48,18 @@ def _layer(number: Tensor) -> nn.Module:
         ) from None
 
 
-_KEYS = [
-    getattr(torch._C.DispatchKey, name)
-    for name in (
-        *("Conjugate", "Negative", "ZeroTensor", "FuncTorchGradWrapper", "FuncTorchBatched", "FuncTorchVmapMode"),
-        *("FuncTorchDynamicLayerFrontMode", "FuncTorchDynamicLayerBackMode"),
-    )
-]
-
-
-@contextmanager
-def _eagerly() -> Iterator[None]:
-    """Inside of an operator all that blocks may use outside of one: autograd, transforms of torch.func, views that
-    conjugate or negate. A compiled graph calls operators without."""
-    before = [torch._C._dispatch_tls_is_dispatch_key_excluded(key) for key in _KEYS]
-    try:
-        for key in _KEYS:
-            torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
-        with autograd_inside():
-            yield
-    finally:
-        for key, excluded in zip(_KEYS, before, strict=True):
-            torch._C._dispatch_tls_set_dispatch_key_excluded(key, excluded)
+# All that blocks may use outside of an operator: autograd, transforms of torch.func, views that conjugate or negate. A
+# compiled graph calls operators without.
+_EAGER = (
+    *AUTOGRAD,
+    *(
+        getattr(torch._C.DispatchKey, name)
+        for name in (
+            *("Conjugate", "Negative", "ZeroTensor", "FuncTorchGradWrapper", "FuncTorchBatched", "FuncTorchVmapMode"),
+            *("FuncTorchDynamicLayerFrontMode", "FuncTorchDynamicLayerBackMode"),
+        )
+    ),
+)
 
 
 @contextmanager
@@ -122,7 +112,7 @@ def equilibrium(
 ) -> list[Tensor]:
     """The equilibrium of a registered layer from ``start``, its parts."""
     module = _layer(layer)
-    with _eagerly(), torch.no_grad(), _masks(module.block, seed, start[0].device):
+    with included(_EAGER), torch.no_grad(), _masks(module.block, seed, start[0].device):
         solution = module.solve(_function(module, inputs, parameters), _as_state(start, is_tuple))
     return _as_parts(solution.z)
 
@@ -150,7 +140,7 @@ def equilibrium_backward(
     found = iter(())
     if wanted:
         f = _function(module, leaves[: len(inputs)], leaves[len(inputs) :])
-        with _eagerly(), torch.enable_grad(), _masks(module.block, seed, z[0].device):
+        with included(_EAGER), torch.enable_grad(), _masks(module.block, seed, z[0].device):
             attached = module.attach(f, _as_state(z, is_tuple), wanted)
             parts = [attached] if isinstance(attached, Tensor) else list(attached)
             parts, g = zip(*((p, v) for p, v in zip(parts, g, strict=True) if p.requires_grad), strict=True)

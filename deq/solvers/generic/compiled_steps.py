@@ -121,12 +121,6 @@ def _places(B: int, D: int, element: int, rule: Rule, shifted: bool) -> tuple[tu
     return starts[:-1], starts[-1]
 
 
-def _plain(x: Tensor) -> Tensor:
-    """x as its memory says: contiguous, and without the bit by which torch negates a view when it is read."""
-    x = x.contiguous()
-    return x.resolve_neg() if x.is_neg() else x
-
-
 class CompiledTold:
     """As Told, in one allocation of which views are made when they are read: each costs 5 us where caches are cold."""
 
@@ -170,14 +164,14 @@ class CompiledSteps:
 
     def __init__(self, y: Tensor, rule: Rule, shift: Tensor | None = None, owned: bool = False):
         B, D = y.shape
-        self.y = y = _plain(y) if owned else y.clone(memory_format=torch.contiguous_format)
+        self.y = y = y.contiguous().resolve_neg() if owned else y.clone(memory_format=torch.contiguous_format)
         self.z = torch.empty_like(self.y)
         self.told = CompiledTold(B)
         self._key = key = B, D, y.dtype, rule, shift is not None, torch.get_num_threads()
         self._frame = frame = _frames.pop(key, None) or _Frame(*key)
         self._workspace = _take(frame.size)
         frame.use(self._workspace)
-        self._shift = shift = None if shift is None else _plain(shift)
+        self._shift = shift = None if shift is None else shift.contiguous().resolve_neg()
         self._steps = steps = frame.steps
         steps.evaluations = 0
         steps.y, steps.z = self.y.data_ptr(), self.z.data_ptr()
@@ -207,7 +201,7 @@ class CompiledSteps:
 
     def advance(self, fy: Tensor) -> None:
         fy = fy.contiguous()
-        if fy.is_neg():  # as _plain, which would be one more call in every step
+        if fy.is_neg():  # a view that torch negates when it reads it; asking costs less than resolve_neg, in every step
             fy = fy.resolve_neg()
         self._running = self._advance(self._pointer, fy.data_ptr())
         if self._running < 0:
