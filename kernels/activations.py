@@ -23,6 +23,9 @@ SIGMOID = tl.constexpr(ACTIVATIONS["sigmoid"].number)
 SOFTPLUS = tl.constexpr(ACTIVATIONS["softplus"].number)
 
 _LEAKY_SLOPE = tl.constexpr(LEAKY_SLOPE)
+_GELU_MOST = tl.constexpr(ACTIVATIONS["gelu"].lipschitz)
+_SILU_MOST = tl.constexpr(ACTIVATIONS["silu"].lipschitz)
+_SIGMOID_MOST = tl.constexpr(ACTIVATIONS["sigmoid"].lipschitz)
 _INV_SQRT_2PI = tl.constexpr(INV_SQRT_2PI)
 _SQRT_HALF = tl.constexpr(math.sqrt(0.5))
 # Chebyshev series on (a - 3.75) / (a + 3.75) of (1 + 2 a) exp(a^2) erfc(a), a >= 0; the same as in csrc/cpu/vec.h.
@@ -111,6 +114,20 @@ def derivative(x, NUMBER: tl.constexpr):
     else:
         tl.static_assert(NUMBER == SOFTPLUS, "no such activation")
         y = _sigmoid(x)
+    return y
+
+
+@triton.jit
+def least_slope(d, NUMBER: tl.constexpr):
+    """A lower bound of ``1 - d act'``, elementwise; for the smooth activations."""
+    if NUMBER == GELU:  # act'(-x) = 1 - act'(x)
+        y = 1.0 - tl.maximum(d * _GELU_MOST, d - d * _GELU_MOST)
+    elif NUMBER == SILU:
+        y = 1.0 - tl.maximum(d * _SILU_MOST, d - d * _SILU_MOST)
+    elif NUMBER == SIGMOID:
+        y = 1.0 - tl.maximum(d * _SIGMOID_MOST, 0.0)
+    else:
+        y = 1.0 - tl.maximum(d, 0.0)
     return y
 
 

@@ -13,53 +13,79 @@ from .compilation import Compilation
 from .tiles import MOST_REGISTERS
 
 BLOCK = 1024
-_MOST_STEPS = tl.constexpr(60)  # of Newton or bisection; Newton alone takes four to six
-_TIGHT = tl.constexpr(2.0 * 2.0**-23)
+_NEWTON_ALONE = tl.constexpr(8)  # steps; then it takes turns with bisection
+_MOST_STEPS = tl.constexpr(8 + 2 * 32)  # a bracket that loses half of its numbers at every second one is used up
+_EPS = tl.constexpr(torch.finfo(torch.float32).eps)
+_LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
 _LEAKY = tl.constexpr(LEAKY_SLOPE)
 
 
 @triton.jit
 def root(d, x, ACTIVATION: tl.constexpr):
-    """``p`` with ``p = d act(p) + x``, elementwise, float32; ``1 - d act'`` must be positive everywhere, as
+    """``z = act(p)`` and ``p = d z + x``, elementwise, float32; ``1 - d act'`` must be positive everywhere, as
     :func:`deq.direct.roots.has_unique_root` says. Closed for the piecewise linear activations, else Newton's method
-    within a bracket that it keeps."""
+    within a bracket, step by step as :func:`deq.direct.roots.scalar_root` does it and explains."""
     if ACTIVATION == IDENTITY:
         p = x / (1.0 - d)
+        z = p
     elif ACTIVATION == RELU:
         p = tl.where(x > 0, x / (1.0 - d), x)
+        z = activations.value(p, ACTIVATION)
     elif ACTIVATION == LEAKY_RELU:
         p = x / tl.where(x > 0, 1.0 - d, 1.0 - d * _LEAKY)
+        z = activations.value(p, ACTIVATION)
     else:
         p = x
-        h = -d * activations.value(p, ACTIVATION)
-        # h increases with p: it has its root on the side that it points to, and growing steps find the other end.
-        other = x
-        reach = tl.abs(h) * 2.0
-        k = 0
-        open_ended = tl.abs(h) > 0
-        while (k < _MOST_STEPS) & (tl.max(open_ended.to(tl.int32)) > 0):
-            other = tl.where(open_ended, x - tl.where(h > 0, reach, -reach), other)
-            beyond = other - d * activations.value(other, ACTIVATION) - x
-            open_ended = open_ended & (beyond * h > 0)
-            reach = reach * 2.0
-            k += 1
-        low, high = tl.minimum(x, other), tl.maximum(x, other)
-        scale = tl.abs(x)
-        busy = tl.abs(h) > (tl.abs(p) + scale) * _TIGHT
-        k = 0
-        while (k < _MOST_STEPS) & (tl.max(busy.to(tl.int32)) > 0):
+        z = activations.value(p, ACTIVATION)
+        moved = d * z
+        h = -moved
+        reach = 1.01 * tl.abs(h) / activations.least_slope(d, ACTIVATION)
+        low, high = tl.maximum(x - reach, -_LARGEST), tl.minimum(x + reach, _LARGEST)
+        s = activations.derivative(p, ACTIVATION)
+        step = h / (1.0 - d * s)
+        done = _is_done(p, x, moved, h, step)
+        n = 0
+        while (n < _MOST_STEPS) & (tl.min(done.to(tl.int32)) == 0):
             low = tl.where(h < 0, p, low)
             high = tl.where(h > 0, p, high)
-            following = p - h / (1.0 - d * activations.derivative(p, ACTIVATION))
+            following = p - step
             following = tl.where((following > low) & (following < high), following, 0.5 * low + 0.5 * high)
-            p = tl.where(busy, following, p)
-            a = d * activations.value(p, ACTIVATION)
-            h = p - a - x
-            busy = busy & (tl.abs(h) > (tl.abs(p) + tl.abs(a) + scale) * _TIGHT)
-            k += 1
-        following = p - h / (1.0 - d * activations.derivative(p, ACTIVATION))  # to the last bit
-        p = tl.where((following >= low) & (following <= high), following, p)
-    return p
+            if (n >= _NEWTON_ALONE) & (n % 2 == 0):
+                following = _middle(low, high)
+            p = tl.where(done, p, following)
+            z = activations.value(p, ACTIVATION)
+            moved = d * z
+            h = tl.where(done, h, p - moved - x)  # of the first p = x it has more digits
+            s = activations.derivative(p, ACTIVATION)
+            step = h / (1.0 - d * s)
+            done = _is_done(p, x, moved, h, step)
+            n += 1
+        finite = tl.abs(step) < float("inf")
+        p = tl.where(finite, p - step, p)
+        z = tl.where(finite, z - s * step, z)
+    return z, p
+
+
+@triton.jit
+def _is_done(p, x, moved, h, step):
+    """Is ``h = p - moved - x`` its own rounding, or would another step be changed by its curvature in less than p's?"""
+    exact = tl.abs(h) <= 2.0 * _EPS * (tl.abs(p) + tl.abs(moved) + tl.abs(x))
+    near = step * step <= 0.25 * _EPS * tl.minimum(tl.abs(p), 1.0)
+    done = (exact | (near & (tl.abs(step) <= 0.5 * tl.abs(p)))) & (tl.abs(h) < float("inf"))
+    return done | ~(tl.abs(x) < float("inf"))
+
+
+@triton.jit
+def _middle(a, b):
+    """The float32 in the middle between a and b, both finite, by counting the numbers there are."""
+    i, k = _ordered(a.to(tl.int32, bitcast=True)), _ordered(b.to(tl.int32, bitcast=True))
+    return _ordered((i & k) + ((i ^ k) >> 1)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _ordered(bits):
+    """float32 bits to integers of the same order, and back."""
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 def solve_diagonal(
@@ -98,8 +124,7 @@ def diagonal_kernel(d_ptr, x_ptr, z_ptr, slope_ptr, residual_ptr, m, ACTIVATION:
     while at < m:
         j = at + tl.arange(0, BLOCK)
         x = tl.load(x_ptr + row + j, mask=j < m, other=0.0)
-        p = root(tl.load(d_ptr + j, mask=j < m, other=0.0), x, ACTIVATION)
-        z = activations.value(p, ACTIVATION)
+        z, p = root(tl.load(d_ptr + j, mask=j < m, other=0.0), x, ACTIVATION)
         tl.store(z_ptr + row + j, z, mask=j < m)
         if slope_ptr is not None:
             tl.store(slope_ptr + row + j, activations.derivative(p, ACTIVATION), mask=j < m)

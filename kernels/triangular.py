@@ -129,7 +129,7 @@ def substitute_kernel(
                 value = slope * own / (1.0 - slope * w)
                 f = slope * (w * value + own)
             else:
-                value = activations.value(root(w, own, ACTIVATION), ACTIVATION)
+                value = root(w, own, ACTIVATION)[0]
                 f = activations.value(w * value + own, ACTIVATION)
             step = (f - value)[:, None] * unit
             size = f[:, None] * unit

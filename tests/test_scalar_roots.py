@@ -11,6 +11,7 @@ import deq
 from deq import _library, weights
 from deq.activations import ACTIVATIONS, LEAKY_SLOPE
 from deq.direct import methods, roots
+from deq.kernels import diagonal
 
 SIZES = [sign * 2.0**k for k in range(-100, 101, 20) for sign in (-1, 1)]  # 10^-30 to 10^30
 MOST_UNITS = 4  # of the rounding that d and c themselves carry
@@ -90,6 +91,17 @@ def test_every_size_of_d_and_c_in_plain_torch(activation, dtype, monkeypatch):
     monkeypatch.setattr(methods, "is_compiled", lambda like: False)
     monkeypatch.setattr(_library, "compiled", None)
     check(activation, dtype)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered")
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_size_of_d_and_c_in_the_triton_kernels(activation):
+    """In the interpreter, every row of the table at once: d differs from element to element."""
+    table = exact_roots(activation)
+    d, c = table[:, :2].float().unbind(1)
+    z, _, slope = diagonal.solve_diagonal(d, c[None], activation, derives=True)
+    assert units(z[0], table).max() <= MOST_UNITS
+    assert slope.isfinite().all()
 
 
 @pytest.mark.parametrize("plain", [False, True])

@@ -1,11 +1,13 @@
 // What host and device share, compiled by the C++ compiler and by nvcc's host pass (test_shared_math.cu).
 #include <cmath>
 #include <set>
+#include <vector>
 
 #include "check.h"
 #include "cuda/fragments.h"
 #include "reliable.h"
 #include "scalar_math.h"
+#include "scalar_root.h"
 
 using namespace deq;
 
@@ -34,6 +36,40 @@ void derivatives() {
       if (has_of_value(activation)) {
         const double error = std::fabs(derivative_of_value<ScalarMath<T>>(activation, narrow) - slope);
         CHECK(error <= 64 * eps);
+      }
+    }
+}
+
+// z and the condition of z in z = act(d z + x), by bisection in p = 1e-100 sinh(t): every size of p is near.
+template <class A>
+std::pair<double, double> exact_root(double d, double x) {
+  double low = -400, high = 400, p = 0;
+  for (int i = 0; i < 80; ++i) {
+    const double t = (low + high) / 2;
+    p = std::sinh(t) * 1e-100;
+    (p - d * A::value(p) - x > 0 ? high : low) = t;
+  }
+  const double z = A::value(p), slope = A::derivative(p);
+  return {z, slope * (std::fabs(d * z) + std::fabs(x)) / std::fabs(1 - d * slope)};
+}
+
+// Every size of d and x: off by the rounding that z, d and x themselves carry.
+void roots() {
+  std::vector<double> sizes;
+  for (int k = -100; k <= 100; k += 10) sizes.push_back(std::ldexp(1.0, k)), sizes.push_back(-std::ldexp(1.0, k));
+  for (int32_t activation = 0; activation < kActivations; ++activation)
+    for (double d : sizes) {
+      if (least_slope(activation, d) <= 0) continue;
+      const ScalarEquation equation = scalar_equation(activation, static_cast<float>(d));
+      for (double x : sizes) {
+        std::pair<double, double> exact;
+        with_activation<ScalarMath<double>>(activation, [&](auto a) { exact = exact_root<decltype(a)>(d, x); });
+        const float given[2] = {static_cast<float>(x), 0.5f};
+        float z[2];
+        with_activation<ScalarMath<float>>(activation, [&](auto a) { scalar_roots<decltype(a), 2>(equation, given, z); });
+        const double allowed = 4 * (1.1920929e-07 * (std::fabs(exact.first) + exact.second) + 1.1754944e-38);
+        if (!CHECK(std::fabs(z[0] - exact.first) <= allowed))
+          std::printf("activation %d, d %g, x %g: %g for %g\n", activation, d, x, z[0], exact.first);
       }
     }
 }
@@ -94,6 +130,7 @@ void reliable_updates() {
 int main() {
   derivatives<float>();
   derivatives<double>();
+  roots();
   fragments();
   reliable_updates();
   return check_result();
