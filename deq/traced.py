@@ -66,9 +66,10 @@ def solve(
     with torch.no_grad():
         z, said = torch.ops.deq.solve.default(parts, structure, c, z0, *options)
     if torch.is_grad_enabled():
-        W = W.dense() if isinstance(W, Structure) else W
+        W = _formed(parts, structure)
         flat = canonical_shape(W.dim(), c.shape)
-        z = approximate(W, c.reshape(flat), z.reshape(flat), activation, backward).reshape(c.shape)
+        near = approximate(W, *_as(W, c.reshape(flat), z.reshape(flat)), activation, backward)
+        z = near.reshape(c.shape).to(c.dtype)
     return Solution(z, said)
 
 
@@ -91,9 +92,14 @@ def _weight_of(parts: Sequence[Tensor], structure: str) -> Tensor | Structure:
     return LowerTriangular(parts[0], strict=True) if structure == _STRICT else _STRUCTURES[structure](*parts)
 
 
-def _dense(parts: Sequence[Tensor], structure: str) -> Tensor:
+def _formed(parts: Sequence[Tensor], structure: str) -> Tensor:
+    """The matrix, of float32 where 16 bits would round what they are formed to."""
     W = _weight_of(parts, structure)
-    return W if isinstance(W, Tensor) else W.dense()
+    return W if isinstance(W, Tensor) else W.formed()
+
+
+def _as(W: Tensor, *given: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tuple(x if x is None or x.dtype == W.dtype else x.to(W.dtype) for x in given)
 
 
 def _problem(c: Tensor, activation, tol, max_iter, solver, criterion, on_failure, backend) -> Problem:
@@ -131,9 +137,9 @@ def _solve_vmap(info, in_dims, parts, structure, c, z0, *options):
             (part,) * info.batch_size if dim is None else part.unbind(dim)
             for part, dim in zip(parts, of_parts, strict=True)
         ]
-        parts = [torch.stack([_dense(some, structure) for some in zip(*each, strict=True)])]
+        parts = [torch.stack([_formed(some, structure) for some in zip(*each, strict=True)])]
         of_parts, structure = [0], Dense.structure
-    W = _dense(parts, structure)
+    W = _formed(parts, structure)
     many = Batch(info.batch_size, of_parts[0], W)
 
     def samples(x: Tensor, dim: int | None) -> Tensor:
@@ -143,8 +149,8 @@ def _solve_vmap(info, in_dims, parts, structure, c, z0, *options):
     shape = (info.batch_size, *(c.shape if of_c is None else c.movedim(of_c, 0).shape[1:]))
     z0 = None if z0 is None else samples(z0, of_z0)
     given = ([W], Dense.structure) if of_parts[0] is not None or structure == Dense.structure else (parts, structure)
-    z, said = torch.ops.deq.solve.default(*given, samples(c, of_c), z0, *options)
-    return (many.apart(z).reshape(shape), many.stats(z, said)), (0, 0)
+    z, said = torch.ops.deq.solve.default(*given, *_as(given[0][0], samples(c, of_c), z0), *options)
+    return (many.apart(z).reshape(shape).to(c.dtype), many.stats(z, said)), (0, 0)
 
 
 class _Solve(torch.autograd.Function):
@@ -179,15 +185,15 @@ def _solve_autograd(parts, structure, c, z0, *options):
 
 def _differentiable_gradient(parts, structure, c, z, g, options):
     entry, shape = ACTIVATIONS[options[0]], g.shape
-    W = _dense(parts, structure)
-    flat = canonical_shape(W.dim(), shape)
-    z, g = z.reshape(flat), g.reshape(flat)
-    d = entry.derivative_of_value(z) if c is None else entry.derivative(z @ W.mT + c.reshape(flat))
+    W = _formed(parts, structure)
+    flat, dtype = canonical_shape(W.dim(), shape), g.dtype
+    c, z, g = _as(W, *(None if x is None else x.reshape(flat) for x in (c, z, g)))
+    d = entry.derivative_of_value(z) if c is None else entry.derivative(z @ W.mT + c)
     u = torch.ops.deq.masked_linear.default(W.mT, d, g, *options)
     grads = [torch.matmul(u.mT, z)]
     if structure != Dense.structure:
-        grads = list(torch.func.vjp(lambda *parts: _dense(parts, structure), *parts)[1](grads[0]))
-    return u.reshape(shape), grads
+        grads = list(torch.func.vjp(lambda *parts: _formed(parts, structure), *parts)[1](grads[0]))
+    return u.reshape(shape).to(dtype), grads
 
 
 # ---- its gradient ----------------------------------------------------------------------------------------------------
@@ -200,15 +206,15 @@ def _gradient(
     W, shape = _weight_of(parts, structure), z.shape
     found = direct.gradients(W, c, z, g, of_parts, problem, solver == "direct", frozen)
     if found is None:
-        dense = _dense(parts, structure)
-        flat = canonical_shape(dense.dim(), shape)
-        c, z, g = (None if x is None else x.reshape(flat) for x in (c, z, g))
-        problem = _fitted(problem, dense, z, frozen)
-        u, grads = adjoint(dense, z, c, g, problem), []
+        W = _formed(parts, structure)
+        flat, dtype = canonical_shape(W.dim(), shape), g.dtype
+        c, z, g = _as(W, *(None if x is None else x.reshape(flat) for x in (c, z, g)))
+        problem = _fitted(problem, W, z, frozen)
+        u, grads = adjoint(W, z, c, g, problem), []
         if of_parts:
             dW = get_backend(problem.plan.backend).outer(u, z)
             grads = [dW] if structure == Dense.structure else _pulled(parts, structure, dW)
-        found = u, grads
+        found = u.to(dtype), grads
     u, grads = found
     return [u.reshape(shape).contiguous(), *(t.contiguous() for t in grads)]
 
@@ -221,7 +227,7 @@ def _pulled(parts: Sequence[Tensor], structure: str, dW: Tensor) -> Sequence[Ten
     """The gradients of a structure's own tensors."""
     with included(), torch.enable_grad():
         leaves = [part.detach().requires_grad_() for part in parts]
-        return torch.autograd.grad(_dense(leaves, structure), leaves, dW)
+        return torch.autograd.grad(_formed(leaves, structure), leaves, dW)
 
 
 AUTOGRAD = (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView)

@@ -46,6 +46,48 @@ def test_its_gradients_have_their_dtypes(dtype):
         assert error <= 2 * torch.finfo(dtype).eps
 
 
+def loss(d, P, Q, c):
+    tol = 1e-12 if c.dtype == torch.float64 else 1e-6
+    z = deq.solve(weights.DiagonalLowRank(d, P, Q), c, "tanh", solver="plain", tol=tol).z
+    return z.to(torch.promote_types(z.dtype, torch.float32)).square().sum()
+
+
+def by_func(*leaves):
+    return torch.func.grad(loss, argnums=(0, 1, 2, 3))(*leaves)
+
+
+def by_graph(*leaves):
+    leaves = [t.clone().requires_grad_() for t in leaves]
+    return torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(*leaves), leaves)
+
+
+def by_func_in_a_graph(*leaves):
+    return torch.compile(by_func, fullgraph=True, backend="aot_eager")(*leaves)
+
+
+def by_samples_in_a_graph(d, P, Q, c):
+    """The weight and the samples are both of the batch."""
+    each = torch.vmap(torch.func.grad(loss, argnums=(0, 1, 2, 3)))
+    many = [t.expand(len(c), *t.shape) for t in (d, P, Q)]
+    dd, dP, dQ, dc = torch.compile(each, fullgraph=True, backend="aot_eager")(*many, c)
+    return dd.float().sum(0).to(d.dtype), dP.float().sum(0).to(d.dtype), dQ.float().sum(0).to(d.dtype), dc
+
+
+@HALVES
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+@pytest.mark.parametrize("means", [by_func, by_graph, by_func_in_a_graph, by_samples_in_a_graph])
+def test_transforms_and_graphs_form_it_in_float32(means, dtype):
+    """Rounded to 16 bits its diagonal comes nearer to 1, by a part of its distance that shows."""
+    torch.compiler.reset()
+    P = 0.04 * torch.eye(4).repeat(16, 1).to(dtype)
+    leaves = torch.full((64,), 0.98828).to(dtype), P, -P, 0.01 * low_rank(dtype)[3]
+    wide = [t.double().requires_grad_() for t in leaves]
+    exact_gradients = torch.autograd.grad(loss(*wide), wide)
+    for ours, other in zip(means(*leaves), exact_gradients, strict=True):
+        assert ours.dtype == dtype
+        assert (ours.double() - other).norm() / other.norm() <= 4 * torch.finfo(dtype).eps
+
+
 def test_an_equilibrium_beyond_16_bits_has_diverged():
     m = 8
     W = weights.DiagonalLowRank(torch.full((m,), 0.9).half(), torch.zeros(m, 1).half(), torch.zeros(m, 1).half())
