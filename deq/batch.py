@@ -33,7 +33,8 @@ class Batch:
     def stats(self, z: Tensor, stats: Tensor) -> Tensor:
         """(N, bytes): every problem's buffer of :mod:`deq.stats`."""
         fields = (read(z, stats) for read in (layout.residual, layout.iterations, layout.status))
-        return torch.cat([self._apart(field, ()).reshape(self.size, -1).view(torch.uint8) for field in fields], 1)
+        parts = (self._apart(field, ()).reshape(self.size, -1) for field in fields)
+        return torch.cat([layout.as_type(part, torch.uint8) for part in parts], 1)
 
     def _apart(self, t: Tensor, tail) -> Tensor:
         if self.weight_dim is None and self.stacked:

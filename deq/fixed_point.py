@@ -135,7 +135,24 @@ def fixed_point(
         ValueError, TypeError: naming the argument, what came and what is allowed.
         ConvergenceError: with ``on_failure="raise"``, carrying the solution.
     """
-    options = {name: value for name, value in locals().items() if name not in ("f", "z0", "unknown")} | unknown
+    options = {
+        "solver": solver,
+        "tol": tol,
+        "max_iter": max_iter,
+        "criterion": criterion,
+        "depth": depth,
+        "damping": damping,
+        "backward": backward,
+        "backward_solver": backward_solver,
+        "backward_tol": backward_tol,
+        "backward_max_iter": backward_max_iter,
+        "backward_steps": backward_steps,
+        "backward_damping": backward_damping,
+        "keep": keep,
+        "batch_dims": batch_dims,
+        "tensors": tensors,
+        "on_failure": on_failure,
+    } | unknown
     if torch.compiler.is_compiling():
         return _outside_of_graphs(f, z0, options)
     return fixed_point_with(f, z0, options)

@@ -20,7 +20,7 @@ def allocate(z: Tensor, more: int = 0) -> Tensor:
 def pack(iterations: Tensor, residual: Tensor, status: Tensor) -> Tensor:
     """The buffer of iterations, residual (float32 or float64) and status, all (...)."""
     parts = (residual, iterations.to(torch.int32), status.to(torch.uint8))
-    return torch.cat([part.reshape(-1).view(torch.uint8) for part in parts])
+    return torch.cat([as_type(part.reshape(-1), torch.uint8) for part in parts])
 
 
 def residual(z: Tensor, stats: Tensor) -> Tensor:
@@ -71,7 +71,25 @@ def _residual_bytes(z: Tensor) -> int:
 
 def _field(z: Tensor, stats: Tensor, bytes_before: int, size: int, dtype: torch.dtype) -> Tensor:
     n = z.numel() // z.shape[-1]
-    part = stats[n * bytes_before : n * (bytes_before + size)]
-    if torch._C._are_functorch_transforms_active():  # of a batch the pieces may not be aligned
-        part = part.clone(memory_format=torch.contiguous_format)
-    return part.view(dtype).view(z.shape[:-1])
+    return as_type(stats[n * bytes_before : n * (bytes_before + size)], dtype).view(z.shape[:-1])
+
+
+def as_type(part: Tensor, dtype: torch.dtype) -> Tensor:
+    """``part.view(dtype)``, which torch 2.10 and 2.11 do not know of the batches of torch.vmap."""
+    if torch._C._are_functorch_transforms_active():
+        return torch.ops.deq.as_type.default(part, dtype)
+    return part.view(dtype)
+
+
+def _as_type(part: Tensor, dtype: torch.dtype) -> Tensor:
+    return part.clone(memory_format=torch.contiguous_format).view(dtype)  # of a batch the pieces may not be aligned
+
+
+def _as_type_vmap(info, in_dims, part, dtype):
+    return torch.ops.deq.as_type.default(part.movedim(in_dims[0], 0), dtype), 0
+
+
+_operators = torch.library.Library("deq", "FRAGMENT")
+_operators.define("as_type(Tensor part, ScalarType dtype) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
+_operators.impl("as_type", _as_type, "CompositeExplicitAutograd")
+torch.library.register_vmap("deq::as_type", _as_type_vmap, lib=_operators)

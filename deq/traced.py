@@ -77,12 +77,10 @@ def _parts_of(W: Tensor | Structure) -> tuple[list[Tensor], str]:
     """What a weight consists of, and the name of its structure."""
     if isinstance(W, Tensor):
         return [W], Dense.structure
-    if isinstance(W, LowerTriangular):
-        return [W.W], _STRICT if W.strict else W.structure
-    if isinstance(W, Diagonal):
-        return [W.d], W.structure
-    if isinstance(W, DiagonalLowRank):
-        return [W.d, W.P, W.Q], W.structure
+    if isinstance(W, LowerTriangular) and W.strict:
+        return [W.W], _STRICT
+    if W.structure in _STRUCTURES:
+        return list(W.parts), W.structure
     return [W.dense()], Dense.structure
 
 

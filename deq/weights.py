@@ -20,31 +20,32 @@ CERTIFICATE_SLACK = 1.01  # by how much the certified norm exceeds the estimated
 
 @dataclass(frozen=True, eq=False)
 class Structure:
-    """What all structures offer: ``structure`` (name), ``width`` m, ``dtype``, ``device``, ``requires_grad`` and
-    ``dense()`` (m, m)."""
+    """What all structures offer: ``structure`` (name), ``parts`` (the tensors that it consists of), ``width`` m,
+    ``dtype``, ``device``, ``requires_grad`` and ``dense()`` (m, m)."""
 
     structure: ClassVar[str]
 
     @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """The tensors that it consists of, the first of m rows."""
+        raise NotImplementedError  # abstract: every subclass has its own
+
+    @property
     def width(self) -> int:
-        return self._leading.shape[0]
+        return self.parts[0].shape[0]
 
     @property
     def dtype(self) -> torch.dtype:
-        return self._leading.dtype
+        return self.parts[0].dtype
 
     @property
     def device(self) -> torch.device:
-        return self._leading.device
+        return self.parts[0].device
 
     @property
     def requires_grad(self) -> bool:
         """Whether any of its tensors does."""
-        return any(t.requires_grad for t in self.__dict__.values() if isinstance(t, Tensor))
-
-    @property
-    def _leading(self) -> Tensor:
-        return next(iter(self.__dict__.values()))  # the first field, in the order of the class
+        return any(t.requires_grad for t in self.parts)
 
     def dense(self) -> Tensor:
         """The matrix (m, m) itself, differentiable in the fields."""
@@ -56,7 +57,7 @@ class Structure:
 
     def like(self) -> Tensor:
         """A tensor of the shape, dtype and device of ``dense()``, of one undefined element."""
-        return self._leading.detach().new_empty(()).expand(self.width, self.width)
+        return self.parts[0].detach().new_empty(()).expand(self.width, self.width)
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +69,10 @@ class Dense(Structure):
 
     def __post_init__(self):
         _check_square("W", self.W)
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        return (self.W,)
 
     def dense(self) -> Tensor:
         return self.W
@@ -86,6 +91,10 @@ class LowerTriangular(Structure):
         if not isinstance(self.strict, bool):
             raise TypeError(f"strict must be True or False; got {self.strict!r}")
 
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        return (self.W,)
+
     def dense(self) -> Tensor:
         return torch.tril(self.W, diagonal=-1 if self.strict else 0)
 
@@ -99,6 +108,10 @@ class Diagonal(Structure):
 
     def __post_init__(self):
         _check_tensor("d", self.d, 1, "(m,)")
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        return (self.d,)
 
     def dense(self) -> Tensor:
         return torch.diag(self.d)
@@ -131,6 +144,10 @@ class DiagonalLowRank(Structure):
     @property
     def rank(self) -> int:
         return self.P.shape[1]
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        return self.d, self.P, self.Q
 
     def dense(self) -> Tensor:
         return self.formed().to(self.dtype)

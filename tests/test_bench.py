@@ -105,7 +105,7 @@ class TestBaselines:
     def test_gemm_only_makes_the_products_of_the_loop_and_nothing_else(self):
         problem = SMALL.make()
         run = baselines.make_gemm_only(problem, 7, 5)
-        with torch.profiler.profile() as profile:
+        with torch.profiler.profile(acc_events=True) as profile:
             run()
         counts = {event.key: event.count for event in profile.key_averages()}
         assert counts.pop("aten::mm") == 7 + 5 + 1

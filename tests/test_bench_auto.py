@@ -236,7 +236,7 @@ class TestRivals:
 
     def test_gemm_only_without_a_gradient(self):
         run = baselines.make_gemm_only(SMALL.make(), 7, 0)
-        with torch.profiler.profile() as profile:
+        with torch.profiler.profile(acc_events=True) as profile:
             run()
         assert {event.key: event.count for event in profile.key_averages()}["aten::mm"] == 7
 

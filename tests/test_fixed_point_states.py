@@ -7,6 +7,7 @@ from fixed_points import SOLVERS, cell, solve
 from problems import exact, gaussian, torch_loop
 
 import deq
+from deq.solvers.generic.newton_krylov import derives_in_inference_mode
 
 
 @pytest.mark.parametrize("kind", [tuple, list])
@@ -67,10 +68,15 @@ def test_noncontiguous_and_expanded_states():
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_inference_mode(solver):
     W, c, _ = gaussian(8, 3, torch.float64)
-    expected = solve(W, c, solver=solver).z
+    expected = solve(W, c, solver=solver)
     with torch.inference_mode():
-        assert torch.equal(solve(W, c, solver=solver).z, expected)
-        assert torch.equal(deq.nn.Equilibrium(lambda z, c: cell(W, c)(z), solver=solver)(c), expected)
+        solution = solve(W, c, solver=solver)
+        if solver == "newton_krylov" and not derives_in_inference_mode():
+            torch.testing.assert_close(solution.z, expected.z, rtol=1e-9, atol=1e-9)
+            assert (solution.iterations <= expected.iterations + 2).all()  # of quotients, not of no derivative at all
+        else:
+            assert torch.equal(solution.z, expected.z)
+        assert torch.equal(deq.nn.Equilibrium(lambda z, c: cell(W, c)(z), solver=solver)(c), solution.z)
 
 
 def test_a_start_made_in_inference_mode():

@@ -149,7 +149,7 @@ def test_formulas_of_tensors_without_data(batch):
 @needs_library
 def test_torch_profiler_shows_the_operators_by_name():
     W, c = leaves(16, 4)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profiler:
         deq.solve(W, c).z.sum().backward()
     assert {"deq::solve_", "deq::masked_linear_"} <= {event.key for event in profiler.key_averages()}
 

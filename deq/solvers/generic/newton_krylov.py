@@ -2,11 +2,14 @@
 
 At y the step s solves ``(I - J) s = f(y) - y``, J the Jacobian of f there, to a share of the residual that shrinks as
 Newton converges (Eisenstat and Walker 1996, choice 2); a step that does not reduce the residual is halved. Products
-with J are two reverse passes over one graph of f; of an affine f they are differences of f itself.
+with J are two reverse passes over one graph of f; of an affine f they are differences of f itself, and difference
+quotients in inference mode where torch has no derivatives (2.10 and 2.11).
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -103,9 +106,21 @@ def _product(f, y: Tensor, zero: Tensor | None, g: Tensor) -> Callable[[Tensor],
         size = norm(g).to(g.dtype).unsqueeze(1)
         size = torch.where(size > 0, size, 1.0)
         return lambda v: v - (f(size * v) - zero) / size
+    if torch.is_inference_mode_enabled() and not derives_in_inference_mode():
+        image, size = y + g, torch.maximum(norm(y), norm(g))
+        size = math.sqrt(torch.finfo(y.dtype).eps) * torch.where(size > 0, size, 1.0).to(y.dtype).unsqueeze(1)
+        return lambda v: v - (f(y + size * v) - image) / size
     image, pull = torch.func.vjp(f, y)
     _, push = torch.func.vjp(lambda u: pull(u)[0], torch.zeros_like(image))
     return lambda v: v - push(v)[0]
+
+
+@cache
+def derives_in_inference_mode() -> bool:
+    """torch before 2.12 says zero there."""
+    with torch.inference_mode():
+        x = torch.ones(1)
+        return bool(torch.func.vjp(lambda x: 2 * x, x)[1](x)[0] == 2)
 
 
 def gmres(product: Callable[[Tensor], Tensor], b: Tensor, forcing: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
