@@ -11,8 +11,9 @@ from torch import Tensor
 
 from .closures import exchanged, exchanges, graph_break, in_forward_mode, in_transform, watched
 from .held import Applied, Call, frozen, held, with_others
-from .implicit_function import Equation, attached, closed_over, full_precision
+from .implicit_function import Equation, attached, closed_over
 from .implicit_function import fixed_point as implicit
+from .modes import has_autocast, lacks_numbers, no_autocast
 from .solution import Solution, Status, report_failures
 from .solvers import generic
 from .solvers.generic import CRITERIA, METHODS, Rule
@@ -117,6 +118,8 @@ def fixed_point(
             then not watched, which costs up to 15 us an operator of f where it uses tensors that are no leaves.
         on_failure: "warn", "raise" (:class:`deq.ConvergenceError`) or "ignore" when samples do not converge.
 
+    On the meta device, or of a FakeTensorMode, f is evaluated once: shapes, dtypes and gradients, and no numbers.
+
     Returns:
         Solution with ``z`` like z0, equal to f at the best point of every sample, and the iterations (evaluations of
         f), residual and status of every sample.
@@ -188,6 +191,9 @@ def fixed_point_with(
     evaluate = _MatrixMap(f, layout, device)
     start = layout.flatten(z0, "z0")
     start = start if fresh else start.detach()
+    if lacks_numbers(start):  # shapes without numbers
+        result = generic.Result(evaluate(start), generic.Told.unjudged(start))
+        return _solution(layout.unflatten(result.z), result, layout, rule)
     if start.is_inference() and not torch.is_inference_mode_enabled():  # autograd takes no such tensor
         start = start.clone()
     if not (fresh or in_transform()) and not _is_finite(start):
@@ -348,8 +354,8 @@ class _MatrixMap:
 
     def _at(self, flat: Tensor, state: State, unversioned: bool, loose: bool = False) -> Tensor:
         version = None if unversioned else flat._version
-        if torch.is_autocast_enabled(self.device):
-            with full_precision(self.device):
+        if has_autocast(self.device):
+            with no_autocast(self.device):
                 image = self.f(state)
         else:
             image = self.f(state)

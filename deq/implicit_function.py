@@ -8,7 +8,7 @@ is wanted. Between forward and backward nothing is kept but z, the tensors of t,
 
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -31,6 +31,7 @@ from .closures import (
     within,
 )
 from .held import Call
+from .modes import no_autocast
 from .profiling import ranges
 from .solvers import generic
 from .solvers.generic import Rule
@@ -155,11 +156,6 @@ class _OfThread(dict):
         weights = getattr(CachedWeights._own, "weights", None)
         if weights is not None:
             weights[key] = value
-
-
-def full_precision(device: str) -> AbstractContextManager:
-    """Autocast disabled: a residual below the rounding of 16 bits needs more, forward and backward."""
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def closed_over(
@@ -307,7 +303,7 @@ def _gradients(ctx, g: Tensor | None, wanted: Sequence[bool]) -> tuple:
         return (None,) * len(tensors)
     pullback = _differentiable_pullback if torch.is_grad_enabled() or in_transform() else _pullback
     again = nullcontext() if ctx.equation.call is None else ctx.equation.call.again()
-    with full_precision(z.device.type), again:
+    with no_autocast(z.device.type), again:
         return pullback(ctx.equation, z, tensors, g, wanted)
 
 

@@ -4,9 +4,9 @@ import difflib
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
 
 from . import _library, traced
+from .modes import lacks_numbers
 from .options import DTYPES, problem_of
 from .run import run
 from .solution import Solution
@@ -76,7 +76,7 @@ def solve(
         problem = problem_of(*given)
     except TypeError:  # an option that cannot be a key, or a wrong one: its own error
         problem = problem_of.__wrapped__(*given)
-    if c.is_meta or (type(c) is not Tensor and isinstance(c, FakeTensor)):  # shapes without numbers
+    if lacks_numbers(c):
         return traced.solve(W, c, z0, *options, frozen)
     return run(W, c, z0, problem, solver, backward, frozen)
 

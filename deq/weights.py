@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .backward import is_batch_of_gradients, one_gradient_at_a_time
+from .modes import lacks_numbers, no_autocast
 
 EXACT_UP_TO = 192  # width up to which all eigenvalues cost less than the estimate and its certificate
 KRYLOV_STEPS = 48  # relative error of the estimated norm below 0.6 % at any width here (Kuczynski, Wozniakowski 1992)
@@ -156,10 +157,8 @@ class DiagonalLowRank(Structure):
         d, P, Q = self.d, self.P, self.Q
         if d.element_size() < 4:
             d, P, Q = d.float(), P.float(), Q.float()
-        if not d.is_meta and torch.is_autocast_enabled(d.device.type):  # which would round the product to 16 bits
-            with torch.autocast(d.device.type, enabled=False):
-                return torch.diag(d) + P @ Q.mT
-        return torch.diag(d) + P @ Q.mT
+        with no_autocast(d.device.type):  # which would round the product to 16 bits
+            return torch.diag(d) + P @ Q.mT
 
 
 def contractive(V: Tensor, bound: float = 0.95) -> Tensor:
@@ -259,6 +258,8 @@ class _SpectralNormBound(torch.autograd.Function):
     @staticmethod
     def forward(V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         m = V.shape[0]
+        if lacks_numbers(V):
+            return tuple(V.new_empty(shape, dtype=torch.float64) for shape in ((), (m,), (m,)))
         largest = float(V.abs().amax())
         if not math.isfinite(largest):
             raise ValueError("V must be finite; it contains NaN or infinity")

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from torch import nn
 from torch._subclasses import FakeTensorMode
 
 import deq
+from deq.nn.weight_modules import WEIGHTS
 
 
 def without_numbers(W, c, **options):
@@ -46,3 +48,45 @@ def test_structured_weights_without_numbers():
         deq.solve(W, c, solver="guess")
     with pytest.raises(ValueError, match="c must be on the device of W, meta; got cpu"):
         deq.solve(W, torch.ones(5, 6))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weight", WEIGHTS)
+def test_layers_on_the_meta_device(weight, dtype):
+    layer = deq.nn.EquilibriumLinear(3, 5, weight=weight, device="meta", dtype=dtype)
+    z = layer(torch.empty(2, 3, device="meta", dtype=dtype))
+    assert z.is_meta and z.shape == (2, 5) and z.dtype == dtype and layer.solution.status.shape == (2,)
+    z.sum().backward()
+    assert all(p.grad.shape == p.shape and p.grad.dtype == dtype for p in layer.parameters())
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(5, 5)
+        self.calls = 0
+
+    def forward(self, z, x):
+        self.calls += 1
+        return torch.tanh(self.linear(z) + x)
+
+
+@pytest.mark.parametrize("mode", [lambda: torch.device("meta"), FakeTensorMode])
+@pytest.mark.parametrize(
+    "options", [{}, {"backward": "one_step"}, {"backward": "unrolled"}, {"solver": "newton_krylov"}, {"keep": (3,)}]
+)
+def test_functions_are_evaluated_once(mode, options):
+    with mode():
+        block = Block()
+        layer, x = deq.nn.Equilibrium(block, **options), torch.empty(2, 5, requires_grad=True)
+        z = layer(x)
+        assert z.shape == x.shape and z.device == x.device and layer.solution.residual.shape == (2,)
+        z.sum().backward()
+        assert block.calls == 1 and x.grad.shape == x.shape and block.linear.weight.grad.shape == (5, 5)
+        state = (torch.empty(2, 5), torch.empty(2, 3, 3, dtype=torch.float64))
+        found = deq.fixed_point(lambda s: (torch.tanh(s[0]), 0.5 * s[1]), state, **options).z
+        assert [(t.shape, t.dtype, t.device) for t in found] == [(t.shape, t.dtype, t.device) for t in state]
+        with pytest.raises(ValueError, match="a tensor of the shape of z0"):
+            deq.fixed_point(lambda z: z[:, :2], x, **options)
+        with pytest.raises(ValueError, match="solver must be one of"):
+            deq.fixed_point(torch.tanh, x, solver="guess")

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..fixed_point import StateSolution, fixed_point, fixed_point_with, unknown_option
 from ..held import Applied, Members, Uses, enclosed
+from ..modes import has_autocast
 from ..state import State
 from .compiled import equilibrium, new_seed, register
 from .dropout import reset_dropout
@@ -60,7 +61,7 @@ class Equilibrium(nn.Module):
         fresh = z0 is None and self.init is None
         if z0 is None:
             z0 = self._start(inputs, members)
-        if torch.is_autocast_enabled(_device_type(z0)):
+        if has_autocast(_device_type(z0)):
             dtype = (z0 if isinstance(z0, Tensor) else z0[0]).dtype
             wide = lambda x: isinstance(x, Tensor) and x.is_floating_point()  # noqa: E731
             inputs = tuple(x.to(dtype) if wide(x) else x for x in inputs)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..activations import get_activation
+from ..modes import has_autocast, no_autocast
 from ..options import check
 from ..plan import make_plan
 from ..products import linear
@@ -92,10 +93,10 @@ class EquilibriumLinear(nn.Module):
         if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise ValueError(f"x must be (..., {self.in_features}), in_features last; got {tuple(x.shape)}")
         dtype = self.injection.weight.dtype
-        if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+        if x.dtype != dtype and not has_autocast(x.device.type):
             raise TypeError(f"x must have the dtype of the layer, {dtype}; got {x.dtype}")
         c = self.injection(x)
-        with torch.autocast(x.device.type, enabled=False):
+        with no_autocast(x.device.type):
             W = self.weight()
             solution = solve(W, c.to(W.dtype), self.activation, z0=z0, **self.options)
         self.solution = solution.detach()

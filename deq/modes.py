@@ -1,0 +1,22 @@
+"""Modes of torch that a solve meets: autocast, and tensors without numbers."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensor
+
+
+def has_autocast(device: str) -> bool:
+    """Whether it is on for that type of device, which torch does not ask of "meta"."""
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
+def no_autocast(device: str) -> AbstractContextManager:
+    """Autocast disabled: a residual below the rounding of 16 bits needs more, forward and backward."""
+    return torch.autocast(device, enabled=False) if has_autocast(device) else nullcontext()
+
+
+def lacks_numbers(t: Tensor) -> bool:
+    """Whether it has a shape and no numbers: on the meta device, or of a FakeTensorMode."""
+    return t.is_meta or (type(t) is not Tensor and isinstance(t, FakeTensor))
