@@ -44,6 +44,9 @@ def test_spectral_radius():
     radius, vector = deq.nn.spectral_radius((matrices @ z.unsqueeze(2)).squeeze(2), z)
     torch.testing.assert_close(radius, torch.tensor([0.9, 0.7, 0.0]))
     assert vector.shape == z.shape
+    for scale in (1e-25, 1e25):  # whose squares float32 does not hold
+        radius, _ = deq.nn.spectral_radius((scale * matrices @ z.unsqueeze(2)).squeeze(2), z)
+        torch.testing.assert_close(radius / scale, torch.tensor([0.9, 0.7, 0.0]))
 
 
 def test_correction_loss():

@@ -46,7 +46,12 @@ def spectral_radius(image: Tensor, point: Tensor, iterations: int = 100) -> tupl
 
 
 def _row_norm(v: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(v, dim=tuple(range(1, v.dim())), keepdim=True) if v.dim() > 1 else v.abs()
+    if v.dim() == 1 or v.numel() == 0:
+        return v.abs() if v.dim() == 1 else v.new_zeros(v.shape[0], *(1,) * (v.dim() - 1))
+    dims = tuple(range(1, v.dim()))
+    largest = v.abs().amax(dims, keepdim=True)
+    unit = torch.where(largest > 0, largest, 1.0)  # squares of v may be beyond its dtype
+    return torch.linalg.vector_norm(v / unit, dim=dims, keepdim=True) * unit
 
 
 def correction_loss(
