@@ -1,13 +1,14 @@
 """The tensors that a function holds, in its closure and defaults or as inputs: listed, and replaced in a copy of it."""
 
-import dis
 import functools
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from types import CellType, CodeType, FunctionType, MethodType, ModuleType
+from types import CellType, FunctionType, MethodType
 
 from torch import Tensor, nn
+
+from . import variables
 
 
 class Members:
@@ -203,7 +204,7 @@ class Call:
     def __init__(self, f: Callable, tensors: Sequence[Tensor], watched: bool, has_graph: bool = False):
         own = held(f)
         self._members, self.watched = _members(f, tensors, own), watched
-        self._globals = _globals_read(f)
+        self._globals = variables.globals_read(f.block if isinstance(f, Applied) else f)
         self._used: set[int] = set()
         self._is_over = False
         # The data that f holds itself, which must be the same in the backward pass.
@@ -262,55 +263,6 @@ def _members(f: Callable, tensors: Sequence[Tensor], own: Sequence[Tensor]) -> M
     return Members(modules_of(f))
 
 
-def _globals_read(f: Callable) -> list[tuple[dict, str, object]]:
-    """The global variables that f reads, or a function of its module that it names or holds: the dictionary, the name
-    and the value of each. Of a module that is its own forward, not those of modules inside of it.
-
-    They are no copy's, as the variables of :func:`frozen` are: a function with another dictionary of globals is slower,
-    and writes where nobody reads.
-    """
-    f = f.block if isinstance(f, Applied) else f
-    f = type(f).forward if isinstance(f, nn.Module) else f
-    f = getattr(f, "__func__", f)
-    if type(f) is not FunctionType:
-        return []
-    place, found, stack, visited = f.__globals__, [], [f], set()
-    for function in stack:
-        if function.__code__ in visited:
-            continue
-        visited.add(function.__code__)
-        for name in _global_names(function.__code__):
-            value = place.get(name)
-            if type(value) is ModuleType:
-                continue
-            if type(value) is FunctionType and value.__globals__ is place:
-                stack.append(value)
-                found.append((place, name, value))
-            elif isinstance(value, _FREEZABLE):
-                found.append((place, name, value))
-        for cell in function.__closure__ or ():
-            try:
-                content = cell.cell_contents
-            except ValueError:  # an empty cell
-                continue
-            if type(content) is FunctionType and content.__globals__ is place:
-                stack.append(content)
-    return found
-
-
-@functools.lru_cache(maxsize=256)
-def _global_names(code: CodeType) -> tuple[str, ...]:
-    """The global variables that a function, or one inside of it, reads and does not assign to."""
-    inner = [constant for constant in code.co_consts if isinstance(constant, CodeType)]
-    read, assigned = set(), set()
-    for instruction in dis.get_instructions(code):
-        if instruction.opname == "LOAD_GLOBAL":
-            read.add(instruction.argval)
-        elif instruction.opname in ("STORE_GLOBAL", "DELETE_GLOBAL"):
-            assigned.add(instruction.argval)
-    return tuple(sorted(read.union(*map(_global_names, inner)) - assigned))
-
-
 def held(f: Callable) -> list[Tensor]:
     """The tensors that a function holds itself: in its closure and its defaults, or as inputs of :class:`Applied`."""
     if isinstance(f, Applied):
@@ -342,15 +294,15 @@ def with_others(f: Callable, old: Sequence[Tensor], new: Sequence[Tensor]) -> Ca
             return type(value)(exchange.get(id(item), item) for item in value)
         return exchange.get(id(value), value)
 
-    assigned, cells = _assigned(f.__code__), list(f.__closure__ or ())
+    written, cells = variables.assigned(f.__code__), list(f.__closure__ or ())
     for i, name in enumerate(f.__code__.co_freevars):
         with suppress(ValueError):  # an empty cell
             content = cells[i].cell_contents
             if (new_content := other(content)) is not content:
-                if name in assigned:
+                if name in written:
                     return None
                 cells[i] = CellType(new_content)
-    g = _copied(f, cells)
+    g = variables.copied(f, cells)
     if f.__defaults__ is not None:
         g.__defaults__ = tuple(exchange.get(id(x), x) for x in f.__defaults__)
     if f.__kwdefaults__:
@@ -359,76 +311,11 @@ def with_others(f: Callable, old: Sequence[Tensor], new: Sequence[Tensor]) -> Ca
 
 
 def frozen(f: Callable) -> Callable:
-    """A copy of f that goes on with the tensors, modules, numbers and containers that variables of outer functions hold
-    now, and so do the functions that it holds; f itself if it uses no such variables.
-
-    A loop gives such variables other values before the backward pass evaluates f again. Those that f, or a function
-    that it holds, assigns to are left as they are.
-    """
+    """A copy of f that goes on with what variables of outer functions hold now, see :func:`variables.frozen`."""
     if isinstance(f, Applied):
-        f.block = frozen(f.block)
+        f.block = variables.frozen(f.block)
         return f
-    return _frozen(f, _written(f, set()), {}) if _has_closure(f) else f
-
-
-def _frozen(f: FunctionType, written: set[int], copies: dict[int, Callable]) -> Callable:
-    copies[id(f)] = f  # for one that holds itself
-    cells, is_other = list(f.__closure__), False
-    for i, cell in enumerate(f.__closure__):
-        try:
-            content = cell.cell_contents
-        except ValueError:  # an empty cell
-            continue
-        if not isinstance(content, _FREEZABLE):
-            if not _has_closure(content):
-                continue
-            content = copies.get(id(content)) or _frozen(content, written, copies)
-        if id(cell) not in written:
-            cells[i], is_other = CellType(content), True
-    if is_other:
-        copies[id(f)] = _copied(f, cells)
-    return copies[id(f)]
-
-
-_FREEZABLE = (Tensor, nn.Module, int, float, tuple, list, dict)
-
-
-def _written(f: FunctionType, visited: set[int]) -> set[int]:
-    """The cells, by number, that f or a function that it holds assigns to."""
-    visited.add(id(f))
-    assigned, found = _assigned(f.__code__), set()
-    if assigned:
-        found = {id(cell) for name, cell in zip(f.__code__.co_freevars, f.__closure__, strict=True) if name in assigned}
-    for cell in f.__closure__:
-        try:
-            content = cell.cell_contents
-        except ValueError:  # an empty cell
-            continue
-        if _has_closure(content) and id(content) not in visited:
-            found |= _written(content, visited)
-    return found
-
-
-def _has_closure(f: object) -> bool:
-    """Whether f is a function with variables of outer ones, and no compiled one, which is to stay the same object."""
-    return type(f) is FunctionType and bool(f.__closure__) and "_torchdynamo_orig_callable" not in f.__dict__
-
-
-def _copied(f: FunctionType, cells: Sequence[CellType]) -> FunctionType:
-    g = FunctionType(f.__code__, f.__globals__, f.__name__, f.__defaults__, tuple(cells))
-    if f.__kwdefaults__:
-        g.__kwdefaults__ = f.__kwdefaults__
-    if f.__dict__:
-        g.__dict__.update(f.__dict__)
-    return g
-
-
-@functools.lru_cache(maxsize=256)
-def _assigned(code: CodeType) -> frozenset[str]:
-    """The variables of outer functions that a function, or one inside of it, assigns to or deletes."""
-    inner = (_assigned(constant) for constant in code.co_consts if isinstance(constant, CodeType))
-    own = {i.argval for i in dis.get_instructions(code) if i.opname in ("STORE_DEREF", "DELETE_DEREF")}
-    return frozenset(own).union(*inner)
+    return variables.frozen(f)
 
 
 def needing(tensors: Sequence[Tensor]) -> list[Tensor]:
