@@ -1,32 +1,24 @@
 """The front door for any function: check the arguments, solve, attach the gradient, report."""
 
-import difflib
 import functools
 import math
 import numbers
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from .closures import exchanged, exchanges, graph_break, in_forward_mode, in_transform, watched
+from .function_options import listed, rules_of
 from .held import Applied, Call, frozen, held, with_others
 from .implicit_function import Equation, attached, closed_over
 from .implicit_function import fixed_point as implicit
+from .inexact import differentiated
 from .modes import has_autocast, lacks_numbers, no_autocast
-from .solution import Solution, Status, report_failures
+from .solution import Solution, report_failures
 from .solvers import generic
-from .solvers.generic import CRITERIA, METHODS, Rule
-from .solvers.generic.torch_steps import norm as norms
+from .solvers.generic import Rule
 from .state import Layout, State, layout_of
-
-BACKWARDS = ("implicit", "phantom", "one_step", "neumann", "unrolled")
-ON_FAILURE = ("warn", "raise", "ignore")
-# Relative tolerances by the coarsest dtype of the state: as deq.solve's, but 16-bit states are computed by f itself in
-# 16 bits, whose rounding no residual can get below.
-DEFAULT_TOL = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
-DEFAULT_MAX_ITER = 500
-DEFAULT_DEPTH = {"plain": 1, "anderson": 5, "auto": 5, "broyden": 12, "newton_krylov": 20}
 
 
 class StateSolution(Solution):
@@ -176,13 +168,13 @@ def fixed_point_with(
     layout = layout_of(z0, batch_dims)
     checked = {name: value for name, value in options.items() if name not in ("batch_dims", "tensors")}
     if tensors is not None:
-        tensors = [tensors] if isinstance(tensors, Tensor) else _listed("tensors", tensors, Tensor, "tensors")
+        tensors = [tensors] if isinstance(tensors, Tensor) else listed("tensors", tensors, Tensor, "tensors")
     keep = options["keep"]
-    checked["keep"] = keep if type(keep) is tuple else tuple(_listed("keep", keep, numbers.Integral, "integers"))
+    checked["keep"] = keep if type(keep) is tuple else tuple(listed("keep", keep, numbers.Integral, "integers"))
     try:
-        rule, adjoint, keep = _rules(layout.coarsest, **checked)
+        rule, adjoint, keep = rules_of(layout.coarsest, **checked)
     except TypeError:  # what has no hash is named
-        rule, adjoint, keep = _rules.__wrapped__(layout.coarsest, **checked)
+        rule, adjoint, keep = rules_of.__wrapped__(layout.coarsest, **checked)
     device = (z0 if isinstance(z0, Tensor) else z0[0]).device.type
     special = in_transform() or in_forward_mode()
     differentiates = torch.is_grad_enabled() or special
@@ -251,7 +243,7 @@ def fixed_point_with(
         result = equation.solve(start, first=first, owned=fresh and not tensors)
     z = result.z
     if tensors and not exact:
-        z = _differentiated(
+        z = differentiated(
             evaluate,
             start,
             result,
@@ -277,52 +269,6 @@ def _refuse_stranger(f: Applied) -> None:
         "input nor a parameter of it, and that it was not seen to use: make it one of them, or call the layer once "
         "more, which looks again"
     )
-
-
-@functools.lru_cache(maxsize=256, typed=True)  # 25 us of checks that would be the same in every step of a training
-def _rules(
-    dtype: torch.dtype,
-    *,
-    solver: str,
-    tol: float | None,
-    max_iter: int | None,
-    criterion: str,
-    depth: int | None,
-    damping: float,
-    backward: str,
-    backward_solver: str | None,
-    backward_tol: float | None,
-    backward_max_iter: int | None,
-    backward_steps: int,
-    backward_damping: float,
-    keep: tuple[int, ...],
-    on_failure: str,
-    **unknown,
-) -> tuple[Rule, Rule, tuple[int, ...]]:
-    """The options, checked: how the fixed point and how its adjoint equation are solved, and what to keep."""
-    if unknown:
-        raise TypeError(unknown_option("deq.fixed_point", next(iter(unknown.items())), fixed_point.__kwdefaults__))
-    _check_choice("solver", solver, METHODS)
-    _check_choice("criterion", criterion, CRITERIA)
-    _check_choice("backward", backward, BACKWARDS)
-    _check_choice("on_failure", on_failure, ON_FAILURE)
-    backward_solver = ("anderson" if solver == "plain" else solver) if backward_solver is None else backward_solver
-    _check_choice("backward_solver", backward_solver, METHODS)
-    _check_number("damping", damping, 0, 2)
-    _check_number("backward_damping", backward_damping, 0, 2)
-    default = DEFAULT_TOL[dtype]
-    tol = default if tol is None else _check_number("tol", tol, 0, math.inf)
-    backward_tol = (tol if criterion != "absolute" else default) if backward_tol is None else backward_tol
-    _check_number("backward_tol", backward_tol, 0, math.inf)
-    max_iter = DEFAULT_MAX_ITER if max_iter is None else _check_count("max_iter", max_iter)
-    backward_max_iter = max_iter if backward_max_iter is None else _check_count("backward_max_iter", backward_max_iter)
-    _check_count("backward_steps", backward_steps)
-    depth = DEFAULT_DEPTH[solver] if depth is None else _check_count("depth", depth)
-    if backward == "unrolled":
-        solver = "plain"
-    rule = Rule(solver, tol, max_iter, depth, damping, criterion)
-    adjoint = Rule(backward_solver, backward_tol, backward_max_iter, DEFAULT_DEPTH[backward_solver], affine=True)
-    return rule, adjoint, tuple(sorted({_check_count("keep", k) for k in keep}))
 
 
 def _is_finite(x: Tensor) -> bool:
@@ -371,115 +317,3 @@ def _solution(z: State, result: generic.Result, layout: Layout | None, rule: Rul
         return StateSolution(z, result.told, (-1,), rule, result.trajectory)
     trajectory = [None if t is None else layout.unflatten(t) for t in result.trajectory]
     return StateSolution(z, result.told, layout.samples, rule, trajectory)
-
-
-def _differentiated(
-    evaluate: Callable[[Tensor], Tensor],
-    start: Tensor,
-    result: generic.Result,
-    rule: Rule,
-    backward: str,
-    steps: int,
-    backward_damping: float,
-    is_judged: bool,
-) -> Tensor:
-    """The fixed point with a gradient that is not exact, or unrolled; of a sample that failed its best iterate.
-
-    is_judged: whether the result tells which samples failed.
-    """
-    if backward == "unrolled":
-        return _unrolled(evaluate, start, result, rule)
-    if in_transform() or not is_judged or not result.told.is_converged():
-        evaluate = functools.partial(_where_finite, evaluate, start)
-    if backward == "one_step":
-        return evaluate(result.z)
-    z = result.z
-    for _ in range(steps):
-        z = torch.lerp(z, evaluate(z), backward_damping)
-    return z
-
-
-def _where_finite(evaluate: Callable[[Tensor], Tensor], start: Tensor, z: Tensor) -> Tensor:
-    """f(z), but z in the rows where that is not finite."""
-    image = evaluate(z)
-    finite = torch.isfinite(image).all(1, keepdim=True)
-    if not in_transform() and bool(finite.all()):
-        return image
-    # Evaluated elsewhere in those rows: the derivative there times a gradient of zero would be NaN.
-    return torch.where(finite, evaluate(torch.where(finite, z, start)), z)
-
-
-def _unrolled(evaluate: Callable[[Tensor], Tensor], start: Tensor, result: generic.Result, rule: Rule) -> Tensor:
-    """The plain iteration once more, all of it in the graph."""
-    is_converged = not in_transform() and result.told.is_converged()
-    converged = (result.status == int(Status.CONVERGED)).unsqueeze(1)
-    # The last evaluation of use: where f is not finite it has no derivative either.
-    last = (result.iterations - (result.status == int(Status.NONFINITE)).int()).unsqueeze(1)
-    best = torch.full_like(last, torch.inf, dtype=torch.float64)
-    y, z = start, result.z
-    for k in range(1, max(1, _largest(last)) + 1):
-        image = evaluate(y)
-        take = last == k
-        if not is_converged:  # those that failed return their best image, as they do from a solve
-            measure = _measure(y.detach(), image.detach(), rule)
-            better = (measure < best) & (last >= k)
-            best = torch.where(better, measure, best)
-            take = torch.where(converged, take, better)
-        z = torch.where(take, image, z)
-        step = image if rule.damping == 1.0 else torch.lerp(y, image, rule.damping)
-        y = torch.where(last > k, step, start)
-    return z
-
-
-def _largest(numbers: Tensor) -> int:
-    """The largest, or 0: of all samples, where vmap shows one."""
-    while torch._C._functorch.is_functorch_wrapped_tensor(numbers):
-        numbers = torch._C._functorch.get_unwrapped(numbers)
-    return int(numbers.max()) if numbers.numel() else 0
-
-
-def _measure(y: Tensor, image: Tensor, rule: Rule) -> Tensor:
-    """By what a solve compares the images of points y: (B, 1) float64."""
-    step = norms(image - y)
-    return (step if rule.criterion == "absolute" else torch.where(step > 0, step / norms(image), step)).unsqueeze(1)
-
-
-def unknown_option(function: str, item: tuple[str, object], options: Sequence[str]) -> str:
-    """What to say of an option that ``function`` does not have."""
-    name, value = item
-    close = difflib.get_close_matches(name, list(options), n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"{function} has no option {name}={value!r}; {hint}allowed are {', '.join(options)}"
-
-
-def _listed(name: str, value: object, kind: type, kinds: str) -> list:
-    if not isinstance(value, Iterable):
-        raise TypeError(f"{name} must be a sequence of {kinds}; got {value!r}")
-    items = list(value)
-    for item in items:
-        if not isinstance(item, kind):
-            raise TypeError(f"{name} must be a sequence of {kinds}; got one with {item!r}")
-    return items
-
-
-def _check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
-    if not isinstance(value, str):
-        raise TypeError(f"{name} must be a string; got {value!r}")
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
-
-
-def _check_number(name: str, value: object, low: float, high: float) -> float:
-    if not isinstance(value, numbers.Real) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a number; got {value!r}")
-    if not low < value < high:
-        raise ValueError(f"{name} must lie between {low} and {high}; got {value!r}")
-    return float(value)
-
-
-def _check_count(name: str, value: object) -> int:
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an integer; got {value!r}")
-    if not 1 <= value < 2**31:
-        raise ValueError(f"{name} must be at least 1 and below 2**31; got {value!r}")
-    return int(value)

@@ -1,7 +1,9 @@
 """The options of a solve: checked, and made into what is run."""
 
+import difflib
 import math
 import numbers
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -76,3 +78,11 @@ def check(tol: object, max_iter: object, backward: object, on_failure: object) -
     check_backward(backward)
     if on_failure not in ON_FAILURE:
         raise ValueError(f"on_failure must be one of {', '.join(map(repr, ON_FAILURE))}; got {on_failure!r}")
+
+
+def unknown_option(function: str, item: tuple[str, object], options: Sequence[str]) -> str:
+    """What to say of an option that ``function`` does not have."""
+    name, value = item
+    close = difflib.get_close_matches(name, list(options), n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{function} has no option {name}={value!r}; {hint}allowed are {', '.join(options)}"

@@ -1,13 +1,11 @@
 """The front door: check the arguments, plan, run."""
 
-import difflib
-
 import torch
 from torch import Tensor
 
 from . import _library, traced
 from .modes import lacks_numbers
-from .options import DTYPES, problem_of
+from .options import DTYPES, problem_of, unknown_option
 from .run import run
 from .solution import Solution
 from .weights import Structure
@@ -65,7 +63,7 @@ def solve(
         ConvergenceError: with ``on_failure="raise"``, carrying the solution.
     """
     if unknown:
-        raise TypeError(_unknown_option(next(iter(unknown.items()))))
+        raise TypeError(unknown_option("deq.solve", next(iter(unknown.items())), solve.__kwdefaults__))
     _check_tensors(W.like() if isinstance(W, Structure) else W, c, z0)
     frozen = not (W.requires_grad and torch.is_grad_enabled())
     options = activation, tol, max_iter, solver, criterion, backward, on_failure, backend
@@ -79,14 +77,6 @@ def solve(
     if lacks_numbers(c):
         return traced.solve(W, c, z0, *options, frozen)
     return run(W, c, z0, problem, solver, backward, frozen)
-
-
-def _unknown_option(item: tuple[str, object]) -> str:
-    name, value = item
-    options = list(solve.__kwdefaults__)
-    close = difflib.get_close_matches(name, options, n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"deq.solve has no option {name}={value!r}; {hint}allowed are {', '.join(options)}"
 
 
 def _check_tensors(W: object, c: object, z0: object) -> None:

@@ -291,10 +291,10 @@ class TestErrors:
             (
                 {"max_iters": 9},
                 TypeError,
-                r"unknown solve option 'max_iters' \(did you mean 'max_iter'\?\); allowed are tol, ",
+                r"no option max_iters=9; did you mean 'max_iter'\? allowed are tol, ",
             ),
-            ({"z0": torch.zeros(8)}, TypeError, "unknown solve option 'z0'"),
-            ({"f_tol": 1e-3, "b_tol": 1e-3}, TypeError, "'f_tol', 'b_tol'"),
+            ({"z0": torch.zeros(8)}, TypeError, "no option z0=tensor"),
+            ({"f_tol": 1e-3, "b_tol": 1e-3}, TypeError, "no option f_tol=0.001"),
             ({"solver": "x"}, ValueError, "solver must be one of 'auto', .*; got 'x'"),
             ({"backend": 3}, TypeError, "backend must be a string; got 3"),
             ({"criterion": "x"}, ValueError, "criterion must be one of 'residual', 'error'; got 'x'"),

@@ -8,7 +8,7 @@ from problems import gaussian
 
 import deq
 from deq import _library
-from deq.fixed_point import BACKWARDS
+from deq.function_options import BACKWARDS
 from deq.solvers.generic import METHODS
 
 

@@ -6,9 +6,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ..fixed_point import StateSolution, fixed_point, fixed_point_with, unknown_option
+from ..fixed_point import StateSolution, fixed_point, fixed_point_with
 from ..held import Applied, Members, Uses, enclosed
 from ..modes import has_autocast
+from ..options import unknown_option
 from ..state import State
 from .compiled import equilibrium, new_seed, register
 from .dropout import reset_dropout

@@ -1,6 +1,5 @@
 """The layer ``z = act(W z + U x + b)``."""
 
-import difflib
 import inspect
 
 import torch
@@ -8,7 +7,7 @@ from torch import Tensor, nn
 
 from ..activations import get_activation
 from ..modes import has_autocast, no_autocast
-from ..options import check
+from ..options import check, unknown_option
 from ..plan import make_plan
 from ..products import linear
 from ..solution import Solution
@@ -64,7 +63,9 @@ class EquilibriumLinear(nn.Module):
         for name, value in (("in_features", in_features), ("width", width)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive integer; got {value!r}")
-        _check_names(options)
+        for item in options.items():
+            if item[0] not in SOLVE_OPTIONS:
+                raise TypeError(unknown_option("deq.nn.EquilibriumLinear", item, SOLVE_OPTIONS))
         _check_values(activation, options)
         self.in_features = in_features
         self.width = width
@@ -120,16 +121,6 @@ def _make_weight(weight: str | nn.Module, width: int, lipschitz: float, device, 
         raise ValueError(f"weight must be one of {known}, or a module that returns a structure; got {weight!r}")
     kind: type[WeightModule] = WEIGHTS[weight]
     return kind(width, lipschitz, device=device, dtype=dtype)
-
-
-def _check_names(options: dict) -> None:
-    unknown = [name for name in options if name not in SOLVE_OPTIONS]
-    if unknown:
-        close = difflib.get_close_matches(unknown[0], SOLVE_OPTIONS, n=1)
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
-        raise TypeError(
-            f"unknown solve option {', '.join(map(repr, unknown))}{hint}; allowed are {', '.join(SOLVE_OPTIONS)}"
-        )
 
 
 def _check_values(activation: str, options: dict) -> None:
