@@ -53,7 +53,7 @@ def root(d, x, ACTIVATION: tl.constexpr):
             if (n >= _NEWTON_ALONE) & (n % 2 == 0):
                 following = _middle(low, high)
             p = tl.where(done, p, following)
-            z = activations.value(p, ACTIVATION)
+            z = tl.where(done, z, activations.value(p, ACTIVATION))
             moved = d * z
             h = tl.where(done, h, p - moved - x)  # of the first p = x it has more digits
             s = activations.derivative(p, ACTIVATION)

@@ -86,7 +86,7 @@ DEQ_INLINE typename Simd<T>::V root(typename Simd<T>::V x, typename Simd<T>::V d
       next = M::select((next > lo) & (next < hi), next, M::set(0.5) * lo + M::set(0.5) * hi);
       if (n >= kNewtonAlone && n % 2 == 0) next = middle<T>(lo, hi);
       p = M::select(done, p, next);
-      a = Act::value(p);
+      a = M::select(done, a, Act::value(p));  // not a bit of which depends on where it is compiled
       moved = d * a;
       h = M::select(done, h, p - moved - x);  // of the first p = x it has more digits
     }
