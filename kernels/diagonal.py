@@ -69,8 +69,8 @@ def root(d, x, ACTIVATION: tl.constexpr):
 @triton.jit
 def _is_done(p, x, moved, h, step):
     """Is ``h = p - moved - x`` its own rounding, or would another step be changed by its curvature in less than p's?"""
-    exact = tl.abs(h) <= 2.0 * _EPS * (tl.abs(p) + tl.abs(moved) + tl.abs(x))
-    near = step * step <= 0.25 * _EPS * tl.minimum(tl.abs(p), 1.0)
+    exact = tl.abs(h) <= (tl.abs(p) + tl.abs(moved) + tl.abs(x)) * (2.0 * _EPS)
+    near = step * step <= tl.minimum(tl.abs(p), 1.0) * (0.25 * _EPS)
     done = (exact | (near & (tl.abs(step) <= 0.5 * tl.abs(p)))) & (tl.abs(h) < float("inf"))
     return done | ~(tl.abs(x) < float("inf"))
 

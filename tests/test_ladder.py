@@ -134,8 +134,19 @@ def test_one_evaluation(activation, dtype, backend):
         (lambda dtype: slow(150, 40, dtype=dtype), {"max_iter": 60}),
         (lambda dtype: radius(64, 40, 1.5, dtype), {}),
         (lambda dtype: radius(130, 40, 1.4, dtype), {}),
+        (lambda dtype: radius(64, 40, 1.3, dtype), {"max_iter": 150}),
+        (lambda dtype: radius(130, 40, 1.1, dtype), {"max_iter": 300}),
     ],
-    ids=["monotone", "by name", "slow", "slow, few evaluations", "newton", "newton one by one"],
+    ids=[
+        "monotone",
+        "by name",
+        "slow",
+        "slow, few evaluations",
+        "newton",
+        "newton one by one",
+        "few evaluations",
+        "wide, few evaluations",
+    ],
 )
 def test_no_means_show_a_sample_its_batch_mates(problem, options, activation, dtype):
     """To the last bit: the answer, how it was reached, and the gradient of the injection."""

@@ -10,7 +10,8 @@ after the other and only as long as they fail, to
 
 Whatever ran, a sample is converged only on the residual of the equation itself in the precision of its input, and the
 evaluations of all rungs are added up. Which means a sample gets is decided by its own numbers, by W and by the shapes,
-never by its batch mates.
+never by its batch mates: each has its own number of evaluations left, and one that took more beside others is taken
+again with those. Newton alone looks at how many there are.
 
 On a GPU nothing waits for the device to learn that all is well. A solve of many launches sees on the way how many
 samples failed (deq/backends/chunks.py), and takes them up the ladder at once. One whose host has not seen it (a single
@@ -281,24 +282,42 @@ def _rescue(problem, outcome: Outcome, plan: Plan, s: int | None = None) -> None
     accelerated = replace(plan, acceleration="anderson", increments="native")
     patient = replace(plan, acceleration="on_demand", increments="native")
 
-    def by_cayley(part, start, left, share=TIGHTER[0]):
+    def by_cayley(part, index, start, most, share=TIGHTER[0]):
         warm = torch.where((residual[index] < FAR).unsqueeze(-1), start, 0.0)
-        return _by_cayley(part, warm, replace(accelerated, max_iter=left), share)
+        return _by_cayley(part, warm, replace(accelerated, max_iter=most), share)
 
-    def by_tight_cayley(part, start, left):
-        return by_cayley(part, start, left, TIGHTER[1])
+    def by_tight_cayley(part, index, start, most):
+        return by_cayley(part, index, start, most, TIGHTER[1])
 
-    def by_anderson(part, start, left):
-        return part.plain(start, replace(patient, max_iter=left))
+    def by_anderson(part, index, start, most):
+        return part.plain(start, replace(patient, max_iter=most))
 
-    def by_newton(part, start, left):
+    def by_newton(part, index, start, most):
         n = start.shape[0]
         if NEWTON_STEPS * n * (2 / 3) * width**3 > NEWTON_FLOPS:
             return None
-        x, steps, r, how = part.newton(start, replace(plan, max_iter=left))
+        x, steps, r, how = part.newton(start, replace(plan, max_iter=most))
         return Outcome(x, stats.pack(steps, r.to(wide), how), None)
 
     means = {"cayley": by_cayley, "tight cayley": by_tight_cayley, "anderson": by_anderson, "newton": by_newton}
+
+    def attempt(name: str, index: Tensor, budget: Tensor, most: int) -> Tensor:
+        """Those of the samples ``index`` that took more than their budget, for which nothing has been written."""
+        answer = means[name](_widened(problem.part(index), wide), index, z[index].to(wide), most)
+        if answer is None:
+            return torch.zeros_like(budget, dtype=torch.bool)
+        more, now, how = _read(answer)
+        in_time = more <= budget
+        iterations[index] += torch.where(in_time, more, 0)
+        fits = in_time & (answer.z.abs() <= torch.finfo(z.dtype).max).all(-1)  # 16 bits may not hold it
+        converged = (how == Status.CONVERGED) & fits
+        better = converged | ((now < residual[index]) & fits)
+        z[index[better]] = answer.z[better].to(z.dtype)
+        residual[index[better]] = now[better]
+        final = fits if name == "anderson" else converged
+        status[index[final]] = how[final]
+        return ~in_time
+
     for name in plan.rungs:
         left = plan.max_iter - iterations
         if name != plan.rungs[-1]:  # a rung that uses up all evaluations must not keep a sample from the next one
@@ -307,22 +326,17 @@ def _rescue(problem, outcome: Outcome, plan: Plan, s: int | None = None) -> None
         index = failed.nonzero().squeeze(-1)
         if index.numel() == 0:
             continue
-        part, left = _widened(problem.part(index), wide), left[index]
-        answer = means[name](part, z[index].to(wide), int(left.max()))
-        if answer is None:
-            continue
-        more, now, how = _read(answer)
-        iterations[index] += torch.minimum(more, left)
-        before = residual[index]
-        # 16 bits may not hold what they are solved in. What a sample reaches with a mate's evaluations does not
-        # count, nor then what it had reached with its own: that would take a run for every number left.
-        counts = (answer.z.abs() <= torch.finfo(z.dtype).max).all(-1) & (more <= left)
-        converged = (how == Status.CONVERGED) & counts
-        better = converged | ((now < before) & counts)
-        z[index[better]] = answer.z[better].to(z.dtype)
-        residual[index[better]] = now[better]
-        final = counts if name == "anderson" else converged
-        status[index[final]] = how[final]
+        budget = _rounded_down(left[index])
+        late = attempt(name, index, budget, int(budget.max()))
+        for most in budget[late].unique().tolist():  # what a sample reaches with a mate's evaluations does not count
+            own = late & (budget == most)
+            attempt(name, index[own], budget[own], most)
+
+
+def _rounded_down(count: Tensor) -> Tensor:
+    """To four binary digits: of a thousand counts there are 61 such numbers."""
+    step = 2 ** (count.clamp(min=1).log2().floor().long() - 3).clamp(min=0)
+    return (count // step * step).to(count.dtype)
 
 
 def _widened(problem, dtype: torch.dtype):
