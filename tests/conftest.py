@@ -5,6 +5,8 @@ import os
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined: before anything imports deq
 
+import functools
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +25,27 @@ def pytest_addoption(parser):
     parser.addoption("--isa", default="auto", help="run the suite on avx512, avx2 or portable kernels; auto: the best")
 
 
+def compare_as_triton_3_7() -> None:
+    """Whatever Triton is here: the interpreter of the one that PyPI's torch 2.13 brings takes no ``constant * tensor``
+    right of a comparison, where the constant is first."""
+    if importlib.util.find_spec("triton") is None:
+        return
+    import triton.language as tl
+
+    for name in ("__lt__", "__le__", "__gt__", "__ge__", "__eq__", "__ne__"):
+        method = getattr(tl.tensor, name)
+
+        @functools.wraps(method)
+        def checked(self, other, *args, method=method, **kwargs):
+            if isinstance(other, tl.constexpr) and isinstance(other.value, tl.tensor):
+                raise TypeError(f"{other} is compared with: write the tensor left of the constant")
+            return method(self, other, *args, **kwargs)
+
+        setattr(tl.tensor, name, checked)
+
+
 def pytest_configure(config):
+    compare_as_triton_3_7()
     wanted = config.getoption("--isa")
     if wanted != "auto" and not _library.use_isa(wanted):
         raise pytest.UsageError(f"--isa {wanted}: this CPU or build has no such kernels; deq info lists what there is")
