@@ -41,9 +41,7 @@ def root(d, x, ACTIVATION: tl.constexpr):
         h = -moved
         reach = 1.01 * tl.abs(h) / activations.least_slope(d, ACTIVATION)
         low, high = tl.maximum(x - reach, -_LARGEST), tl.minimum(x + reach, _LARGEST)
-        s = activations.derivative(p, ACTIVATION)
-        step = h / (1.0 - d * s)
-        done = _is_done(p, x, moved, h, step)
+        s, step, done = _judge(d, x, p, moved, h, ACTIVATION)
         n = 0
         while (n < _MOST_STEPS) & (tl.min(done.to(tl.int32)) == 0):
             low = tl.where(h < 0, p, low)
@@ -56,9 +54,7 @@ def root(d, x, ACTIVATION: tl.constexpr):
             z = tl.where(done, z, activations.value(p, ACTIVATION))
             moved = d * z
             h = tl.where(done, h, p - moved - x)  # of the first p = x it has more digits
-            s = activations.derivative(p, ACTIVATION)
-            step = h / (1.0 - d * s)
-            done = _is_done(p, x, moved, h, step)
+            s, step, done = _judge(d, x, p, moved, h, ACTIVATION)
             n += 1
         finite = tl.abs(step) < float("inf")
         p = tl.where(finite, p - step, p)
@@ -67,12 +63,15 @@ def root(d, x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def _is_done(p, x, moved, h, step):
-    """Is ``h = p - moved - x`` its own rounding, or would another step be changed by its curvature in less than p's?"""
+def _judge(d, x, p, moved, h, ACTIVATION: tl.constexpr):
+    """``act'(p)``, Newton's next step, and whether ``h = p - moved - x`` is its own rounding or that step would be
+    changed by its curvature in less than p's."""
+    s = activations.derivative(p, ACTIVATION)
+    step = h / (1.0 - d * s)
     exact = tl.abs(h) <= (tl.abs(p) + tl.abs(moved) + tl.abs(x)) * (2.0 * _EPS)
     near = step * step <= tl.minimum(tl.abs(p), 1.0) * (0.25 * _EPS)
     done = (exact | (near & (tl.abs(step) <= 0.5 * tl.abs(p)))) & (tl.abs(h) < float("inf"))
-    return done | ~(tl.abs(x) < float("inf"))
+    return s, step, done | ~(tl.abs(x) < float("inf"))
 
 
 @triton.jit

@@ -46,9 +46,11 @@ def spectral_radius(image: Tensor, point: Tensor, iterations: int = 100) -> tupl
 
 
 def _row_norm(v: Tensor) -> Tensor:
-    if v.dim() == 1 or v.numel() == 0:
-        return v.abs() if v.dim() == 1 else v.new_zeros(v.shape[0], *(1,) * (v.dim() - 1))
+    if v.dim() == 1:
+        return v.abs()
     dims = tuple(range(1, v.dim()))
+    if v.numel() == 0:  # which has no largest element
+        return v.sum(dims, keepdim=True)
     largest = v.abs().amax(dims, keepdim=True)
     unit = torch.where(largest > 0, largest, 1.0)  # squares of v may be beyond its dtype
     return torch.linalg.vector_norm(v / unit, dim=dims, keepdim=True) * unit
