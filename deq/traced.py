@@ -22,6 +22,7 @@ from .backends import get_backend
 from .batch import Batch
 from .implicit import Problem, adjoint, approximate, solve_masked
 from .indicators import fitted, is_large
+from .modes import no_autocast
 from .options import check_backward, problem_of
 from .run import canonical_shape, run
 from .solution import Solution
@@ -304,10 +305,7 @@ def _outside_of_modes(kernel):
     """The kernel without gradients, and without autocast, which would round its products to 16 bits."""
 
     def run(first, *rest):
-        device = (first if isinstance(first, Tensor) else first[0]).device.type
-        if not (torch.is_grad_enabled() or torch.is_autocast_enabled(device)):
-            return kernel(first, *rest)
-        with torch.no_grad(), torch.autocast(device, enabled=False):
+        with torch.no_grad(), no_autocast((first if isinstance(first, Tensor) else first[0]).device.type):
             return kernel(first, *rest)
 
     return run
