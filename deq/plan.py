@@ -25,7 +25,7 @@ INCREMENTS_TOL = 1e-6  # a tighter tolerance leaves the increments nothing to do
 LARGE_WEIGHT = 1.5
 # Evaluations of the batch that forming K may cost: for a W that training is about to change, and for a frozen one.
 CHEAP_TRAINING, CHEAP_FROZEN = 4.0, 64.0
-RUNGS = ("cayley", "anderson", "tight cayley", "newton")
+RUNGS = ("cayley", "anderson", "tight cayley", "plain", "newton")
 NOT_MONOTONE = ("gelu", "silu")  # the Cayley map needs a nondecreasing activation
 
 
@@ -190,7 +190,7 @@ def fit(plan: Plan, width: int, batch: int, large: bool | None, frozen: bool, in
     if plan.reflects:
         rungs = ["cayley", *rungs] if is_cheap(width, batch, frozen) else [*rungs, "cayley"]
         rungs.append("tight cayley")
-    rungs.append("newton")
+    rungs += ["plain", "newton"]
     why.append(f"samples that fail go on to: {', '.join(rungs)}")
     return replace(
         plan,

@@ -267,6 +267,43 @@ def test_newton_has_the_last_word():
     assert solution.converged.all() and ((f - solution.z).norm(dim=1) <= 1e-5 * f.norm(dim=1)).all()
 
 
+def narrow(m: int, mode: float = 0.97):
+    """W and c of ``t = act(0.97 t + c)`` in every unit, whose curve nearly touches the diagonal far from its root."""
+    return torch.full((m, m), mode / m), torch.linspace(-0.3, 1, 512).unsqueeze(-1).expand(512, m).contiguous()
+
+
+@pytest.mark.parametrize("activation", ["gelu", "silu"])
+@pytest.mark.parametrize("m", [1, 16, 200])
+def test_narrow_places_are_passed(m, activation):
+    """What makes the residual smaller at every step stays there (solver="anderson" does with 12 and more)."""
+    W, c = narrow(m)
+    solution = deq.solve(W, c, activation, on_failure="raise")
+    f = lambda t: ACTIVATIONS[activation].value(0.97 * t + c[:, :1].double())  # noqa: E731
+    z = solution.z.double()
+    assert ((f(z) - z).abs() <= 1.2e-5 * z.abs()).all()
+    low, high = torch.zeros(512, 1, dtype=torch.float64), torch.full((512, 1), 50.0, dtype=torch.float64)
+    for _ in range(1500):
+        low, high = f(low), f(high)
+    only = ((high - low).abs() < 1e-9).squeeze(-1)  # elsewhere there are three
+    slope = 0.97 * ACTIVATIONS[activation].derivative(0.97 * low + c[:, :1].double())
+    bound = 1.2e-5 / (1 - slope) * low.abs()  # the residual over the slope of z - f(z)
+    assert only.sum() > 250 and ((z - low).abs() <= bound)[only].all()
+    stack = deq.solve(torch.stack([W, W / 2]), torch.stack([c, c]), activation, on_failure="raise")
+    assert torch.equal(stack.z[0], solution.z)
+
+
+@needs_library
+def test_the_plain_rung_does_what_plain_does():
+    """From z0, to the last bit: whichever sample nothing before has solved."""
+    W, c = narrow(1)
+    for z0 in (None, torch.full_like(c, 0.3)):
+        accelerated = deq.solve(W, c, "gelu", z0=z0, solver="anderson", on_failure="ignore")
+        plain = deq.solve(W, c, "gelu", z0=z0, solver="plain", on_failure="ignore")
+        solution = deq.solve(W, c, "gelu", z0=z0)
+        last = ~accelerated.converged & plain.converged & (solution.iterations > plain.iterations + 100)
+        assert last.sum() >= 8 and torch.equal(solution.z[last], plain.z[last])
+
+
 @backends
 def test_no_equilibrium_is_said_and_leaves_batch_mates_alone(backend):
     W = torch.tensor([[2.0, 0.0], [0.0, 0.5]])

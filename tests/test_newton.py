@@ -50,6 +50,22 @@ def test_memory_is_bounded_by_chunks(monkeypatch):
         assert torch.equal(after[3], before[3])
 
 
+@pytest.mark.parametrize("activation", ["gelu", "silu"])
+def test_narrow_places(activation):
+    """Where z = act(0.97 z + c) nearly has a root the residual is small, and rises for long on the way to the root."""
+    W, c = torch.tensor([[0.97]]), torch.linspace(0.15, 0.24, 64).unsqueeze(-1)
+    for start in (None, torch.full_like(c, 0.7)):
+        *_, iterations, _, status = newton(W, c, start, activation, 1e-5)
+        assert (status == Status.CONVERGED).sum() >= 62 and iterations.float().mean() <= 25
+
+
+@pytest.mark.parametrize(("activation", "w"), [("softplus", 1.0), ("relu", 1.0), ("elu", 1.0)])
+def test_an_equilibrium_at_infinity_is_none(activation, w):
+    """``z = act(z + 1)`` has no solution; only very far away would its residual, relative to z, be small."""
+    z, _, residual, status = newton(w * torch.eye(10), torch.ones(3, 10), None, activation, 1e-5)
+    assert (status == Status.MAX_ITER).all() and (residual > 1e-4).all() and torch.isfinite(z).all()
+
+
 @pytest.mark.parametrize("mu", [0.1, 1.0])
 @pytest.mark.parametrize("activation", ["relu", "tanh", "softplus"])
 def test_monotone_weights(mu, activation):

@@ -59,10 +59,10 @@ def test_a_large_weight_goes_to_the_cayley_map_where_the_activation_can():
 
 def test_rungs():
     """K is formed first where it is cheap beside the batch; the native plain map need not be tried twice."""
-    assert fitted().rungs == ("cayley", "anderson", "tight cayley", "newton")
-    assert fitted(batch=4).rungs == ("anderson", "cayley", "tight cayley", "newton")
+    assert fitted().rungs == ("cayley", "anderson", "tight cayley", "plain", "newton")
+    assert fitted(batch=4).rungs == ("anderson", "cayley", "tight cayley", "plain", "newton")
     assert fitted(batch=64, frozen=True).rungs[0] == "cayley"
-    assert fitted(increments="native").rungs == ("cayley", "tight cayley", "newton")
+    assert fitted(increments="native").rungs == ("cayley", "tight cayley", "plain", "newton")
     assert plan(solver="plain").rungs == plan(solver="anderson").rungs == ()
     assert plan(solver="cayley").rungs == ("cayley", "tight cayley")
 

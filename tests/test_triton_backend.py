@@ -223,7 +223,7 @@ class TestRescue:
         made = make_plan(
             dtype="float32", device="cuda", backend="triton", compiled=True, why_no_triton="", max_iter=400
         )
-        assert made.rungs == ("cayley", "anderson", "tight cayley", "newton") and not made.adapts
+        assert made.rungs == ("cayley", "anderson", "tight cayley", "plain", "newton") and not made.adapts
         return W, c, replace(made, acceleration="none")
 
     @pytest.mark.parametrize("regime", ["cell"], indirect=True)

@@ -15,9 +15,9 @@ constexpr double kRescueFlops = 5e10;         // of a block, were all steps need
 constexpr int64_t kJacobianBytes = 64 << 20;  // of all blocks together, or one Jacobian
 
 // deq/solvers/newton.py has measured these.
-constexpr double kBriskDelta = 3.0, kBriskPower = 1.5, kPatientDelta = 1.0, kPatientPower = 0.7;  // first step, its growth
+constexpr double kBriskDelta = 3.0, kBriskPower = 1.5, kPatientDelta = 1.0, kPatientPower = 0.75;  // first step, its growth
 constexpr int kFirstShare = 3;
-constexpr double kGrowth = 10, kShortest = 1e-2, kLongest = 1e14;
+constexpr double kGrowth = 10, kShortest = 1e-2, kLongest = 1e14, kMissed = 0.1, kShort = 10;
 
 DEQ_HD double newton_flops(int64_t width) {
   const double m = static_cast<double>(width);
@@ -137,17 +137,19 @@ class NewtonRescue {
         assemble(1 + 1 / delta);
         ++taken_;
         Lu<Gpu> lu(jacobian_, m_, jacobian_stride(m_), exchange_);
-        double after = INFINITY;
+        double after = INFINITY, missed = INFINITY;
         if (lu.solve(x_)) {
           for (int64_t i = Gpu::thread(); i < m_; i += Gpu::threads()) trial_[i] = z_[i] - x_[i];
           Gpu::sync();
           after = evaluate();
+          missed = missed_by_linear(delta);
         }
         double growth = 1 / kGrowth;  // a singular system takes no step, but a shorter one next time
         if (after < INFINITY) {
           accept();
           judge();
           growth = after > 0 ? pow(size / after, pace == 0 ? kBriskPower : kPatientPower) : kGrowth;
+          if (missed < kMissed * size) growth = fmax(growth, fmin(sqrt(kMissed * size / missed), kShort / delta));
           growth = growth < 1 / kGrowth ? 1 / kGrowth : growth > kGrowth ? kGrowth : growth;
           size = after;
         }
@@ -222,6 +224,13 @@ class NewtonRescue {
     Gpu::sync();
     double sum = 0;
     for (int64_t i = Gpu::thread(); i < m_; i += Gpu::threads()) sum += G_[i] * G_[i];
+    return sqrt(block_sum<Gpu>(sum, exchange_));
+  }
+
+  // What the step -x of this length, linear, has missed of the G at its end.
+  DEQ_GPU double missed_by_linear(double delta) const {
+    double sum = 0;
+    for (int64_t i = Gpu::thread(); i < m_; i += Gpu::threads()) sum += (G_[i] - x_[i] / delta) * (G_[i] - x_[i] / delta);
     return sqrt(block_sum<Gpu>(sum, exchange_));
   }
 

@@ -22,6 +22,12 @@ JACOBIAN_BYTES = 64 * 2**20  # of the Jacobians and of their factors together
 PACES = ((3.0, 1.5), (1.0, 0.75))
 FIRST_SHARE = 3  # the first pace gets a third of the steps
 GROWTH = 10.0  # of the pseudo-time step, at most, either way
+# Where the linear model misses less than this share of the residual, the step grows even while the residual rises: past
+# a narrow place, where the curve nearly touches the diagonal, it rises for long. Of 192 samples of gelu and silu there
+# (z = act(0.97 mean(z) + c), c of 0.15 to 0.24) 191 are solved for 145, in half of the steps or fewer; of 896 others at
+# norms of 1.4 to 4 one more. Only to this length: the way to an equilibrium at infinity is as straight, and z so large
+# in the end that its residual, which is relative, passes.
+MISSED, SHORT = 0.1, 10.0
 SHORTEST, LONGEST = 1e-2, 1e14
 
 
@@ -39,7 +45,8 @@ def newton(
 
     W (m, m), c and z0 (n, m), float32 or float64; z0 None starts at ``act(c)``. A step solves
     ``(I / delta + I - D W) dz = act(W z + c) - z``, an implicit Euler step of length delta along ``dz/dt = f(z) - z``;
-    delta grows as the residual falls, so that the end is Newton's method (Kelley, Keyes 1998, SIAM J. Numer. Anal. 35).
+    delta grows as the residual falls, so that the end is Newton's method (Kelley, Keyes 1998, SIAM J. Numer. Anal. 35),
+    and where the step was nearly the linear one.
     With kinks (relu) D is any element of the generalised Jacobian (Qi, Sun 1993).
     Returns as :func:`deq.reference.iterate`: z = f(y) (n, m) of the best y met, iterations (n,) int32 (linear systems
     solved), residual (n,) of y in the dtype of c, status (n,): CONVERGED, MAX_ITER after max_iter steps. No claim that
@@ -116,13 +123,17 @@ def _march(f: _Map, start, best, rows, delta, power, steps, limit) -> None:
             return
         J = f.derivative(z).unsqueeze(-1) * -f.W
         J.diagonal(dim1=-2, dim2=-1).add_((1 + 1 / delta).unsqueeze(-1))
-        trial = z - solve_each(J, F)[0]
+        step = -solve_each(J, F)[0]
+        trial = z + step
         best.iterations[rows] += 1
         G = trial - f.value(trial)
-        new = _norm(G)
+        new, missed = _norm(G), _norm(G + step / delta.unsqueeze(-1))  # of a linear f the sum would be 0
         good = torch.isfinite(new)  # a singular J takes no step, but a shorter one next time
         z, F = (torch.where(good.unsqueeze(-1), a, b) for a, b in ((trial, z), (G, F)))
-        growth = torch.where(good, _power(size / new, power), 1 / GROWTH).nan_to_num(nan=GROWTH)
+        growth = _power(size / new, power)
+        straight = (MISSED * size / missed).sqrt().minimum(SHORT / delta)
+        growth = torch.where(missed < MISSED * size, growth.maximum(straight), growth)
+        growth = torch.where(good, growth, 1 / GROWTH).nan_to_num(nan=GROWTH)
         delta = (delta * growth.clamp(1 / GROWTH, GROWTH)).clamp(SHORTEST, LONGEST)
         size = torch.where(good, new, size)
         best.judge(rows, z)

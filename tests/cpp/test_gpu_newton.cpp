@@ -123,6 +123,15 @@ void stuck_samples() {
   }
 }
 
+// z = gelu(0.97 z + c), whose curve nearly touches the diagonal near 0.7, far from its only crossing.
+void narrow_places() {
+  Case k(24, 1, kGelu, 1.0f);
+  k.W[0] = 0.97f;
+  for (int64_t b = 0; b < k.B; ++b) k.c[b * 4] = 0.192f + 0.002f * b, k.z[b * 4] = 0.7f;
+  k.run(2);
+  for (int64_t b = 0; b < k.B; ++b) CHECK(k.status[b] == DEQ_CONVERGED && k.z[b * 4] > 6 && k.residual_of(b) <= 2e-5);
+}
+
 void nothing_else_is_touched() {
   Case good(4, 20, kTanh, 0.5f);
   good.status = {DEQ_CONVERGED, DEQ_STALLED, DEQ_NONFINITE, DEQ_MAX_ITER};
@@ -204,6 +213,7 @@ void limits() {
 int main() {
   systems();
   stuck_samples();
+  narrow_places();
   nothing_else_is_touched();
   one_answer();
   adjoints();
