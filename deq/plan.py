@@ -25,8 +25,9 @@ INCREMENTS_TOL = 1e-6  # a tighter tolerance leaves the increments nothing to do
 LARGE_WEIGHT = 1.5
 # Evaluations of the batch that forming K may cost: for a W that training is about to change, and for a frozen one.
 CHEAP_TRAINING, CHEAP_FROZEN = 4.0, 64.0
-RUNGS = ("cayley", "anderson", "tight cayley", "plain", "newton")
+RUNGS = ("cayley", "anderson", "tight cayley", "plain", "newton", "homotopy")
 NOT_MONOTONE = ("gelu", "silu")  # the Cayley map needs a nondecreasing activation
+BOUNDED = ("tanh", "sigmoid")  # homotopy needs one of bounded range
 
 
 class LargeWeight(Exception):
@@ -49,6 +50,7 @@ class Plan:
     # those of deq/gpu_plan.py, of which "native" leaves the choice to the plan of the device
     adapts: bool = False  # fit() may still choose the map, the increments and the rungs for a weight
     reflects: bool = False  # the activation is one that the Cayley map can take
+    bounded: bool = False  # the activation is, and homotopy leads to an equilibrium
     unless_large: bool = False  # the backend looks at W first, and raises LargeWeight
     rungs: tuple[str, ...] = ()  # of RUNGS, in order: what samples that fail are tried with (deq/solvers/ladder.py)
     why: tuple[str, ...] = ()
@@ -147,7 +149,8 @@ def make_plan(
     on_gpu = backend in ("triton", "cuda") and device != "cpu"
     rungs = ("cayley", "tight cayley") if solver == "cayley" else ()
     if on_gpu and solver == "auto" and criterion == "residual":
-        rungs = tuple(rung for rung in RUNGS if reflects or "cayley" not in rung)
+        rungs = RUNGS if activation in BOUNDED else RUNGS[:-1]
+        rungs = tuple(rung for rung in rungs if reflects or "cayley" not in rung)
         first = "newton on the device, then " if backend == "cuda" else ""
         why.append(f"samples that fail go on to: {first}{', '.join(rungs)}; at the latest when the status is read")
     return Plan(
@@ -161,6 +164,7 @@ def make_plan(
         criterion=criterion,
         adapts=solver == "auto" and criterion == "residual" and not on_gpu,  # the host would read what is on the GPU
         reflects=reflects,
+        bounded=activation in BOUNDED,
         rungs=rungs,
         why=tuple(why),
     )
@@ -190,7 +194,7 @@ def fit(plan: Plan, width: int, batch: int, large: bool | None, frozen: bool, in
     if plan.reflects:
         rungs = ["cayley", *rungs] if is_cheap(width, batch, frozen) else [*rungs, "cayley"]
         rungs.append("tight cayley")
-    rungs += ["plain", "newton"]
+    rungs += ["plain", "newton", *(["homotopy"] if plan.bounded else [])]
     why.append(f"samples that fail go on to: {', '.join(rungs)}")
     return replace(
         plan,

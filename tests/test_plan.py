@@ -5,7 +5,18 @@ import torch
 
 import deq
 from deq import _library, indicators
-from deq.plan import DEFAULT_MAX_ITER, DEFAULT_TOL, LARGE_WEIGHT, fit, forming_cost, is_cheap, make_plan
+from deq.activations import ACTIVATIONS
+from deq.plan import (
+    BOUNDED,
+    DEFAULT_MAX_ITER,
+    DEFAULT_TOL,
+    LARGE_WEIGHT,
+    NOT_MONOTONE,
+    fit,
+    forming_cost,
+    is_cheap,
+    make_plan,
+)
 from deq.solvers import ladder
 
 needs_library = pytest.mark.skipif(_library.compiled is None, reason=f"no compiled library: {_library.reason}")
@@ -63,8 +74,17 @@ def test_rungs():
     assert fitted(batch=4).rungs == ("anderson", "cayley", "tight cayley", "plain", "newton")
     assert fitted(batch=64, frozen=True).rungs[0] == "cayley"
     assert fitted(increments="native").rungs == ("cayley", "tight cayley", "plain", "newton")
+    assert [fitted(activation=name).rungs[-1] for name in ("relu", "gelu", "tanh")] == ["newton", "newton", "homotopy"]
     assert plan(solver="plain").rungs == plan(solver="anderson").rungs == ()
     assert plan(solver="cayley").rungs == ("cayley", "tight cayley")
+
+
+def test_properties_of_activations_are_those_of_the_table():
+    x = torch.linspace(-50, 50, 10001, dtype=torch.float64)
+    far = torch.tensor([-1e30, 1e30], dtype=torch.float64)
+    for name, entry in ACTIVATIONS.items():
+        assert (name in NOT_MONOTONE) == bool((entry.value(x).diff() < 0).any())
+        assert (name in BOUNDED) == bool((entry.value(far).abs() <= 1).all())
 
 
 def test_k_is_cheaper_for_larger_batches_and_relatively_for_larger_widths():

@@ -9,12 +9,13 @@ after the other and only as long as they fail, to
 - the plain iteration from z0, as ``solver="plain"`` runs it: where the curve of f nearly touches the diagonal, far from
   the equilibrium, whatever makes the residual smaller stays, and the plain iteration goes on (9 to 16 of 512 samples
   of gelu and silu with a mode of 0.97, c between -0.3 and 1, failed without);
-- semi-smooth Newton, sample by sample, within a bound on its arithmetic.
+- semi-smooth Newton, sample by sample, within a bound on its arithmetic;
+- for tanh and sigmoid, whose equilibria it can always lead to, homotopy, within such a bound too.
 
 Whatever ran, a sample is converged only on the residual of the equation itself in the precision of its input, and the
 evaluations of all rungs are added up. Which means a sample gets is decided by its own numbers, by W and by the shapes,
 never by its batch mates: each has its own number of evaluations left, and one that took more beside others is taken
-again with those. Newton alone looks at how many there are.
+again with those. Newton and homotopy alone look at how many there are.
 
 On a GPU nothing waits for the device to learn that all is well. A solve of many launches sees on the way how many
 samples failed (deq/backends/chunks.py), and takes them up the ladder at once. One whose host has not seen it (a single
@@ -33,11 +34,12 @@ from torch import Tensor
 from .. import stats
 from ..activations import ACTIVATIONS
 from ..backends import Deferred, Outcome, Settled, get_backend
+from ..backends import reference as torch_backend
 from ..backends.outcome import first_bad
 from ..cache import remembered
 from ..plan import Plan
 from ..solution import Status
-from . import cayley, newton
+from . import cayley, homotopy, newton
 
 # The Cayley map is left at this share of the tolerance; the first product with W then nearly always finds the
 # equation's own residual below the tolerance. The second number is for samples with which it did not.
@@ -46,6 +48,9 @@ CHUNK = 2048  # rows whose shifted injection exists at a time: bounds the memory
 FAR = 0.1  # residual above which an iterate is no better a start than zero
 NEWTON_STEPS = 60
 NEWTON_FLOPS = 1e12  # of the systems solved, were all steps needed: about ten seconds of one core
+HOMOTOPY_SYSTEMS = 1000  # of a sample; most take 50 to 400
+HOMOTOPY_FLOPS = 5e10  # after which no sample is begun: about ten seconds of one core
+SYSTEM_FLOPS = 5e5  # in whose time a system is set up
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,14 @@ class _Equilibria:
             return newton.masked_solve(self.W, torch.ones_like(self.c), self.c, plan.tol, self.backend)
         return newton.newton(self.W, self.c, start, self.activation, plan.tol, steps, self.backend)
 
+    def homotopy(self, plan: Plan) -> tuple[Tensor, ...]:
+        """On the CPU: one sample after the other, whose every step is looked at."""
+        backend = self.backend if self.c.is_cpu else torch_backend
+        steps = min(plan.max_iter, HOMOTOPY_SYSTEMS)
+        together = HOMOTOPY_FLOPS / ((2 / 3) * (self.c.shape[-1] + 1) ** 3 + SYSTEM_FLOPS)
+        found = homotopy.follow(self.W.cpu(), self.c.cpu(), self.activation, plan.tol, steps, backend, together)
+        return tuple(t.to(self.c.device) for t in found)
+
 
 @dataclass(frozen=True)
 class _Adjoint:
@@ -119,6 +132,8 @@ class _Adjoint:
 
     def newton(self, start: Tensor, plan: Plan) -> tuple[Tensor, ...]:
         return newton.masked_solve(self.A, self._derivative(self.d()), self.g, plan.tol, self.backend)
+
+    homotopy = None  # Newton has solved what is linear
 
 
 def solve(W: Tensor, c: Tensor, z0: Tensor | None, activation: str, plan: Plan) -> Outcome:
@@ -307,12 +322,19 @@ def _rescue(problem, z0: Tensor | None, outcome: Outcome, plan: Plan, s: int | N
         x, steps, r, how = part.newton(start, replace(plan, max_iter=most))
         return Outcome(x, stats.pack(steps, r.to(wide), how), None)
 
+    def by_homotopy(part, index, start, most):
+        if part.homotopy is None:
+            return None
+        x, steps, r, how = part.homotopy(replace(plan, max_iter=most))
+        return Outcome(x, stats.pack(steps, r.to(wide), how), None)
+
     means = {
         "cayley": by_cayley,
         "tight cayley": by_tight_cayley,
         "anderson": by_anderson,
         "plain": by_plain,
         "newton": by_newton,
+        "homotopy": by_homotopy,
     }
 
     def attempt(name: str, index: Tensor, budget: Tensor, most: int) -> Tensor:

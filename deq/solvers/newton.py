@@ -60,13 +60,13 @@ def newton(
     first = -(-max_iter // FIRST_SHARE)
     for part in _chunks(n, m):
         b = c[part]
-        f = _Map(W, b, activation, backend)
+        f = Map(W, b, activation, backend)
         first_value = f.value(torch.zeros_like(b))
         start = first_value if z0 is None else z0[part]
-        best = _Best(f, first_value, start)
+        best = Best(f, first_value, start)
         for (delta, power), steps in zip(PACES, (first, max_iter - first), strict=True):
             rows = (~(best.residual <= limit)).nonzero().squeeze(-1)
-            _march(_Map(wide, b.double(), activation, backend), start, best, rows, delta, power, steps, limit)
+            _march(Map(wide, b.double(), activation, backend), start, best, rows, delta, power, steps, limit)
             start = first_value
         z[part], residual[part], iterations[part] = best.image, best.residual, best.iterations
     status = torch.where(residual <= tol, int(Status.CONVERGED), int(Status.MAX_ITER)).to(torch.uint8)
@@ -74,7 +74,7 @@ def newton(
 
 
 @dataclass(frozen=True)
-class _Map:
+class Map:
     """``act(W z + c)`` of some samples, by a backend."""
 
     W: Tensor
@@ -82,7 +82,7 @@ class _Map:
     activation: str
     backend: ModuleType
 
-    def of(self, rows: Tensor) -> "_Map":
+    def of(self, rows: Tensor) -> "Map":
         return replace(self, c=self.c[rows])
 
     def value(self, z: Tensor) -> Tensor:
@@ -93,10 +93,10 @@ class _Map:
         return self.backend.derivative(self.W, self.c, z, self.activation)
 
 
-class _Best:
+class Best:
     """The points with the smallest residual in the caller's precision, and the steps taken."""
 
-    def __init__(self, f: _Map, first_value: Tensor, start: Tensor):
+    def __init__(self, f: Map, first_value: Tensor, start: Tensor):
         self.f = f
         self.iterations = torch.zeros(len(first_value), dtype=torch.int32, device=first_value.device)
         self.image = first_value.clone()  # of the point 0, finite whatever W is
@@ -112,7 +112,7 @@ class _Best:
         self.residual[rows[better]] = r[better]
 
 
-def _march(f: _Map, start, best, rows, delta, power, steps, limit) -> None:
+def _march(f: Map, start, best, rows, delta, power, steps, limit) -> None:
     """Up to ``steps`` pseudo-time steps of the samples ``rows`` of f from ``start``, in float64."""
     z, f = start[rows].double(), f.of(rows)
     F = z - f.value(z)
