@@ -249,6 +249,17 @@ def test_what_leaves_the_range_is_not_nan(backend, m, solver, dtype):
                 assert "inverse" in str(error)  # solver="cayley": 2 I - W has none
 
 
+@pytest.mark.parametrize("m", [5, 60, 128, 700])  # lanes, rows, increments, sums of two chunks
+@pytest.mark.parametrize("solver", ["auto", "plain"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_sum_that_overflows_both_ways_is_no_zero(m, solver, dtype, isa):
+    """W z + c is infinity less infinity there: relu must not make an equilibrium of that."""
+    W, c = torch.zeros(m, m, dtype=dtype), torch.full((3, m), 2.0, dtype=dtype)
+    W[2, 0], W[2, -1] = 0.9 * torch.finfo(dtype).max, -0.9 * torch.finfo(dtype).max
+    solution = deq.solve(W, c, "relu", solver=solver, max_iter=20, on_failure="ignore")
+    assert torch.isfinite(solution.z).all() and not solution.converged.any()
+
+
 @pytest.mark.parametrize("m", [5, 130])
 @pytest.mark.parametrize("solver", ["auto", "plain", "anderson", "cayley"])
 @backends

@@ -95,7 +95,7 @@ DEQ_INLINE void tile_rows(int rows, const DeltaStep& s, int row0, int64_t j) {
 // f of the maps that the step applies itself; every one keeps the zeros of the padding.
 template <DeltaMap kMap>
 DEQ_INLINE V apply(V y, const float* d) {
-  if constexpr (kMap == DeltaMap::kRelu) return Increment::maximum(y, V{});
+  if constexpr (kMap == DeltaMap::kRelu) return Increment::maximum(V{}, y);  // of NaN the second
   if constexpr (kMap == DeltaMap::kReflectedRelu) return M::abs(y);
   if constexpr (kMap == DeltaMap::kMask) return M::load(d) * y;
   if constexpr (kMap == DeltaMap::kReflectedMask) {

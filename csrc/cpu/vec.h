@@ -64,7 +64,7 @@ struct VecMath {
 
   DEQ_INLINE V set(double x) { return static_cast<T>(x) - V{}; }  // x - 0 keeps the sign of -0
   DEQ_INLINE V select(I mask, V a, V b) { return mask ? a : b; }
-  DEQ_INLINE V positive(V x) { return select(x > set(0.0), x, set(0.0)); }
+  DEQ_INLINE V positive(V x) { return select(set(0.0) > x, set(0.0), x); }  // NaN stays NaN: a sum that overflowed is no zero
   DEQ_INLINE V abs(V x) { return reinterpret_cast<V>(reinterpret_cast<I>(x) & ~reinterpret_cast<I>(set(-0.0))); }
   DEQ_INLINE V load(const T* p) {
     V v;
