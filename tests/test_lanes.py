@@ -6,7 +6,9 @@ from close import assert_as_accurate
 from problems import exact, gaussian, torch_adjoint, torch_loop
 
 import deq
-from deq import Status, _library
+from deq import Status, _library, stats
+from deq.backends import cpu
+from deq.plan import make_plan
 from deq.profiling.counter import Work
 
 pytestmark = pytest.mark.skipif(_library.compiled is None, reason="no compiled library is loaded")
@@ -181,3 +183,17 @@ def test_the_reflected_map(activation, isa):
     f = act(solution.z.double() @ W.float().double().mT + c.float().double())
     residual = (f - solution.z.double()).norm(dim=1) / f.norm(dim=1)
     assert residual.max() <= solution.plan.tol + 2 * torch.finfo(torch.float32).eps
+
+
+@pytest.mark.parametrize("m", [12, 60, 300])  # lanes, rows
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_reflected_start_whose_evaluation_overflows(m, dtype, isa):
+    """It is handed out as the pre-activation that it comes close to, and not what another sample has left there."""
+    plan = make_plan(dtype=dtype, device="cpu", solver="plain", backend="cpu", compiled=True, max_iter=3)
+    K, c, _ = gaussian(m, 40, getattr(torch, dtype))
+    K[0] = 3.0
+    start = c.flip(0)
+    start[[3, 39]] = torch.finfo(c.dtype).max * c[[3, 39]].sign()
+    outcome = cpu.solve(K, c, start, "tanh", plan, reflected=True)
+    assert (stats.status(outcome.z, outcome.stats)[[3, 39]] == Status.DIVERGED).all()
+    torch.testing.assert_close(outcome.z[[3, 39]], start[[3, 39]].tanh())

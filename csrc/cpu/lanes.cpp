@@ -208,7 +208,8 @@ class LaneGroup {
       if (sweeps_ && d_) lane_.move(intake_.y, from, m_, z_[1 - current_]);  // of elements left out both must be zero
       nonzero_ |= intake_.nonzero;
       if (d_) lane_.move(intake_.d, from, m_, d_);
-      if (p_.reflected && !p_.start.data) lane_.move(intake_.c, from, m_, pre_[current_]);
+      // A start is handed out if not even its evaluation is finite.
+      if (p_.reflected) lane_.move(p_.start.data ? intake_.y : intake_.c, from, m_, pre_[current_]);
       entered |= now;
     }
     gathered_ &= ~entered;

@@ -174,7 +174,10 @@ class Tile {
       slot.accelerated = p_.acceleration == DEQ_ANDERSON;
       slot.window = 0;
       slot.depth = depth_;
-      if (p_.start.data) return true;
+      if (p_.start.data) {
+        if (p_.reflected) std::copy(y, y + padded_, slot.pre[current_]);  // handed out if not even f(y) is finite
+        return true;
+      }
       // From zero the first evaluation is act(c): no product. Its step and its size are the same.
       double size2 = k_.first(p_.activation, slot.c, slot.d, y, m_);
       if (p_.reflected) {
