@@ -5,10 +5,12 @@
 
 namespace deq {
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define DEQ_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
+#if !defined(__x86_64__) || !defined(__GNUC__) || defined(__clang__)
 #define DEQ_CLONES
+#elif __GNUC__ >= 12
+#define DEQ_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else  // which has no dispatcher for levels, and an "arch=" of another name would be for one maker's CPUs
+#define DEQ_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
 #endif
 
 constexpr int kLanes = 16;
