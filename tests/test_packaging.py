@@ -109,6 +109,27 @@ def test_build_without_compiled_library_works_and_says_why(use, tmp_path, settin
     assert backend == "reference"
 
 
+@pytest.mark.skipif(not (HAS_COMPILER and shutil.which("nvcc")), reason="no nvcc that could be made to look old")
+@pytest.mark.parametrize(("wanted", "fails"), [("AUTO", False), ("ON", True)])
+def test_an_nvcc_that_is_too_old_is_left_alone_or_said(tmp_path, wanted, fails):
+    """It knows no sm_90a, and asking it for that was an error of the whole installation."""
+    macros, nvcc = tmp_path / "old.h", tmp_path / "nvcc"
+    version = {"MAJOR": 11, "MINOR": 5}.items()
+    macros.write_text("".join(f"#undef __CUDACC_VER_{k}__\n#define __CUDACC_VER_{k}__ {v}\n" for k, v in version))
+    real = shutil.which("nvcc")
+    nvcc.write_text(f'#!/bin/sh\ncase "$*" in *90a*) exit 1;; esac\nexec {real} --pre-include {macros} "$@"\n')
+    nvcc.chmod(0o755)
+    tools = {"CUDACXX": str(nvcc), "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))}
+    command = ["cmake", "-S", ROOT, "-B", tmp_path / "build", "-G", "Ninja", f"-DDEQ_CUDA={wanted}"]
+    done = subprocess.run(command, env=os.environ | tools, capture_output=True, text=True)
+    if fails:
+        assert done.returncode != 0 and "DEQ_CUDA=ON, but the CUDA compiler found is of version 11.5" in done.stderr
+    else:
+        assert done.returncode == 0, done.stderr
+        built = json.loads((tmp_path / "build" / "_build.json").read_text())
+        assert built["compiled"] and built["cuda"] == [] and "12.0 is needed" in built["why_not_cuda"]
+
+
 def test_bare_checkout_works(use):
     found, backend = use(ROOT)
     assert "bare checkout" in found["why_no_library"]
