@@ -10,7 +10,7 @@ namespace deq {
 
 // Whether the rows of W, those of all matrices together, have a root mean square norm above `limit`: the root mean square
 // singular value ||W||_F / sqrt(m), as far as some rows, evenly spread, tell it. Enough of them are looked at to tell the size of
-// a W; 0.2 to 1 us. Never true of a W that holds NaN.
+// a W; 0.2 to 1 us. Never true where it meets NaN.
 inline bool is_larger(const DeqProblem& p, double limit) {
   constexpr int64_t kElements = 4096, kLeastRows = 8;
   const int64_t m = p.width, wanted = std::max(kLeastRows, kElements / m), every = std::max<int64_t>(1, m / wanted);
