@@ -127,8 +127,10 @@ void invert(StableIValue* stack, uint64_t, uint64_t) {
   if (n == 0) return;
   const DeqView view = A.view();
   if (n > 1 && (view.stride[2] != 1 || view.stride[1] < n)) A.place().fail("must have contiguous rows that do not overlap");
-  if (deq_cpu_invert(view.data, std::max(view.stride[1], n), n, type_of(A.place(), A.dtype())))
+  if (const int32_t error = deq_cpu_invert(view.data, std::max(view.stride[1], n), n, type_of(A.place(), A.dtype()))) {
+    if (error == DEQ_NO_MEMORY) throw std::runtime_error("deq::invert_: not enough memory");
     A.place().fail("must be float32 or float64; got " + dtype_name(A.dtype()));
+  }
 }
 
 constexpr const char* kFingerprint = "fingerprint(Tensor W, Tensor(a!) out) -> ()";
@@ -143,8 +145,11 @@ void fingerprint(StableIValue* stack, uint64_t, uint64_t) {
   const int64_t *shape = W.sizes(), stacked = W.dim() == 3;
   const int64_t size[3] = {stacked ? shape[0] : 1, shape[stacked], shape[1 + stacked]};
   const DeqView view = W.view();
-  if (deq_cpu_fingerprint(&view, size, type_of(W.place(), W.dtype()), torch_threads(), out.data<uint64_t>()))
+  const int32_t type = type_of(W.place(), W.dtype());
+  if (const int32_t error = deq_cpu_fingerprint(&view, size, type, torch_threads(), out.data<uint64_t>())) {
+    if (error == DEQ_NO_MEMORY) throw std::runtime_error("deq::fingerprint: not enough memory");
     W.place().fail("must have contiguous rows or columns");
+  }
 }
 
 constexpr const char* kPackTriangle =

@@ -119,3 +119,24 @@ def test_a_thousand_steps_leak_nothing(options):
     assert after[0] - before[0] < 20
     assert after[1] == before[1] == 0
     assert after[2] - before[2] < 1 << 20  # one row of 24 floats a step with its tensor would be half of it
+
+
+def test_running_out_is_an_error_that_says_so():
+    """Beside 64 MB of panels there is no room for the float32 copy that a 16-bit weight is packed from."""
+    program = """
+import resource, torch, deq
+torch.set_num_threads(1)
+deq.solve(torch.eye(4) / 2, torch.ones(2, 4), solver="plain")
+W, c = (torch.zeros(n, 4096, dtype=torch.bfloat16) for n in (4096, 1))
+with open("/proc/self/statm") as file:
+    now = int(file.read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (now + (90 << 20), -1))
+try:
+    deq.solve(W, c, solver="plain", backend="cpu")
+except RuntimeError as error:
+    print(error)
+resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+print(bool(deq.solve(W, c, solver="plain", backend="cpu").converged))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["deq::solve_: not enough memory", "True"]

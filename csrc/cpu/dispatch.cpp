@@ -6,6 +6,7 @@
 
 #include "../kernels.h"
 #include "cache.h"
+#include "guarded.h"
 #include "kernels.h"
 #include "structured_kernels.h"
 
@@ -109,21 +110,25 @@ int32_t deq_cpu_set_isa(const char* name) {
 int32_t deq_cpu_fingerprint(const DeqView* view, const int64_t size[3], int32_t type, int32_t threads, uint64_t fingerprint[2]) {
   if (!view || !size || !fingerprint || type < DEQ_FLOAT32 || type > DEQ_FLOAT16) return DEQ_BAD_ARGUMENT;
   const int64_t sizes[3] = {size[0], size[1], size[2]};
-  uint64_t result[2];
-  if (!deq::fingerprint(*view, sizes, type == DEQ_FLOAT64 ? 8 : type == DEQ_FLOAT32 ? 4 : 2, threads < 1 ? 1 : threads, result))
-    return DEQ_BAD_ARGUMENT;
-  fingerprint[0] = result[0], fingerprint[1] = result[1];
-  return DEQ_OK;
+  return deq::guarded([&]() -> int32_t {
+    uint64_t result[2];
+    if (!deq::fingerprint(*view, sizes, type == DEQ_FLOAT64 ? 8 : type == DEQ_FLOAT32 ? 4 : 2, threads < 1 ? 1 : threads, result))
+      return DEQ_BAD_ARGUMENT;
+    fingerprint[0] = result[0], fingerprint[1] = result[1];
+    return DEQ_OK;
+  });
 }
 
 int32_t deq_cpu_invert(void* matrix, int64_t stride, int64_t n, int32_t type) {
   if (!matrix || n < 0 || stride < n || type < DEQ_FLOAT32 || type > DEQ_FLOAT64) return DEQ_BAD_ARGUMENT;
-  std::vector<double> work(n * n);
-  if (type == DEQ_FLOAT64)
-    deq::kernels<double>().invert(static_cast<double*>(matrix), stride, n, work.data());
-  else
-    deq::kernels<float>().invert(static_cast<float*>(matrix), stride, n, work.data());
-  return DEQ_OK;
+  return deq::guarded([&]() -> int32_t {
+    std::vector<double> work(n * n);
+    if (type == DEQ_FLOAT64)
+      deq::kernels<double>().invert(static_cast<double*>(matrix), stride, n, work.data());
+    else
+      deq::kernels<float>().invert(static_cast<float*>(matrix), stride, n, work.data());
+    return DEQ_OK;
+  });
 }
 
 int64_t deq_cpu_clear_cache(void) { return deq::clear_cache(); }

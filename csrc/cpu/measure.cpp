@@ -9,6 +9,7 @@
 #include "../activations.h"
 #include "../kernels.h"
 #include "cache.h"
+#include "guarded.h"
 #include "kernels.h"
 #include "segments.h"
 
@@ -35,6 +36,10 @@ double kernel_gflops(int64_t batch, int64_t m, double seconds) {
   const int64_t padded = (m + k.lanes - 1) / k.lanes * k.lanes, stride = padded + kRowSkew / static_cast<int64_t>(sizeof(T));
   const Segments segments(m, padded);
   const int64_t sums_size = 2 * k.lanes * segments.count;
+  std::vector<T> w(m * m, T(0.5) / static_cast<T>(m));
+  std::vector<const T*> z(batch), c(batch);
+  std::vector<T*> out(batch), sums(batch);
+  std::vector<double> totals(2 * batch);
   T* packed = static_cast<T*>(allocate(packed_elements(k, m) * static_cast<int64_t>(sizeof(T))));
   T* rows = static_cast<T*>(allocate(batch * (3 * stride + sums_size) * static_cast<int64_t>(sizeof(T))));
   if (!packed || !rows) {
@@ -42,12 +47,8 @@ double kernel_gflops(int64_t batch, int64_t m, double seconds) {
     free(rows);
     return 0;
   }
-  std::vector<T> w(m * m, T(0.5) / static_cast<T>(m));
   k.pack(w.data(), m, 1, m, packed, 0, (m + k.panel - 1) / k.panel);
   memset(rows, 0, batch * (3 * stride + sums_size) * sizeof(T));
-  std::vector<const T*> z(batch), c(batch);
-  std::vector<T*> out(batch), sums(batch);
-  std::vector<double> totals(2 * batch);
   for (int64_t b = 0; b < batch; ++b) {
     T* at = rows + b * (3 * stride + sums_size);
     sums[b] = at;
@@ -108,6 +109,11 @@ double deq_cpu_read_gbs(int64_t bytes, double seconds) {
 
 double deq_cpu_kernel_gflops(int32_t type, int64_t batch, int64_t width, double seconds) {
   if (batch < 1 || width < 1) return 0;
-  return type == DEQ_FLOAT64 ? deq::kernel_gflops<double>(batch, width, seconds)
-                             : deq::kernel_gflops<float>(batch, width, seconds);
+  double best = 0;
+  deq::guarded([&]() -> int32_t {
+    best = type == DEQ_FLOAT64 ? deq::kernel_gflops<double>(batch, width, seconds)
+                               : deq::kernel_gflops<float>(batch, width, seconds);
+    return DEQ_OK;
+  });
+  return best;
 }

@@ -12,6 +12,7 @@
 #include "../kernels.h"
 #include "cache.h"
 #include "delta.h"
+#include "guarded.h"
 #include "lane_engine.h"
 #include "look.h"
 #include "samples.h"
@@ -381,9 +382,11 @@ int32_t deq_cpu_solve(const DeqProblem* p) {
     std::fill_n(p->iterations, p->weights * p->batch, 0);  // who counts work counts none
     return DEQ_OK;
   }
-  if (deq::delta_serves(*p)) return deq::delta_solve(*p);
-  if (deq::lanes_serve(*p)) return deq::lane_solve(*p);
-  return p->type == DEQ_FLOAT64 ? deq::solve<double>(*p) : deq::solve<float>(*p);
+  return deq::guarded([&] {
+    if (deq::delta_serves(*p)) return deq::delta_solve(*p);
+    if (deq::lanes_serve(*p)) return deq::lane_solve(*p);
+    return p->type == DEQ_FLOAT64 ? deq::solve<double>(*p) : deq::solve<float>(*p);
+  });
 }
 
 void deq_cpu_last_work(DeqWork* work) { *work = deq::last_work; }
@@ -391,5 +394,5 @@ void deq_cpu_last_work(DeqWork* work) { *work = deq::last_work; }
 int32_t deq_cpu_derivative(const DeqProblem* p) {
   if (!p || p->width < 1 || p->activation < 0 || p->activation >= deq::kActivations) return DEQ_BAD_ARGUMENT;
   if (p->weights * p->batch == 0) return DEQ_OK;
-  return p->type == DEQ_FLOAT64 ? deq::derivative<double>(*p) : deq::derivative<float>(*p);
+  return deq::guarded([&] { return p->type == DEQ_FLOAT64 ? deq::derivative<double>(*p) : deq::derivative<float>(*p); });
 }
