@@ -4,7 +4,8 @@ from pathlib import Path
 
 __version__ = "0.1.0"
 
-# kernels/ and bench/ stand beside deq/ in the sources and are installed inside it; this lets a bare checkout find them.
+# kernels/ and bench/ stand beside deq/ in the sources and are installed inside it; this finds them in a checkout, bare
+# or installed as editable.
 if not any((Path(folder) / "kernels").is_dir() for folder in __path__):
     __path__.append(str(Path(__file__).resolve().parents[1]))
 

@@ -130,6 +130,23 @@ def test_an_nvcc_that_is_too_old_is_left_alone_or_said(tmp_path, wanted, fails):
         assert built["compiled"] and built["cuda"] == [] and "12.0 is needed" in built["why_not_cuda"]
 
 
+def test_editable_install_puts_nothing_but_the_checkout_on_the_path(run_with, tmp_path):
+    """Beside a clone stand folders of its user, and their names may be those of packages."""
+    code = """if True:
+        import sys; from scikit_build_core.build import build_editable
+        build_editable(sys.argv[1], {"build-dir": sys.argv[1] + "/build", "cmake.define.DEQ_COMPILED": "OFF"})"""
+    subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, check=True, capture_output=True, text=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    added = f"import site, sys; before = set(sys.path); site.addsitedir({str(tmp_path / 'site')!r})\n"
+    added += "print(*(set(sys.path) - before), sep='\\n')\n"
+    *paths, found = run_with(tmp_path, added + USE).splitlines()
+    assert set(paths) <= {str(tmp_path / "site"), str(ROOT)}
+    files, _, _, _, _ = json.loads(found)
+    assert files == [str(ROOT / package / "__init__.py") for package in ("deq", "kernels", "bench")]
+
+
 def test_bare_checkout_works(use):
     found, backend = use(ROOT)
     assert "bare checkout" in found["why_no_library"]
