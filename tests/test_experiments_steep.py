@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 
 from deq import reference
 from deq.experiments._equilibria import difference_over_bound, moved, solve_twice
-from deq.experiments._result import NOT_REPRODUCED, REPRODUCED
+from deq.experiments._result import (
+    CONFOUNDED,
+    EQUILIBRIUM,
+    FINITE_DEPTH,
+    NOT_JUDGED,
+    NOT_REPRODUCED,
+    REPRODUCED,
+)
 from deq.experiments._steep_built import check_scalar_state, check_self_loops, solve_built
 from deq.experiments._steep_target import ScalarState, SelfLoops, binding_point, bisection_steps, floor, inputs, target
 from deq.experiments._steep_trained import models, sample
@@ -147,3 +154,24 @@ def test_below_floor_needs_more_than_half_of_the_seeds():
     assert few_below.verdict == NOT_REPRODUCED and few_below.measured > 1
     all_below = _below_floor(10, [deq | {"norms": [10.0] * 8, "sup": [0.3] * 8}], quick=False)
     assert all_below.verdict == REPRODUCED
+    halves = _below_floor(10, [deq | {"norms": [10.0] * 8, "sup": [0.3] * 4 + [0.6] * 4}], quick=False)
+    assert halves.measured == pytest.approx(0.75 * all_below.measured)  # the median, between both halves
+
+
+def test_verdicts_about_a_trained_equilibrium_are_those_of_every_experiment():
+    """At an equilibrium the residual is small and the metric stays, in steep as elsewhere; a quick run judges none."""
+    from deq.experiments.steep import _below_floor, _learned_better
+
+    solved = {"metric": 1.0, "metric_again": 1.0, "residual": 1e-10, "residual_again": 1e-13}
+    deq = {"model": "diagonal DEQ 2", "d": 10, "parameters": 7, "mse": [0.1] * 8, "norms": [10.0] * 8, "sup": [0.3] * 8}
+    rival = {"model": "feed-forward", "mse": [0.2] * 8}
+
+    def verdicts(quick: bool = False, **changed) -> list[tuple[str, str]]:
+        rows = [deq | {"equilibrium": solved | changed}, rival]
+        claims = [judge(10, rows, quick) for judge in (_learned_better, _below_floor)]
+        return [(c.verdict, c.kind) for c in claims]
+
+    assert verdicts() == [(REPRODUCED, EQUILIBRIUM)] * 2
+    for changed in ({"residual": 1.0}, {"residual_again": None}, {"metric_again": 1.1}, {"metric_again": None}):
+        assert verdicts(**changed) == [(CONFOUNDED, FINITE_DEPTH)] * 2, changed
+        assert verdicts(quick=True, **changed) == [(NOT_JUDGED, FINITE_DEPTH)] * 2

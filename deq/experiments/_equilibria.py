@@ -1,5 +1,6 @@
 """What every row with a DEQ must show: its residual, and that its metric does not move when it is solved harder."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -30,9 +31,12 @@ def solve_twice(W: Tensor, c: Tensor, metric: Callable[[Tensor], float]) -> tupl
 
 
 def moved(row: dict) -> float:
-    """Relative change of the metric, from where it was used ("metric_used", or the first solve) to the harder solve."""
-    used = row.get("metric_used", row["metric"])
-    change = abs(row["metric_again"] - used)
+    """Relative change of the metric, from where it was used ("metric_used", or the first solve) to the harder solve;
+    infinite where one of the two is not finite."""
+    used, again = row.get("metric_used", row["metric"]), row["metric_again"]
+    if any(metric is None or not math.isfinite(metric) for metric in (used, again)):  # None in what was kept on disk
+        return math.inf
+    change = abs(again - used)
     return change / used if used else change
 
 

@@ -1,12 +1,14 @@
 """Theorem 2: DEQs of modest size and weights reach steep functions that feed-forward nets of bounded norm cannot."""
 
+import statistics
 from collections.abc import Callable
 
-from ._equilibria import MOVED, moved
-from ._judge import SEEDS, kind_of
+from ._equilibria import moved
+from ._judge import SEEDS, SIGNIFICANT, beats, kind_of
 from ._lemma2 import check as lemma2
 from ._result import (
     CONFOUNDED,
+    FINITE_DEPTH,
     NOT_JUDGED,
     NOT_REPRODUCED,
     REPRODUCED,
@@ -161,55 +163,46 @@ def _is_deq(row: dict) -> bool:
 def _learned_better(d: int, rows: list[dict], quick: bool) -> Claim:
     """Does the diagonal DEQ reach a lower median error than every feed-forward net? With a sign test over seeds."""
     deq = _diagonal(rows)
-    others = [r for r in rows if not _is_deq(r)]
-    best = min(others, key=lambda r: spread(r["mse"]).median)
-    ratio = spread(best["mse"]).median / spread(deq["mse"]).median
-    seeds = len(deq["mse"])
-    wins = {r["model"]: sum(_less(a, b) for a, b in zip(deq["mse"], r["mse"], strict=True)) for r in others}
-    p = max(sign_test(w, seeds) for w in wins.values())
-    verdict = NOT_REPRODUCED if not ratio > 1 else REPRODUCED if p <= 0.05 else NOT_REPRODUCED
-    won = ", ".join(f"{w} against {name}" for name, w in wins.items())
-    note = f"seeds won of {seeds}: {won}; sign test p <= {number(p)}"
     statement = f"d = {d}: best feed-forward MSE / DEQ's"
-    return Claim(statement, "Fig. 1b", ratio, ">", 1, _if_measured(verdict, deq, quick), note, **_of(deq))
+    shown = {"evidence": _evidence(deq)}
+    return beats(
+        statement, "Fig. 1b", deq | shown, [r for r in rows if not _is_deq(r)], quick=quick, setting=_setting(deq)
+    )
 
 
 def _below_floor(d: int, rows: list[dict], quick: bool) -> Claim:
     """Is the trained diagonal DEQ where its weight norms would keep a feed-forward net out?"""
     deq = _diagonal(rows)
     ratios = [
-        floor(norms, 2.0**-d) / sup if sup else 0.0
+        floor(norms, 2.0**-d) / sup if sup and norms is not None else 0.0
         for norms, sup in zip(deq["norms"], deq["sup"], strict=True)
-        if norms is not None
     ]
-    below = sum(r > 1 for r in ratios)
-    p = sign_test(below, len(deq["sup"]))
-    ratio = sorted(ratios)[len(ratios) // 2] if ratios else 0.0
-    verdict = NOT_REPRODUCED if not ratio > 1 else REPRODUCED if p <= 0.05 else NOT_REPRODUCED
-    note = f"{below} of {len(deq['sup'])} seeds are below the floor of their own norms; sup error over the test points"
+    below, seeds = sum(r > 1 for r in ratios), len(ratios)
+    ratio = statistics.median(ratios)
+    verdict = REPRODUCED if ratio > 1 and sign_test(below, seeds) <= SIGNIFICANT else NOT_REPRODUCED
+    evidence = _evidence(deq)
+    kind = kind_of(evidence)
+    if kind == FINITE_DEPTH:
+        verdict = CONFOUNDED
+    if quick or seeds < SEEDS:
+        verdict = NOT_JUDGED
+    note = f"{below} of {seeds} seeds are below the floor of their own norms; sup error over the test points"
     statement = f"d = {d}: floor at DEQ's norms / its sup error"
-    return Claim(statement, "Thm. 2", ratio, ">", 1, _if_measured(verdict, deq, quick), note, **_of(deq))
+    of = {"setting": _setting(deq), "seeds": seeds, "kind": kind, "evidence": (evidence,)}
+    return Claim(statement, "Thm. 2", ratio, ">", 1, verdict, note, **of)
 
 
-def _of(deq: dict) -> dict:
-    """Setting, seeds and evidence of a claim about this trained DEQ."""
-    e = {"model": deq["model"], "moved": moved(deq["equilibrium"])} | deq["equilibrium"]
-    setting = f"{deq['parameters']} parameters, batch {BATCH}, x in [0, 1]^{deq['d']}"
-    return {"setting": setting, "seeds": len(deq["mse"]), "kind": kind_of(e), "evidence": (e,)}
+def _evidence(deq: dict) -> dict:
+    """What this trained DEQ shows of its equilibrium."""
+    return {"model": deq["model"], "moved": moved(deq["equilibrium"])} | deq["equilibrium"]
+
+
+def _setting(deq: dict) -> str:
+    return f"{deq['parameters']} parameters, batch {BATCH}, x in [0, 1]^{deq['d']}"
 
 
 def _diagonal(rows: list[dict]) -> dict:
     return next(r for r in rows if r["model"].startswith("diagonal"))
-
-
-def _if_measured(verdict: str, deq: dict, quick: bool) -> str:
-    if moved(deq["equilibrium"]) > MOVED:
-        return CONFOUNDED
-    return NOT_JUDGED if quick or len(deq["mse"]) < SEEDS else verdict
-
-
-def _less(a: float | None, b: float | None) -> bool:
-    return a is not None and (b is None or a < b)
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
