@@ -11,8 +11,12 @@ from deq.experiments import REGISTRY, SettingsError, execute
 from deq.experiments._report import _rich
 from deq.experiments._result import (
     NOT_JUDGED,
+    NOT_REPRODUCED,
     PROVED,
+    REPRODUCED,
     VIOLATED,
+    Claim,
+    Result,
     Table,
     number,
     proved,
@@ -39,6 +43,17 @@ def test_nan_violates_every_claim():
     for relation in ("<=", "<", ">=", ">", "=="):
         assert proved("x", "Thm.", math.nan, relation, 0).verdict == VIOLATED
         assert proved_for_all("x", "Thm.", rows, lambda r: r["v"], relation, 0).note == "nan"
+
+
+def test_the_verdict_of_an_experiment_hides_no_claim():
+    """One claim that is reproduced says nothing for those that are not."""
+
+    def verdict(*verdicts: str) -> str:
+        return Result([Claim("s", "Fig.", 1, ">", 0, v) for v in verdicts], [], {}, None).verdict
+
+    assert verdict(NOT_REPRODUCED, REPRODUCED, NOT_REPRODUCED) == "claims: 2 not reproduced, 1 reproduced"
+    assert verdict(PROVED, NOT_REPRODUCED) == "1 of 1 proved claims hold; other claims: 1 not reproduced"
+    assert verdict(PROVED, VIOLATED) == "1 of 2 proved claims hold"
 
 
 def test_spread_counts_failures_as_infinitely_bad():

@@ -1,6 +1,7 @@
 """Gradient flow of the diagonal family, its minimisers, and generalisation on the unseen."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deq.experiments._flow import F64, Family, integrate, off_row_space, problem
+from deq.experiments._result import CONDITIONAL, CONFOUNDED, NOT_REPRODUCED, REPRODUCED
 from deq.experiments.bias import DEQ
-from deq.experiments.gotu import root
+from deq.experiments.density import _dense_claims
+from deq.experiments.gotu import _start_claims, root
 
 few = settings(max_examples=15, deadline=None)
 
@@ -62,3 +65,32 @@ def test_root_solves_its_equation(L, total, beta0):
     beta = root(family, total, beta0)
     q = float(family.gradient(torch.tensor(beta, dtype=F64), torch.tensor(beta0, dtype=F64)))
     assert beta > 0 and beta + q / L**2 == pytest.approx(total, rel=1e-9, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    "customary, equal, verdicts",
+    [
+        (4.0, 0.5, [CONFOUNDED, NOT_REPRODUCED]),
+        (4.0, 2.0, [REPRODUCED, CONDITIONAL]),
+        (0.5, 2.0, [NOT_REPRODUCED, CONDITIONAL]),
+    ],
+)
+def test_errors_from_each_start_decide_about_the_unseen(customary, equal, verdicts):
+    """``customary`` and ``equal``: how many times as large an error the diagonal nets make as the DEQ."""
+    rows = [
+        {"start": start, "f0": 0.0, "ck": ck, "model": model, "gotu": error}
+        for start, ratio in (("beta0 = 1.0", equal), ("customary", customary))
+        for ck in (1.0, 2.0)
+        for model, error in (("DEQ", 0.1), ("depth 2", 0.1 * ratio), ("depth 3", 0.2 * ratio))
+    ]
+    claims = _start_claims(rows)
+    assert [c.verdict for c in claims] == verdicts
+    assert [c.measured for c in claims] == pytest.approx([customary, equal])
+
+
+def test_models_that_are_all_alike_are_no_evidence_of_density():
+    alike = {model: {"model": model, "error": [0.5] * 8} for model in ("DEQ", "depth 2", "depth 3")}
+    run = SimpleNamespace(config=SimpleNamespace(share=0.5), settings=SimpleNamespace(quick=False))
+    rows = {("dense", start): alike for start in ("customary", "equal")}
+    claims = _dense_claims(run, rows, "error", "distance", False, "")
+    assert [(c.measured, c.verdict) for c in claims] == [(1, NOT_REPRODUCED)] * 2

@@ -2,6 +2,7 @@
 
 import base64
 import json
+from collections import Counter
 from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
@@ -54,8 +55,7 @@ def _environment(out: Path, escape: bool) -> jinja2.Environment:
 
 def _counts(records: list[dict]) -> dict[str, int]:
     """Verdict -> number of claims, most frequent first."""
-    verdicts = [c["verdict"] for r in records for c in r["claims"]]
-    return dict(sorted(((v, verdicts.count(v)) for v in set(verdicts)), key=lambda item: -item[1]))
+    return dict(Counter(c["verdict"] for r in records for c in r["claims"]).most_common())
 
 
 def _time(records: list[dict]) -> str:

@@ -3,6 +3,7 @@
 import math
 import operator
 import statistics
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -117,14 +118,13 @@ class Result:
 
     @property
     def verdict(self) -> str:
-        """One line for the whole experiment."""
+        """One line for the whole experiment: how many claims have which verdict, most frequent first."""
         checked = [c for c in self.claims if c.verdict in (PROVED, VIOLATED)]
         parts = [f"{len(checked) - len(self.violated)} of {len(checked)} proved claims hold"] if checked else []
-        verdicts = [c.verdict for c in self.claims if c.verdict not in (PROVED, VIOLATED)]
-        if verdicts:
-            mixed = len(set(verdicts)) > 1 and REPRODUCED in verdicts
-            kinds = [CONDITIONAL] if mixed else sorted(set(verdicts))
-            parts.append(f"{'other claims' if checked else 'claims'}: {', '.join(kinds)}")
+        others = Counter(c.verdict for c in self.claims if c.verdict not in (PROVED, VIOLATED))
+        if others:
+            told = ", ".join(f"{n} {verdict}" for verdict, n in others.most_common())
+            parts.append(f"{'other claims' if checked else 'claims'}: {told}")
         return "; ".join(parts)
 
 

@@ -103,10 +103,11 @@ def _dense_claims(run: Run, rows: dict, key: str, statement: str, larger: bool, 
         )
         for start in ("customary", "equal")
     )
-    kept = math.log(equal.measured) / math.log(usual.measured) if min(equal.measured, usual.measured) > 0 else 0.0
-    if usual.verdict == REPRODUCED and kept < run.config.share:
-        note = f"{usual.note}; from equal starts {max(kept, 0):.0%} of the log ratio is left: it is the start's"
-        usual = Claim(**{**vars(usual), "verdict": CONFOUNDED, "note": note})
+    if usual.verdict == REPRODUCED:  # its ratio is above 1, and its logarithm above 0
+        kept = math.log(equal.measured) / math.log(usual.measured) if equal.measured > 0 else 0.0
+        if kept < run.config.share:
+            note = f"{usual.note}; from equal starts {max(kept, 0):.0%} of the log ratio is left: it is the start's"
+            usual = Claim(**{**vars(usual), "verdict": CONFOUNDED, "note": note})
     if equal.verdict == REPRODUCED:
         equal = Claim(**{**vars(equal), "verdict": CONDITIONAL})
     return [usual, equal]

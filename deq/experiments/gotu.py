@@ -12,7 +12,19 @@ from ._dense_nets import DenseDEQ
 from ._fit import FIT_COLUMNS, fit_table_rows
 from ._flow import F64, Family, integrate
 from ._judge import beats
-from ._result import CONFOUNDED, NOT_REPRODUCED, Claim, Result, Table, number, proved, proved_for_all, spread
+from ._result import (
+    CONDITIONAL,
+    CONFOUNDED,
+    NOT_REPRODUCED,
+    REPRODUCED,
+    Claim,
+    Result,
+    Table,
+    number,
+    proved,
+    proved_for_all,
+    spread,
+)
 from ._run import Choice, Experiment, Part, Run, Tick
 
 MEMBERS = {"DEQ": -1, "depth 2": 2, "depth 3": 3}
@@ -206,11 +218,11 @@ def _start_claims(rows: list[dict]) -> list[Claim]:
         ratios = {ck: min(error["depth 2", ck], error["depth 3", ck]) / error["DEQ", ck] for ck in cks}
         worst = min(ratios, key=ratios.get)
         claims.append((start, ratios[worst], f"c_k = {worst}; of c_k in {cks}, f0 = 0"))
-    reversed_ = [start for start, ratio, _ in claims[1:] if ratio <= 1]
+    reversed_ = [start for start, ratio, _ in claims[1:] if not ratio > 1]
     made = []
     for start, ratio, note in claims:
-        verdict = NOT_REPRODUCED
-        if start == "customary" and ratio > 1 and reversed_:
+        verdict = NOT_REPRODUCED if not ratio > 1 else REPRODUCED if start == "customary" else CONDITIONAL
+        if verdict == REPRODUCED and reversed_:
             verdict, note = CONFOUNDED, f"{note}; reversed or gone at equal starts ({', '.join(reversed_)})"
         made.append(Claim(f"linear, {start}: error of depth 2 and 3 / DEQ's", "Eq. 13", ratio, ">", 1, verdict, note))
     return made

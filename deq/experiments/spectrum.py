@@ -85,7 +85,7 @@ def _training(run: Run, name: str, attempt: Attempt, data: Batch, tests: Batch) 
         config, (test, truth) = run.config, tests
 
         def tones(net) -> dict:
-            """Relative error at every tone, per seed; after ten times the steps too."""
+            """Relative error at every tone, per seed."""
             power = torch.fft.rfft(truth.double()).abs().square()
             residual = torch.fft.rfft((net(test) - truth).double().nan_to_num(1e6)).abs().square()
             return {"tones": (residual / power)[:, list(TONES)].tolist()}
