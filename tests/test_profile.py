@@ -337,6 +337,22 @@ def test_half_precisions_have_ceilings_and_feed_forward_nets_of_their_own(tmp_pa
     assert set(roofline.PRECISION_COLOURS) == set(CEILINGS.flops)
 
 
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int64], ids=str)
+def test_products_without_a_ceiling_are_counted_and_take_no_share(dtype, tmp_path):
+    """A block with a Fourier layer multiplies complex matrices, which no ceiling is measured for."""
+    W, c = leaves(16, 8)
+    spectrum = torch.ones(8, 8, dtype=dtype)
+    alone, both = (profile(f, W, c) for f in (deq.solve, lambda W, c: (deq.solve(W, c), spectrum @ spectrum)))
+    one = both.passes[0]
+    name = str(dtype).removeprefix("torch.")
+    assert one.counts.executed[name] == 2 * 8**3 and f"of them {name}" in str(both)
+    known = alone.passes[0].executed / CEILINGS.flops["float32"]
+    assert one.arithmetic_share(CEILINGS) == pytest.approx(known / one.seconds.median)
+    assert one.arithmetic_ceiling(CEILINGS) == CEILINGS.flops["float32"]
+    json.dumps(both.as_dict())
+    both.draw(tmp_path / "roofline.png")
+
+
 @pytest.mark.parametrize("m", [1, 8])
 @pytest.mark.parametrize("batch", [0, 3])
 def test_a_figure_of_passes_without_flops(m, batch, tmp_path, monkeypatch):

@@ -45,14 +45,19 @@ class Pass:
         return self.counts.flops / self.seconds.median
 
     def arithmetic_share(self, ceilings: Ceilings) -> float:
-        """The time that the executed FLOPs take at the ceilings of their precisions, as a share of the time taken."""
-        least = sum(flops / ceilings.flops[name] for name, flops in self.counts.executed.items() if flops)
-        return least / self.seconds.median
+        """The time that the executed FLOPs take at the ceilings of their precisions, as a share of the time taken.
+        Those without a ceiling, of complex numbers say, take none."""
+        return self._at(ceilings)[1] / self.seconds.median
 
     def arithmetic_ceiling(self, ceilings: Ceilings) -> float:
         """FLOP/s of this pass's mixture of precisions at their ceilings."""
-        least = sum(flops / ceilings.flops[name] for name, flops in self.counts.executed.items() if flops)
-        return self.executed / least if least else max(ceilings.flops.values())
+        flops, least = self._at(ceilings)
+        return flops / least if least else max(ceilings.flops.values())
+
+    def _at(self, ceilings: Ceilings) -> tuple[int, float]:
+        """Executed FLOPs that have a ceiling, and the seconds that they take there."""
+        known = {name: flops for name, flops in self.counts.executed.items() if name in ceilings.flops}
+        return sum(known.values()), sum(flops / ceilings.flops[name] for name, flops in known.items())
 
 
 @dataclass
