@@ -1,5 +1,6 @@
 """The command ``deq bench``."""
 
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -87,6 +88,7 @@ def cpu(
         raise click.UsageError(f"{error}.") from error
     if not len(run):
         raise click.UsageError("no case has this shape and family; --case with a new shape makes one")
+    need_folder(out)
     _follow(run, out, report.tables)
 
 
@@ -120,6 +122,7 @@ def gpu(
     from .run import Selection
 
     _need_gpu()
+    need_folder(out)
     passes = (which,) if which else PASSES
     try:
         run = GpuRun(Selection(shapes, families, passes, (1,), seconds), out, "cuda", budget, resume)
@@ -142,6 +145,7 @@ def constants(update: bool, out: Path) -> None:
     from .constants import Measuring, cluster_verdict
 
     _need_gpu()
+    need_folder(out)
     measuring = Measuring()
     console = Console()
     with Progress(console=console, transient=True) as progress:
@@ -173,6 +177,7 @@ def memory(shape: tuple[int, int] | None, out: Path) -> None:
     _need_compiled()
     if not can_measure():
         raise click.ClickException(f"peak memory is read from Linux's {STATUS.parent}, which is not here")
+    need_folder(out)
     case = MEMORY_CASE if shape is None else Case(*shape)
     console = Console()
     with console.status("Measuring"):
@@ -199,6 +204,7 @@ def digits(epochs: int, threads: int | None, seed: int, out: Path) -> None:
     _need_compiled()
     if not run.has_sklearn():
         raise click.ClickException("the images come with scikit-learn: pip install scikit-learn")
+    need_folder(out)
     console = Console()
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("Training", total=epochs)
@@ -220,6 +226,7 @@ def seeds(threads: tuple[int, ...], out: Path) -> None:
     from . import seeds as run
 
     _need_compiled()
+    need_folder(out)
     console = Console()
     with console.status("Training"):
         rows = [run.measure(run.Case(batch=B), n) for B in run.BATCHES for n in threads or _default_threads()]
@@ -239,6 +246,7 @@ def steep(width: int, threads: tuple[int, ...], out: Path) -> None:
     from . import steep as run
 
     _need_compiled()
+    need_folder(out)
     console = Console()
     with console.status("Training"):
         rows = [run.measure(run.Case(width), n) for n in threads or _default_threads()]
@@ -268,6 +276,7 @@ def peers(threads: tuple[int, ...], seconds: float, out: Path) -> None:
     _need_compiled()
     if not has_torchdeq():
         raise click.ClickException("torchdeq is not here: pip install torchdeq")
+    need_folder(out)
     console, rows = Console(), []
     todo = list(run.steps(threads or _default_threads(), seconds))
     with Progress(console=console, transient=True) as progress:
@@ -401,3 +410,12 @@ def _finish(rows: list[dict], out: Path, name: str, console) -> None:
 
 def cannot_write(out: Path, error: OSError) -> click.BadParameter:
     return click.BadParameter(f"cannot write to {out}: {error.strerror or error}.", param_hint="'--out'")
+
+
+def need_folder(out: Path) -> None:
+    """Makes the folder, and sees that files can be written there before anything is computed."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as error:
+        raise cannot_write(out, error) from error

@@ -68,7 +68,9 @@ def folder(out: Path, device: str = "cpu") -> Path:
 
 
 def write(rows: list[dict], out: Path, name: str, device: str = "cpu") -> Path:
-    """Write the rows to ``out/<device>/<name>.json``, one a line, and return the path."""
+    """Write the rows to ``out/<device>/<name>.json``, one a line, and return the path. An interruption
+    leaves the file of before."""
     path = folder(out, device) / f"{name}.json"
-    path.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
-    return path
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+    return partial.replace(path)

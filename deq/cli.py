@@ -2,7 +2,6 @@
 
 import difflib
 import json
-import tempfile
 from dataclasses import fields
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import click
 from . import __version__
 from .activations import ACTIVATIONS
 from .bench import families
-from .bench.cli import bench, cannot_write
+from .bench.cli import bench, cannot_write, need_folder
 from .plan import DEFAULT_TOL, SOLVERS
 
 
@@ -122,7 +121,7 @@ def run(
         parts = {name: parts_path(out, name, of_it) for name, of_it in settings.items()}
     except SettingsError as error:
         raise click.UsageError(f"{error}.") from error
-    _need_folder(out)
+    need_folder(out)
     console = Console()
     violated = []
     for name, options in settings.items():
@@ -276,7 +275,7 @@ def profile(
     except ValueError as error:
         raise click.BadParameter(f"{error}.", param_hint="'--family'") from error
     W, c = (t.to(where, getattr(torch, dtype)).requires_grad_() for t in (W, c))
-    _need_folder(out)
+    need_folder(out)
     console = Console()
     with console.status("Profiling"):
         try:
@@ -307,15 +306,6 @@ def _names(experiment: str | None, known: list[str]) -> list[str]:
     raise click.BadParameter(
         f"there is no experiment {experiment!r}. {hint}Known: {', '.join(known)}, all.", param_hint="EXPERIMENT"
     )
-
-
-def _need_folder(out: Path) -> None:
-    """Makes the folder, and sees that files can be written there before anything is computed."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out).close()
-    except OSError as error:
-        raise cannot_write(out, error) from error
 
 
 def _device(text: str) -> str:

@@ -3,6 +3,7 @@
 import json
 import re
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -306,6 +307,19 @@ class TestRecord:
         path = record.write([{"a": 1}, {"b": None}], tmp_path, "cpu")
         assert path == tmp_path / "acme-r-cpu-3-0-ghz" / "cpu.json"
         assert json.loads(path.read_text()) == [{"a": 1}, {"b": None}]
+
+    def test_an_interruption_while_writing_leaves_the_file_of_before(self, tmp_path, monkeypatch):
+        path = record.write([{"a": 1}], tmp_path, "cpu")
+        before = path.read_text()
+
+        def stopped(self: Path, text: str) -> None:
+            self.write_bytes(text[:5].encode())
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(Path, "write_text", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            record.write([{"a": 2}], tmp_path, "cpu")
+        assert path.read_text() == before
 
 
 class TestPeers:

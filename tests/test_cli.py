@@ -1,6 +1,7 @@
 """The command line: experiments end to end in their quick form, exit codes, interruption, bad options."""
 
 import hashlib
+import importlib
 import json
 import re
 import wave
@@ -14,6 +15,7 @@ from markupsafe import escape
 from matplotlib.image import imread
 
 import deq
+from deq import _library
 from deq.cli import main
 from deq.experiments import REGISTRY, audio, regions, steep
 from deq.experiments._result import Claim
@@ -203,6 +205,18 @@ def test_out_that_cannot_be_a_folder_is_refused(tmp_path):
     for out in (file, file / "below"):
         result = deq_command("run", "steep", "--out", out)
         assert result.exit_code == 2 and "--out" in result.stderr
+
+
+@pytest.mark.skipif(_library.compiled is None, reason="benchmarks need the compiled library")
+@pytest.mark.parametrize("command", ["cpu", "memory", "digits", "seeds", "steep", "peers"])
+def test_benchmarks_find_a_folder_that_cannot_be_written_to_before_they_measure(command, tmp_path, monkeypatch):
+    pytest.importorskip({"digits": "sklearn", "peers": "torchdeq"}.get(command, "deq"))
+    module = importlib.import_module(f"deq.bench.{'run' if command == 'cpu' else command}")
+    name = {"cpu": "Run.steps", "peers": "steps"}.get(command, "measure")
+    monkeypatch.setattr(f"{module.__name__}.{name}", lambda *arguments: pytest.fail("measured"))
+    (tmp_path / "file").write_text("")
+    result = deq_command("bench", command, "--out", tmp_path / "file" / "below")
+    assert result.exit_code == 2 and "cannot write to" in result.stderr
 
 
 def fails(*arguments, **keywords):
