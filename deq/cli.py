@@ -179,13 +179,13 @@ def _recorded(ctx: click.Context, path: str) -> dict:
         raise click.BadParameter(f"{path} is no result of deq run: {error}.", param_hint="EXPERIMENT") from error
     wrong = _misfit(record)
     if wrong:
-        raise click.BadParameter(f"{path} is no result of deq run: {wrong}.", param_hint="EXPERIMENT")
+        raise click.BadParameter(f"{path} cannot be run again: {wrong}.", param_hint="EXPERIMENT")
     return record
 
 
 def _misfit(record: object) -> str:
     """Why this is no record of an experiment, in words; empty if it is one."""
-    from .experiments import REGISTRY, Settings
+    from .experiments import REGISTRY, SCHEMA, Settings
 
     record = record if isinstance(record, dict) else {}
     for key, kind in (("experiment", str), ("settings", dict)):
@@ -194,6 +194,8 @@ def _misfit(record: object) -> str:
     name = record["experiment"]
     if name not in REGISTRY:
         return f"there is no experiment {name!r}"
+    if record.get("schema") != SCHEMA:
+        return f"another version of deq wrote it: it has schema {record.get('schema')!r}, and this one reads {SCHEMA}"
     for setting in record["settings"]:
         if setting not in {field.name for field in fields(Settings)}:
             return f"its settings hold {setting!r}, which {name} does not have"

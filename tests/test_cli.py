@@ -275,7 +275,8 @@ def test_a_result_is_run_again_as_it_says(tmp_path):
         assert result.exit_code == 2 and "regions.json" in result.stderr
 
 
-REST = {"experiment": "audio", "values": {}, "claims": [], "provenance": {}}  # of a record, beside its settings
+# Of a record, beside its settings.
+REST = {"schema": SCHEMA, "experiment": "audio", "values": {}, "claims": [], "provenance": {}}
 
 
 @pytest.mark.parametrize(
@@ -285,8 +286,10 @@ REST = {"experiment": "audio", "values": {}, "claims": [], "provenance": {}}  # 
         ([1], 'it has no "experiment"'),
         ({"experiment": "steep"}, 'it has no "settings"'),
         ({"experiment": "steeper", "settings": {}}, "there is no experiment 'steeper'"),
-        ({"experiment": "steep", "settings": {"foo": 1}}, "its settings hold 'foo', which steep does not have"),
-        ({"experiment": "steep", "settings": {}, "values": {}, "claims": []}, 'it has no "provenance"'),
+        ({"experiment": "steep", "settings": {}}, "it has schema None, and this one reads"),
+        (REST | {"schema": 1, "settings": {"quick": True}}, "another version of deq wrote it: it has schema 1, and"),
+        (REST | {"settings": {"foo": 1}}, "its settings hold 'foo', which audio does not have"),
+        (REST | {"settings": {}, "provenance": None}, 'it has no "provenance"'),
         (REST | {"settings": {"width": "a"}}, "audio: width must be an integer; got 'a'"),
         (REST | {"settings": {"seed": True}}, "audio: seed must be an integer; got True"),
         (REST | {"settings": {"level": "brief"}}, "audio: level must be one of quick, default, full; got 'brief'"),

@@ -19,7 +19,7 @@ from . import (
     steep,
 )
 from ._ledger import write_ledger
-from ._run import Experiment, Settings, SettingsError, execute, forget_parts, parts_path
+from ._run import SCHEMA, Experiment, Settings, SettingsError, execute, forget_parts, parts_path
 
 REGISTRY: dict[str, Experiment] = {
     e.name: e
@@ -42,6 +42,7 @@ REGISTRY: dict[str, Experiment] = {
 
 __all__ = [
     "REGISTRY",
+    "SCHEMA",
     "Experiment",
     "Settings",
     "SettingsError",
