@@ -197,6 +197,10 @@ def test_wav_files_of_every_width_are_read(tmp_path, size, kind, channels):
     torch.testing.assert_close(sound, expected, rtol=0, atol=2.0 ** (2 - 8 * size) + 1e-9)
     with pytest.raises(SettingsError, match="400 samples; at least 401"):
         read_wav(str(path), 401)
+    path.write_bytes(path.read_bytes()[:-1])  # cut off within its last sample
+    assert len(read_wav(str(path), 399)) == 399
+    with pytest.raises(SettingsError, match="399 samples; at least 400"):
+        read_wav(str(path), 400)
 
 
 def test_what_is_no_sound_is_named(tmp_path):

@@ -42,6 +42,7 @@ def read_wav(path: str, count: int) -> Tensor:
     if size not in _SCALES:
         raise SettingsError(f"audio: {path} has {8 * size} bits a sample; 8, 16 and 32 are read")
     kind, offset = _SCALES[size]
+    raw = raw[: len(raw) - len(raw) % (size * channels)]  # a file that was cut off may end within a sample
     sound = (np.frombuffer(raw, kind).astype(np.float64) - offset).reshape(-1, channels).mean(1)
     if len(sound) < count:
         raise SettingsError(f"audio: {path} has {len(sound)} samples; at least {count} are needed")
