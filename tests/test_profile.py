@@ -1,6 +1,7 @@
 """deq.profile: every count against another way of counting the same thing."""
 
 import json
+import threading
 from collections import Counter
 
 import pytest
@@ -335,6 +336,28 @@ def test_half_precisions_have_ceilings_and_feed_forward_nets_of_their_own(tmp_pa
         assert all(net.retained == pytest.approx(2 * 8 * net.width * 2, rel=0.3) for net in report.beside)
         report.draw(tmp_path / "roofline.png")
     assert set(roofline.PRECISION_COLOURS) == set(CEILINGS.flops)
+
+
+def test_what_other_threads_solve_is_not_the_calls():
+    """A thread that trains beside: its solves are not told as the call's, nor the call as a step for its adjoints."""
+    W, c = leaves(16, 8)
+    other, has_begun, is_over = leaves(5, 3), threading.Event(), threading.Event()
+
+    def train():
+        while not is_over.is_set():
+            deq.solve(*other).z.sum().backward()
+            has_begun.set()
+
+    beside = threading.Thread(target=train)
+    beside.start()
+    try:
+        assert has_begun.wait(60)
+        report = profile(deq.solve, W, c)
+    finally:
+        is_over.set()
+        beside.join()
+    assert report.shapes == [(8, 16)]
+    assert [(one.name, len(one.iterations)) for one in report.passes] == [("forward", 8), ("backward", 8)]
 
 
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.int64], ids=str)

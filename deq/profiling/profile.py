@@ -1,5 +1,6 @@
 """``deq.profile``: run something that solves equilibria, and account for it."""
 
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -96,11 +97,13 @@ class _Subject:
         self.run = run
         with ranges.record() as recorder:
             tensors = list(_tensors(run()))
-        self.is_step = any(event.name in ("adjoint", "dW") for event in recorder.events)
+        belongs = _belonging(recorder.events)
+        events = [event for event in recorder.events if belongs(event)]
+        self.is_step = any(event.name in ("adjoint", "dW") for event in events)
         if not tensors and not self.is_step:
             raise ValueError("call must return tensors or a deq.Solution; its result holds none")
         # What a step returns need not lie where it solves, and its graph may be gone.
-        solved = [event.iterations for event in recorder.events if self.is_step and event.iterations is not None]
+        solved = [event.iterations for event in events if self.is_step and event.iterations is not None]
         self.device = next((t.device for t in (*solved, *tensors)), torch.device("cpu"))
         outputs = [t for t in tensors if t.requires_grad and not self.is_step]
         self.differentiates = bool(outputs) and torch.is_grad_enabled()
@@ -124,6 +127,14 @@ class _Subject:
     def both(self) -> object:
         result = self.run()
         return (result, self.differentiate(result)) if self.differentiates else result
+
+
+def _belonging(events: list[ranges.Event]) -> Callable[[ranges.Event], bool]:
+    """Which events are of the calling thread's work: on the CPU backward passes run in it as well, and other threads
+    may solve meanwhile; on a GPU backward passes run in threads of autograd."""
+    here = threading.get_native_id()
+    on_gpu = any(e.thread == here and e.iterations is not None and e.iterations.is_cuda for e in events)
+    return lambda event: on_gpu or event.thread == here
 
 
 def _tensors(result: object) -> Iterator[Tensor]:
@@ -175,9 +186,10 @@ def _count(subject: _Subject) -> tuple[dict[str, Pass], dict[str, list[memory.So
             del gradients
         elif subject.is_step:
             passes["forward"].name = STEP
-    trains = any(event.name == "dW" for event in recorder.events)
+    belongs = _belonging(recorder.events)
+    trains = any(event.name == "dW" and belongs(event) for event in recorder.events)
     for i, event in enumerate(recorder.events):
-        if event.name not in solved or event.iterations is None:
+        if event.name not in solved or event.iterations is None or not belongs(event):
             continue
         one = passes["forward" if i < own else "backward"]
         one.iterations += event.iterations.reshape(-1).tolist()
