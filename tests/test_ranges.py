@@ -67,6 +67,28 @@ def test_recorders_nest_and_see_all_threads():
     assert len({event.thread for event in outer.events}) == 2
 
 
+def test_recorders_of_several_threads_do_not_lose_each_other():
+    lost = []
+
+    def use(name):
+        for _ in range(3000):
+            with record() as recorder, phase(name):
+                pass
+            lost.extend(name for _ in range(sum(event.name == name for event in recorder.events) != 1))
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=use, args=(str(i),)) for i in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert not lost and not ranges._recorders and not ranges.listening
+
+
 def test_a_range_ends_where_a_solve_raises():
     W, c = leaves(8, 3)
     with record() as recorder, pytest.raises(deq.ConvergenceError):

@@ -43,6 +43,7 @@ _domain = nvtx.get_domain("deq") if nvtx else None
 _has_tool = nvtx is not None and isinstance(_domain, nvtx.Domain)  # else a dummy that does nothing
 _recorders: tuple["Recorder", ...] = ()
 listening = _has_tool
+_changing = threading.Lock()  # of the two: without it recorders of several threads lose each other, or stay for ever
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,9 @@ def record(inside: bool = False) -> Iterator[Recorder]:
     global _recorders, listening
     library = _library.compiled if inside else None
     recorder = Recorder()
-    _recorders = (*_recorders, recorder)
-    listening = True
+    with _changing:
+        _recorders = (*_recorders, recorder)
+        listening = True
     if library:
         library.deq_trace_start()
     try:
@@ -103,8 +105,9 @@ def record(inside: bool = False) -> Iterator[Recorder]:
     finally:
         if library:
             recorder.events += _spans(library)
-        _recorders = tuple(r for r in _recorders if r is not recorder)
-        listening = _has_tool or bool(_recorders)
+        with _changing:
+            _recorders = tuple(r for r in _recorders if r is not recorder)
+            listening = _has_tool or bool(_recorders)
 
 
 def _spans(library: ctypes.CDLL) -> list[Event]:
