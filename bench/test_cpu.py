@@ -5,7 +5,7 @@ No case is timed that deq does not solve: its answer is judged first (bench/qual
 of the case's timings.
 """
 
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import pytest
 
@@ -38,12 +38,15 @@ def test_forward_and_backward(benchmark, case, variant, threads):
     problem = solved(case)
     benchmark.group = f"{case.name} {threads} threads"
     with use_threads(threads):
-        answer = {"deq": engine, "loop": torch_loop, "gemm": torch_loop}[variant](problem)
+        run = partial({"deq": engine, "loop": torch_loop, "gemm": torch_loop}[variant], problem)
+        answer = run()
         benchmark.extra_info["iterations"] = answer.iterations
         if variant == "gemm":
-            benchmark(make_gemm_only(problem, answer.iterations, answer.adjoint_evaluations))
+            run = make_gemm_only(problem, answer.iterations, answer.adjoint_evaluations)
+        if case.new_weights:
+            benchmark.pedantic(run, setup=problem.changer(), rounds=SLOWEST_ROUNDS, warmup_rounds=1)
         else:
-            benchmark({"deq": engine, "loop": torch_loop}[variant], problem)
+            benchmark(run)
 
 
 @pytest.mark.parametrize("case", AUTO_CASES, ids=lambda case: case.name)
