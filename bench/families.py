@@ -16,7 +16,7 @@ def draw(family: str, m: int, B: int, generator: Generator) -> tuple[Tensor, Ten
     """W (m, m) and c (B, m) in float64. Raises ValueError for an unknown family or sizes that one does not have."""
     name, number = split(family)
     if name == "trained":
-        return trained.draw(int(number or trained.EPOCHS[-1]), m, B)
+        return trained.draw(float(number or trained.EPOCHS[-1]), m, B)
     make, default = _FAMILIES[name]
     W = make(m, float(number or default), generator)
     c = _normal(B, m, generator)

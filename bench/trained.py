@@ -16,12 +16,12 @@ EPOCHS = (10, 15, 20)  # those whose weights are kept
 LEARNING_RATE = 2e-3
 
 
-def draw(epoch: int, m: int, B: int) -> tuple[Tensor, Tensor]:
+def draw(epoch: float, m: int, B: int) -> tuple[Tensor, Tensor]:
     """W (128, 128) after an epoch of ``EPOCHS`` and the injections c (B, 128) of the first training samples, float64.
     Raises ValueError for what was not trained."""
     for name, value, allowed in (("epoch", epoch, EPOCHS), ("m", m, (WIDTH,))):
         if value not in allowed:
-            raise ValueError(f"{name} must be {' or '.join(map(str, allowed))} with trained weights; got {value}")
+            raise ValueError(f"{name} must be {' or '.join(map(str, allowed))} with trained weights; got {value:g}")
     if B > SAMPLES:
         raise ValueError(f"B must be at most {SAMPLES} with trained weights; got {B}")
     W, c = _train(max(EPOCHS))[epoch]

@@ -429,6 +429,10 @@ class TestCommand:
         [
             (["--family", "gauss"], "family must be one of"),
             (["--family", "trained10", "--case", "64,64"], "m must be 128 with trained weights"),
+            (
+                ["--family", "trained1.5", "--case", "128,64"],
+                "epoch must be 10 or 15 or 20 with trained weights; got 1.5",
+            ),
             (["--family", "radius9"], "no case has this shape and family"),
         ],
     )
