@@ -288,6 +288,14 @@ def test_feed_forward_nets_have_equal_shares(layers):
         assert net.flops["backward"] == 2 * net.flops["forward"]
 
 
+def test_bytes_of_an_operator_are_its_inputs_and_outputs_once():
+    a, given = torch.ones(4, 8), torch.empty(4, 4)
+    for run in (lambda: torch.mm(a, a.mT), lambda: torch.mm(a, a.mT, out=given)):
+        with counter.Counter() as counted:
+            run()
+        assert counted.counts.bytes == 4 * (2 * 4 * 8 + 4 * 4)
+
+
 def test_live_bytes():
     live = counter.Live()
     given = torch.zeros(1000)

@@ -121,7 +121,9 @@ class Counter(TorchDispatchMode):
         if name in _ENGINE:
             self._engine(args, *_ENGINE[name])
             return
-        counts.bytes += sum(_bytes(t) for t in (*inputs, *outputs))
+        out_names = {argument.name for argument in function._schema.arguments if argument.is_out}  # written, not read
+        read = tree_iter((args, {name: value for name, value in kwargs.items() if name not in out_names}))
+        counts.bytes += sum(_bytes(t) for t in (*read, *outputs) if isinstance(t, Tensor))
         if flops:
             precision = str(inputs[0].dtype).removeprefix("torch.")
             counts.executed[precision] += flops
