@@ -73,8 +73,8 @@ def cpu(
     """Times on the CPU as ratios over baselines that run in turns with deq, first of the plain map, then of what deq
     chooses by itself; at the same tolerance and at the same error. About seven minutes on an idle machine.
 
-    Ratios are medians over turns. 1 thread is timed by processor time, 2 by the clock: the machine should be idle. The
-    file is written as cases finish; Ctrl-C keeps it.
+    Ratios are medians over turns; of what deq chooses with 2 threads, those of the shortest calls. 1 thread is timed by
+    processor time, 2 by the clock: the machine should be idle. The file is written as cases finish; Ctrl-C keeps it.
     """
     from . import report
     from .goals import PASSES
