@@ -288,6 +288,13 @@ def test_feed_forward_nets_have_equal_shares(layers):
         assert net.flops["backward"] == 2 * net.flops["forward"]
 
 
+def test_a_float64_weight_comes_from_where_its_bytes_fit():
+    """400^2 elements of 4 bytes lie in a cache of 1 MiB, of 8 bytes they do not."""
+    for dtype, where in ((torch.float32, "cache"), (torch.float64, "memory")):
+        report = profile(deq.solve, *leaves(400, 2, dtype))
+        assert report.bandwidth_share(report.passes[0])[0] == where
+
+
 def test_bytes_of_an_operator_are_its_inputs_and_outputs_once():
     a, given = torch.ones(4, 8), torch.empty(4, 4)
     for run in (lambda: torch.mm(a, a.mT), lambda: torch.mm(a, a.mT, out=given)):

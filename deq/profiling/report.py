@@ -1,5 +1,6 @@
 """What a profile found: numbers, a text table, JSON, and the roofline figure."""
 
+import math
 from collections import Counter as Tally
 from dataclasses import asdict, dataclass, field
 from io import StringIO
@@ -146,9 +147,10 @@ class Report:
         }
 
     def bandwidth_share(self, one: Pass) -> tuple[str, float]:
-        """Where W comes from, and the share of what can be read from there."""
+        """Where W comes from, and the share of what can be read from there. Of 16 bits W is multiplied in float32."""
         shape = self.shapes[0] if self.shapes else (1,)
-        name, ceiling = self.ceilings.bandwidth_for(4 * shape[-1] ** 2)
+        element = max(4, self.memory.buffer // max(1, math.prod(shape)))
+        name, ceiling = self.ceilings.bandwidth_for(element * shape[-1] ** 2)
         return name, one.counts.bytes / one.seconds.median / ceiling
 
     def draw(self, path: Path | str) -> None:
