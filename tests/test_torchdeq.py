@@ -463,6 +463,14 @@ def test_norms():
         ours.apply_norm(nn.Linear(2, 2), lern_scale=True)
 
 
+def test_a_dropout_whose_rate_follows_a_schedule():
+    """A program sets the attribute that torchdeq's layers have."""
+    layer = ours.VariationalDropout1d(0.5)
+    layer.dropout = 0.0
+    x = torch.ones(2, 3, 4)
+    assert torch.equal(layer(x), x) and layer.dropout == 0.0
+
+
 @pytest.mark.parametrize("name", [n for n in ours.__all__ if n.startswith("VariationalDrop")])
 def test_dropouts(name):
     kind = getattr(ours, name)

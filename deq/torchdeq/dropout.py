@@ -16,6 +16,10 @@ class VariationalDropout(_Dropout):
     def dropout(self) -> float:
         return self.p
 
+    @dropout.setter
+    def dropout(self, dropout: float) -> None:
+        self.p = dropout
+
 
 def _make(name: str, spatial: int, drops: str) -> type[_Dropout]:
     """The class for x (B, *spatial, D), or (B, D, *spatial) with token_first=False, that drops features or tokens."""
