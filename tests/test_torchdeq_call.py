@@ -141,3 +141,19 @@ def test_statistics_are_a_dict():
     cleared = info()
     cleared.clear()
     assert not cleared
+
+
+@pytest.mark.parametrize(
+    "solver", ["anderson", "broyden", "fixed_point_iter", "newton_krylov", "simple_fixed_point_iter"]
+)
+def test_a_model_is_pickled_with_its_solvers(solver):
+    """As a whole, as torch.save does it, and to processes that are spawned."""
+    model = ours.get_deq(f_solver=solver, b_solver=solver)
+    twin = pickle.loads(pickle.dumps(model))
+    assert twin.f_solver is twin.b_solver is model.f_solver and twin.args == model.args
+
+
+@pytest.mark.parametrize("solver", ["anderson", "broyden", "fixed_point_iter", "newton_krylov"])
+def test_the_final_state_of_no_samples(solver):
+    z, _, _ = ours.get_solver(solver)(lambda z: 0.5 * z + 1, torch.zeros(0, 3), return_final=True)
+    assert z.shape == (0, 3)

@@ -68,7 +68,9 @@ for _name in (*(f"__{name}__" for name in _OPERATORS), *_METHODS):  # all of a d
     setattr(_StatWhenRead, _name, _filled(_name))
 
 
-def _make(method: str, options: dict[str, str]) -> Solver:
+def _make(name: str, method: str, options: dict[str, str]) -> Solver:
+    """The solver that is to be known in this module as ``name``."""
+
     def rule_of(max_iter: int = 50, tol: float = 1e-3, stop_mode: str = "abs", **given) -> Rule:
         rule_options = {}
         for name, value in given.items():
@@ -108,13 +110,13 @@ def _make(method: str, options: dict[str, str]) -> Solver:
         f = _MatrixMap(func, layout, return_final)
         keep = tuple(sorted(set(indexing or ())))
         result = generic.run(f, layout.flatten(x0), rule, keep=keep, traced=True)
-        z = layout.unflatten(f.last if return_final else result.z)
+        z = layout.unflatten(result.z if f.last is None else f.last)
         trajectory = [z if state is None else layout.unflatten(state) for state in result.trajectory]
         told, trace = result.told, result.trace
         return z, trajectory, _StatWhenRead(lambda: _stat(told, trace))
 
     solver.rule_of = rule_of
-    solver.__name__ = f"{method}_solver"
+    solver.__name__ = solver.__qualname__ = name  # by which it is found when a model is unpickled
     solver.__doc__ = (
         f"deq's {method} solver in torchdeq's shape. stop_mode 'abs' bounds ||f(z) - z||, 'rel' that over ||f(z)||, "
         f"of every sample by itself. Other options: {', '.join(options) or 'none'}. indexing: evaluations after which "
@@ -124,10 +126,11 @@ def _make(method: str, options: dict[str, str]) -> Solver:
 
 
 class _MatrixMap:
-    """func as a map of matrices (B, D); its last image stays in ``last`` where that is wanted."""
+    """func as a map of matrices (B, D); its last image, if there was one, stays in ``last`` where that is wanted."""
 
     def __init__(self, func: Callable[[Tensor], Tensor], layout: Layout, keeps_last: bool):
         self.func, self.layout, self.keeps_last = func, layout, keeps_last
+        self.last: Tensor | None = None
 
     def __call__(self, flat: Tensor) -> Tensor:
         image = self.layout.flatten(self.func(self.layout.unflatten(flat)))
@@ -194,10 +197,10 @@ def solver_stat_from_final_step(z, fz, nstep: int = 0) -> SolverStat:
     )
 
 
-fixed_point_iter = _make("plain", {"tau": "damping"})
-anderson_solver = _make("anderson", {"tau": "damping", "m": "depth"})
-broyden_solver = _make("broyden", {"LBFGS_thres": "depth"})
-newton_krylov_solver = _make("newton_krylov", {"m": "depth"})
+fixed_point_iter = _make("fixed_point_iter", "plain", {"tau": "damping"})
+anderson_solver = _make("anderson_solver", "anderson", {"tau": "damping", "m": "depth"})
+broyden_solver = _make("broyden_solver", "broyden", {"LBFGS_thres": "depth"})
+newton_krylov_solver = _make("newton_krylov_solver", "newton_krylov", {"m": "depth"})
 
 _solvers: dict[str, Solver] = {
     "fixed_point_iter": fixed_point_iter,
