@@ -84,6 +84,7 @@ class DEQBase(nn.Module):
     def _solve(self, func, z_init, solver_kwargs, sradius_mode, backward_writer) -> tuple[list, dict]:
         options = dict(solver_kwargs or {})
         limit = options.pop("f_max_iter", None)
+        limit = None if limit is None else max(1, int(limit))
         problem = _Problem(self, func, z_init, backward_writer)
         if self.training:
             states, info = self._states(problem, limit, options)
@@ -114,14 +115,14 @@ class DEQIndexing(DEQBase):
     """One solve; the states asked for are taken out of it, and gradient steps are attached to each."""
 
     def _steps(self, f_max_iter: int) -> list[int]:
-        n = min(f_max_iter, self.args["n_states"])
+        n = self.args["n_states"]
         if n > 1:
             gap = f_max_iter // n
             return [f_max_iter - (n - k - 1) * gap for k in range(n)]
         return [*self.args["indexing"], f_max_iter]
 
     def _states(self, problem, limit, options):
-        steps = self.steps if limit is None else self._steps(int(limit))
+        steps = self.steps if limit is None else self._steps(limit)
         _, trajectory, info = problem.solve(problem.start, steps[-1], options, indexing=steps)
         states = []
         for i, z in enumerate(trajectory):
@@ -133,17 +134,18 @@ class DEQSliced(DEQBase):
     """As many solves as states; each goes on from the gradient steps of the last."""
 
     def _steps(self, f_max_iter: int) -> list[int]:
-        n = min(f_max_iter, self.args["n_states"])
+        n = self.args["n_states"]
         if n > 1:
             return [f_max_iter // n + (k < f_max_iter % n) for k in range(n)]
-        edges = [0, *self.args["indexing"], f_max_iter]
+        edges = [0, *(min(step, f_max_iter) for step in sorted(self.args["indexing"])), f_max_iter]
         return [after - before for before, after in pairwise(edges)]
 
     def _states(self, problem, limit, options):
-        steps = self.steps if limit is None else self._steps(int(limit))
+        steps = self.steps if limit is None else self._steps(limit)
         states, z, info = [], problem.start, {}
         for i, evaluations in enumerate(steps):
-            z, _, info = problem.solve(problem.detach(z), evaluations, options)
+            if evaluations > 0:
+                z, _, info = problem.solve(problem.detach(z), evaluations, options)
             states += self._with_gradient(problem, problem.detach(z), i)
             z = states[-1]
         return states, info
