@@ -186,6 +186,7 @@ def solver_stat_from_final_step(z, fz, nstep: int = 0) -> SolverStat:
     if not isinstance(z, Tensor):
         z, fz = (torch.cat([part.flatten(1) for part in parts], 1) for parts in (z, fz))
     z, fz = (t.detach().flatten(1) if t.dim() >= 2 else t.detach().reshape(-1, 1) for t in (z, fz))
+    z, fz = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (z, fz))  # 16 bits hold neither norm nor count
     lowest = (fz - z).norm(dim=1)
     relative = lowest / (fz.norm(dim=1) + 1e-8)
     return SolverStat(
