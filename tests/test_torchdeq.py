@@ -338,6 +338,33 @@ def test_wrong_values(options, message):
         ours.get_deq(**options)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"f_max_iter": "many"}, "f_max_iter must be a number; got 'many'"),
+        ({"f_tol": "small"}, "f_tol must be a number; got 'small'"),
+        ({"grad": 0.5}, "grad must be a sequence of integers; got 0.5"),
+        ({"sup_loc": ["end"]}, "sup_loc must be a sequence of integers; got one with 'end'"),
+    ],
+)
+def test_values_of_another_type(options, message):
+    with pytest.raises(TypeError, match=message):
+        ours.get_deq(**options)
+
+
+def test_options_that_are_none():
+    """As torchdeq's classes have them by default."""
+    f = lambda z: 0.5 * z + 1  # noqa: E731
+    states, _ = ours.DEQSliced(indexing=None, sup_loc=None, grad=3)(f, torch.zeros(2, 2))
+    assert len(states) == 1
+
+
+@pytest.mark.parametrize("start", [None, [], 1.0])
+def test_a_start_that_is_none(start):
+    with pytest.raises(TypeError, match="z_init must be a tensor, or a tuple or list of tensors"):
+        ours.get_deq()(lambda z: z, start)
+
+
 def test_solver_options():
     f = lambda z: 0.5 * z + 1  # noqa: E731
     with pytest.raises(TypeError, match=r"has no option mm=3; did you mean 'm'\?"):
@@ -457,6 +484,49 @@ def test_registered_parts():
         ours.fp_correction(lambda a: a, ([torch.tensor(1.0)],), weight_func="exponential")
     total, values = ours.fp_correction(lambda a: a, ([torch.tensor(1.0)] * 3,), "const", return_loss_values=True, c=2.0)
     assert total == 6 and values == [1, 1, 1]
+
+
+@pytest.mark.parametrize("how", ["keyword", "dict", "namespace"])
+def test_registered_classes_have_options_of_their_own(how):
+    """A core, one derived from a core of deq, and a norm."""
+    args = {"dict": {"strength": 3}, "namespace": argparse.Namespace(strength=3, lr=0.1)}.get(how)
+    keywords = {"strength": 3} if how == "keyword" else {}
+
+    class Core(nn.Module):
+        def __init__(self, args):
+            super().__init__()
+            self.strength = args.get("strength")
+
+    class Derived(ours.DEQSliced):
+        def __init__(self, args):
+            super().__init__(args)
+            self.strength = self.args["strength"]
+
+    class Norm:
+        @classmethod
+        def apply(cls, module, deq_args, strength=None):
+            norm = cls()
+            norm.strength = deq_args.get("strength", strength)
+            return norm
+
+    for core in (Core, Derived):
+        ours.register_deq("own", core)
+        assert ours.get_deq(args, core="own", **keywords).strength == 3
+    Norm._target_modules = {nn.Linear: ("weight", 0)}
+    ours.register_norm("own", Norm)
+    model = nn.Sequential(nn.Linear(2, 2))
+    ours.apply_norm(model, "own", args=args, **keywords)
+    assert model[0]._deq_norm.strength == 3
+    with pytest.raises(TypeError, match="get_deq has no option strength=3"):
+        ours.get_deq(strength=3)
+
+
+def test_statistics_of_the_last_step_in_16_bits():
+    """No norm overflows, and the steps are counted exactly."""
+    z = torch.full((2, 40000), 300.0, dtype=torch.float16)
+    info = ours.solver_stat_from_final_step(z, 2 * z, 4097)
+    assert (info["abs_lowest"] - 6e4).abs().max() < 10 and (info["rel_lowest"] - 0.5).abs().max() < 1e-4
+    assert info["nstep"].tolist() == [4097, 4097]
 
 
 def test_norms():

@@ -62,23 +62,24 @@ def add_deq_args(parser: argparse.ArgumentParser) -> None:
             parser.add_argument(f"--{name}", type=option.parse, default=option.default, help=option.help, **many)
 
 
-def gather(where: str, args: object, given: Mapping[str, object], own: Iterable[str] = ()) -> dict[str, object]:
+def gather(where: str, args: object, given: Mapping[str, object], own: Iterable[str] | None = ()) -> dict[str, object]:
     """Options out of a Namespace, dict or None and out of keywords, which win. Nobody's memory is shared.
 
-    A Namespace may hold a program's other options. Raises TypeError for an unknown name in a dict or a keyword.
+    A Namespace may hold a program's other options. Raises TypeError for an unknown name in a dict or a keyword: one
+    neither in OPTIONS nor in ``own``. With None for ``own`` there are no unknown ones, and all are returned.
     """
+    known = None if own is None else (*OPTIONS, *own)
     if args is None:
         config: dict[str, object] = {}
     elif isinstance(args, Mapping):
         config = dict(args)
     elif hasattr(args, "__dict__"):
-        config = {name: value for name, value in vars(args).items() if name in OPTIONS}
+        config = {name: value for name, value in vars(args).items() if known is None or name in OPTIONS}
     else:
         raise TypeError(f"{where}: args must be a Namespace, a dict or None; got {type(args).__name__}")
     config |= given
-    known = (*OPTIONS, *own)
     for name, value in config.items():
-        if name not in known:
+        if known is not None and name not in known:
             refuse(where, name, value, known)
     return config
 

@@ -1,6 +1,7 @@
 """torchdeq's modules: ``deq(func, z_init) -> (states, info)``."""
 
 import math
+import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..closures import graph_break, in_forward_mode, in_transform, recorded, watched
+from ..function_options import listed
 from ..held import Call, frozen, with_others
 from ..implicit_function import CachedWeights, Equation, attached, closed_over, fixed_point
 from ..solvers import generic
@@ -24,16 +26,24 @@ from .solver import SolverStat, get_solver
 class DEQBase(nn.Module):
     """The options of get_deq, checked, and what both cores share.
 
-    Raises TypeError for an unknown option and ValueError for a value that cannot be.
+    ``args`` are all of them; a class that is derived may have others, which are there as well. Raises TypeError for an
+    unknown option, or one of the wrong type, and ValueError for a value that cannot be.
     """
 
     def __init__(self, args=None, no_stat: bool | None = None, **kwargs):
         super().__init__()
-        config = gather("get_deq", args, kwargs)
-        self.args = {name: config.get(name, option.default) for name, option in OPTIONS.items()}
-        config = self.args
+        own = ("no_stat",) if type(self) in (DEQIndexing, DEQSliced) else None
+        given = {name: value for name, value in gather("get_deq", args, kwargs, own).items() if value is not None}
+        no_stat = given.pop("no_stat", no_stat)
+        config = self.args = {name: option.default for name, option in OPTIONS.items()} | given
+        for name, option in OPTIONS.items():
+            value = config[name]
+            if option.many:
+                config[name] = [value] if isinstance(value, int) else listed(name, value, int, "integers")
+            elif option.parse in (int, float) and not isinstance(value, numbers.Real):
+                raise TypeError(f"{name} must be a number; got {value!r}")
         for name in ("f_max_iter", "b_max_iter", "n_states"):
-            if config[name] != int(config[name]) or config[name] < 1:
+            if config[name] < 1 or not float(config[name]).is_integer():
                 raise ValueError(f"{name} must be a positive integer; got {config[name]!r}")
             config[name] = int(config[name])
         for name in ("f_stop_mode", "b_stop_mode"):
@@ -41,19 +51,19 @@ class DEQBase(nn.Module):
                 raise ValueError(f"{name} must be 'abs' or 'rel'; got {config[name]!r}")
         self.f_solver, self.b_solver = get_solver(config["f_solver"]), get_solver(config["b_solver"])
         self.no_stat = config["f_solver"] == "simple_fixed_point_iter" if no_stat is None else no_stat
-        grad = config["grad"]
-        self.grad = [grad] if isinstance(grad, int) else list(grad)
-        if not self.grad or any(not isinstance(steps, int) or steps < 1 for steps in self.grad):
-            raise ValueError(f"grad must be positive integers; got {grad!r}")
+        self.grad = config["grad"]
+        if not self.grad or any(steps < 1 for steps in self.grad):
+            raise ValueError(f"grad must be positive integers; got {self.grad!r}")
         self.ift = bool(config["ift"] or config["hook_ift"])
         self.f_max_iter = config["f_max_iter"]
-        self.eval_f_max_iter = config["eval_f_max_iter"] or int(self.f_max_iter * config["eval_factor"])
+        evaluations = config["eval_f_max_iter"]
+        self.eval_f_max_iter = int(evaluations if evaluations > 0 else self.f_max_iter * config["eval_factor"])
         self.steps = self._steps(self.f_max_iter)
         if len(self.grad) not in (1, len(self.steps)):
-            raise ValueError(f"grad must have one number or {len(self.steps)}, one a state; got {grad!r}")
+            raise ValueError(f"grad must have one number or {len(self.steps)}, one a state; got {self.grad!r}")
 
     def _steps(self, f_max_iter: int) -> list[int]:
-        """The evaluations that belong to every state."""
+        """The evaluations that belong to every state; as many states whatever ``f_max_iter`` is."""
         raise NotImplementedError  # abstract: every subclass has its own
 
     def _states(self, problem: "_Problem", limit: int | None, options: dict) -> tuple[list, dict]:
@@ -157,6 +167,8 @@ class _Problem:
     def __init__(self, model: DEQBase, func: Callable, z_init, writer):
         self.model, self.func, self.writer = model, func, writer
         self.several = not isinstance(z_init, Tensor)
+        if self.several and not (isinstance(z_init, (tuple, list)) and z_init):
+            raise TypeError(f"z_init must be a tensor, or a tuple or list of tensors; got {z_init!r}")
         z_init = list(z_init) if self.several else z_init
         first = z_init[0] if self.several else z_init
         self.device = first.device
@@ -301,7 +313,7 @@ _cores: dict[str, type[nn.Module]] = {"indexing": DEQIndexing, "sliced": DEQSlic
 
 
 def register_deq(deq_type: str, core: type[nn.Module]) -> None:
-    """Make ``core(args)`` known to get_deq as ``core=deq_type``."""
+    """Make ``core(args)`` known to get_deq as ``core=deq_type``; args: a dict of all options, those of others too."""
     _cores[deq_type] = core
 
 
@@ -309,15 +321,15 @@ def get_deq(args=None, **kwargs) -> nn.Module:
     """The module that solves: ``states, info = deq(func, z_init)``.
 
     args: a Namespace, dict or None with options of :data:`~deq.torchdeq.arguments.OPTIONS`; kwargs win over it. Neither
-    is changed. Raises TypeError for an unknown option in a dict or keyword, naming the closest known one.
+    is changed. Raises TypeError for an unknown option in a dict or keyword, naming the closest known one; a core that
+    was registered is given whatever there is.
     """
-    no_stat = kwargs.pop("no_stat", None)
-    config = gather("get_deq", args, kwargs)
+    config = gather("get_deq", args, kwargs, None)
     core = config.get("core", OPTIONS["core"].default)
     if core not in _cores:
         refuse("get_deq", "core", core, [f"core={name!r}" for name in _cores])
-    if issubclass(_cores[core], DEQBase):
-        return _cores[core](config, no_stat=no_stat)
+    if _cores[core] in (DEQIndexing, DEQSliced):
+        return _cores[core](args, **kwargs)
     return _cores[core](config)
 
 

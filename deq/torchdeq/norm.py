@@ -26,10 +26,13 @@ def apply_norm(
     norm_type: "weight_norm", "spectral_norm", "none" or one that was registered; ``args.norm_type`` wins over it.
     prefix_filter_out, filter_out: layers whose name begins with, or contains, one of these are left out. args: options
     as for get_deq (norm_no_scale, norm_clip, norm_clip_value, norm_target_norm, sn_n_power_iters). norm_kwargs: the
-    same under the names learn_scale, clip, clip_value, target_norm, n_power_iterations.
+    same under the names learn_scale, clip, clip_value, target_norm, n_power_iterations. A registered norm is given all
+    of both.
     """
-    config = gather("apply_norm", args, norm_kwargs, _OWN)
+    config = gather("apply_norm", args, norm_kwargs, None)
     norm_type = config.get("norm_type", norm_type)
+    if norm_type not in _custom:
+        config = gather("apply_norm", args, norm_kwargs, _OWN)
     if norm_type == "none":
         return
     if norm_type not in (*_KINDS, *_custom):
