@@ -119,9 +119,9 @@ def fixed_point(
     The backward pass of "implicit" and "neumann" evaluates f again, with what it had in the call: inputs, variables of
     outer functions, global variables of its module that it reads itself or in functions of that module, and parameters,
     buffers and dropout masks of modules where somebody exchanged them. Attributes of other objects, elements of
-    containers, and global variables that a module inside of a module reads are those of the time of the backward pass;
-    where this means that a tensor is lost it is an error. Data overwritten in place since is an error too where f holds
-    it itself.
+    containers, variables of outer functions that the methods of a class use, and global variables that a module inside
+    of a module reads are those of the time of the backward pass; where this means that a tensor is lost it is an error.
+    Data overwritten in place since is an error too where f holds it itself.
 
     f runs with autocast disabled: a residual below the rounding of 16 bits needs more. Inside torch.compile the solve
     is a graph break; :class:`deq.nn.Equilibrium` compiles with ``fullgraph=True``.

@@ -115,9 +115,7 @@ def modules_of(f: Callable) -> list[nn.Module]:
                 stack += [value.func, *value.args, *value.keywords.values()]
             elif isinstance(value, (FunctionType, MethodType)):
                 stack += [getattr(value, "__self__", None), getattr(value, "__func__", None)]
-                for cell in getattr(value, "__closure__", None) or ():
-                    with suppress(ValueError):  # an empty cell
-                        stack.append(cell.cell_contents)
+                stack += variables.contents(value)
     return found
 
 
@@ -264,16 +262,15 @@ def _members(f: Callable, tensors: Sequence[Tensor], own: Sequence[Tensor]) -> M
 
 
 def held(f: Callable) -> list[Tensor]:
-    """The tensors that a function holds itself: in its closure and its defaults, or as inputs of :class:`Applied`."""
+    """The tensors that a function holds itself: in its closure and its defaults, as arguments of functools.partial, or
+    as inputs of :class:`Applied`."""
     if isinstance(f, Applied):
         values = f.inputs
+    elif type(f) is functools.partial:
+        values = [*held(f.func), *f.args, *f.keywords.values()]
     else:
-        values = [*(getattr(f, "__defaults__", None) or ()), *(getattr(f, "__kwdefaults__", None) or {}).values()]
-        for cell in getattr(f, "__closure__", None) or ():
-            try:
-                content = cell.cell_contents
-            except ValueError:  # an empty cell
-                continue
+        values = variables.defaults(f)
+        for content in variables.contents(f):
             values += content if isinstance(content, (tuple, list)) else (content,)
     return [value for value in values if isinstance(value, Tensor)]
 

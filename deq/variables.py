@@ -3,7 +3,7 @@
 import dis
 import functools
 from collections.abc import Callable, Sequence
-from types import CellType, CodeType, FunctionType, ModuleType
+from types import CellType, CodeType, FunctionType, MethodType
 
 from torch import Tensor, nn
 
@@ -12,52 +12,96 @@ HELD = (Tensor, nn.Module, int, float, tuple, list, dict)  # what a backward pas
 
 def frozen(f: Callable) -> Callable:
     """A copy of f that goes on with the tensors, modules, numbers and containers that variables of outer functions hold
-    now, and so do the functions that it holds; f itself if it uses no such variables.
+    now, and so do the functions that it holds; f itself if it is a function that uses no such variables.
 
-    A loop gives such variables other values before the backward pass evaluates f again. Those that f, or a function
-    that it holds, assigns to are left as they are.
+    A function holds others in such variables and as defaults; a method, and a :class:`functools.partial`, what they are
+    made of. A loop gives such variables other values before the backward pass evaluates f again. Those that f, or a
+    function that it holds, assigns to are left as they are.
     """
-    return _frozen(f, _written(f, set()), {}) if _has_closure(f) else f
+    return _frozen(f, _written(f, set()), {}) if _has_others(f) else f
 
 
-def _frozen(f: FunctionType, written: set[int], copies: dict[int, Callable]) -> Callable:
-    copies[id(f)] = f  # for one that holds itself
-    cells, is_other = list(f.__closure__), False
-    for i, cell in enumerate(f.__closure__):
-        try:
-            content = cell.cell_contents
-        except ValueError:  # an empty cell
-            continue
-        if not isinstance(content, HELD):
-            if not _has_closure(content):
-                continue
-            content = copies.get(id(content)) or _frozen(content, written, copies)
-        if id(cell) not in written:
-            cells[i], is_other = CellType(content), True
-    if is_other:
-        copies[id(f)] = copied(f, cells)
+def _frozen(f: Callable, written: set[int], copies: dict[int, Callable]) -> Callable:
+    if not _has_others(f):
+        return f
+    if id(f) not in copies:
+        copies[id(f)] = f  # for one that holds itself
+        again = functools.partial(_frozen, written=written, copies=copies)
+        if type(f) is MethodType:
+            copies[id(f)] = MethodType(again(f.__func__), f.__self__)
+        elif type(f) is functools.partial:
+            keywords = {name: again(value) for name, value in f.keywords.items()}
+            copies[id(f)] = functools.partial(again(f.func), *map(again, f.args), **keywords)
+        else:
+            copies[id(f)] = _frozen_function(f, written, again)
     return copies[id(f)]
 
 
-def _written(f: FunctionType, visited: set[int]) -> set[int]:
+def _frozen_function(f: FunctionType, written: set[int], again: Callable[[object], object]) -> FunctionType:
+    cells = list(f.__closure__ or ())
+    for i, cell in enumerate(cells):
+        content = _content(cell)
+        other = again(content)
+        if (isinstance(content, HELD) or other is not content) and id(cell) not in written:
+            cells[i] = CellType(other)
+    positional = [again(value) for value in f.__defaults__ or ()]
+    keywords = {name: again(value) for name, value in (f.__kwdefaults__ or {}).items()}
+    before = (*(f.__closure__ or ()), *defaults(f))
+    if all(a is b for a, b in zip((*cells, *positional, *keywords.values()), before, strict=True)):
+        return f
+    g = copied(f, cells)
+    g.__defaults__, g.__kwdefaults__ = tuple(positional) or None, keywords or None
+    return g
+
+
+def _written(f: Callable, visited: set[int]) -> set[int]:
     """The cells, by number, that f or a function that it holds assigns to."""
     visited.add(id(f))
-    names, found = assigned(f.__code__), set()
-    if names:
-        found = {id(cell) for name, cell in zip(f.__code__.co_freevars, f.__closure__, strict=True) if name in names}
-    for cell in f.__closure__:
-        try:
-            content = cell.cell_contents
-        except ValueError:  # an empty cell
-            continue
-        if _has_closure(content) and id(content) not in visited:
-            found |= _written(content, visited)
+    found = set()
+    if type(f) is FunctionType and (names := assigned(f.__code__)):
+        cells = f.__closure__ or ()
+        found = {id(cell) for name, cell in zip(f.__code__.co_freevars, cells, strict=True) if name in names}
+    for value in _held_by(f):
+        if _has_others(value) and id(value) not in visited:
+            found |= _written(value, visited)
     return found
 
 
-def _has_closure(f: object) -> bool:
-    """Whether f is a function with variables of outer ones, and no compiled one, which is to stay the same object."""
-    return type(f) is FunctionType and bool(f.__closure__) and "_torchdynamo_orig_callable" not in f.__dict__
+def _has_others(f: object) -> bool:
+    """Whether f may hold variables of outer functions, and is no compiled function, which is to stay the same."""
+    if type(f) is FunctionType:
+        return bool(f.__closure__ or f.__defaults__ or f.__kwdefaults__) and _COMPILED not in f.__dict__
+    return type(f) in _MADE_OF_OTHERS
+
+
+_MADE_OF_OTHERS = (MethodType, functools.partial)
+_COMPILED = "_torchdynamo_orig_callable"
+
+
+def _held_by(f: Callable) -> list[object]:
+    """What a function holds in its closure and as defaults; what a method or a partial function is made of."""
+    if type(f) is MethodType:
+        return [f.__func__]
+    if type(f) is functools.partial:
+        return [f.func, *f.args, *f.keywords.values()]
+    return [*defaults(f), *contents(f)]
+
+
+def defaults(f: Callable) -> list[object]:
+    return [*(getattr(f, "__defaults__", None) or ()), *(getattr(f, "__kwdefaults__", None) or {}).values()]
+
+
+def contents(f: Callable) -> list[object]:
+    """What the variables of outer functions hold that f uses."""
+    return [_content(cell) for cell in getattr(f, "__closure__", None) or ()]
+
+
+def _content(cell: CellType) -> object:
+    """None for an empty cell."""
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return None
 
 
 def copied(f: FunctionType, cells: Sequence[CellType]) -> FunctionType:
@@ -85,31 +129,29 @@ def globals_read(f: Callable) -> list[tuple[dict, str, object]]:
     and writes where nobody reads.
     """
     f = type(f).forward if isinstance(f, nn.Module) else f
-    f = getattr(f, "__func__", f)
-    if type(f) is not FunctionType:
+    first = _function_of(f)
+    if first is None:
         return []
-    place, found, stack, visited = f.__globals__, [], [f], set()
-    for function in stack:
-        if function.__code__ in visited:
-            continue
-        visited.add(function.__code__)
-        for name in _global_names(function.__code__):
-            value = place.get(name)
-            if type(value) is ModuleType:
-                continue
-            if type(value) is FunctionType and value.__globals__ is place:
-                stack.append(value)
-                found.append((place, name, value))
-            elif isinstance(value, HELD):
-                found.append((place, name, value))
-        for cell in function.__closure__ or ():
-            try:
-                content = cell.cell_contents
-            except ValueError:  # an empty cell
-                continue
-            if type(content) is FunctionType and content.__globals__ is place:
-                stack.append(content)
+    place, found, stack, visited = first.__globals__, [], [f], set()
+    for value in stack:
+        if type(value) is not FunctionType:
+            stack += _held_by(value) if type(value) in _MADE_OF_OTHERS else ()
+        elif value.__globals__ is place and value.__code__ not in visited:
+            visited.add(value.__code__)
+            for name in _global_names(value.__code__):
+                content = place.get(name)
+                if isinstance(content, HELD) or getattr(_function_of(content), "__globals__", None) is place:
+                    found.append((place, name, content))
+                    stack.append(content)
+            stack += _held_by(value)
     return found
+
+
+def _function_of(f: object) -> FunctionType | None:
+    """What is called in the end, if that is a function."""
+    while type(f) in _MADE_OF_OTHERS:
+        f = _held_by(f)[0]
+    return f if type(f) is FunctionType else None
 
 
 @functools.lru_cache(maxsize=256)

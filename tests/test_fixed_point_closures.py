@@ -1,6 +1,7 @@
 """What the function of deq.fixed_point closes over: found, kept for the backward pass, and given its gradient."""
 
-from types import SimpleNamespace
+import functools
+from types import MethodType, SimpleNamespace
 
 import pytest
 import torch
@@ -95,7 +96,9 @@ def test_an_input_that_f_takes_twice():
     )
 
 
-@pytest.mark.parametrize("kind", ["tensor", "index", "module", "behind"])
+@pytest.mark.parametrize(
+    "kind", ["tensor", "index", "module", "behind", "partial", "partial in a closure", "method", "default", "argument"]
+)
 @pytest.mark.parametrize("twice", [False, True])
 def test_variables_that_a_loop_gives_other_values(kind, twice):
     """The backward pass, after the loop, has f with those of its own turn."""
@@ -108,14 +111,20 @@ def test_variables_that_a_loop_gives_other_values(kind, twice):
         for i, x in enumerate(xs):
             module = modules[i]
 
-            def step(z):
+            def step(z, _=None):
                 return torch.tanh(z @ W.mT + x)  # noqa: B023
 
+            by_partial = functools.partial(step, _=None)
             f = {
                 "tensor": lambda z: torch.tanh(z @ W.mT + x),  # noqa: B023
                 "index": lambda z: torch.tanh(z @ W.mT + xs[i]),  # noqa: B023
                 "module": lambda z: torch.tanh(module(z @ W.mT)),  # noqa: B023
                 "behind": lambda z: step(z),
+                "partial": by_partial,
+                "partial in a closure": lambda z: by_partial(z),  # noqa: B023
+                "method": MethodType(lambda self, z: torch.tanh(z @ W.mT + x + self), 0),  # noqa: B023
+                "default": lambda z, step=step: step(z),
+                "argument": functools.partial(call, step),
             }
             loss = loss + solve(f[kind]).square().sum()
         return torch.autograd.grad(loss, W, create_graph=twice)[0]
@@ -131,6 +140,10 @@ def test_variables_that_a_loop_gives_other_values(kind, twice):
     torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-11)
 
 
+def call(f, z):
+    return f(z)
+
+
 class Shift(torch.nn.Module):
     def __init__(self, shift):
         super().__init__()
@@ -140,7 +153,7 @@ class Shift(torch.nn.Module):
         return z + self.shift
 
 
-@pytest.mark.parametrize("kind", ["closure", "layer"])
+@pytest.mark.parametrize("kind", ["closure", "layer", "partial"])
 def test_data_that_is_overwritten_before_the_backward_pass(kind):
     """Refused, as by torch; what f itself writes is not."""
     W, x, _ = gaussian(6, 3, torch.float64)
@@ -153,7 +166,10 @@ def test_data_that_is_overwritten_before_the_backward_pass(kind):
         return block(z, x)
 
     def run():
-        return deq.nn.Equilibrium(block)(x) if kind == "layer" else deq.fixed_point(f, torch.zeros_like(x)).z
+        if kind == "layer":
+            return deq.nn.Equilibrium(block)(x)
+        g = functools.partial(lambda shift, z: torch.tanh(z @ W.mT + shift), x) if kind == "partial" else f
+        return deq.fixed_point(g, torch.zeros_like(x)).z
 
     z = run()
     torch.autograd.grad(z.sum(), W, retain_graph=True)

@@ -1,5 +1,7 @@
 """The tensors that a function holds: replaced in a copy of it, and given their gradients."""
 
+import functools
+
 import pytest
 import torch
 
@@ -103,6 +105,8 @@ def by_index(z):
 def by_module(z):
     return torch.tanh(shift(z @ weight.mT))
 
+by_partial = functools.partial(lambda shift, z: step(z) + shift, 0.0)
+
 def by_comprehension(z):
     return torch.tanh(z @ weight.mT + sum([value + 0 * i for value in (x,)]))
 
@@ -122,12 +126,13 @@ class Block(torch.nn.Module):
 
 @pytest.mark.parametrize("twice", [False, True])
 @pytest.mark.parametrize(
-    "name", ["step", "by_function", "by_index", "by_module", "by_comprehension", "counting", "layer", "Block"]
+    "name",
+    ["step", "by_function", "by_index", "by_module", "by_partial", "by_comprehension", "counting", "layer", "Block"],
 )
 def test_global_variables_that_change_before_the_backward_pass(name, twice):
     """As those of a loop at the top level of a program, or of a notebook: a backward pass has those of its call."""
     weight = 0.3 * torch.randn(3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    space = {"torch": torch, "count": 0, "weight": weight.requires_grad_()}
+    space = {"torch": torch, "functools": functools, "count": 0, "weight": weight.requires_grad_()}
     exec(PROGRAM, space)
     space["xs"] = torch.randn(3, 2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).unbind()
 
@@ -167,7 +172,12 @@ def test_global_variables_that_change_before_the_backward_pass(name, twice):
 
 
 def test_global_data_that_is_overwritten_before_the_backward_pass():
-    space = {"torch": torch, "weight": torch.full((3, 3), 0.1).requires_grad_(), "x": torch.ones(2, 3)}
+    space = {
+        "torch": torch,
+        "functools": functools,
+        "weight": torch.full((3, 3), 0.1).requires_grad_(),
+        "x": torch.ones(2, 3),
+    }
     exec(PROGRAM, space)
     z = deq.fixed_point(space["by_function"], torch.zeros(2, 3)).z
     space["x"].mul_(2)
