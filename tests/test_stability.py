@@ -49,6 +49,24 @@ def test_spectral_radius():
         torch.testing.assert_close(radius / scale, torch.tensor([0.9, 0.7, 0.0]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_jacobian_penalty_in_16_bits(dtype):
+    """The sum of squares is beyond float16."""
+    z = torch.ones(70000, 2, dtype=dtype, requires_grad=True)
+    w = torch.ones((), dtype=dtype, requires_grad=True)
+    penalty = deq.nn.jacobian_penalty(w * z, z)
+    assert abs(float(penalty.detach()) - 1) < 0.05
+    (grad,) = torch.autograd.grad(penalty, w)
+    assert abs(float(grad) - 2) < 0.1
+
+
+@pytest.mark.parametrize("iterations", [0, -1, 2.0])
+def test_spectral_radius_by_no_iteration(iterations):
+    z = torch.zeros(3, 2, requires_grad=True)
+    with pytest.raises(ValueError, match="iterations must be a positive integer; got"):
+        deq.nn.spectral_radius(0.5 * z, z, iterations)
+
+
 def test_correction_loss():
     states = [torch.full((2, 2), float(k), requires_grad=True) for k in range(3)]
     loss = deq.nn.correction_loss(lambda z, y: (z - y).abs().sum(), states, torch.zeros(2, 2), decay=0.5)
@@ -205,6 +223,35 @@ def test_contractive_convolution(channels, kernel):
         deq.nn.contractive_convolution(nn.Conv2d(2, 2, 3, stride=2))
     with pytest.raises(TypeError, match="layer must be a Conv2d; got Linear"):
         deq.nn.contractive_convolution(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_contractive_convolution_in_16_bits(dtype):
+    torch.manual_seed(0)
+    layer = nn.Conv2d(2, 2, 3, padding=1, bias=False)
+    with torch.no_grad():
+        layer.weight.mul_(5)
+    layer = deq.nn.contractive_convolution(layer.to(dtype), 0.9)
+    y = layer(torch.ones(1, 2, 4, 4, dtype=dtype))
+    y.sum().backward()
+    assert y.dtype == layer.weight.dtype == layer.parametrizations.weight.original.grad.dtype == dtype
+    assert deq.nn.convolutions.convolution_norm_bound(layer.weight.detach()) <= 0.9 * (1 + torch.finfo(dtype).eps)
+
+
+def test_contractive_convolution_that_begins_at_zero():
+    """As the last layer of a block often does: it has a gradient."""
+    layer = nn.Conv2d(2, 2, 3, padding=1)
+    nn.init.zeros_(layer.weight)
+    deq.nn.contractive_convolution(layer)
+    layer(torch.ones(1, 2, 4, 4)).sum().backward()
+    grad = layer.parametrizations.weight.original.grad
+    assert torch.isfinite(grad).all() and grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("kernel_size", [0, 2, -1, 3.0])
+def test_monotone_convolution_of_no_such_kernel(kernel_size):
+    with pytest.raises(ValueError, match="kernel_size must be odd and positive; got"):
+        deq.nn.MonotoneConv2d(2, kernel_size)
 
 
 @pytest.mark.parametrize("mu", [0.1, 1.0])

@@ -7,11 +7,13 @@ from torch.nn.utils import parametrize
 
 
 def convolution_norm_bound(weight: Tensor) -> Tensor:
-    """Upper bound of the 2-norm of a convolution with ``weight`` (out, in, h, w), stride 1, zero padding. A scalar.
+    """Upper bound of the 2-norm of a convolution with ``weight`` (out, in, h, w), stride 1, zero padding. A scalar in
+    float64, or float32 for any other weight.
 
     The least of: the sum over positions of the norms of the (out, in) matrices there (triangle inequality), and
     ``sqrt(h w)`` times the norm of the weight as a matrix, unfolded in each of four ways (Singla and Feizi 2021).
     """
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))  # torch has no norms of matrices in 16 bits
     out, into, h, w = weight.shape
     places = weight.permute(2, 3, 0, 1).reshape(h * w, out, into)
     by_place = torch.linalg.matrix_norm(places, 2).sum()
@@ -31,7 +33,10 @@ class _Contractive(nn.Module):
         self.bound = bound
 
     def forward(self, weight: Tensor) -> Tensor:
-        return weight * (self.bound / convolution_norm_bound(weight)).clamp(max=1.0)
+        norm = convolution_norm_bound(weight)
+        exceeds = norm > self.bound
+        # Not the bound over the norm, clamped: of a weight of zeros that has no derivative.
+        return weight * torch.where(exceeds, self.bound / torch.where(exceeds, norm, 1.0), 1.0)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         return weight
@@ -60,13 +65,13 @@ class MonotoneConv2d(nn.Module):
     1-Lipschitz activation (Winston and Kolter 2020). The plain iteration need not find it: solve with Anderson, Broyden
     or Newton-Krylov.
 
-    kernel_size: odd. mu: in (0, 1]. Parameters A, B (channels, channels, k, k), started so that W is small.
+    kernel_size: odd, positive. mu: in (0, 1]. Parameters A, B (channels, channels, k, k), started so that W is small.
     """
 
     def __init__(self, channels: int, kernel_size: int = 3, mu: float = 0.1, device=None, dtype=None):
         super().__init__()
-        if kernel_size % 2 != 1:
-            raise ValueError(f"kernel_size must be odd; got {kernel_size!r}")
+        if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 != 1:
+            raise ValueError(f"kernel_size must be odd and positive; got {kernel_size!r}")
         if not 0 < mu <= 1:
             raise ValueError(f"mu must lie in (0, 1]; got {mu!r}")
         self.mu, self.padding = mu, kernel_size // 2
