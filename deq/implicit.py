@@ -6,7 +6,6 @@ At ``z = act(W z + c)`` with ``D = diag(act'(W z + c))`` and the loss gradient `
 1e-6 as for one of 1e6.
 """
 
-import warnings
 from collections import deque
 from dataclasses import replace
 from functools import partial
@@ -24,7 +23,7 @@ from .backward import backward_pass
 from .batch import Batch
 from .plan import Plan
 from .profiling import ranges
-from .solution import ConvergenceError, ConvergenceWarning, Solution, report_failures
+from .solution import ConvergenceError, Solution, report_failures, warn
 from .solvers import ladder
 
 # Reports of gradients that are still on a GPU: nobody holds them, so they wait for the next status that is read.
@@ -251,7 +250,7 @@ def report_gradients(solution: Solution) -> None:
             message = f"the gradient of deq.solve: {failed} of {report.samples} samples did not converge"
             if on_failure == "raise":
                 raise ConvergenceError(message, solution)
-            warnings.warn(f"{message}; pass on_failure='ignore' to silence this.", ConvergenceWarning, stacklevel=5)
+            warn(f"{message}; pass on_failure='ignore' to silence this.")
 
 
 def _outer(u: Tensor, z: Tensor, backend: str) -> Tensor:

@@ -1,6 +1,7 @@
 """What a solve returns: the equilibrium and, for every sample, how it was reached."""
 
 import enum
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -114,4 +115,13 @@ def report_failures(solution: Solution, on_failure: str, tol: float, what: str) 
     if on_failure == "raise":
         raise ConvergenceError(f"{message} are in `solution` of this error.", solution)
     silence = "pass on_failure='ignore' to silence this"
-    warnings.warn(f"{message} were returned; {silence}.", ConvergenceWarning, stacklevel=4)
+    warn(f"{message} were returned; {silence}.")
+
+
+def warn(message: str) -> None:
+    """A ConvergenceWarning at the line of the caller's program: the last one before those of deq and torch, which has
+    modules and the backward pass between."""
+    frame, level = sys._getframe(), 1
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("deq", "torch"):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, ConvergenceWarning, stacklevel=level)

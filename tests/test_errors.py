@@ -117,6 +117,27 @@ def test_divergence_is_honest(backend):
         deq.solve(big, mixed, backend=backend, solver="plain", on_failure="ignore")
 
 
+@pytest.mark.parametrize("kind", ["solve", "EquilibriumLinear", "fixed_point", "Equilibrium", "gradient"])
+def test_a_warning_names_the_line_that_called(kind):
+    """Not one of deq or torch, whatever lies between."""
+    big, weight = 10 * torch.eye(6), torch.full((), 0.9, requires_grad=True)
+    linear = deq.nn.EquilibriumLinear(6, 6, max_iter=1)
+    equilibrium = deq.nn.Equilibrium(lambda z, x: 0.9 * z + x, solver="plain", max_iter=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        z = deq.fixed_point(lambda z: weight * z + 1, torch.zeros(2, 6), backward_solver="plain", backward_max_iter=1).z
+    calls = {
+        "solve": lambda: deq.solve(big, c, solver="plain"),
+        "EquilibriumLinear": lambda: linear(c),
+        "fixed_point": lambda: deq.fixed_point(lambda z: 0.9 * z + c, 0 * c, solver="plain", max_iter=2),
+        "Equilibrium": lambda: equilibrium(c),
+        "gradient": lambda: z.sum().backward(),
+    }
+    with pytest.warns(deq.ConvergenceWarning) as caught:
+        calls[kind]()
+    assert [warning.filename for warning in caught] == [__file__]
+
+
 @backends
 def test_best_iterate_of_a_failure(backend):
     """A limit cycle: z1 = relu(2 - 3 z1) alternates between 0 and 2; the status is STALLED and z finite."""
