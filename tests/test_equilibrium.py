@@ -169,6 +169,8 @@ def test_multiscale_classifier_of_digits():
         block.start(torch.zeros(1, 8, 6, 8))
     with pytest.raises(ValueError, match="channels must be multiples of groups"):
         deq.nn.MultiscaleBlock((6, 8))
+    with pytest.raises(ValueError, match="groups must be a positive integer; got 0"):
+        deq.nn.MultiscaleBlock((4, 8), groups=0)
 
 
 class Switching(nn.Module):

@@ -323,3 +323,26 @@ def test_warm_start_with_tensors_as_keys(keys):
     for wrong, error in ((torch.tensor(7), ValueError), (torch.zeros(2, 3), TypeError), ([[1], [2]], TypeError)):
         with pytest.raises(error, match="keys must"):
             warm(x, keys=wrong)
+
+
+def test_warm_start_inside_of_transforms():
+    """Nothing of a transform stays in the memory: that of a gradient is outside of it, that of a vmap nowhere."""
+    layer = deq.nn.Equilibrium(lambda z, x: torch.tanh(0.9 * z + x))
+    warm, x = deq.nn.WarmStart(layer), torch.linspace(-1, 1, 8).view(2, 4)
+    torch.func.grad(lambda x: warm(x).sum())(x)
+    warm(x)
+    assert layer.solution.iterations.tolist() == [1, 1]
+    warm.forget()
+    torch.testing.assert_close(torch.vmap(warm)(x.view(2, 2, 2)).view(2, 4), layer(x))
+    assert not warm._memory
+    torch.vmap(torch.func.grad(lambda x: warm(x).sum()))(x.view(2, 2, 2))
+    assert not warm._memory
+
+
+def test_warm_start_of_no_batch():
+    linear = deq.nn.EquilibriumLinear(3, 6)
+    with pytest.raises(ValueError, match=r"the layer must return 3 samples, as many as its first input; got \(6,\)"):
+        deq.nn.WarmStart(linear)(torch.ones(3))
+    for inputs in ((), (1.0,), (torch.tensor(1.0),)):
+        with pytest.raises(TypeError, match="the first input must be a tensor whose first dimension counts samples"):
+            deq.nn.WarmStart(linear)(*inputs)

@@ -31,7 +31,9 @@ class MultiscaleBlock(nn.Module):
 
     def __init__(self, channels: Sequence[int], groups: int = 4, gain: float = 0.5):
         super().__init__()
-        if not channels or any(c % groups for c in channels):
+        if not isinstance(groups, int) or groups < 1:
+            raise ValueError(f"groups must be a positive integer; got {groups!r}")
+        if not channels or any(c < 1 or c % groups for c in channels):
             raise ValueError(f"channels must be multiples of groups = {groups}; got {tuple(channels)}")
         if not 0 < gain <= 1:
             raise ValueError(f"gain must lie in (0, 1]; got {gain!r}")

@@ -36,6 +36,8 @@ class WarmStart(nn.Module):
         self._memory.clear()
 
     def forward(self, *inputs: Tensor, keys: Sequence[Hashable] | Tensor | None = None) -> State:
+        if not inputs or not isinstance(inputs[0], Tensor) or inputs[0].dim() == 0:
+            raise TypeError("the first input must be a tensor whose first dimension counts samples")
         n = inputs[0].shape[0]
         names = range(n) if keys is None else _names(keys)
         if len(names) != n:
@@ -56,9 +58,14 @@ class WarmStart(nn.Module):
         return columns[0] if self._kind is Tensor else self._kind(columns)
 
     def _remember(self, names: Sequence[Hashable], like: tuple, z: State) -> None:
+        parts = [_plain(part) for part in ([z] if isinstance(z, Tensor) else z)]
+        if any(map(torch._C._functorch.is_functorch_wrapped_tensor, parts)):
+            return
+        if any(len(part) != len(names) for part in parts):
+            shapes = ", ".join(str(tuple(part.shape)) for part in parts)
+            raise ValueError(f"the layer must return {len(names)} samples, as many as its first input; got {shapes}")
         self._kind = Tensor if isinstance(z, Tensor) else type(z)
-        parts = [z] if isinstance(z, Tensor) else list(z)
-        rows = zip(*(part.detach().unbind(0) for part in parts), strict=True)
+        rows = zip(*(part.unbind(0) for part in parts), strict=True)
         for name, row in zip(names, rows, strict=True):
             self._memory[name] = like, [part.clone() for part in row]
             self._memory.move_to_end(name)
@@ -85,3 +92,12 @@ def _names(keys: Sequence[Hashable] | Tensor) -> list[Hashable]:
         if not isinstance(name, Hashable):
             raise TypeError(f"keys must be hashable, or one number a sample; got {name!r}")
     return names
+
+
+def _plain(part: Tensor) -> Tensor:
+    """Without its graph, and outside of the transforms that made it carry one; inside of torch.vmap there is no such
+    tensor."""
+    part = part.detach()
+    while torch._C._functorch.is_gradtrackingtensor(part):
+        part = torch._C._functorch.get_unwrapped(part)
+    return part
