@@ -128,7 +128,7 @@ def globals_read(f: Callable) -> list[tuple[dict, str, object]]:
     They are no copy's, as those of :func:`frozen` are: a function with another dictionary of globals is slower,
     and writes where nobody reads.
     """
-    f = type(f).forward if isinstance(f, nn.Module) else f
+    f = getattr(type(f), "forward", None) if isinstance(f, nn.Module) else f  # TorchScript's classes have none
     first = _function_of(f)
     if first is None:
         return []

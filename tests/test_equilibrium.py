@@ -103,6 +103,23 @@ def test_copies_and_state(block, x):
     assert "solver='plain'" in repr(layer)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+@pytest.mark.parametrize("kind", ["layer", "function"])
+def test_a_scripted_block(block, x, kind):
+    scripted = torch.jit.script(block)
+    if kind == "layer":
+        ours, eager = (deq.nn.Equilibrium(f)(x) for f in (scripted, block))
+    else:
+        ours, eager = (deq.fixed_point(lambda z: f(z, x), torch.zeros_like(x)).z for f in (scripted, block))  # noqa: B023
+    torch.testing.assert_close(ours, eager, rtol=1e-9, atol=1e-11)
+    for a, b in zip(
+        torch.autograd.grad(ours.sum(), list(scripted.parameters())),
+        torch.autograd.grad(eager.sum(), list(block.parameters())),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+
+
 def test_unknown_option(block):
     with pytest.raises(TypeError, match=r"deq.nn.Equilibrium has no option f_tol=0.1; did you mean 'tol'\?"):
         deq.nn.Equilibrium(block, f_tol=0.1)
