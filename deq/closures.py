@@ -30,6 +30,14 @@ def in_forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
+def outside_of_gradients(tensor: Tensor) -> Tensor:
+    """The numbers of a tensor, out of gradients and tangents of torch.func: what is kept must not belong to a transform
+    that is over. Inside of torch.vmap it may still be a batch."""
+    while torch._C._functorch.is_gradtrackingtensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
+
+
 def watched(f: Callable[[Tensor], Tensor], z: Tensor, near: Sequence[Tensor] = ()) -> tuple[Tensor, list[Tensor]]:
     """``f(z)`` without gradients, and the tensors from outside that it used and that carry a gradient or a transform.
 

@@ -146,6 +146,54 @@ def test_dropout_in_an_equilibrium():
     assert torch.equal(drop.eval()(x), x)
     with pytest.raises(ValueError, match=r"p must lie in \[0, 1\]"):
         deq.nn.VariationalDropout(1.5)
+    with pytest.raises(TypeError, match="shared must be a sequence of dimensions; got 1"):
+        deq.nn.VariationalDropout(0.5, shared=1)
+    with pytest.raises(ValueError, match=r"x must have the dimensions that are shared, \(2,\); got \(3, 4\)"):
+        deq.nn.VariationalDropout(0.5, shared=(2,))(torch.ones(3, 4))
+
+
+@pytest.mark.parametrize("shape", [(1, 3), (2, 3), (3,), (2, 4, 3)])
+def test_a_mask_that_was_drawn_for_another_shape(shape):
+    """Not broadcast: the last batch of an epoch is smaller."""
+    drop = deq.nn.VariationalDropout(0.5)
+    drop(torch.ones(4, 3))
+    with pytest.raises(ValueError, match=r"x must have the shape that the mask was drawn for, \(4, 3\), until"):
+        drop(torch.ones(shape))
+    deq.nn.reset_dropout(drop)
+    assert drop(torch.ones(shape)).shape == shape
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # torch's forward mode
+def test_dropout_in_gradients_of_every_sample():
+    """torch.vmap of torch.func.grad, and forward mode: the mask belongs to none of them."""
+    torch.manual_seed(0)
+    layer, drop = nn.Linear(4, 4, dtype=torch.float64), deq.nn.VariationalDropout(0.5)
+    equilibrium = deq.nn.Equilibrium(Dropped(layer, drop), tol=1e-12)
+    x = torch.randn(3, 2, 4, dtype=torch.float64)
+    loss = lambda x: equilibrium(x).square().sum()  # noqa: E731
+    grads = torch.vmap(torch.func.grad(loss), randomness="same")(x)
+    mask = drop.mask
+
+    def of_that_mask(x):
+        f = lambda z: torch.tanh(0.3 * mask * layer(z) + x)  # noqa: E731
+        return deq.fixed_point(f, torch.zeros_like(x), tol=1e-12).z
+
+    for i in range(3):
+        expected = torch.func.grad(lambda x: of_that_mask(x).square().sum())(x[i])
+        torch.testing.assert_close(grads[i], expected, rtol=1e-8, atol=1e-10)
+    jacobian = torch.func.jacfwd(equilibrium, randomness="same")(x[0])
+    mask = drop.mask
+    torch.testing.assert_close(jacobian, torch.func.jacrev(of_that_mask)(x[0]), rtol=1e-8, atol=1e-10)
+    assert equilibrium(x[0]).shape == (2, 4)
+
+
+class Dropped(nn.Module):
+    def __init__(self, layer, drop):
+        super().__init__()
+        self.layer, self.drop = layer, drop
+
+    def forward(self, z, x):
+        return torch.tanh(0.3 * self.drop(self.layer(z)) + x)
 
 
 class Dropping(nn.Module):

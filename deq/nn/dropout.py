@@ -5,6 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ..closures import outside_of_gradients
+from ..function_options import listed
+
 _exists = False  # whether any has ever been made: most models have none, and are not searched in every call
 
 
@@ -15,7 +18,8 @@ class VariationalDropout(nn.Module):
     (1,) to drop whole features of (B, tokens, features). In evaluation, and for p = 0, x itself is returned.
 
     :class:`deq.nn.Equilibrium` draws new masks at every call, one inside of another with it, and its backward pass has
-    those of the call; in a loop of your own call :func:`reset_dropout`.
+    those of the call; in a loop of your own call :func:`reset_dropout`. Raises ValueError for an x of another shape
+    than the mask was drawn for.
     """
 
     def __init__(self, p: float = 0.5, shared: Sequence[int] = ()):
@@ -23,7 +27,7 @@ class VariationalDropout(nn.Module):
         if not 0 <= p <= 1:
             raise ValueError(f"p must lie in [0, 1]; got {p!r}")
         self.p = p
-        self.shared = tuple(shared)
+        self.shared = tuple(listed("shared", shared, int, "dimensions"))
         self._dropout_draw: list[Tensor] = []  # the mask, once there is one: a call that is over keeps its own list
 
     def __new__(cls, *args, **kwargs):
@@ -49,11 +53,20 @@ class VariationalDropout(nn.Module):
         if not self._dropout_draw:
             shape = list(x.shape)
             for dim in self.shared:
+                if not -x.dim() <= dim < x.dim():
+                    raise ValueError(f"x must have the dimensions that are shared, {self.shared}; got {tuple(x.shape)}")
                 shape[dim] = 1
             keep = 1 - self.p
             mask = torch.zeros(shape, dtype=x.dtype, device=x.device)
-            self._dropout_draw.append(mask.bernoulli_(keep).div_(keep) if keep else mask)
-        return x * self._dropout_draw[0]
+            mask = mask.bernoulli_(keep).div_(keep) if keep else mask
+            self._dropout_draw.append(outside_of_gradients(mask))
+        mask = self._dropout_draw[0]
+        if mask.dim() != x.dim() or any(m not in (1, n) for m, n in zip(mask.shape, x.shape, strict=True)):
+            raise ValueError(
+                f"x must have the shape that the mask was drawn for, {tuple(mask.shape)}, until reset_dropout forgets "
+                f"it; got {tuple(x.shape)}"
+            )
+        return x * mask
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_dropout_draw": []}

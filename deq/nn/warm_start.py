@@ -6,6 +6,7 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..closures import outside_of_gradients
 from ..state import State
 
 
@@ -58,7 +59,7 @@ class WarmStart(nn.Module):
         return columns[0] if self._kind is Tensor else self._kind(columns)
 
     def _remember(self, names: Sequence[Hashable], like: tuple, z: State) -> None:
-        parts = [_plain(part) for part in ([z] if isinstance(z, Tensor) else z)]
+        parts = [outside_of_gradients(part.detach()) for part in ([z] if isinstance(z, Tensor) else z)]
         if any(map(torch._C._functorch.is_functorch_wrapped_tensor, parts)):
             return
         if any(len(part) != len(names) for part in parts):
@@ -92,12 +93,3 @@ def _names(keys: Sequence[Hashable] | Tensor) -> list[Hashable]:
         if not isinstance(name, Hashable):
             raise TypeError(f"keys must be hashable, or one number a sample; got {name!r}")
     return names
-
-
-def _plain(part: Tensor) -> Tensor:
-    """Without its graph, and outside of the transforms that made it carry one; inside of torch.vmap there is no such
-    tensor."""
-    part = part.detach()
-    while torch._C._functorch.is_gradtrackingtensor(part):
-        part = torch._C._functorch.get_unwrapped(part)
-    return part
