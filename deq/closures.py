@@ -175,7 +175,8 @@ _Leaf = torch._C._functions.AccumulateGrad
 class _Operators(TorchDispatchMode):
     """Watches operators: sees what custom autograd functions and compiled code use as well.
 
-    Without gradients nothing that f makes requires one, except views of what does: those are leaves with a base.
+    Without gradients nothing that f makes requires one, except views of what does: those are leaves with a base that
+    does, which none is that has a gradient of its own.
     """
 
     def __init__(self):
@@ -194,9 +195,7 @@ class _Operators(TorchDispatchMode):
         return function(*args, **kwargs)
 
     def _see(self, tensor: Tensor) -> None:
-        if tensor.requires_grad and not (
-            tensor.is_leaf and tensor._base is not None and id(tensor._base) in self.found
-        ):
+        if tensor.requires_grad and not (tensor.is_leaf and tensor._base is not None and tensor._base.requires_grad):
             self.found[id(tensor)] = tensor
 
 

@@ -86,8 +86,8 @@ def fixed_point(
 
     Args:
         f: takes a state and returns one of the same shapes on the same device, dense, of any floating dtypes. It must
-            treat samples independently, always give the same result for the same state, and leave its argument as it
-            is.
+            treat samples independently, always give the same result for the same state, use the same tensors at every
+            state (or have them all in ``tensors``), and leave its argument as it is.
         z0: starting point, a tensor or a tuple or list of tensors; float32, float64, bfloat16 or float16. The first
             dimension counts samples; a state of one-dimensional tensors is one sample. No gradient flows to it.
         solver: "plain" iterates ``z <- z + damping (f(z) - z)``; "anderson" mixes the last ``depth`` evaluations of
@@ -169,6 +169,7 @@ def fixed_point_with(
     checked = {name: value for name, value in options.items() if name not in ("batch_dims", "tensors")}
     if tensors is not None:
         tensors = [tensors] if isinstance(tensors, Tensor) else listed("tensors", tensors, Tensor, "tensors")
+        tensors = list({id(tensor): tensor for tensor in tensors}.values())  # each of them has its gradient once
     keep = options["keep"]
     checked["keep"] = keep if type(keep) is tuple else tuple(listed("keep", keep, numbers.Integral, "integers"))
     try:

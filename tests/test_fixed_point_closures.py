@@ -189,3 +189,41 @@ def test_tensors_that_are_known():
     torch.testing.assert_close(torch.autograd.grad(known, (W, c), g), expected, rtol=1e-9, atol=1e-11)
     only = solve(W, c.detach(), tol=1e-12, tensors=W).z
     torch.testing.assert_close(torch.autograd.grad(only, W, g)[0], expected[0], rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("kind", ["halves", "slices", "rows", "leaf"])
+@pytest.mark.parametrize("twice", [False, True])
+def test_views_of_views_that_nobody_holds(kind, twice):
+    """f takes views of what is a view itself, out of an object: watched, they are no tensors of others."""
+    W, c, _ = gaussian(6, 3, torch.float64)
+    W = W.requires_grad_()
+    make = {
+        "halves": lambda: W.split(3),
+        "slices": lambda: (W[:3], W[3:]),
+        "rows": lambda: W.unbind(),
+        "leaf": lambda: (W.detach().clone()[:3].requires_grad_(), W[3:]),  # a leaf that is a view of what is none
+    }[kind]
+    holder = SimpleNamespace(parts=make())
+
+    def f(z):
+        return torch.tanh(torch.cat([z @ part.reshape(-1, 6).T for part in holder.parts], 1) + c)
+
+    wanted = (W, holder.parts[0]) if kind == "leaf" else (W,)
+    z = torch.zeros_like(c)
+    for _ in range(150):
+        z = f(z)
+    ours = deq.fixed_point(f, torch.zeros_like(c), tol=1e-13).z
+    for a, b in zip(
+        torch.autograd.grad(ours.square().sum(), wanted, create_graph=twice, retain_graph=True),
+        torch.autograd.grad(z.square().sum(), wanted),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+def test_a_tensor_that_is_named_twice():
+    W, c, g = gaussian(8, 3, torch.float64)
+    W = W.requires_grad_()
+    f = lambda z: torch.tanh(z @ W.mT + c)  # noqa: E731
+    once, twice = (deq.fixed_point(f, torch.zeros_like(c), tensors=t).z for t in (W, [W, W]))
+    torch.testing.assert_close(torch.autograd.grad(twice, W, g), torch.autograd.grad(once, W, g))
