@@ -104,7 +104,8 @@ def fixed_point(
         backward_solver, backward_tol, backward_max_iter: of the adjoint equation; as forward if None ("plain" becomes
             "anderson": the equation is linear, and which solution is meant is no question). Its tolerance is relative
             to the incoming gradient, with criterion "residual".
-        keep: evaluations, counted from 1, after which the best states so far are wanted in ``solution.trajectory``.
+        keep: evaluations, counted from 1, after which the best states so far are wanted: ``solution.trajectory`` has
+            them in ascending order, each once.
         batch_dims: how many leading dimensions count samples, where the rule of z0 does not fit.
         tensors: all tensors that f closes over and that need gradients, or the only one, where they are known: f is
             then not watched, which costs up to 15 us an operator of f where it uses tensors that are no leaves.
@@ -251,7 +252,7 @@ def fixed_point_with(
             rule,
             backward,
             options["backward_steps"],
-            options["backward_damping"],
+            float(options["backward_damping"]),
             is_judged=not solved,
         )
     return _solution(layout.unflatten(z), result, layout, rule)

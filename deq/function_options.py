@@ -48,12 +48,12 @@ def rules_of(
     _check_choice("on_failure", on_failure, ON_FAILURE)
     backward_solver = ("anderson" if solver == "plain" else solver) if backward_solver is None else backward_solver
     _check_choice("backward_solver", backward_solver, METHODS)
-    _check_number("damping", damping, 0, 2)
+    damping = _check_number("damping", damping, 0, 2)
     _check_number("backward_damping", backward_damping, 0, 2)
     default = DEFAULT_TOL[dtype]
     tol = default if tol is None else _check_number("tol", tol, 0, math.inf)
     backward_tol = (tol if criterion != "absolute" else default) if backward_tol is None else backward_tol
-    _check_number("backward_tol", backward_tol, 0, math.inf)
+    backward_tol = _check_number("backward_tol", backward_tol, 0, math.inf)
     max_iter = DEFAULT_MAX_ITER if max_iter is None else _check_count("max_iter", max_iter)
     backward_max_iter = max_iter if backward_max_iter is None else _check_count("backward_max_iter", backward_max_iter)
     _check_count("backward_steps", backward_steps)

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import numbers
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -130,7 +131,9 @@ def _layout_of(z0: object, batch_dims: int | None) -> Layout:
     fewest = min(part.dim() for part in parts)
     if batch_dims is None:
         batch_dims = 1 if fewest >= 1 and max(part.dim() for part in parts) >= 2 else 0
-    elif not isinstance(batch_dims, int) or isinstance(batch_dims, bool) or not 0 <= batch_dims <= fewest:
+    elif not isinstance(batch_dims, numbers.Integral) or isinstance(batch_dims, bool):
+        raise TypeError(f"batch_dims must be an integer; got {batch_dims!r}")
+    elif not 0 <= batch_dims <= fewest:
         raise ValueError(f"batch_dims must lie in 0..{fewest}, the dimensions of z0; got {batch_dims!r}")
     samples = tuple(parts[0].shape[:batch_dims])
     if any(tuple(part.shape[:batch_dims]) != samples for part in parts):

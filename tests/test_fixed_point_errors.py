@@ -1,5 +1,8 @@
 """Wrong options, states and results of deq.fixed_point are named."""
 
+from fractions import Fraction
+
+import numpy as np
 import pytest
 import torch
 from fixed_points import SOLVERS
@@ -23,6 +26,7 @@ import deq
         ({"criterion": "rel"}, ValueError, "criterion must be one of"),
         ({"on_failure": "warning"}, ValueError, "on_failure must be one of"),
         ({"batch_dims": 3}, ValueError, r"batch_dims must lie in 0..2"),
+        ({"batch_dims": True}, TypeError, "batch_dims must be an integer; got True"),
         ({"keep": (0,)}, ValueError, "keep must be at least 1"),
         ({"keep": 3}, TypeError, "keep must be a sequence of integers; got 3"),
         ({"keep": [1, 2.5]}, TypeError, "keep must be a sequence of integers; got one with 2.5"),
@@ -34,6 +38,32 @@ import deq
 def test_wrong_options(options, error, message):
     with pytest.raises(error, match=message):
         deq.fixed_point(torch.cos, torch.zeros(2, 3), **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tol": Fraction(1, 1000)},
+        {"damping": Fraction(1, 2)},
+        {"backward_tol": Fraction(1, 1000)},
+        {"backward": "phantom", "backward_damping": Fraction(1, 2)},
+        {"damping": np.float32(0.5)},
+        {"batch_dims": np.int64(1)},
+        {"max_iter": np.int64(50), "depth": np.int64(3)},
+    ],
+)
+def test_numbers_of_other_types(options):
+    w = torch.tensor(0.3, requires_grad=True)
+    plain = {
+        name: float(v) if isinstance(v, Fraction | np.float32) else int(v)
+        for name, v in options.items()
+        if name != "backward"
+    }
+    found = []
+    for given in (options, options | plain):
+        z = deq.fixed_point(lambda z: torch.tanh(w * z + 1), torch.zeros(2, 3), **given).z
+        found.append((z, *torch.autograd.grad(z.sum(), w)))
+    assert all(map(torch.equal, *found))
 
 
 def test_wrong_states():
