@@ -48,21 +48,21 @@ def rules_of(
     _check_choice("on_failure", on_failure, ON_FAILURE)
     backward_solver = ("anderson" if solver == "plain" else solver) if backward_solver is None else backward_solver
     _check_choice("backward_solver", backward_solver, METHODS)
-    damping = _check_number("damping", damping, 0, 2)
-    _check_number("backward_damping", backward_damping, 0, 2)
+    damping = check_number("damping", damping, 0, 2)
+    check_number("backward_damping", backward_damping, 0, 2)
     default = DEFAULT_TOL[dtype]
-    tol = default if tol is None else _check_number("tol", tol, 0, math.inf)
+    tol = default if tol is None else check_number("tol", tol, 0, math.inf)
     backward_tol = (tol if criterion != "absolute" else default) if backward_tol is None else backward_tol
-    backward_tol = _check_number("backward_tol", backward_tol, 0, math.inf)
-    max_iter = DEFAULT_MAX_ITER if max_iter is None else _check_count("max_iter", max_iter)
-    backward_max_iter = max_iter if backward_max_iter is None else _check_count("backward_max_iter", backward_max_iter)
-    _check_count("backward_steps", backward_steps)
-    depth = DEFAULT_DEPTH[solver] if depth is None else _check_count("depth", depth)
+    backward_tol = check_number("backward_tol", backward_tol, 0, math.inf)
+    max_iter = DEFAULT_MAX_ITER if max_iter is None else check_count("max_iter", max_iter)
+    backward_max_iter = max_iter if backward_max_iter is None else check_count("backward_max_iter", backward_max_iter)
+    check_count("backward_steps", backward_steps)
+    depth = DEFAULT_DEPTH[solver] if depth is None else check_count("depth", depth)
     if backward == "unrolled":
         solver = "plain"
     rule = Rule(solver, tol, max_iter, depth, damping, criterion)
     adjoint = Rule(backward_solver, backward_tol, backward_max_iter, DEFAULT_DEPTH[backward_solver], affine=True)
-    return rule, adjoint, tuple(sorted({_check_count("keep", k) for k in keep}))
+    return rule, adjoint, tuple(sorted({check_count("keep", k) for k in keep}))
 
 
 OPTIONS = (*list(inspect.signature(rules_of).parameters)[1:-1], "batch_dims", "tensors")  # of deq.fixed_point
@@ -85,7 +85,7 @@ def _check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
 
 
-def _check_number(name: str, value: object, low: float, high: float) -> float:
+def check_number(name: str, value: object, low: float, high: float) -> float:
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number; got {value!r}")
     if not low < value < high:
@@ -93,7 +93,7 @@ def _check_number(name: str, value: object, low: float, high: float) -> float:
     return float(value)
 
 
-def _check_count(name: str, value: object) -> int:
+def check_count(name: str, value: object) -> int:
     if not isinstance(value, numbers.Integral) or isinstance(value, bool):
         raise TypeError(f"{name} must be an integer; got {value!r}")
     if not 1 <= value < 2**31:

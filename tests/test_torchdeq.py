@@ -375,6 +375,25 @@ def test_solver_options():
     assert (loose < ours.get_deq()(f, torch.zeros(2, 2))[1]["nstep"]).all()
 
 
+@pytest.mark.parametrize(
+    ("solver", "options", "error", "message"),
+    [
+        ("anderson", {"m": 0}, ValueError, "m must be at least 1"),
+        ("broyden", {"LBFGS_thres": 0}, ValueError, "LBFGS_thres must be at least 1"),
+        ("anderson", {"m": 2.5}, TypeError, "m must be an integer; got 2.5"),
+        ("anderson", {"tau": 0.0}, ValueError, "tau must lie between 0 and 2; got 0.0"),
+        ("fixed_point_iter", {"tau": "half"}, TypeError, "tau must be a number; got 'half'"),
+        ("anderson", {"tol": None}, TypeError, "tol must be a number; got None"),
+        ("anderson", {"max_iter": "few"}, TypeError, "max_iter must be a number; got 'few'"),
+    ],
+)
+def test_wrong_values_of_a_solver(solver, options, error, message):
+    f = lambda z: 0.5 * z + 1  # noqa: E731
+    with pytest.raises(error, match=message):
+        ours.get_solver(solver)(f, torch.zeros(2, 2), **options)
+    assert ours.get_solver("broyden")(f, torch.zeros(2, 2), LBFGS_thres=None)[0].shape == (2, 2)
+
+
 def test_the_callers_options_are_left_alone():
     args = argparse.Namespace(f_max_iter=7, lr=0.1)
     ours.get_deq(args, ift=True)

@@ -1,12 +1,14 @@
 """torchdeq's solver functions: ``solver(func, x0, max_iter, tol, stop_mode, ...) -> (z, trajectory, info)``."""
 
 import functools
+import numbers
 import warnings
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from ..function_options import check_count, check_number
 from ..solvers import generic
 from ..solvers.generic import Rule
 from ..state import Layout, layout_of
@@ -15,6 +17,7 @@ from .arguments import refuse
 Solver = Callable[..., tuple[Tensor, list[Tensor], dict]]
 
 _CRITERIA = {"abs": "absolute", "rel": "residual"}
+_CHECKS = {"depth": check_count, "damping": functools.partial(check_number, low=0, high=2)}
 # Options of torchdeq's solvers that change nothing here, and why.
 _WITHOUT_EFFECT = {
     "lam": "the regulariser is relative to the residuals",
@@ -75,7 +78,8 @@ def _make(name: str, method: str, options: dict[str, str]) -> Solver:
         rule_options = {}
         for name, value in given.items():
             if name in options:
-                rule_options[options[name]] = value
+                if value is not None:
+                    rule_options[options[name]] = _CHECKS[options[name]](name, value)
             elif name in _WITHOUT_EFFECT and value:
                 warnings.warn(f"{name} has no effect in deq: {_WITHOUT_EFFECT[name]}", UserWarning, stacklevel=3)
             elif name not in _WITHOUT_EFFECT:
@@ -83,9 +87,9 @@ def _make(name: str, method: str, options: dict[str, str]) -> Solver:
                 refuse(f"the solver {method!r}", name, value, known)
         if stop_mode not in _CRITERIA:
             raise ValueError(f"stop_mode must be 'abs' or 'rel'; got {stop_mode!r}")
-        rule_options = {name: value for name, value in rule_options.items() if value is not None}
-        if "depth" in rule_options:
-            rule_options["depth"] = int(rule_options["depth"])
+        for name, value in (("tol", tol), ("max_iter", max_iter)):
+            if not isinstance(value, numbers.Real):
+                raise TypeError(f"{name} must be a number; got {value!r}")
         return Rule(
             method,
             tol,
