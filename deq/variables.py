@@ -3,16 +3,14 @@
 import dis
 import functools
 from collections.abc import Callable, Sequence
-from types import CellType, CodeType, FunctionType, MethodType
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 
-from torch import Tensor, nn
-
-HELD = (Tensor, nn.Module, int, float, tuple, list, dict)  # what a backward pass wants as it was in the call
+from torch import nn
 
 
 def frozen(f: Callable) -> Callable:
-    """A copy of f that goes on with the tensors, modules, numbers and containers that variables of outer functions hold
-    now, and so do the functions that it holds; f itself if it is a function that uses no such variables.
+    """A copy of f that goes on with what variables of outer functions hold now, and so do the functions that it holds;
+    f itself if it is a function that uses no such variables.
 
     A function holds others in such variables and as defaults; a method, and a :class:`functools.partial`, what they are
     made of. A loop gives such variables other values before the backward pass evaluates f again. Those that f, or a
@@ -42,7 +40,7 @@ def _frozen_function(f: FunctionType, written: set[int], again: Callable[[object
     for i, cell in enumerate(cells):
         content = _content(cell)
         other = again(content)
-        if (isinstance(content, HELD) or other is not content) and id(cell) not in written:
+        if content is not _EMPTY and id(cell) not in written:
             cells[i] = CellType(other)
     positional = [again(value) for value in f.__defaults__ or ()]
     keywords = {name: again(value) for name, value in (f.__kwdefaults__ or {}).items()}
@@ -97,11 +95,13 @@ def contents(f: Callable) -> list[object]:
 
 
 def _content(cell: CellType) -> object:
-    """None for an empty cell."""
     try:
         return cell.cell_contents
     except ValueError:
-        return None
+        return _EMPTY
+
+
+_EMPTY = object()  # a variable that has no value yet
 
 
 def copied(f: FunctionType, cells: Sequence[CellType]) -> FunctionType:
@@ -139,8 +139,8 @@ def globals_read(f: Callable) -> list[tuple[dict, str, object]]:
         elif value.__globals__ is place and value.__code__ not in visited:
             visited.add(value.__code__)
             for name in _global_names(value.__code__):
-                content = place.get(name)
-                if isinstance(content, HELD) or getattr(_function_of(content), "__globals__", None) is place:
+                content = place.get(name, _EMPTY)  # builtins are elsewhere
+                if content is not _EMPTY and type(content) is not ModuleType:
                     found.append((place, name, content))
                     stack.append(content)
             stack += _held_by(value)

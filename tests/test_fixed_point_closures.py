@@ -97,7 +97,11 @@ def test_an_input_that_f_takes_twice():
 
 
 @pytest.mark.parametrize(
-    "kind", ["tensor", "index", "module", "behind", "partial", "partial in a closure", "method", "default", "argument"]
+    "kind",
+    [
+        *("tensor", "index", "module", "behind", "partial", "partial in a closure", "method", "default", "argument"),
+        *("activation", "name", "missing"),
+    ],
 )
 @pytest.mark.parametrize("twice", [False, True])
 def test_variables_that_a_loop_gives_other_values(kind, twice):
@@ -109,7 +113,8 @@ def test_variables_that_a_loop_gives_other_values(kind, twice):
     def total(solve):
         loss = 0
         for i, x in enumerate(xs):
-            module = modules[i]
+            module, name, missing = modules[i], ("tanh", "sin", "cos")[i], (None, None, x)[i]
+            activation = getattr(torch, name)
 
             def step(z, _=None):
                 return torch.tanh(z @ W.mT + x)  # noqa: B023
@@ -125,6 +130,9 @@ def test_variables_that_a_loop_gives_other_values(kind, twice):
                 "method": MethodType(lambda self, z: torch.tanh(z @ W.mT + x + self), 0),  # noqa: B023
                 "default": lambda z, step=step: step(z),
                 "argument": functools.partial(call, step),
+                "activation": lambda z: activation(z @ W.mT + x),  # noqa: B023
+                "name": lambda z: getattr(torch, name)(z @ W.mT + x),  # noqa: B023
+                "missing": lambda z: torch.tanh(z @ W.mT + x if missing is None else missing),  # noqa: B023
             }
             loss = loss + solve(f[kind]).square().sum()
         return torch.autograd.grad(loss, W, create_graph=twice)[0]

@@ -107,6 +107,9 @@ def by_module(z):
 
 by_partial = functools.partial(lambda shift, z: step(z) + shift, 0.0)
 
+def by_activation(z):
+    return activation(z @ weight.mT + (0 if x is None else x))
+
 def by_comprehension(z):
     return torch.tanh(z @ weight.mT + sum([value + 0 * i for value in (x,)]))
 
@@ -127,7 +130,18 @@ class Block(torch.nn.Module):
 @pytest.mark.parametrize("twice", [False, True])
 @pytest.mark.parametrize(
     "name",
-    ["step", "by_function", "by_index", "by_module", "by_partial", "by_comprehension", "counting", "layer", "Block"],
+    [
+        "step",
+        "by_function",
+        "by_index",
+        "by_module",
+        "by_partial",
+        "by_activation",
+        "by_comprehension",
+        "counting",
+        "layer",
+        "Block",
+    ],
 )
 def test_global_variables_that_change_before_the_backward_pass(name, twice):
     """As those of a loop at the top level of a program, or of a notebook: a backward pass has those of its call."""
@@ -144,7 +158,7 @@ def test_global_variables_that_change_before_the_backward_pass(name, twice):
     def total(solve):
         loss = 0
         for i, x in enumerate(space["xs"]):
-            space.update(i=i, x=x, shift=shift_by(x))
+            space.update(i=i, x=x, shift=shift_by(x), activation=(torch.tanh, torch.sin, torch.cos)[i])
             loss = loss + solve(space[name]).square().sum()
         del space["x"]
         space.update(i=None, shift=None)
