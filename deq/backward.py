@@ -8,6 +8,8 @@ from functools import wraps
 import torch
 from torch import Tensor
 
+from .modes import has_autocast
+
 # Whether the gradient of a backward pass is such a batch: a tensor of torch's older vmap, which has no rule for our
 # operators and asks no torch.autograd.Function for one.
 is_batch_of_gradients = torch._C._functorch.is_legacy_batchedtensor
@@ -32,7 +34,7 @@ def backward_pass(backward: Callable[..., tuple]) -> Callable[..., tuple]:
         if g is not None:
             if is_batch_of_gradients(g):
                 return one_gradient_at_a_time(backward, ctx, g, *others)
-            if torch.is_autocast_enabled(g.device.type):
+            if has_autocast(g.device.type):
                 with torch.autocast(g.device.type, enabled=False):
                     return backward(ctx, g, *others)
         return backward(ctx, g, *others)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from . import _library, traced
-from .modes import lacks_numbers
+from .modes import lacks_numbers, no_autocast
 from .options import DTYPES, problem_of, unknown_option
 from .run import run
 from .solution import Solution
@@ -30,7 +30,7 @@ def solve(
 
     Args:
         W: (m, m), a structure from :mod:`deq.weights`, or batched (S, m, m) with ``c`` (S, ..., m). float32, float64,
-            bfloat16 or float16; 16-bit problems are solved in float32 and rounded once.
+            bfloat16 or float16; 16-bit problems are solved in float32 and rounded once. Autocast changes nothing.
         c: (..., m) injection ``U x + b``, dtype and device of W. Any strides. On the meta device, or of a
             FakeTensorMode, the solution has shapes, dtypes and gradients alike, and no numbers.
         activation: a name of :data:`deq.activations.ACTIVATIONS`.
@@ -76,6 +76,9 @@ def solve(
         problem = problem_of.__wrapped__(*given)
     if lacks_numbers(c):
         return traced.solve(W, c, z0, *options, frozen)
+    if torch.is_autocast_enabled(c.device.type):  # which would round the products, and with them what is judged
+        with no_autocast(c.device.type):
+            return run(W, c, z0, problem, solver, backward, frozen)
     return run(W, c, z0, problem, solver, backward, frozen)
 
 

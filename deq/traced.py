@@ -19,6 +19,7 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from . import _library, direct, stats
 from .activations import ACTIVATIONS
 from .backends import get_backend
+from .backward import backward_pass
 from .batch import Batch
 from .implicit import Problem, adjoint, approximate, solve_masked
 from .indicators import fitted, is_large
@@ -67,10 +68,11 @@ def solve(
     with torch.no_grad():
         z, said = torch.ops.deq.solve.default(parts, structure, c, z0, *options)
     if torch.is_grad_enabled():
-        W = _formed(parts, structure)
-        flat = canonical_shape(W.dim(), c.shape)
-        near = approximate(W, *_as(W, c.reshape(flat), z.reshape(flat)), activation, backward)
-        z = near.reshape(c.shape).to(c.dtype)
+        with no_autocast(c.device.type):
+            W = _formed(parts, structure)
+            flat = canonical_shape(W.dim(), c.shape)
+            near = approximate(W, *_as(W, c.reshape(flat), z.reshape(flat)), activation, backward)
+            z = near.reshape(c.shape).to(c.dtype)
     return Solution(z, said)
 
 
@@ -165,6 +167,7 @@ class _Solve(torch.autograd.Function):
         return z, said
 
     @staticmethod
+    @backward_pass
     def backward(ctx, g, _):
         z, c, *parts = ctx.saved_tensors
         if torch.is_grad_enabled():  # the gradient must itself be differentiable
@@ -275,6 +278,7 @@ class _MaskedLinear(torch.autograd.Function):
         return u
 
     @staticmethod
+    @backward_pass
     def backward(ctx, h):
         A, d, g, u = ctx.saved_tensors
         q = torch.ops.deq.masked_linear.default(A.mT, d, h, *ctx.options)

@@ -208,7 +208,9 @@ def monotone(A: Tensor, B: Tensor, mu: float = 0.1) -> Tensor:
     wide = torch.promote_types(B.dtype, torch.float32)
     A, dtype, B = A.to(wide), B.dtype, B.to(wide)
     eye = torch.eye(B.shape[0], dtype=wide, device=B.device)
-    return ((1.0 - mu) * eye - A.mT @ A + (B - B.mT)).to(dtype)
+    with no_autocast(B.device.type):  # the rounding of a product to 16 bits could be more than mu
+        gram = A.mT @ A
+    return ((1.0 - mu) * eye - gram + (B - B.mT)).to(dtype)
 
 
 def bounded(v: Tensor, bound: float = 0.95) -> Tensor:

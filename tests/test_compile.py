@@ -6,6 +6,7 @@ import pytest
 import torch
 from problems import gaussian
 from torch import nn
+from torch.func import grad, jvp
 from torch.utils.checkpoint import checkpoint
 
 import deq
@@ -139,6 +140,39 @@ def test_autocast(net):
     assert net.equilibrium.solution.converged.all() and net.equilibrium.solution.residual.max() <= 1e-6
     for a, b in zip(grads, gradients(net, net(x)), strict=True):
         torch.testing.assert_close(a, b, rtol=0.05, atol=0.05 * float(b.abs().max()))
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("backward", ["implicit", "one_step", "phantom", "unrolled"])
+def test_autocast_rounds_nothing_of_a_solve(backend, backward):
+    W, c, g = gaussian(32, 5)
+    W = W.requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        z = deq.solve(W, c, "tanh", backend=backend, backward=backward).z
+    expected = deq.solve(W, c, "tanh", backend=backend, backward=backward).z
+    torch.testing.assert_close(z, expected)
+    torch.testing.assert_close(torch.autograd.grad(z, W, g), torch.autograd.grad(expected, W, g))
+
+
+def solution(W, c):
+    return deq.solve(W, c, "tanh", backward="one_step").z
+
+
+def tangent(W, c):
+    return jvp(lambda W, c: deq.solve(W, c, "tanh").z, (W, c), (W.flip(0), c.flip(0)))[1]
+
+
+def gradients_inside(W, c):
+    return grad(lambda W, c: deq.solve(W, c, "tanh").z.square().sum(), (0, 1))(W, c)
+
+
+@pytest.mark.parametrize(("f", "compiled"), [(solution, True), (tangent, False), (gradients_inside, True)])
+def test_autocast_around_graphs_and_transforms(f, compiled):
+    W, c, _ = gaussian(32, 5)
+    W = W.requires_grad_(f is solution)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        given = (torch.compile(f, fullgraph=True, backend="aot_eager") if compiled else f)(W, c)
+    torch.testing.assert_close(given, f(W, c), rtol=1e-5, atol=1e-6)
 
 
 def test_autocast_around_any_function():

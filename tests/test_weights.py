@@ -269,6 +269,12 @@ class TestMonotone:
         A = torch.linalg.cholesky(symmetric).mT
         torch.testing.assert_close(monotone(A, (W - W.mT) / 4, mu), W)
 
+    def test_autocast_rounds_no_product(self):
+        A, B = (gaussian(32, 32, seed=seed, dtype=torch.float32) for seed in (0, 1))
+        with torch.autocast("cpu", torch.bfloat16):
+            W = monotone(A, B)
+        assert torch.equal(W, monotone(A, B))
+
     def test_gradient(self):
         A, B = gaussian(3, 4).requires_grad_(), gaussian(4, 4).requires_grad_()
         assert torch.autograd.gradcheck(monotone, (A, B))

@@ -23,7 +23,6 @@ from ..activations import ACTIVATIONS
 from ..backends import Counted, Deferred, Outcome
 from ..backward import backward_pass
 from ..implicit import Problem, report_later
-from ..modes import no_autocast
 from ..plan import Plan
 from ..profiling import ranges
 from ..solution import Solution, Status, report_failures
@@ -91,8 +90,7 @@ def _solve(
     plan = _plan_of(plan, method.name, method.what)
     precision = getattr(torch, plan.precision)
     start = None if z0 is None else z0.detach().reshape(flat).to(precision)
-    with no_autocast(c.device.type):
-        z, residual, iterations = _run(method, activation, plan, on_failure, start, c.reshape(flat).to(precision))
+    z, residual, iterations = _run(method, activation, plan, on_failure, start, c.reshape(flat).to(precision))
     converged = residual <= plan.tol
     finite = torch.isfinite(c.detach()).all(-1) if deferred else None
     is_last = forced or isinstance(method, Triangular | Diagonal)  # exact to rounding: no iteration makes it better

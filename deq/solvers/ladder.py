@@ -37,6 +37,7 @@ from ..backends import Deferred, Outcome, Settled, get_backend
 from ..backends import reference as torch_backend
 from ..backends.outcome import first_bad
 from ..cache import remembered
+from ..modes import no_autocast
 from ..plan import Plan
 from ..solution import Status
 from . import cayley, homotopy, newton
@@ -201,7 +202,9 @@ def postpone(outcome: Outcome, W: Tensor, c: Tensor, activation: str, plan: Plan
 
     def rescue() -> None:
         if (_version(W), _version(c)) == versions:  # else that equation is gone
-            with torch.inference_mode():  # where tensors made in that mode may be written to as well
+            # In inference mode tensors made in that mode may be written to as well; who reads a status may do so
+            # under autocast.
+            with torch.inference_mode(), no_autocast(c.device.type):
                 problem = _Equilibria(W, c, activation, get_backend(plan.backend), partial(_matrix, W, activation))
                 _rescue_all(problem, z0, Outcome(z, said, None), plan)
 
