@@ -15,30 +15,30 @@ class Batch:
 
     def weight(self, W: Tensor) -> Tensor:
         """One weight for all, or a stack."""
-        return W if self.weight_dim is None else W.movedim(self.weight_dim, 0).reshape(-1, *W.shape[-2:])
+        return W if self.weight_dim is None else W.movedim(self.weight_dim, 0).flatten(0, -3)
 
     def samples(self, c: Tensor, dim: int | None) -> Tensor:
         """The samples of all problems, where :meth:`weight` wants them."""
         c = c.expand(self.size, *c.shape) if dim is None else c.movedim(dim, 0)
         if self.weight_dim is not None:
-            return c.reshape(-1, *c.shape[-2:])
-        if self.stacked:
-            return c.transpose(0, 1).reshape(c.shape[1], -1, c.shape[-1])
-        return c.reshape(-1, c.shape[-1])
+            return c.flatten(0, -3)
+        return c.transpose(0, 1).flatten(1, 2) if self.stacked else c.flatten(0, 1)
 
-    def apart(self, z: Tensor) -> Tensor:
+    def apart(self, t: Tensor) -> Tensor:
         """(N, ..., m) of the problems out of their common solution, or (N, ...) out of numbers of its samples."""
-        return self._apart(z, z.shape[-1:])
+        if self.weight_dim is None:
+            return t.unflatten(1, (self.size, -1)).transpose(0, 1) if self.stacked else t.unflatten(0, (self.size, -1))
+        return t.unflatten(0, (self.size, -1)) if self.stacked else t
 
     def stats(self, z: Tensor, stats: Tensor) -> Tensor:
         """(N, bytes): every problem's buffer of :mod:`deq.stats`."""
         fields = (read(z, stats) for read in (layout.residual, layout.iterations, layout.status))
-        parts = (self._apart(field, ()).reshape(self.size, -1) for field in fields)
+        parts = (self.apart(field).reshape(self.size, -1) for field in fields)
         return torch.cat([layout.as_type(part, torch.uint8) for part in parts], 1)
 
-    def _apart(self, t: Tensor, tail) -> Tensor:
-        if self.weight_dim is None and self.stacked:
-            return t.reshape(t.shape[0], self.size, -1, *tail).transpose(0, 1)
-        if self.stacked:
-            return t.reshape(self.size, -1, t.shape[1], *tail)
-        return t.reshape(self.size, -1, *tail)
+
+def largest(numbers: Tensor) -> int:
+    """The largest of some integers, or 0: of all problems, where vmap shows one."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(numbers):
+        numbers = torch._C._functorch.get_unwrapped(numbers)
+    return int(numbers.max()) if numbers.numel() else 0

@@ -82,6 +82,8 @@ def as_type(part: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _as_type(part: Tensor, dtype: torch.dtype) -> Tensor:
+    if part.numel() == 0:  # whose strides torch takes for those of an element
+        return part.new_empty((*part.shape[:-1], part.shape[-1] * part.element_size() // dtype.itemsize), dtype=dtype)
     return part.clone(memory_format=torch.contiguous_format).view(dtype)  # of a batch the pieces may not be aligned
 
 

@@ -145,12 +145,12 @@ def _solve_vmap(info, in_dims, parts, structure, c, z0, *options):
 
     def samples(x: Tensor, dim: int | None) -> Tensor:
         x = x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
-        return many.samples(x.reshape(-1, *canonical_shape(3 if many.stacked else 2, x.shape[1:])), 0)
+        return many.samples(x.reshape(info.batch_size, *canonical_shape(3 if many.stacked else 2, x.shape[1:])), 0)
 
     shape = (info.batch_size, *(c.shape if of_c is None else c.movedim(of_c, 0).shape[1:]))
     z0 = None if z0 is None else samples(z0, of_z0)
-    given = ([W], Dense.structure) if of_parts[0] is not None or structure == Dense.structure else (parts, structure)
-    z, said = torch.ops.deq.solve.default(*given, *_as(given[0][0], samples(c, of_c), z0), *options)
+    parts = [many.weight(W)] if structure == Dense.structure else parts
+    z, said = torch.ops.deq.solve.default(parts, structure, *_as(parts[0], samples(c, of_c), z0), *options)
     return (many.apart(z).reshape(shape).to(c.dtype), many.stats(z, said)), (0, 0)
 
 

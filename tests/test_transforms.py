@@ -76,6 +76,36 @@ def test_vmap(solve, problem):
     close(grad(lambda W: vmap(one, (None, 0))(W, c).sum())(W), grad(lambda W: unrolled(W, c).sum())(W))
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(("dim", "stack"), [(0, ()), (1, ()), (-1, ()), (0, (2,)), (1, (2,)), (-1, (2,))])
+def test_vmap_over_any_dimension_of_weights(dim, stack, compiled):
+    """The batch may be as long as the weight is wide, and then looks like one."""
+    torch.compiler.reset()
+    generator = torch.Generator().manual_seed(0)
+    weights = [0.2 * torch.randn(*stack, 5, 5, dtype=torch.float64, generator=generator) for _ in range(5)]
+    c = torch.randn(5, *stack, 3, 5, dtype=torch.float64, generator=generator)
+    f = vmap(linear, (dim, 0))
+    z = (torch.compile(f, fullgraph=True, backend="aot_eager") if compiled else f)(torch.stack(weights, dim), c)
+    close(z, torch.stack([linear(W, c) for W, c in zip(weights, c, strict=True)]))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(("samples", "stack"), [((0,), ()), ((2, 0), (2,)), ((0, 4), (0,))])
+@pytest.mark.parametrize("of_weight", [None, 0])
+def test_vmap_of_no_samples(samples, stack, of_weight, compiled):
+    torch.compiler.reset()
+    W, c = torch.zeros(*stack, 5, 5), torch.zeros(3, *samples, 5)
+
+    def solve(W, c):
+        solution = deq.solve(W, c)
+        return solution.z, solution.iterations, solution.residual, solution.status
+
+    f = vmap(solve, (of_weight, 0))
+    given = (W if of_weight is None else W.expand(3, *W.shape)), c
+    z, *said = (torch.compile(f, fullgraph=True, backend="aot_eager") if compiled else f)(*given)
+    assert z.shape == c.shape and all(t.shape == (3, *samples) for t in said)
+
+
 @pytest.mark.parametrize("kind", ["tuple", "parameters"])
 def test_transforms_of_modules_and_tuples(kind):
     torch.manual_seed(0)
