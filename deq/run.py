@@ -52,7 +52,7 @@ def run(
         problem = Problem(activation, fitted(general, W, c, frozen, large=True), on_failure)
         z, stats, report = equilibrium(W, c, z0, problem, backward)
     if z.dtype != dtype:
-        z, report = _rounded(z, stats, report, dtype)
+        z, stats, report = _rounded(z, stats, report, dtype)
     solution = Solution(z if is_canonical else z.reshape(shape), stats, problem.plan)
     if isinstance(report, Deferred):
         solution.when_read = partial(_report_deferred, report, on_failure)
@@ -63,20 +63,20 @@ def run(
 
 
 def _rounded(z: Tensor, stats: Tensor, report: list[int] | Deferred | None, dtype: torch.dtype) -> tuple:
-    """z in a dtype of 16 bits, and the report of that."""
-    narrow = rounded(z, stats, dtype)
+    """z in a dtype of 16 bits, and what is said of that."""
+    narrow, said = rounded(z, stats, dtype)
     if isinstance(report, Deferred):
         if report.rescue is not None:
             rescue, found, given = report.rescue, z.data, narrow.data
 
             def rescue_and_round() -> None:
                 rescue()
-                given.copy_(rounded(found, stats, dtype))
+                given.copy_(rounded(found, stats, dtype)[0])
 
             report.rescue = rescue_and_round
     elif report is not None:
-        report = [int((layout.status(z, stats) != Status.CONVERGED).sum()), *report[1:]]
-    return narrow, report
+        report = [int((layout.status(z, said) != Status.CONVERGED).sum()), *report[1:]]
+    return narrow, said, report
 
 
 def canonical_shape(dims: int, shape: torch.Size) -> tuple[int, ...]:

@@ -89,12 +89,16 @@ class Solution:
         )
 
 
-def rounded(z: Tensor, stats: Tensor, dtype: torch.dtype) -> Tensor:
-    """z (..., m) in the dtype of the injection; a sample that leaves its range is held at its edge and has diverged."""
+def rounded(z: Tensor, stats: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """z (..., m) in the dtype of the injection, and what is said of its samples, in the same buffer but for transforms
+    of torch.func; a sample that leaves the range is held at its edge and has diverged."""
     largest = torch.finfo(dtype).max
     held = z.clamp(-largest, largest)
-    layout.status(z, stats).masked_fill_(((held != z) & z.isfinite()).any(-1), int(Status.DIVERGED))
-    return held.to(dtype)
+    leaves = ((held != z) & z.isfinite()).any(-1)
+    status = layout.status(z, stats).masked_fill_(leaves, int(Status.DIVERGED))
+    if torch._C._are_functorch_transforms_active():  # where that was no view of the buffer
+        stats = layout.pack(layout.iterations(z, stats), layout.residual(z, stats), status)
+    return held.to(dtype), stats
 
 
 def report_failures(solution: Solution, on_failure: str, tol: float, what: str) -> None:

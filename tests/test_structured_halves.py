@@ -95,6 +95,8 @@ def test_an_equilibrium_beyond_16_bits_has_diverged():
     with pytest.warns(deq.ConvergenceWarning, match="1 of 2 samples did not converge"):
         solution = deq.solve(W, c, solver="plain")
     assert solution.status.tolist() == [Status.CONVERGED, Status.DIVERGED] and solution.z.isfinite().all()
+    each = torch.func.vmap(lambda c: deq.solve(W, c, solver="plain").status)(c)
+    assert each.tolist() == solution.status.tolist()
 
 
 @pytest.mark.parametrize("solver", ["plain", "direct"])

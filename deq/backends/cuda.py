@@ -363,5 +363,5 @@ def _run(
     except RuntimeError as error:
         raise Refused(str(error)) from error
     if c.dtype != torch.float32:
-        z = rounded(z, said, c.dtype)
+        z = rounded(z, said, c.dtype)[0]
     return Outcome(z if out is None else out.copy_(z), said, _Report(z.numel() // z.shape[-1], said, weight))
