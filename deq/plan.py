@@ -64,6 +64,10 @@ class Plan:
         """Computed once: a plan is part of a key at every call, and where caches are cold its fields take 10 us."""
         return self._hash
 
+    def __reduce__(self) -> tuple:
+        """Without the hash: of the same text it is another in every process."""
+        return Plan, tuple(getattr(self, f.name) for f in fields(self) if f.init)
+
     def __str__(self) -> str:
         parts = [f"{self.map} map" if self.map in MAPS else self.map, f"{self.precision} on {self.backend}"]
         if self.increments != "native":

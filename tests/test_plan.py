@@ -1,5 +1,9 @@
 """The plan is pure Python: every decision without a tensor, but for one look at W."""
 
+import pickle
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -128,3 +132,11 @@ def test_the_engine_refuses_the_weights_that_are_large(dtype, m, layout):
         told = indicators.fitted(general, W, c, True, large=large)
         z = ladder.solve(W, c, None, "relu", told).z
         assert torch.equal(z, chosen.z)
+
+
+def test_a_plan_of_another_process_is_found_among_equals():
+    """The hash that it keeps is of texts, which every process hashes in its own way."""
+    code = "import pickle, sys; from deq.plan import make_plan; "
+    code += "sys.stdout.buffer.write(pickle.dumps(make_plan(dtype='float32', device='cpu', compiled=True)))"
+    other = pickle.loads(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True).stdout)
+    assert other == plan() and hash(other) == hash(plan())
