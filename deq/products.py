@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import _library
+from .backward import backward_pass
 from .cache import is_plain
 
 DTYPES = (torch.float32, torch.float64)
@@ -89,6 +90,7 @@ class _Linear(torch.autograd.Function):
         return multiply(x, W.mT, out, adds=b is not None)
 
     @staticmethod
+    @backward_pass
     def backward(ctx, g):
         x, W = ctx.saved_tensors
         needs_x, needs_W, needs_b = ctx.needs_input_grad

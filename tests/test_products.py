@@ -167,6 +167,15 @@ def test_a_linear_layer_is_torchs(shape, bias, always):
         assert torch.autograd.gradgradcheck(products.linear, (x, W, b))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+def test_a_batch_of_gradients_of_a_linear_layer(always):
+    leaves = [draw(*shape, seed=seed).requires_grad_() for seed, shape in enumerate(((6, 7), (5, 7), (5,)))]
+    y, g = products.linear(*leaves), draw(3, 6, 5, seed=3)
+    each = [torch.autograd.grad(y, leaves, one, retain_graph=True) for one in g]
+    batch = torch.autograd.grad(y, leaves, g, is_grads_batched=True)
+    torch.testing.assert_close(batch, tuple(map(torch.stack, zip(*each, strict=True))))
+
+
 def test_a_linear_layer_by_the_accuracy_rule(always):
     x, W, b = draw(100, 300), draw(77, 300, seed=1), draw(77, seed=2)
     exact_value = exact(x, W.mT) + b.double()
