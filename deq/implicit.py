@@ -7,7 +7,6 @@ At ``z = act(W z + c)`` with ``D = diag(act'(W z + c))`` and the loss gradient `
 """
 
 from collections import deque
-from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -20,10 +19,11 @@ from . import stats as layout
 from .activations import ACTIVATIONS
 from .backends import Deferred, Outcome, get_backend
 from .backward import backward_pass
-from .batch import Batch
+from .batch import Batch, largest
 from .plan import Plan
 from .profiling import ranges
-from .solution import ConvergenceError, Solution, report_failures, warn
+from .reference import _norm
+from .solution import ConvergenceError, Solution, Status, report_failures, warn
 from .solvers import ladder
 
 # Reports of gradients that are still on a GPU: nobody holds them, so they wait for the next status that is read.
@@ -46,29 +46,65 @@ def equilibrium(W: Tensor, c: Tensor, z0: Tensor | None, problem: Problem, backw
         return _run(W, c, z0, problem)
     if backward == "implicit":
         return _apply(_Equilibrium, W, c, z0, problem)
+    with torch.no_grad():  # without tangents either: what is differentiated is evaluated below
+        tensors = (None if t is None else t.detach() for t in (W, c, z0))
+        in_transform = torch._C._are_functorch_transforms_active()
+        solved, stats, report = _apply(_Equilibrium, *tensors, problem) if in_transform else _run(*tensors, problem)
     if backward == "unrolled":
-        problem = problem._replace(plan=replace(problem.plan, acceleration="none"))
-    with torch.no_grad():
-        solved, stats, report = _run(W, c, z0, problem)
-    if backward != "unrolled":
-        return approximate(W, c, solved, problem.activation, backward), stats, report
-    act = ACTIVATIONS[problem.activation].value
-    z = torch.zeros_like(c) if z0 is None else z0
-    iterations = layout.iterations(solved, stats)
-    for k in range(int(iterations.max()) if iterations.numel() else 0):
-        z = torch.where((iterations > k).unsqueeze(-1), act(z @ W.mT + c), z)
-    return z, stats, report
+        return _unrolled(W, c, z0, solved, stats, problem.activation), stats, report
+    return approximate(W, c, solved, problem.activation, backward), stats, report
 
 
 def approximate(W: Tensor, c: Tensor, solved: Tensor, activation: str, backward: str) -> Tensor:
-    """The equilibrium ``solved`` with the gradient of one evaluation there ("one_step"), or a few damped ones."""
-    act = ACTIVATIONS[activation].value
+    """The equilibrium ``solved`` with the gradient of one evaluation there ("one_step"), or a few damped ones.
+
+    Canonical tensors; computed in float32 where they are of 16 bits, and rounded once.
+    """
+    W, c, z = _widened(W, c, solved)
     if backward == "one_step":
-        return act(solved @ W.mT + c)
-    z = solved
-    for _ in range(PHANTOM_STEPS):
-        z = (1 - PHANTOM_DAMPING) * z + PHANTOM_DAMPING * act(z @ W.mT + c)
-    return z
+        z = _evaluate(W, c, z, activation)[0]
+    else:
+        for _ in range(PHANTOM_STEPS):
+            z = (1 - PHANTOM_DAMPING) * z + PHANTOM_DAMPING * _evaluate(W, c, z, activation)[0]
+    return _narrowed(z, solved.dtype)
+
+
+def _unrolled(W: Tensor, c: Tensor, z0: Tensor | None, solved: Tensor, stats: Tensor, activation: str) -> Tensor:
+    """The plain iteration that led to ``solved`` once more, all of it in the graph; of a sample that failed the best
+    iterate."""
+    converged = (layout.status(solved, stats) == Status.CONVERGED.value).unsqueeze(-1)
+    last = layout.iterations(solved, stats).unsqueeze(-1)
+    W, c, z = _widened(W, c, solved)
+    y = start = torch.zeros_like(c) if z0 is None else z0.detach().to(c.dtype)
+    best = torch.full_like(last, torch.inf, dtype=c.dtype)
+    for k in range(1, largest(last) + 1):
+        image, finite = _evaluate(W, c, y, activation)
+        step, size = (_norm(t.detach()).unsqueeze(-1) for t in (image - y, image))
+        better = (last >= k) & finite & ((residual := torch.where(step > 0, step / size, step)) < best)
+        best = torch.where(better, residual, best)
+        z = torch.where(torch.where(converged, last == k, better), image, z)
+        y = torch.where(last > k, image, start)
+    return _narrowed(z, solved.dtype)
+
+
+def _evaluate(W: Tensor, c: Tensor, z: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """``act(W z + c)`` and the rows (..., 1) in which it is finite; the others are those of z and have no gradient."""
+    x = z @ W.mT + c
+    finite = torch.isfinite(x).all(-1, keepdim=True)
+    # The derivative at a number that is not finite times a gradient of zero would be NaN.
+    return torch.where(finite, ACTIVATIONS[activation].value(torch.where(finite, x, 0.0)), z), finite
+
+
+def _widened(*tensors: Tensor) -> list[Tensor]:
+    return [t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors]
+
+
+def _narrowed(z: Tensor, dtype: torch.dtype) -> Tensor:
+    """z in ``dtype``, held in its range."""
+    if z.dtype == dtype:
+        return z
+    most = torch.finfo(dtype).max
+    return z.clamp(-most, most).to(dtype)
 
 
 def _is_differentiated(W: Tensor, c: Tensor) -> bool:

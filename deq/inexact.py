@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .batch import largest
 from .closures import in_transform
 from .solution import Status
 from .solvers import generic
@@ -57,7 +58,7 @@ def _unrolled(evaluate: Callable[[Tensor], Tensor], start: Tensor, result: gener
     last = (result.iterations - (result.status == int(Status.NONFINITE)).int()).unsqueeze(1)
     best = torch.full_like(last, torch.inf, dtype=torch.float64)
     y, z = start, result.z
-    for k in range(1, max(1, _largest(last)) + 1):
+    for k in range(1, max(1, largest(last)) + 1):
         image = evaluate(y)
         take = last == k
         if not is_converged:  # those that failed return their best image, as they do from a solve
@@ -69,13 +70,6 @@ def _unrolled(evaluate: Callable[[Tensor], Tensor], start: Tensor, result: gener
         step = image if rule.damping == 1.0 else torch.lerp(y, image, rule.damping)
         y = torch.where(last > k, step, start)
     return z
-
-
-def _largest(numbers: Tensor) -> int:
-    """The largest, or 0: of all samples, where vmap shows one."""
-    while torch._C._functorch.is_functorch_wrapped_tensor(numbers):
-        numbers = torch._C._functorch.get_unwrapped(numbers)
-    return int(numbers.max()) if numbers.numel() else 0
 
 
 def _measure(y: Tensor, image: Tensor, rule: Rule) -> Tensor:

@@ -4,6 +4,7 @@ import difflib
 import math
 import numbers
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -41,11 +42,12 @@ def problem_of(
     for name, value in (("solver", solver), ("criterion", criterion), ("backend", backend)):
         if not isinstance(value, str):
             raise TypeError(f"{name} must be a string; got {value!r}")
+    is_unrolled = backward == "unrolled" and solver in ("auto", "anderson", "cayley")
     plan = make_plan(
         dtype=DTYPES[dtype],
         device=device,
         activation=activation,
-        solver=solver,
+        solver="plain" if is_unrolled else solver,
         backend=backend,
         criterion=criterion,
         tol=tol,
@@ -54,6 +56,8 @@ def problem_of(
         why_no_triton=_triton.why_not(device) if backend == "triton" or device != "cpu" else "",
         why_no_cuda=_cuda.why_not(device),
     )
+    if is_unrolled:
+        plan = replace(plan, why=(*plan.why, "plain: backward='unrolled' differentiates the plain iteration"))
     return Problem(activation, plan, on_failure)
 
 

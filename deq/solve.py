@@ -49,7 +49,7 @@ def solve(
             may be far above tol: up to 3 tol with a mode of 0.9, 130 with one of 0.99 (tanh, W = 0.99 / m, m = 300,
             float64; 520 in float32). Ask for solver="plain" where it matters.
         backward: "implicit" is exact; "one_step" (JFB) differentiates one evaluation at the equilibrium, "phantom" five
-            damped ones, "unrolled" the whole plain iteration.
+            damped ones, "unrolled" the whole plain iteration, which is then what solves.
         on_failure: "warn", "raise" (:class:`deq.ConvergenceError`) or "ignore" when samples do not converge.
         backend: "auto"; "cpu", the compiled engine; "triton", kernels for NVIDIA GPUs, or for CPU tensors in Triton's
             interpreter; "cuda", compiled kernels that keep W on the chip, and Triton's for what they do not hold;

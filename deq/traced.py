@@ -71,8 +71,7 @@ def solve(
         with no_autocast(c.device.type):
             W = _formed(parts, structure)
             flat = canonical_shape(W.dim(), c.shape)
-            near = approximate(W, *_as(W, c.reshape(flat), z.reshape(flat)), activation, backward)
-            z = near.reshape(c.shape).to(c.dtype)
+            z = approximate(W, c.reshape(flat), z.reshape(flat), activation, backward).reshape(c.shape)
     return Solution(z, said)
 
 
