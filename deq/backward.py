@@ -1,12 +1,13 @@
 """What every backward pass of an equilibrium starts with, whatever its function: a batch of gradients is taken apart
 (``torch.autograd.grad(is_grads_batched=True)``, ``torch.autograd.functional.jacobian(vectorize=True)``), and autocast,
-which would round products to 16 bits, is off."""
+which would round products to 16 bits, is off. And every tangent of forward mode: it has tangents itself."""
 
 from collections.abc import Callable
 from functools import wraps
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .modes import has_autocast
 
@@ -15,15 +16,24 @@ from .modes import has_autocast
 is_batch_of_gradients = torch._C._functorch.is_legacy_batchedtensor
 
 
-def one_gradient_at_a_time(backward: Callable[..., tuple], ctx, g: Tensor, *others) -> tuple:
-    """``backward(ctx, g, *others)`` of a torch.autograd.Function for a batch g of gradients: its results, batched."""
+def one_gradient_at_a_time(function: Callable[..., object], ctx, *given: Tensor | None) -> object:
+    """``function(ctx, *given)``, the ``backward`` or ``jvp`` of a torch.autograd.Function, where some of ``given`` are
+    batches of gradients or tangents: its results, batched."""
     level = torch._C._vmapmode_increment_nesting() - 1
     torch._C._vmapmode_decrement_nesting()
-    found = [backward(ctx, one, *others) for one in torch._remove_batch_dim(g, level, 0, 0)]
-    return tuple(
-        None if grads[0] is None else torch._add_batch_dim(torch.stack(grads), 0, level)
-        for grads in zip(*found, strict=True)
-    )
+    batches = [
+        torch._remove_batch_dim(t, level, 0, 0) if t is not None and is_batch_of_gradients(t) else None for t in given
+    ]
+    size = next(len(batch) for batch in batches if batch is not None)
+    found = [
+        function(ctx, *(t if batch is None else batch[i] for t, batch in zip(given, batches, strict=True)))
+        for i in range(size)
+    ]
+
+    def batched(*each: Tensor | None) -> Tensor | None:
+        return None if each[0] is None else torch._add_batch_dim(torch.stack(each), 0, level)
+
+    return batched(*found) if isinstance(found[0], Tensor) else tuple(map(batched, *found))
 
 
 def backward_pass(backward: Callable[..., tuple]) -> Callable[..., tuple]:
@@ -40,3 +50,29 @@ def backward_pass(backward: Callable[..., tuple]) -> Callable[..., tuple]:
         return backward(ctx, g, *others)
 
     return run
+
+
+def tangent_pass(jvp: Callable[..., object]) -> Callable[..., object]:
+    """The ``jvp`` of a torch.autograd.Function, right inside of further torch.func.jvp too: torch switches forward mode
+    off around it, and the tangents that its operators pass on to transforms further out would be zero, in silence. What
+    it saved it must read by :func:`saved_primals`."""
+
+    @wraps(jvp)
+    def run(ctx, *tangents) -> object:
+        with forward_ad._set_fwd_grad_enabled(True):
+            if any(t is not None and is_batch_of_gradients(t) for t in tangents):
+                return one_gradient_at_a_time(jvp, ctx, *tangents)
+            return jvp(ctx, *tangents)
+
+    return run
+
+
+def tangent_of(t: Tensor) -> Tensor | None:
+    """The tangent of the innermost forward mode, if there is one: also where torch.compile traces, and Python's count
+    of levels knows nothing of it."""
+    return torch._VF._unpack_dual(t, level=0)[1]
+
+
+def saved_primals(ctx) -> list[Tensor | None]:
+    """``ctx.saved_tensors`` without the tangents that :func:`tangent_pass` is there to make something of."""
+    return [None if t is None else torch._VF._unpack_dual(t, level=0)[0] for t in ctx.saved_tensors]

@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from . import stats as layout
 from .activations import ACTIVATIONS
 from .backends import Deferred, Outcome, get_backend
-from .backward import backward_pass
+from .backward import backward_pass, saved_primals, tangent_pass
 from .batch import Batch, largest
 from .plan import Plan
 from .profiling import ranges
@@ -149,8 +149,9 @@ class _Equilibrium(torch.autograd.Function):
         return dW, u, None, None
 
     @staticmethod
+    @tangent_pass
     def jvp(ctx, dW, dc, *_):
-        W, z, c = ctx.saved_tensors
+        W, z, c = saved_primals(ctx)
         g = torch.zeros_like(z) if dc is None else dc
         if dW is not None:
             g = g + z @ dW.mT
@@ -191,14 +192,10 @@ class _MaskedLinear(torch.autograd.Function):
         return dA, dd, q, None
 
     @staticmethod
+    @tangent_pass
     def jvp(ctx, dA, dd, dg, _):
-        A, d, g, u = ctx.saved_tensors
-        t = torch.zeros_like(u) if dg is None else d * dg
-        if dA is not None:
-            t = t + d * (u @ dA.mT)
-        if dd is not None:
-            t = t + dd * (u @ A.mT + g)
-        # du = d * (A du) + t: with v = du - t, v = d * (A v + A t).
+        A, d, g, u = saved_primals(ctx)
+        t = masked_tangent(A, d, g, u, dA, dd, dg)
         return t + _apply(_MaskedLinear, A, d, t @ A.mT, ctx.problem)
 
     @staticmethod
@@ -206,6 +203,16 @@ class _MaskedLinear(torch.autograd.Function):
         many = Batch(info.batch_size, in_dims[0], A)
         d, g = many.samples(d, in_dims[1]), many.samples(g, in_dims[2])
         return many.apart(_apply(_MaskedLinear, many.weight(A), d, g, problem)), 0
+
+
+def masked_tangent(
+    A: Tensor, d: Tensor, g: Tensor, u: Tensor, dA: Tensor | None, dd: Tensor | None, dg: Tensor | None
+) -> Tensor:
+    """t of the tangent ``du = d * (A du) + t`` of ``u = d * (A u + g)``: ``du - t`` is ``v = d * (A v + A t)``."""
+    t = torch.zeros_like(u) if dg is None else d * dg
+    if dA is not None:
+        t = t + d * (u @ dA.mT)
+    return t if dd is None else t + dd * (u @ A.mT + g)
 
 
 def _save(ctx, *tensors: Tensor | None) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import parametrize
 
+from .backward import saved_primals, tangent_pass
 from .closures import (
     Exchange,
     Graph,
@@ -253,8 +254,9 @@ class _FixedPoint(torch.autograd.Function):
         return None, None, None, *_gradients(ctx, g, ctx.needs_input_grad[3:])
 
     @staticmethod
+    @tangent_pass
     def jvp(ctx, _equation, _z0, _first, *tangents):
-        z, *tensors = ctx.saved_tensors
+        z, *tensors = saved_primals(ctx)
         moving = [i for i, tangent in enumerate(tangents) if tangent is not None]
         equation = ctx.equation
         if equation.constant:

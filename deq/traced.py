@@ -3,8 +3,8 @@
 A solve decides by its numbers when to stop and what to try next, which no graph can hold. In a graph it is the operator
 ``deq::solve``, and its gradient ``deq::solve_gradient``: opaque, they do what :func:`deq.solve` does outside of one, by
 the same plan and means, with the same warnings and errors. Their arguments say all there is to say, so that an exported
-program serves in any process that imports deq. A gradient that is itself differentiated (``torch.func`` inside of the
-graph) is made of ``deq::masked_linear`` and torch's own operators.
+program serves in any process that imports deq. A gradient that is itself differentiated and a tangent (``torch.func``
+inside of the graph) are made of ``deq::masked_linear`` and torch's own operators.
 
 On a GPU nobody in a graph waits to learn that samples failed: ``solution.status`` tells, and nothing warns.
 """
@@ -15,13 +15,14 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
 
 from . import _library, direct, stats
 from .activations import ACTIVATIONS
 from .backends import get_backend
-from .backward import backward_pass
+from .backward import backward_pass, saved_primals, tangent_of, tangent_pass
 from .batch import Batch
-from .implicit import Problem, adjoint, approximate, solve_masked
+from .implicit import Problem, adjoint, approximate, masked_tangent, solve_masked
 from .indicators import fitted, is_large
 from .modes import no_autocast
 from .options import check_backward, problem_of
@@ -162,7 +163,9 @@ class _Solve(torch.autograd.Function):
             z, said = torch.ops.deq.solve.default(list(parts), structure, c, z0, *options)
         ctx.structure, ctx.options = structure, options
         ctx.mark_non_differentiable(said)
-        ctx.save_for_backward(z, None if ACTIVATIONS[options[0]].derivative_of_value else c, *parts)
+        saved = z, None if ACTIVATIONS[options[0]].derivative_of_value else c, *parts
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)
         return z, said
 
     @staticmethod
@@ -176,8 +179,24 @@ class _Solve(torch.autograd.Function):
             u, *grads = torch.ops.deq.solve_gradient.default(parts, ctx.structure, c, z, g, of_parts, *ctx.options)
         return None, None, u, None, *(grads or [None] * len(parts))
 
+    @staticmethod
+    @tangent_pass
+    def jvp(ctx, _structure, _options, dc, _z0, dW):  # the structure is dense
+        z, c, W = saved_primals(ctx)
+        flat = canonical_shape(W.dim(), z.shape)
+        c, dc, rows = (None if x is None else x.reshape(flat) for x in (c, dc, z))
+        g = torch.zeros_like(rows) if dc is None else dc
+        if dW is not None:
+            g = g + rows @ dW.mT
+        dz = torch.ops.deq.masked_linear.default(W, _derivative(W, c, rows, ctx.options[0]), g, *ctx.options)
+        return dz.reshape(z.shape), None
+
 
 def _solve_autograd(parts, structure, c, z0, *options):
+    if any(tangent_of(t) is not None for t in (c, *parts)):
+        W = _formed(parts, structure)
+        z, said = _apply(_Solve, Dense.structure, options, *_as(W, c, z0), W)
+        return z.to(c.dtype), said
     if not (torch.is_grad_enabled() and (c.requires_grad or any(part.requires_grad for part in parts))):
         with torch._C._AutoDispatchBelowAutograd():  # as a graph is run: a third of what the call costs the host
             return torch.ops.deq.solve.default(parts, structure, c, z0, *options)
@@ -185,16 +204,20 @@ def _solve_autograd(parts, structure, c, z0, *options):
 
 
 def _differentiable_gradient(parts, structure, c, z, g, options):
-    entry, shape = ACTIVATIONS[options[0]], g.shape
-    W = _formed(parts, structure)
+    W, shape = _formed(parts, structure), g.shape
     flat, dtype = canonical_shape(W.dim(), shape), g.dtype
     c, z, g = _as(W, *(None if x is None else x.reshape(flat) for x in (c, z, g)))
-    d = entry.derivative_of_value(z) if c is None else entry.derivative(z @ W.mT + c)
-    u = torch.ops.deq.masked_linear.default(W.mT, d, g, *options)
+    u = torch.ops.deq.masked_linear.default(W.mT, _derivative(W, c, z, options[0]), g, *options)
     grads = [torch.matmul(u.mT, z)]
     if structure != Dense.structure:
         grads = list(torch.func.vjp(lambda *parts: _formed(parts, structure), *parts)[1](grads[0]))
     return u.reshape(shape).to(dtype), grads
+
+
+def _derivative(W: Tensor, c: Tensor | None, z: Tensor, activation: str) -> Tensor:
+    """``act'(W z + c)`` at the equilibrium, differentiable; c where z alone does not give it."""
+    entry = ACTIVATIONS[activation]
+    return entry.derivative_of_value(z) if c is None else entry.derivative(z @ W.mT + c)
 
 
 # ---- its gradient ----------------------------------------------------------------------------------------------------
@@ -274,6 +297,7 @@ class _MaskedLinear(torch.autograd.Function):
             u = torch.ops.deq.masked_linear.default(A, d, g, *options)
         ctx.options = options
         ctx.save_for_backward(A, d, g, u)
+        ctx.save_for_forward(A, d, g, u)
         return u
 
     @staticmethod
@@ -283,6 +307,13 @@ class _MaskedLinear(torch.autograd.Function):
         q = torch.ops.deq.masked_linear.default(A.mT, d, h, *ctx.options)
         dA, dd = torch.matmul(q.mT, u), (h + q @ A) * (u @ A.mT + g)
         return dA, dd, q, *(None for _ in ctx.options)
+
+    @staticmethod
+    @tangent_pass
+    def jvp(ctx, dA, dd, dg, *_):
+        A, d, g, u = saved_primals(ctx)
+        t = masked_tangent(A, d, g, u, dA, dd, dg)
+        return t + torch.ops.deq.masked_linear.default(A, d, t @ A.mT, *ctx.options)
 
 
 def _masked_autograd(*inputs):
@@ -299,8 +330,8 @@ def _apply(function, *inputs):
 @contextmanager
 def _below_autograd() -> Iterator[None]:
     """For what a function's forward calls: the next transform of torch.func below this one may be a gradient too, which
-    must not find gradients switched off."""
-    with torch.enable_grad(), torch._C._AutoDispatchBelowAutograd():
+    must not find gradients switched off, nor may a further tangent find forward mode so."""
+    with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), torch._C._AutoDispatchBelowAutograd():
         yield
 
 

@@ -42,3 +42,18 @@ def test_hessians_from_batches_of_gradients():
     for weight in (W, deq.weights.Diagonal(W.diagonal()), deq.weights.LowerTriangular(W)):
         total = lambda c: deq.solve(weight, c, "tanh", tol=1e-13).z.square().sum()  # noqa: E731, B023
         close(torch.autograd.functional.hessian(total, c, vectorize=True), torch.autograd.functional.hessian(total, c))
+
+
+@pytest.mark.parametrize("kind", ["solve", "fixed_point"])
+def test_batches_of_tangents(kind):
+    W, c, _ = gaussian(4, 2, torch.float64, scale=0.4)
+
+    def f(W, c):
+        if kind == "solve":
+            return deq.solve(W, c, "gelu", tol=1e-13).z
+        return deq.fixed_point(lambda z: torch.tanh(z @ W.mT + c), torch.zeros_like(c), tol=1e-13).z
+
+    one_by_one = torch.autograd.functional.jacobian(f, (W, c))
+    vectorised = torch.autograd.functional.jacobian(f, (W, c), vectorize=True, strategy="forward-mode")
+    for ours, theirs in zip(vectorised, one_by_one, strict=True):
+        close(ours, theirs)

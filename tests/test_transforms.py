@@ -63,6 +63,44 @@ def test_jacobians_and_hessians(solve, problem):
 
 
 @SOLVES
+@pytest.mark.parametrize("modes", [(jacfwd, jacfwd), (jacfwd, jacfwd, jacrev), (jacrev, jacfwd, jacfwd), (jacfwd,) * 3])
+def test_forward_mode_inside_of_forward_mode(solve, modes, problem):
+    _, c, _ = problem
+    W = 0.5 * c[:, :3]
+
+    def derivative(f):
+        g = lambda W: f(W, c[:2, :3]).square().sum()  # noqa: E731
+        for mode in modes:
+            g = mode(g)
+        return g(W)
+
+    close(derivative(solve), derivative(unrolled))
+
+
+@pytest.mark.parametrize("activation", ["tanh", "gelu"])
+@pytest.mark.parametrize("modes", [(jacfwd,), (jacfwd, jacfwd), (jacfwd, jacrev), (jacrev, jacfwd)])
+@pytest.mark.parametrize("kind", ["dense", "diagonal_low_rank", "lower_triangular"])
+def test_forward_mode_inside_of_graphs(kind, modes, activation, problem):
+    torch.compiler.reset()
+    W, c, _ = problem
+    make = {
+        "dense": lambda W: W,
+        "diagonal_low_rank": lambda W: deq.weights.DiagonalLowRank(W[0], W[:, :2], W[:, 2:4]),
+        "lower_triangular": deq.weights.LowerTriangular,
+    }[kind]
+
+    def derivative(W, c):
+        def f(W, c):
+            return deq.solve(make(W), c, activation, tol=1e-13).z[0].square().sum()
+
+        for mode in modes:
+            f = mode(f, (0, 1))
+        return f(W, c)
+
+    close(torch.compile(derivative, fullgraph=True, backend="aot_eager")(W, c), derivative(W, c))
+
+
+@SOLVES
 def test_vmap(solve, problem):
     """Over samples, over weights, of gradients, and nested."""
     W, c, g = problem
