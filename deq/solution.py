@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import stats as layout
+from .modes import lacks_numbers
 
 
 class Status(enum.IntEnum):
@@ -79,6 +80,8 @@ class Solution:
         return Solution(self.z.detach(), self.stats, self.plan, self.when_read)
 
     def __repr__(self) -> str:
+        if lacks_numbers(self.z) or torch._C._functorch.is_functorch_wrapped_tensor(self.z):
+            return f"Solution(z={tuple(self.z.shape)}, plan={self.plan})"  # there are no numbers to read, or not yet
         done = int(self.converged.sum())
         total = self.status.numel()
         most = int(self.iterations.max()) if total else 0

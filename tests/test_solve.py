@@ -365,3 +365,12 @@ def test_the_error_criterion_holds_for_the_plain_iteration(contraction):
     z = deq.solve(W, c, "tanh", tol=1e-13, max_iter=100000, solver="anderson", on_failure="ignore").z
     solution = deq.solve(W, c, "tanh", tol=1e-5, max_iter=20000, criterion="error", solver="plain")
     assert worst_error(solution.z, z) <= 1.1e-5 and solution.residual.max() < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+def test_a_solution_without_numbers_can_be_printed():
+    W, c, _ = gaussian(4, 2)
+    shown = []
+    torch.func.vmap(lambda c: shown.append(repr(deq.solve(W, c))) or c)(c)
+    shown.append(repr(deq.solve(W.to("meta"), c[0].to("meta"))))
+    assert all(text.startswith("Solution(z=(4,), plan=") for text in shown) and len(shown) == 2
