@@ -10,6 +10,9 @@ from .run import run
 from .solution import Solution
 from .weights import Structure
 
+# The mode in which make_fx and torch.func.linearize write operators into a graph; a call to ask would take 0.1 us.
+_RECORDING = torch._C._TorchDispatchModeKey.PROXY
+
 
 def solve(
     W: Tensor | Structure,
@@ -74,7 +77,7 @@ def solve(
         problem = problem_of(*given)
     except TypeError:  # an option that cannot be a key, or a wrong one: its own error
         problem = problem_of.__wrapped__(*given)
-    if lacks_numbers(c):
+    if lacks_numbers(c) or torch._C._get_dispatch_mode(_RECORDING) is not None:
         return traced.solve(W, c, z0, *options, frozen)
     if torch.is_autocast_enabled(c.device.type):  # which would round the products, and with them what is judged
         with no_autocast(c.device.type):

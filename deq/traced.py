@@ -1,4 +1,4 @@
-"""A solve as an operator, for torch.compile and torch.export.
+"""A solve as an operator, for torch.compile, torch.export and whatever else writes operators into a graph.
 
 A solve decides by its numbers when to stop and what to try next, which no graph can hold. In a graph it is the operator
 ``deq::solve``, and its gradient ``deq::solve_gradient``: opaque, they do what :func:`deq.solve` does outside of one, by
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
+from torch.utils import _pytree as pytree
 
 from . import _library, direct, stats
 from .activations import ACTIVATIONS
@@ -60,14 +61,16 @@ def solve(
     """:func:`deq.solve` inside of a graph; its plan is not known there."""
     check_backward(backward)
     if backward == "unrolled":
-        raise ValueError("backward='unrolled' is not available inside torch.compile")
+        raise ValueError(
+            "backward='unrolled' is not available inside torch.compile, other graphs and without numbers"
+        )
     options = activation, tol, max_iter, solver, criterion, on_failure, backend, frozen
     z0 = None if z0 is None else z0.detach()
     parts, structure = _parts_of(W)
     if backward == "implicit":
         return Solution(*torch.ops.deq.solve.default(parts, structure, c, z0, *options))
-    with torch.no_grad():
-        z, said = torch.ops.deq.solve.default(parts, structure, c, z0, *options)
+    with torch.no_grad():  # without tangents either: what is differentiated is evaluated below
+        z, said = torch.ops.deq.solve.default([part.detach() for part in parts], structure, c.detach(), z0, *options)
     if torch.is_grad_enabled():
         with no_autocast(c.device.type):
             W = _formed(parts, structure)
@@ -336,11 +339,13 @@ def _below_autograd() -> Iterator[None]:
 
 
 def _outside_of_modes(kernel):
-    """The kernel without gradients, and without autocast, which would round its products to 16 bits."""
+    """The kernel without gradients and tangents, and without autocast, which would round its products to 16 bits."""
 
-    def run(first, *rest):
-        with torch.no_grad(), no_autocast((first if isinstance(first, Tensor) else first[0]).device.type):
-            return kernel(first, *rest)
+    def run(*given):
+        if forward_ad._current_level >= 0:
+            given = pytree.tree_map_only(Tensor, Tensor.detach, given)
+        with torch.no_grad(), no_autocast((given[0] if isinstance(given[0], Tensor) else given[0][0]).device.type):
+            return kernel(*given)
 
     return run
 

@@ -93,7 +93,12 @@ def test_transforms(backward):
     close((tangent * g).sum(), (gradient(W, c, g) * W.T).sum())
 
 
-def test_an_inexact_tangent_is_that_of_one_evaluation():
+@pytest.mark.parametrize("compiled", [False, True])
+def test_an_inexact_tangent_is_that_of_one_evaluation(compiled):
     W, c, _ = gaussian(5, 3, torch.float64, scale=0.4)
-    z, tangent = jvp(lambda W: deq.solve(W, c, "tanh", tol=1e-13, backward="one_step").z, (W,), (W.T,))
+
+    def f(W, c):
+        return jvp(lambda W: deq.solve(W, c, "tanh", tol=1e-13, backward="one_step").z, (W,), (W.T,))
+
+    z, tangent = (torch.compile(f, fullgraph=True, backend="aot_eager") if compiled else f)(W, c)
     close(tangent, ACTIVATIONS["tanh"].derivative_of_value(z) * (z @ W))

@@ -100,6 +100,22 @@ def test_forward_mode_inside_of_graphs(kind, modes, activation, problem):
     close(torch.compile(derivative, fullgraph=True, backend="aot_eager")(W, c), derivative(W, c))
 
 
+@pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node:UserWarning")
+@pytest.mark.parametrize("backward", ["implicit", "one_step"])
+@pytest.mark.parametrize("kind", ["dense", "diagonal_low_rank"])
+def test_linearize(kind, backward, problem):
+    """It writes the tangent's operators into a graph, that of make_fx."""
+    W, c, g = problem
+    low_rank = lambda W: deq.weights.DiagonalLowRank(W[0], W[:, :2], W[:, 2:4])  # noqa: E731
+
+    def f(W, c):
+        return deq.solve(low_rank(W) if kind != "dense" else W, c, "gelu", tol=1e-13, backward=backward).z
+
+    z, along = torch.func.linearize(f, W, c)
+    expected = jvp(f, (W, c), (W.T, g))
+    close((z, along(W.T, g)), expected)
+
+
 @SOLVES
 def test_vmap(solve, problem):
     """Over samples, over weights, of gradients, and nested."""
