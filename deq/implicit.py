@@ -23,7 +23,7 @@ from .batch import Batch, largest
 from .plan import Plan
 from .profiling import ranges
 from .reference import _norm
-from .solution import ConvergenceError, Solution, Status, report_failures, warn
+from .solution import ConvergenceError, Solution, Status, refuse_non_finite, report_failures, warn
 from .solvers import ladder
 
 # Reports of gradients that are still on a GPU: nobody holds them, so they wait for the next status that is read.
@@ -165,6 +165,7 @@ class _Equilibrium(torch.autograd.Function):
         z0 = None if z0 is None else many.samples(z0, in_dims[2])
         z, stats, report = _apply(_Equilibrium, W, c, z0, problem)
         if isinstance(report, list) and any(report):
+            refuse_non_finite(report[1:], W, z.shape[:-1])
             solution = Solution(z, stats, problem.plan)
             report_failures(solution, problem.on_failure, problem.plan.tol, "deq.solve")
         return (many.apart(z), many.stats(z, stats), None), (0, 0, None)

@@ -12,7 +12,7 @@ from .backends import Deferred
 from .implicit import Problem, equilibrium, report_gradients
 from .indicators import fitted
 from .plan import LargeWeight
-from .solution import Solution, Status, report_failures, rounded
+from .solution import Solution, Status, refuse_non_finite, report_failures, rounded
 from .weights import Structure
 
 
@@ -57,7 +57,7 @@ def run(
     if isinstance(report, Deferred):
         solution.when_read = partial(_report_deferred, report, on_failure)
     elif report is not None and any(report):
-        _refuse_non_finite(report[1:], W, shape[:-1])
+        refuse_non_finite(report[1:], W, shape[:-1])
         report_failures(solution, on_failure, problem.plan.tol, "deq.solve")
     return solution
 
@@ -88,27 +88,8 @@ def canonical_shape(dims: int, shape: torch.Size) -> tuple[int, ...]:
 def _report_deferred(deferred: Deferred, on_failure: str, solution: Solution) -> None:
     """What the front door says of a solve that was still on the GPU when it returned."""
     failed, *bad = deferred.read()
-    _refuse_non_finite(bad, deferred.weight(), solution.z.shape[:-1])
+    refuse_non_finite(bad, deferred.weight(), solution.z.shape[:-1])
     if failed and deferred.rescue is not None:
         deferred.rescue()
     report_failures(solution, on_failure, solution.plan.tol, "deq.solve")
     report_gradients(solution)
-
-
-def _refuse_non_finite(bad: list[int], W: Tensor, samples: torch.Size) -> None:
-    """``bad``: one plus an index in W, c and z0, 0 where all is finite."""
-    weight, injection, start = (index - 1 for index in bad)
-    if weight >= 0:
-        raise ValueError(f"W must be finite; W{_position(weight, W.shape)} is {W.reshape(-1)[weight].item()}")
-    for name, sample in (("c", injection), ("z0", start)):
-        if sample >= 0:
-            raise ValueError(f"{name} must be finite; {name}{_position(sample, samples)} holds NaN or infinity")
-
-
-def _position(index: int, shape: torch.Size) -> str:
-    """[i, j] of a flat index; empty for a single sample."""
-    place = []
-    for size in reversed(shape):
-        place.insert(0, index % size)
-        index //= size
-    return str(place) if place else ""

@@ -132,3 +132,22 @@ def warn(message: str) -> None:
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("deq", "torch"):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, ConvergenceWarning, stacklevel=level)
+
+
+def refuse_non_finite(bad: list[int], W: Tensor, samples: torch.Size) -> None:
+    """Raise ValueError for ``bad``: one plus an index in W, c and z0, 0 where all is finite. samples: their shape."""
+    weight, injection, start = (index - 1 for index in bad)
+    if weight >= 0:
+        raise ValueError(f"W must be finite; W{_position(weight, W.shape)} is {W.reshape(-1)[weight].item()}")
+    for name, sample in (("c", injection), ("z0", start)):
+        if sample >= 0:
+            raise ValueError(f"{name} must be finite; {name}{_position(sample, samples)} holds NaN or infinity")
+
+
+def _position(index: int, shape: torch.Size) -> str:
+    """[i, j] of a flat index; empty for a single sample."""
+    place = []
+    for size in reversed(shape):
+        place.insert(0, index % size)
+        index //= size
+    return str(place) if place else ""

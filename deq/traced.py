@@ -61,9 +61,7 @@ def solve(
     """:func:`deq.solve` inside of a graph; its plan is not known there."""
     check_backward(backward)
     if backward == "unrolled":
-        raise ValueError(
-            "backward='unrolled' is not available inside torch.compile, other graphs and without numbers"
-        )
+        raise ValueError("backward='unrolled' is not available inside torch.compile, other graphs and without numbers")
     options = activation, tol, max_iter, solver, criterion, on_failure, backend, frozen
     z0 = None if z0 is None else z0.detach()
     parts, structure = _parts_of(W)

@@ -143,6 +143,21 @@ def test_vmap_over_any_dimension_of_weights(dim, stack, compiled):
     close(z, torch.stack([linear(W, c) for W, c in zip(weights, c, strict=True)]))
 
 
+@pytest.mark.parametrize("backward", ["implicit", "one_step"])
+@pytest.mark.parametrize("name", ["W", "c", "z0"])
+def test_vmap_refuses_what_is_not_finite(name, backward, problem):
+    given = dict(zip(("W", "c", "z0"), problem, strict=True))
+    given[name] = given[name].clone()
+    given[name][1, 2] = float("nan")
+    with pytest.raises(ValueError, match=rf"^{name} must be finite; {name}\[1"):
+        vmap(lambda c, z0: deq.solve(given["W"], c, z0=z0, backward=backward, on_failure="ignore").z)(
+            given["c"], given["z0"]
+        )
+    weights = torch.stack((problem[0], given["W"]))
+    with pytest.raises(ValueError, match=rf"^{name} must be finite; {name}\[\d, \d"):
+        vmap(lambda W: deq.solve(W, given["c"], z0=given["z0"], backward=backward, on_failure="ignore").z)(weights)
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize(("samples", "stack"), [((0,), ()), ((2, 0), (2,)), ((0, 4), (0,))])
 @pytest.mark.parametrize("of_weight", [None, 0])
