@@ -50,6 +50,8 @@ def equilibrium(W: Tensor, c: Tensor, z0: Tensor | None, problem: Problem, backw
         tensors = (None if t is None else t.detach() for t in (W, c, z0))
         in_transform = torch._C._are_functorch_transforms_active()
         solved, stats, report = _apply(_Equilibrium, *tensors, problem) if in_transform else _run(*tensors, problem)
+    if isinstance(report, list) and any(report[1:]):  # not finite, which the caller refuses; nothing was solved
+        return solved, stats, report
     if backward == "unrolled":
         return _unrolled(W, c, z0, solved, stats, problem.activation), stats, report
     return approximate(W, c, solved, problem.activation, backward), stats, report

@@ -102,3 +102,15 @@ def test_an_inexact_tangent_is_that_of_one_evaluation(compiled):
 
     z, tangent = (torch.compile(f, fullgraph=True, backend="aot_eager") if compiled else f)(W, c)
     close(tangent, ACTIVATIONS["tanh"].derivative_of_value(z) * (z @ W))
+
+
+@INEXACT
+def test_what_is_not_finite_is_refused_before_anything_is_evaluated(backward):
+    W, c, _ = gaussian(5, 3)
+    W[1, 2] = torch.inf
+    for f in (
+        lambda W: deq.solve(W, c, backward=backward).z,
+        grad(lambda W: deq.solve(W, c, backward=backward).z.sum()),
+    ):
+        with pytest.raises(ValueError, match=r"^W must be finite; W\[1, 2\] is inf"):
+            f(W.requires_grad_())
