@@ -14,7 +14,7 @@ from .held import Applied, Call, frozen, held, with_others
 from .implicit_function import Equation, attached, closed_over
 from .implicit_function import fixed_point as implicit
 from .inexact import differentiated
-from .modes import has_autocast, lacks_numbers, no_autocast
+from .modes import has_autocast, lacks_numbers, no_autocast, refuse_tracing
 from .solution import Solution, report_failures
 from .solvers import generic
 from .solvers.generic import Rule
@@ -162,6 +162,7 @@ def fixed_point_with(
     fresh: z0 is finite, carries no gradient and is used by nobody else: it may be overwritten. solved: z0 is what a
     solve returned, which is given its gradient again.
     """
+    refuse_tracing("a fixed point of a function", "torch.export and torch.compile of deq.nn.Equilibrium")
     batch_dims, tensors = options["batch_dims"], options["tensors"]
     backward, on_failure = options["backward"], options["on_failure"]
     if not callable(f):

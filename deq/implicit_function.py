@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import parametrize
 
-from .backward import saved_primals, tangent_pass
+from .backward import backward_pass, saved_primals, tangent_pass
 from .closures import (
     Exchange,
     Graph,
@@ -32,7 +32,6 @@ from .closures import (
     within,
 )
 from .held import Call
-from .modes import no_autocast
 from .profiling import ranges
 from .solvers import generic
 from .solvers.generic import Rule
@@ -219,6 +218,7 @@ class _Solved(torch.autograd.Function):
         return z
 
     @staticmethod
+    @backward_pass
     def backward(ctx, g):
         return None, None, *_gradients(ctx, g, ctx.needs_input_grad[2:])
 
@@ -250,6 +250,7 @@ class _FixedPoint(torch.autograd.Function):
         ctx.save_for_forward(output[0], *tensors)
 
     @staticmethod
+    @backward_pass
     def backward(ctx, g, *_):
         return None, None, None, *_gradients(ctx, g, ctx.needs_input_grad[3:])
 
@@ -305,7 +306,7 @@ def _gradients(ctx, g: Tensor | None, wanted: Sequence[bool]) -> tuple:
         return (None,) * len(tensors)
     pullback = _differentiable_pullback if torch.is_grad_enabled() or in_transform() else _pullback
     again = nullcontext() if ctx.equation.call is None else ctx.equation.call.again()
-    with no_autocast(z.device.type), again:
+    with again:
         return pullback(ctx.equation, z, tensors, g, wanted)
 
 

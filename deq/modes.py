@@ -1,4 +1,4 @@
-"""Modes of torch that a solve meets: autocast, and tensors without numbers."""
+"""Modes of torch that a solve meets: autocast, tensors without numbers, and tracing."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -20,3 +20,15 @@ def no_autocast(device: str) -> AbstractContextManager:
 def lacks_numbers(t: Tensor) -> bool:
     """Whether it has a shape and no numbers: on the meta device, or of a FakeTensorMode."""
     return t.is_meta or (type(t) is not Tensor and isinstance(t, FakeTensor))
+
+
+_PROXY = torch._C._TorchDispatchModeKey.PROXY
+
+
+def refuse_tracing(what: str, instead: str) -> None:
+    """Raise RuntimeError inside of make_fx and what is made of it, such as torch.func.linearize: compiled code and the
+    numbers that it decides by would be missing in the trace, and nobody would say so."""
+    if torch._C._get_dispatch_mode(_PROXY) is not None:
+        raise RuntimeError(
+            f"make_fx and torch.func.linearize cannot trace {what}, which stops by its numbers; {instead} can"
+        )

@@ -6,8 +6,10 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import deq
+from deq.torchdeq import get_deq
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning:torch"),
@@ -178,3 +180,25 @@ def test_export(x):
     file.seek(0)
     for found in (program, torch.export.load(file)):
         torch.testing.assert_close(found.module()(x), layer(x), rtol=1e-10, atol=1e-12)
+
+
+def test_tangents_are_refused(x):
+    """torch drops those of operators that have no rule for them."""
+    layer, x = deq.nn.Equilibrium(Block()), x.detach()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="forward mode is not available for"):
+        compiled(lambda x: torch.func.jvp(layer, (x,), (x,))[1])(x)
+
+
+@pytest.mark.parametrize("mode", ["real", "fake"])
+@pytest.mark.parametrize("kind", ["fixed_point", "Equilibrium", "get_deq"])
+def test_a_trace_is_refused(x, kind, mode):
+    """Its numbers would be those of the trace, or none at all."""
+    x = x.detach()
+    f = {
+        "fixed_point": lambda x: deq.fixed_point(lambda z: torch.tanh(0.3 * z + x), torch.zeros_like(x)).z,
+        "Equilibrium": deq.nn.Equilibrium(lambda z, x: torch.tanh(0.3 * z + x)),
+        "get_deq": lambda x: get_deq()(lambda z: torch.tanh(0.3 * z + x), torch.zeros_like(x))[0][-1],
+    }[kind]
+    for trace in (lambda: make_fx(f, tracing_mode=mode)(x), lambda: torch.func.linearize(f, x)):
+        with pytest.raises(RuntimeError, match="cannot trace a fixed point of a function"):
+            trace()

@@ -9,7 +9,8 @@ import torch
 from problems import gaussian
 from recorder import Recorder
 from torch import nn
-from torch.func import grad, vmap
+from torch.autograd import forward_ad
+from torch.func import grad, hessian, jacfwd, jvp, vmap
 
 import deq
 from deq import _library, weights
@@ -162,6 +163,12 @@ TRANSFORMS = {
     "gradients of every sample": vmap(grad(LOSS, (0, 1)), (None, 0)),
     "gradients of every weight": vmap(grad(LOSS, (0, 1)), (0, None)),
     "solutions of every pair": vmap(lambda W, c: deq.solve(W, c, "tanh").z),
+    "tangent": lambda W, c: jvp(LOSS, (W, c), (W, c))[1],
+    "tangents of every direction": jacfwd(lambda W, c: deq.solve(W, c, "gelu").z, (0, 1)),
+    "tangent of a gradient": lambda W, c: jvp(grad(LOSS, (0, 1)), (W, c), (W, c))[1],
+    "tangent of a tangent": lambda W, c: jvp(lambda W, c: jvp(LOSS, (W, c), (W, c))[1], (W, c), (W, c))[1],
+    "gradient of a tangent": grad(lambda W, c: jvp(LOSS, (W, c), (W, c))[1], (0, 1)),
+    "hessian": hessian(LOSS, 1),
 }
 
 
@@ -188,6 +195,34 @@ def test_transforms_of_a_structure_inside_of_a_graph():
     f = vmap(grad(loss, (0, 1)), (0, None))
     for ours, eager in zip(compiled(f)(d, c), f(d, c), strict=True):
         torch.testing.assert_close(ours, eager, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("structure", ["lower_triangular", "diagonal", "diagonal_low_rank"])
+def test_tangents_of_a_structure_inside_of_a_graph(structure):
+    W, c, _ = gaussian(5, 3, torch.float64, scale=0.4)
+    make = {
+        "lower_triangular": weights.LowerTriangular,
+        "diagonal": lambda W: weights.Diagonal(W.diagonal()),
+        "diagonal_low_rank": lambda W: weights.DiagonalLowRank(W[0], W[:, :2], W[:, 2:4]),
+    }[structure]
+    f = lambda W, c: jvp(lambda W, c: deq.solve(make(W), c, "tanh", tol=1e-13).z, (W, c), (c[:1] * W, c))[1]  # noqa: E731
+    torch.testing.assert_close(compiled(f)(W, c), f(W, c), rtol=1e-9, atol=1e-11)
+
+
+def test_tangents_of_inexact_gradients_inside_of_a_graph():
+    W, c, _ = gaussian(5, 3, torch.float64)
+    for backward in ("one_step", "phantom"):
+        f = lambda c: jvp(lambda c: deq.solve(W, c, "tanh", backward=backward).z, (c,), (c,))[1]  # noqa: E731, B023
+        torch.testing.assert_close(compiled(f)(c), f(c), rtol=1e-9, atol=1e-11)
+        torch.compiler.reset()
+
+
+def test_a_compiled_function_of_a_tensor_with_a_tangent():
+    W, c, _ = gaussian(5, 3, torch.float64)
+    f = lambda c: deq.solve(W, c, "tanh").z  # noqa: E731
+    with forward_ad.dual_level():
+        ours, eager = (forward_ad.unpack_dual(g(forward_ad.make_dual(c, c))).tangent for g in (compiled(f), f))
+    torch.testing.assert_close(ours, eager, rtol=1e-9, atol=1e-11)
 
 
 def test_an_exported_program_serves_in_another_process(tmp_path):

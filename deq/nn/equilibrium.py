@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ..closures import in_forward_mode
 from ..fixed_point import StateSolution, fixed_point, fixed_point_with
 from ..held import Applied, Members, Uses, enclosed
 from ..modes import has_autocast
@@ -34,8 +35,8 @@ class Equilibrium(nn.Module):
     uses, and follow ``torch.is_grad_enabled()``, in training and evaluation alike. ``layer.solution`` is the last
     Solution, detached; it is neither saved nor copied with the layer. Under autocast the block runs in the precision of
     its state: inputs of lower precision are cast to it. Under torch.compile(fullgraph=True) and torch.export the layer
-    is one operator of its inputs and its block's parameters; what else the block uses gets no gradient there, and an
-    exported program serves in the process that made it.
+    is one operator of its inputs and its block's parameters; what else the block uses gets no gradient there, forward
+    mode and torch.func are errors, and an exported program serves in the process that made it.
 
     Raises TypeError for an unknown option.
     """
@@ -88,6 +89,8 @@ class Equilibrium(nn.Module):
     def _compiled(self, inputs: tuple[Tensor, ...], z0: State) -> State:
         if self.options.get("backward") == "unrolled":
             raise ValueError("backward='unrolled' is not available inside torch.compile")
+        if in_forward_mode():  # torch would drop the tangents without a word
+            raise RuntimeError("forward mode is not available for deq.nn.Equilibrium inside torch.compile")
         if not all(isinstance(x, Tensor) for x in inputs):
             raise TypeError("inside torch.compile every input of deq.nn.Equilibrium must be a tensor")
         is_tuple = not isinstance(z0, Tensor)

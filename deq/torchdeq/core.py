@@ -13,6 +13,7 @@ from ..closures import graph_break, in_forward_mode, in_transform, recorded, wat
 from ..function_options import listed
 from ..held import Call, frozen, with_others
 from ..implicit_function import CachedWeights, Equation, attached, closed_over, fixed_point
+from ..modes import refuse_tracing
 from ..solvers import generic
 from ..solvers.generic import Rule
 from ..state import Layout, layout_of
@@ -92,6 +93,7 @@ class DEQBase(nn.Module):
         return self._solve(func, z_init, solver_kwargs, sradius_mode, backward_writer)
 
     def _solve(self, func, z_init, solver_kwargs, sradius_mode, backward_writer) -> tuple[list, dict]:
+        refuse_tracing("a fixed point of a function", "torch.export and torch.compile of deq.nn.Equilibrium")
         options = dict(solver_kwargs or {})
         limit = options.pop("f_max_iter", None)
         limit = None if limit is None else max(1, int(limit))
