@@ -144,7 +144,7 @@ class _Equilibrium(torch.autograd.Function):
             return None, None, None, None
         W, z, c = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph: the gradient must itself be differentiable
-            u = _apply(_MaskedLinear, W.mT, _derivative(W, z, c, ctx.problem), g, ctx.problem)
+            u = _apply(_MaskedLinear, W.mT, derivative_at(W, c, z, ctx.problem.activation), g, ctx.problem)
         else:
             u = adjoint(W, z, c, g, ctx.problem)
         dW = _outer(u, z, ctx.problem.plan.backend) if ctx.needs_input_grad[0] else None
@@ -157,7 +157,7 @@ class _Equilibrium(torch.autograd.Function):
         g = torch.zeros_like(z) if dc is None else dc
         if dW is not None:
             g = g + z @ dW.mT
-        dz = _apply(_MaskedLinear, W, _derivative(W, z, c, ctx.problem), g, ctx.problem)
+        dz = _apply(_MaskedLinear, W, derivative_at(W, c, z, ctx.problem.activation), g, ctx.problem)
         return dz, None, None
 
     @staticmethod
@@ -249,12 +249,10 @@ def _apply(function, first: Tensor, second: Tensor, third: Tensor | None, proble
     return _EAGER[function](unwrap_if_dead(first), unwrap_if_dead(second), third, problem)
 
 
-def _derivative(W: Tensor, z: Tensor, c: Tensor | None, problem: Problem) -> Tensor:
-    """``act'`` at the equilibrium as a differentiable expression."""
-    activation = ACTIVATIONS[problem.activation]
-    if activation.derivative_of_value is not None:
-        return activation.derivative_of_value(z)
-    return activation.derivative(z @ W.mT + c)
+def derivative_at(W: Tensor, c: Tensor | None, z: Tensor, activation: str) -> Tensor:
+    """``act'(W z + c)`` at the equilibrium, differentiable; c where z alone does not give it."""
+    entry = ACTIVATIONS[activation]
+    return entry.derivative_of_value(z) if c is None else entry.derivative(z @ W.mT + c)
 
 
 def adjoint(W: Tensor, z: Tensor, c: Tensor | None, g: Tensor, problem: Problem) -> Tensor:

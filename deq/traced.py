@@ -23,7 +23,7 @@ from .activations import ACTIVATIONS
 from .backends import get_backend
 from .backward import backward_pass, saved_primals, tangent_of, tangent_pass
 from .batch import Batch
-from .implicit import Problem, adjoint, approximate, masked_tangent, solve_masked
+from .implicit import Problem, adjoint, approximate, derivative_at, masked_tangent, solve_masked
 from .indicators import fitted, is_large
 from .modes import no_autocast
 from .options import check_backward, problem_of
@@ -189,7 +189,7 @@ class _Solve(torch.autograd.Function):
         g = torch.zeros_like(rows) if dc is None else dc
         if dW is not None:
             g = g + rows @ dW.mT
-        dz = torch.ops.deq.masked_linear.default(W, _derivative(W, c, rows, ctx.options[0]), g, *ctx.options)
+        dz = torch.ops.deq.masked_linear.default(W, derivative_at(W, c, rows, ctx.options[0]), g, *ctx.options)
         return dz.reshape(z.shape), None
 
 
@@ -208,17 +208,11 @@ def _differentiable_gradient(parts, structure, c, z, g, options):
     W, shape = _formed(parts, structure), g.shape
     flat, dtype = canonical_shape(W.dim(), shape), g.dtype
     c, z, g = _as(W, *(None if x is None else x.reshape(flat) for x in (c, z, g)))
-    u = torch.ops.deq.masked_linear.default(W.mT, _derivative(W, c, z, options[0]), g, *options)
+    u = torch.ops.deq.masked_linear.default(W.mT, derivative_at(W, c, z, options[0]), g, *options)
     grads = [torch.matmul(u.mT, z)]
     if structure != Dense.structure:
         grads = list(torch.func.vjp(lambda *parts: _formed(parts, structure), *parts)[1](grads[0]))
     return u.reshape(shape).to(dtype), grads
-
-
-def _derivative(W: Tensor, c: Tensor | None, z: Tensor, activation: str) -> Tensor:
-    """``act'(W z + c)`` at the equilibrium, differentiable; c where z alone does not give it."""
-    entry = ACTIVATIONS[activation]
-    return entry.derivative_of_value(z) if c is None else entry.derivative(z @ W.mT + c)
 
 
 # ---- its gradient ----------------------------------------------------------------------------------------------------
