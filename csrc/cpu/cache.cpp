@@ -265,7 +265,7 @@ Weights packed_weights(const DeqProblem& p, int threads, const Derived* derived)
   }
   Entry& entry = entries.front();
   Held &plain = entry.held[DEQ_NATIVE], *other = derived ? &entry.held[derived->form] : nullptr;
-  const bool straight = derived && derived->straight && (!is_known || derived->stays) && native && columns;
+  const bool straight = derived && derived->straight && (!is_known || derived->stays) && native && (rows || columns);
   const bool packs = !straight && !plain.current, derives = other && !other->current;
   Weights result;
   auto fail = [&] {
@@ -280,7 +280,7 @@ Weights packed_weights(const DeqProblem& p, int threads, const Derived* derived)
     const bool finite = for_panels(p.weights, m, panels, panel_bytes, threads, [&](int64_t s, int64_t first, int64_t last) {
       const T* from = w + s * stride[0];
       char* to = derives ? matrix(*other->packed, s) : nullptr;
-      if (straight) return derived->straight(from, stride[2], to, first, last);
+      if (straight) return derived->straight(from, stride[1], stride[2], to, first, last);
       T* packed = reinterpret_cast<T*>(matrix(*plain.packed, s));
       if (packs && !k.pack(from, stride[1], stride[2], m, packed, first, last)) return false;
       if (derives) derived->fill(packed, to, first, last);

@@ -22,9 +22,9 @@ struct Derived {
   int64_t matrix_bytes;  // of one matrix
   // Writes what belongs to the panels [first, last) of one packed matrix.
   std::function<void(const void* packed, char* to, int64_t first, int64_t last)> fill;
-  // The same of one matrix as the caller has it, of elements in the precision computed in, its columns contiguous and `stride`
-  // elements apart; false if one is not finite. With it new weights like that are not packed, nor with `stays` known ones.
-  std::function<bool(const void* w, int64_t stride, char* to, int64_t first, int64_t last)> straight;
+  // The same of one matrix as the caller has it, of elements in the precision computed in, its rows or its columns contiguous;
+  // strides in elements. False if one is not finite. With it new weights like that are not packed, nor with `stays` known ones.
+  std::function<bool(const void* w, int64_t row_stride, int64_t column_stride, char* to, int64_t first, int64_t last)> straight;
   bool stays;
 };
 

@@ -52,7 +52,7 @@ struct alignas(64) Slot {
 
 class Tile {
  public:
-  // W is in place where it is not packed.
+  // W is in place where it is not packed, its rows or its columns contiguous.
   Tile(const DeqProblem& p, const DeltaKernels& low, const Packed* packed, const Packed& increments, Totals& totals)
       : p_(p),
         k_(kernels<float>()),
@@ -124,8 +124,9 @@ class Tile {
     const int64_t words = (m_ + 63) / 64;
     const int64_t share = (p_.batch + sharing - 1) / sharing, fit = kDeltaTileBytes / per_slot / k_.rows * k_.rows;
     size_ = static_cast<int>(std::min<int64_t>({kMaxTile, std::max<int64_t>(2 * k_.rows, fit), share}));
-    char* at = static_cast<char*>(rows_arena.get(size_ * (per_slot + words * 8 + members * kSkipWidth * kFloat) +
-                                                 (2 * members + 1 + (packed_ ? 0 : size_)) * stride));
+    char* at = static_cast<char*>(
+        rows_arena.get(size_ * (per_slot + words * 8 + members * kSkipWidth * kFloat) +
+                       (2 * members + 1 + (packed_ ? 0 : (size_ + k_.lanes - 1) / k_.lanes * k_.lanes)) * stride));
     if (!at) return false;
     auto take = [&](int64_t bytes) {
       at += bytes;
@@ -152,8 +153,11 @@ class Tile {
       value_[i] = reinterpret_cast<float*>(take(stride));
       state_[i] = reinterpret_cast<float*>(take(stride));
     }
-    if (!packed_)
+    if (!packed_) {
       for (int i = 0; i < size_; ++i) partial_[i] = reinterpret_cast<float*>(take(stride));
+      for (int i = size_; i % k_.lanes; ++i) take(stride);
+      lanes_ = p_.W.stride[2] == 1 ? partial_[0] : nullptr;
+    }
     ones_ = reinterpret_cast<float*>(take(stride));
     std::fill(ones_, ones_ + padded_, 1.0f);
     total_ = reinterpret_cast<float*>(take(size_ * members * kSkipWidth * kFloat));
@@ -197,6 +201,7 @@ class Tile {
     const Step<float> anchor{x, y, c, ones, sums, nullptr, w, m_, kIdentity, 0, 0, padded_, nonzeros_, total_};
     const bool may_skip = packed_ && anchors > 0 && (anchors >= kSkipRows || m_ <= kSkipAnyRows);
     const auto compute_anchors = zeros_.choose(k_, anchor, anchors, may_skip, team);
+    if (lanes_ && anchors > 0) low_.spread(x, anchors, padded_, lanes_);
     count(steps);
     for (const Group& group : sweeps) count(group);
     const Range range(anchors > 0 ? Span::kAnchor : Span::kStep, rows);
@@ -239,7 +244,8 @@ class Tile {
   // y = W x + c in some columns, with W in place.
   Affine in_place(const float* const* x, float* const* y, const float* const* c, int64_t from, int64_t to) const {
     const DeqView& W = p_.W;
-    return {x, y, c, partial_, static_cast<const float*>(W.data) + matrix_ * W.stride[0], W.stride[2], m_, from, to};
+    const float* w = static_cast<const float*>(W.data) + matrix_ * W.stride[0];
+    return {x, y, c, partial_, lanes_, w, W.stride[lanes_ ? 1 : 2], m_, from, to};
   }
 
   // The step of a group in some columns.
@@ -404,6 +410,7 @@ class Tile {
   DeqWork work_{};
   float *value_[Team::kMostPieces], *state_[Team::kMostPieces];  // of every member
   float* partial_[kMaxTile];                                     // sums of an evaluation in place
+  float* lanes_ = nullptr;
   float *ones_ = nullptr, *total_ = nullptr;
   uint64_t* nonzeros_ = nullptr;
   Zeros<float> zeros_;  // of the anchors

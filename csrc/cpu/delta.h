@@ -54,13 +54,14 @@ struct DeltaStep {
   int64_t from = 0, to = 0;
 };
 
-// out = W z + c for rows padded with zeros, in the columns [from, to) of out; W as the caller has it, its columns contiguous and
-// `stride` apart.
+// out = W z + c for rows padded with zeros, in the columns [from, to) of out; W as the caller has it, its rows or its columns
+// contiguous and `stride` apart.
 struct Affine {
   const float* const* z;
   float* const* out;
   const float* const* c;
   float* const* total;  // scratch
+  const float* lanes;   // z as `spread` leaves it, where the rows of W are contiguous; null where its columns are
   const float* w;
   int64_t stride, width;
   int64_t from, to;
@@ -75,10 +76,14 @@ struct DeltaKernels {
   // float32 kernels have packed it, for panels [first, last).
   int64_t (*plane_bytes)(int64_t m);
   void (*pack)(const float* w, int64_t m, void* packed, int64_t first, int64_t last);
-  // The same of a matrix as the caller has it, whose columns are contiguous; false if one of its elements is not finite.
+  // The same of a matrix as the caller has it, whose columns or rows are contiguous; false if one of its elements is not finite.
   bool (*pack_columns)(const float* w, int64_t stride, int64_t m, void* packed, int64_t first, int64_t last);
+  bool (*pack_rows)(const float* w, int64_t stride, int64_t m, void* packed, int64_t first, int64_t last);
   // The affine map of n rows, with W in place.
   void (*affine)(const Affine&, int n);
+  // z of n samples for it, the samples side by side: `padded` elements of each, and as many samples as fill whole vectors.
+  void (*spread)(const float* const* z, int n, int64_t padded, float* lanes);
+  int most_spread;  // samples
   // y += W_low increment for n rows and, unless the map is applied by row, settles them.
   void (*step)(const DeltaStep&, int n);
   // The next increment with x and the sums, in the columns of the piece; `state` holds f(y) there.

@@ -3,6 +3,7 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "pack_impl.h"
 #include "sweep.h"
 #include "vec.h"
 
@@ -31,6 +32,10 @@ struct Layout {
 
 int64_t plane_bytes(int64_t m) { return Layout(m).bytes(); }
 
+// Lines of the planes are asked for before they are written: 2048 x 2048 from rows takes 0.85 ms against 1.1, from columns 1.5
+// against 1.7 (Zen 5).
+constexpr int64_t kWordsAhead = 32;
+
 // Where a vector of outputs, from j on, goes in the planes of a matrix.
 class Outputs {
  public:
@@ -45,6 +50,7 @@ class Outputs {
   int64_t width() const { return width_; }  // of the panel
   inline __attribute__((always_inline)) void put(const Increment::Weights& weights, int64_t word,
                                                  const V (&terms)[Increment::kTerms], Increment::Sum (&sums)[2]) const {
+    for (uint32_t* words : words_) __builtin_prefetch(words + (word + kWordsAhead) * width_, 1, 2);
     weights.split(terms, words_[0] + word * width_, words_[1] + word * width_, sums);
   }
   void put_offsets(int stage, const Increment::Sum (&sums)[2]) const {
@@ -180,6 +186,62 @@ bool pack_columns(const float* w, int64_t stride, int64_t m, void* packed, int64
     const int vectors = static_cast<int>(lesser((end - j) / kL, kGroup));
     zeros += largest_of_columns(w + j, stride, m, vectors, m - j, largest);
     pack_group(w, stride, m, packed, j, vectors, largest);
+  }
+  return lane_sum<float>(zeros) == 0;
+}
+
+// The largest magnitudes of up to kL rows of contiguous elements; adds zero times every element to `zeros`.
+V largest_of_rows(const float* w, int64_t stride, int64_t m, int64_t rows, V& zeros) {
+  alignas(DEQ_VECTOR_BYTES) float result[kL] = {};
+  for (int64_t r = 0; r < rows; ++r, w += stride) {
+    V largest[2]{}, zero[2]{};
+    auto see = [&](V x, int i) __attribute__((always_inline)) {
+      zero[i] += x * M::set(0.0);
+      largest[i] = Increment::maximum(largest[i], M::abs(x));
+    };
+    int64_t k = 0;
+    for (; k + 2 * kL <= m; k += 2 * kL) see(M::load(w + k), 0), see(M::load(w + k + kL), 1);
+    for (; k < m; k += kL) see(load_columns(w + k, 0, m - k), 0);
+    zeros += zero[0] + zero[1];
+    result[r] = Increment::lane_max(Increment::maximum(largest[0], largest[1]));
+  }
+  return M::load(result);
+}
+
+// pack() of a matrix whose rows are contiguous, `stride` apart; false if an element is not finite. W is read twice, the second
+// time out of the L2 cache, while the next rows are on their way (2048 x 2048: 0.85 ms against 0.95).
+bool pack_rows(const float* w, int64_t stride, int64_t m, void* packed, int64_t first, int64_t last) {
+  constexpr int kTerms = Increment::kTerms;
+  constexpr int64_t kBlock = 64, kWords = kBlock / kTerms;  // transposed together, into the L1 cache
+  const Layout layout(m);
+  const int64_t end = lesser(last * 2 * kL, layout.columns);
+  V zeros{};
+  for (int64_t j = first * 2 * kL; j < end; j += kL) {
+    const float* src = w + j * stride;
+    const int64_t rows = lesser(m - j, kL);
+    const Outputs outputs(layout, packed, j);
+    const auto weights = Increment::Weights::of(largest_of_rows(src, stride, m, rows, zeros));
+    Increment::Sum sums[2] = {};
+    alignas(DEQ_VECTOR_BYTES) float block[kBlock * kL] = {};
+    Transposition<float> transposition;
+    Ahead<float> ahead(src + rows * stride, m, stride, lesser(m - j - rows, kL));
+    auto words = [&](int64_t from, int64_t to) {
+      for (int64_t start = from, stop; start < to; start = stop) {
+        stop = lesser(to, start + kWords);
+        for (int64_t lines = 0; lines < kBlock * kL * int64_t{sizeof(float)} / 64; lines += 4) ahead.ask<4>();
+        const int64_t k = start * kTerms, count = lesser(m - k, (stop - start) * kTerms);
+        transposition.run(src + k, stride, rows, count, block, kL);
+        for (int64_t i = count; i < (stop - start) * kTerms; ++i) M::store(block + i * kL, V{});  // of the last word
+        for (int64_t word = start; word < stop; ++word) {
+          V terms[kTerms];
+#pragma GCC unroll 4
+          for (int t = 0; t < kTerms; ++t) terms[t] = M::load(block + ((word - start) * kTerms + t) * kL);
+          outputs.put(weights, word, terms, sums);
+        }
+      }
+    };
+    for_stages(m, layout, words, [&](int stage) { outputs.put_offsets(stage, sums); });
+    outputs.put_scales(weights);
   }
   return lane_sum<float>(zeros) == 0;
 }

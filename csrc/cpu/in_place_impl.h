@@ -1,10 +1,12 @@
 // W z + c in float32 straight from W as the caller has it, for one instruction set: where W is new in every call and few samples
-// share it, packing all of it takes longer than the products.
+// share it, packing all of it takes longer than the products. Here a W whose columns are contiguous; in_place_rows_impl.h has the
+// one whose rows are.
 //
 // Every sum runs in the order of the packed W (kernels_impl.h): the result is the same to the last bit.
 #pragma once
 #include "ahead.h"
 #include "delta.h"
+#include "in_place_rows_impl.h"
 #include "kernels.h"
 #include "vec.h"
 
@@ -117,6 +119,10 @@ void affine_columns(const Affine& a, int n, int64_t from, int64_t to) {
 }
 
 void affine(const Affine& a, int n) {
+  if (a.lanes) {
+    with_shape(n, [&](auto shape) { affine_rows<shape.S, shape.R, shape.NV>(a, n); });
+    return;
+  }
   for (int64_t from = a.from; from < a.to; from += kColumnsTogether)
     affine_columns(a, n, from, a.to < from + kColumnsTogether ? a.to : from + kColumnsTogether);
 }
