@@ -16,65 +16,69 @@ namespace {
 
 using deq::Affine;
 
-// So many elements of a row are loaded together.
-constexpr int kTogether = 4;
-
-// kLanes / S rows of W times S samples in a vector: lane = S row + sample.
+// kLanes / S rows of W times S samples in a vector: lane = S row + sample. For S < kLanes, where quarters of vectors are four
+// floats.
 template <int S>
 struct Lanes {
   using M = VecMath<float>;
   using V = M::V;
-  static constexpr int kRows = kLanes<float> / S;
+  static constexpr int kRows = kLanes<float> / S, kBlock = 16;
 
   // Of S samples at one k, for every row.
   DEQ_INLINE V samples(const float* z) {
-    if constexpr (kRows == 1) {
-      return M::load(z);
 #if DEQ_VECTOR_BYTES == 64
-    } else if constexpr (S == 8) {
-      return static_cast<V>(_mm512_broadcast_f32x8(_mm256_loadu_ps(z)));
-    } else {
-      return static_cast<V>(_mm512_broadcast_f32x4(_mm_loadu_ps(z)));
+    if constexpr (S == 8) return static_cast<V>(_mm512_broadcast_f32x8(_mm256_loadu_ps(z)));
+    return static_cast<V>(_mm512_broadcast_f32x4(_mm_loadu_ps(z)));
 #else
-    } else {
-      return static_cast<V>(_mm256_broadcast_ps(reinterpret_cast<const __m128*>(z)));
+    return static_cast<V>(_mm256_broadcast_ps(reinterpret_cast<const __m128*>(z)));
 #endif
-    }
   }
 
-  // kTogether elements of every row, each for S lanes.
-  struct Elements {
-    V all;
-    DEQ_INLINE Elements of(const float* const* rows, int64_t k) {
+  // kBlock elements of every row, those from `count` on zero: [four of them][four times S lanes, of a row each]. A line of the L1
+  // cache is read at once: the lines of many rows may share one of its sets, which holds eight, or twelve.
+  struct Block {
+    V quarter[4];
+    inline __attribute__((always_inline)) Block(const float* const* rows, int64_t k, int64_t count) {
 #if DEQ_VECTOR_BYTES == 64
-      constexpr __mmask16 kOwn = (1u << S) - 1;
-      __m512 all = _mm512_broadcast_f32x4(_mm_loadu_ps(rows[0] + k));
+      V row[kRows];
 #pragma GCC unroll 4
-      for (int r = 1; r < kRows; ++r)
-        all = _mm512_mask_broadcast_f32x4(all, static_cast<__mmask16>(kOwn << r * S), _mm_loadu_ps(rows[r] + k));
-      return {static_cast<V>(all)};
+      for (int r = 0; r < kRows; ++r) row[r] = count == kBlock ? M::load(rows[r] + k) : load_first<float>(rows[r] + k, count);
+      if constexpr (S == 8) {
+        const __m512 a = static_cast<__m512>(row[0]), b = static_cast<__m512>(row[1]);
+        quarter[0] = static_cast<V>(_mm512_shuffle_f32x4(a, b, 0x00));
+        quarter[1] = static_cast<V>(_mm512_shuffle_f32x4(a, b, 0x55));
+        quarter[2] = static_cast<V>(_mm512_shuffle_f32x4(a, b, 0xAA));
+        quarter[3] = static_cast<V>(_mm512_shuffle_f32x4(a, b, 0xFF));
+      } else {
+        const __m512 a = static_cast<__m512>(row[0]), b = static_cast<__m512>(row[1]), c = static_cast<__m512>(row[2]),
+                     d = static_cast<__m512>(row[3]);
+        const __m512 ab01 = _mm512_shuffle_f32x4(a, b, 0x44), ab23 = _mm512_shuffle_f32x4(a, b, 0xEE),
+                     cd01 = _mm512_shuffle_f32x4(c, d, 0x44), cd23 = _mm512_shuffle_f32x4(c, d, 0xEE);
+        quarter[0] = static_cast<V>(_mm512_shuffle_f32x4(ab01, cd01, 0x88));
+        quarter[1] = static_cast<V>(_mm512_shuffle_f32x4(ab01, cd01, 0xDD));
+        quarter[2] = static_cast<V>(_mm512_shuffle_f32x4(ab23, cd23, 0x88));
+        quarter[3] = static_cast<V>(_mm512_shuffle_f32x4(ab23, cd23, 0xDD));
+      }
 #else
-      return {
-          static_cast<V>(_mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(rows[0] + k)), _mm_loadu_ps(rows[1] + k), 1))};
+      alignas(16) float first[2 * kBlock] = {};
+      const float* row[2] = {rows[0] + k, rows[1] + k};
+      if (count < kBlock)
+        for (int r = 0; r < 2; ++r) row[r] = static_cast<const float*>(memcpy(first + r * kBlock, row[r], count * sizeof(float)));
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i)
+        quarter[i] = static_cast<V>(
+            _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(row[0] + 4 * i)), _mm_loadu_ps(row[1] + 4 * i), 1));
 #endif
     }
     template <int i>
-    DEQ_INLINE V at(const Elements& e) {
+    inline __attribute__((always_inline)) V at(int q) const {
 #if DEQ_VECTOR_BYTES == 64
-      return static_cast<V>(_mm512_permute_ps(e.all, i * 0x55));
+      return static_cast<V>(_mm512_permute_ps(static_cast<__m512>(quarter[q]), i * 0x55));
 #else
-      return static_cast<V>(_mm256_permute_ps(e.all, i * 0x55));
+      return static_cast<V>(_mm256_permute_ps(static_cast<__m256>(quarter[q]), i * 0x55));
 #endif
     }
   };
-
-  // One element of every row.
-  DEQ_INLINE V element(const float* const* rows, int64_t k) {
-    if constexpr (kRows == 1) return rows[0][k] - V{};
-    alignas(DEQ_VECTOR_BYTES) float lanes[kLanes<float>];
-    for (int i = 0; i < kLanes<float>; ++i) lanes[i] = rows[i / S][k];
-    return M::load(lanes);
-  }
 };
 
 // A tile: S samples share a vector, R vectors of rows, NV vectors of samples.
@@ -83,62 +87,83 @@ struct Shape {
   static constexpr int S = kS, R = kR, NV = kNV;
 };
 
-// R vectors of rows times NV vectors of samples: sums[row][sample].
-template <int S, int R, int NV>
-DEQ_INLINE void rows_times_samples(const Affine& a, const float* const (&w)[R * Lanes<S>::kRows], Ahead<float>& ahead,
-                                   float* sums) {
-  using M = VecMath<float>;
-  using V = M::V;
+// acc += the products of the values [k0, k1) of k, several rows in a vector.
+template <int S, int R>
+DEQ_INLINE void add_shared(typename Simd<float>::V (&acc)[R][1], const float* const* w, const float* z, int64_t k0, int64_t k1,
+                           Ahead<float>& ahead) {
   using Of = Lanes<S>;
+  constexpr int P = 2;  // vectors of rows together: GCC 12 spills those of four
+  auto block = [&](int64_t k, int64_t count) __attribute__((always_inline)) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r += P) {
+      const typename Of::Block rows[P] = {{w + r * Of::kRows, k, count}, {w + (r + 1) * Of::kRows, k, count}};
+      auto add = [&](int q, auto i) __attribute__((always_inline)) {
+        if (4 * q + i() >= count) return;
+        const auto x = Of::samples(z + (k + 4 * q + i()) * S);
+#pragma GCC unroll 2
+        for (int p = 0; p < P; ++p) acc[r + p][0] += rows[p].template at<i()>(q) * x;
+      };
+#pragma GCC unroll 4
+      for (int q = 0; q < 4; ++q) {
+        add(q, std::integral_constant<int, 0>{});
+        add(q, std::integral_constant<int, 1>{});
+        add(q, std::integral_constant<int, 2>{});
+        add(q, std::integral_constant<int, 3>{});
+      }
+    }
+  };
+  int64_t k = k0;
+  for (; k + Of::kBlock <= k1; k += Of::kBlock) {
+#pragma GCC unroll 8
+    for (int i = 0; i < R * Of::kRows; i += 4) ahead.template ask<4>();
+    block(k, Of::kBlock);
+  }
+  if (k < k1) block(k, k1 - k);
+}
+
+// The same of one row in a vector.
+template <int R, int NV>
+DEQ_INLINE void add_single(typename Simd<float>::V (&acc)[R][NV], const float* const (&w)[R], const float* z, int64_t k0,
+                           int64_t k1, Ahead<float>& ahead) {
+  using M = VecMath<float>;
+  constexpr int64_t L = kLanes<float>;
+  constexpr int kTogether = 4, kLines = R * kTogether * static_cast<int>(sizeof(float)) / 64;
+  auto add = [&](int64_t k) __attribute__((always_inline)) {
+    M::V b[NV];
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) b[v] = M::load(z + (k * NV + v) * L);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const M::V x = w[r][k] - M::V{};
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) acc[r][v] += x * b[v];
+    }
+  };
+  int64_t k = k0;
+  for (; k + kTogether <= k1; k += kTogether) {
+    ahead.template ask<kLines>();
+#pragma GCC unroll 4
+    for (int i = 0; i < kTogether; ++i) add(k + i);
+  }
+  for (; k < k1; ++k) add(k);
+}
+
+// R vectors of rows times NV vectors of samples: sums[row][sample].
+template <int S, int R, int NV, int kRows>
+DEQ_INLINE void rows_times_samples(const Affine& a, const float* const (&w)[kRows], Ahead<float>& ahead, float* sums) {
+  using M = VecMath<float>;
   constexpr int64_t L = kLanes<float>, kChunk = deq::kSumChunk;
-  constexpr int kLines = R * Of::kRows * kTogether * static_cast<int>(sizeof(float)) / 64;
-  const float* z = a.lanes;
   for (int64_t k0 = 0, k1; k0 < a.width; k0 = k1) {
     k1 = a.width < k0 + kChunk ? a.width : k0 + kChunk;
-    V acc[R][NV], b[NV];
+    M::V acc[R][NV];
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) acc[r][v] = V{};
-    auto load = [&]() __attribute__((always_inline)) {
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) b[v] = Of::samples(z + v * L);
-      z += NV * S;
-    };
-    auto add = [&](int r, V x) __attribute__((always_inline)) {
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) acc[r][v] += x * b[v];
-    };
-    int64_t k = k0;
-    for (; k + kTogether <= k1; k += kTogether) {
-      ahead.ask<kLines>();
-      if constexpr (Of::kRows == 1) {
-#pragma GCC unroll 4
-        for (int i = 0; i < kTogether; ++i) {
-          load();
-#pragma GCC unroll 16
-          for (int r = 0; r < R; ++r) add(r, w[r][k + i] - V{});
-        }
-      } else {
-        typename Of::Elements elements[R];
-#pragma GCC unroll 16
-        for (int r = 0; r < R; ++r) elements[r] = Of::Elements::of(w + r * Of::kRows, k);
-        auto add_all = [&](auto i) __attribute__((always_inline)) {
-          load();
-#pragma GCC unroll 16
-          for (int r = 0; r < R; ++r) add(r, Of::Elements::template at<i()>(elements[r]));
-        };
-        add_all(std::integral_constant<int, 0>{});
-        add_all(std::integral_constant<int, 1>{});
-        add_all(std::integral_constant<int, 2>{});
-        add_all(std::integral_constant<int, 3>{});
-      }
-    }
-    for (; k < k1; ++k) {
-      load();
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) add(r, Of::element(w + r * Of::kRows, k));
-    }
+      for (int v = 0; v < NV; ++v) acc[r][v] = M::V{};
+    if constexpr (S == L)
+      add_single<R, NV>(acc, w, a.lanes, k0, k1, ahead);
+    else
+      add_shared<S, R>(acc, w, a.lanes, k0, k1, ahead);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
@@ -152,24 +177,26 @@ DEQ_INLINE void rows_times_samples(const Affine& a, const float* const (&w)[R * 
 template <int S, int R, int NV>
 __attribute__((noinline)) void affine_rows(const Affine& a, int n) {
   using M = VecMath<float>;
-  constexpr int64_t L = kLanes<float>, kSide = S, kRows = R * Lanes<S>::kRows;
-  static_assert(L % kRows == 0 && (NV == 1 || S == L), "a vector of results is made of whole tiles");
-  alignas(DEQ_VECTOR_BYTES) float sums[L * NV * S], turned[S * L];
+  constexpr int64_t L = kLanes<float>, kRows = R * L / S, kGroup = kRows < L ? L : kRows;
+  static_assert(kGroup % kRows == 0 && (NV == 1 || S == L), "a vector of results is made of whole tiles");
+  alignas(DEQ_VECTOR_BYTES) float sums[kGroup * NV * S], turned[S * L];
   const int64_t end = a.to < a.width ? a.to : a.width;
-  for (int64_t from = a.from; from < end; from += L) {
-    for (int64_t j = from; j < from + L && j < end; j += kRows) {
+  for (int64_t from = a.from; from < end; from += kGroup) {
+    for (int64_t j = from; j < from + kGroup && j < end; j += kRows) {
       const float* w[kRows];
       for (int64_t r = 0; r < kRows; ++r) w[r] = a.w + (j + r < a.width ? j + r : a.width - 1) * a.stride;
       const int64_t left = end - (j + kRows);
       Ahead<float> ahead(a.w + (j + kRows) * a.stride, a.width, a.stride, left < 0 ? 0 : left < kRows ? left : kRows);
-      rows_times_samples<S, R, NV>(a, w, ahead, sums + (j - from) * NV * S);
+      rows_times_samples<S, R, NV, kRows>(a, w, ahead, sums + (j - from) * NV * S);
     }
-    if (end - from < L) memset(sums + (end - from) * NV * S, 0, (L - (end - from)) * NV * S * sizeof(float));
-    for (int64_t first = 0; first < NV * S; first += S) {
-      for (int64_t i = 0; i < L; i += kSide) Square<float, S * 4>::transpose(sums + i * NV * S + first, NV * S, turned + i, L);
-      for (int64_t s = 0; s < S && first + s < n; ++s)
-        M::store(a.out[first + s] + from, M::load(turned + s * L) + M::load(a.c[first + s] + from));
-    }
+    if (end - from < kGroup) memset(sums + (end - from) * NV * S, 0, (kGroup - (end - from)) * NV * S * sizeof(float));
+    for (int64_t at = 0; at < kGroup && from + at < a.to; at += L)
+      for (int64_t first = 0; first < NV * S; first += S) {
+        for (int64_t i = 0; i < L; i += S)
+          Square<float, S * 4>::transpose(sums + (at + i) * NV * S + first, NV * S, turned + i, L);
+        for (int64_t s = 0; s < S && first + s < n; ++s)
+          M::store(a.out[first + s] + from + at, M::load(turned + s * L) + M::load(a.c[first + s] + from + at));
+      }
   }
 }
 
@@ -191,7 +218,7 @@ template <class F>
 DEQ_INLINE void with_shape(int n, F&& f) {
 #if DEQ_VECTOR_BYTES == 64
   if (n <= 4) return f(Shape<4, 4, 1>{});
-  if (n <= 8) return f(Shape<8, 4, 1>{});
+  if (n <= 8) return f(Shape<8, 8, 1>{});
   if (n <= 16) return f(Shape<16, 8, 1>{});
   f(Shape<16, 8, 2>{});
 #else
