@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from deq.experiments import _nets as nets
 from deq.experiments._affine import affine
 from deq.experiments._dense_nets import DenseDEQ, TiedNet
 from deq.experiments._equilibria import evidence
+from deq.experiments._filter_nets import FilterDEQ
+from deq.experiments._fit import fit
 from deq.experiments._judge import kind_of
 from deq.experiments._lineup import feedforward
 from deq.experiments._nets import DiagonalDEQ, FeedForward, TriangularDEQ, feedforward_count, matching_width
@@ -301,3 +304,26 @@ def test_a_weight_without_influence_has_a_gradient_of_zero():
     unused.data = unused.data.double()
     train(net, lambda: (x, x[..., 0]), steps=2)
     assert unused.grad.abs().sum() == 0 and torch.equal(unused.detach(), torch.ones(2, 1, dtype=F64))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda g: DenseDEQ(2, 1, 8, g, "contractive", torch.float32, 4.0, warm=True),
+        lambda g: FilterDEQ(2, 8, g, "siren", 5.0),
+    ],
+    ids=["dense", "filter"],
+)
+def test_the_cost_of_a_net_is_that_of_a_solve_from_zero(make):
+    """Where the test has as many points as a batch, its solve would start from what training solved last."""
+    x = torch.linspace(0, 1, 32).view(1, -1, 1).expand(2, -1, -1)
+    batch = x, torch.sin(7 * x[..., 0])
+    run = SimpleNamespace(settings=SimpleNamespace(seeds=2), generator=lambda purpose: generator())
+    net = make(generator())
+    row = fit(run, "net", lambda S, g: net, lambda: batch, batch, lambda share: None, steps=20, rate=1e-3)
+    with torch.no_grad():
+        net.forget()
+        net(x)
+        assert row["flops"] == net.flops()
+        net(x)  # from its own equilibrium
+        assert row["flops"] > net.flops()

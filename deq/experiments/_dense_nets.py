@@ -82,6 +82,9 @@ class DenseDEQ(EquilibriumNet):
         self.last = sol.detach()
         return sol.z
 
+    def forget(self) -> None:
+        self.last = None
+
     def status(self) -> Tensor:
         return self.last.status
 

@@ -96,6 +96,9 @@ class FilterDEQ(FilterParameters, EquilibriumNet):
         self.last = z.detach()
         return self.readout(z)
 
+    def forget(self) -> None:
+        self.last = None
+
     def failed(self) -> Tensor:
         return ~self.solution.converged.view(self.last.shape[:2])
 

@@ -43,8 +43,8 @@ def fit(
 
     schedule: of the learning rate, a cosine to 1 % if None. after(net): called after every update.
     inspect(net): more entries for the row. prepare(net, tick): trains beforehand, on easier targets.
-    flops: of a forward pass of one sample, a DEQ's with the evaluations that it needed; training: the same of a
-    training step, with the backward pass. memory: numbers kept a sample for the backward pass. evidence: None for
+    flops: of a forward pass of one sample, a DEQ's with the evaluations that it needed from zero; training: the same of
+    a training step, with the backward pass. memory: numbers kept a sample for the backward pass. evidence: None for
     feed-forward.
     """
     net = make(run.settings.seeds, run.generator(f"init/{name}"))
@@ -66,6 +66,7 @@ def fit(
     )
     row = {"model": name, "parameters": net.count, "memory": net.memory, "notes": log.sentences(name)}
     row |= {"ill_posed": {str(k): v for k, v in log.ill_posed.items()}}
+    net.forget()  # what was trained on last may be as many points as the test has, or be the test
     with torch.no_grad():
         row |= {
             "mse": mean_square(y)(net(x)).tolist(),

@@ -41,6 +41,9 @@ class SeededNet:
         """(S, B) of :class:`deq.Status`, of the last call; None where there is no solver."""
         return None
 
+    def forget(self) -> None:
+        """Let the next call solve from zero, where a net would start from the equilibrium of the call before."""
+
     def double(self) -> "SeededNet":
         """A copy in float64 that shares nothing and is not trained."""
         twin = copy.copy(self)
