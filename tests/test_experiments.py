@@ -5,6 +5,7 @@ import math
 from io import StringIO
 
 import pytest
+import torch
 from rich.console import Console
 
 from deq.experiments import REGISTRY, SettingsError, execute
@@ -25,7 +26,7 @@ from deq.experiments._result import (
     spread,
     to_json,
 )
-from deq.experiments._run import KeptParts
+from deq.experiments._run import KeptParts, Run
 
 
 def test_proved_for_all_names_the_worst_case():
@@ -125,8 +126,34 @@ def test_the_registry_is_named_after_itself():
     assert all(name == e.name and e.title and e.claim.endswith(".") for name, e in REGISTRY.items())
 
 
+@pytest.fixture
+def draws_say_where(monkeypatch):
+    """A generator of a GPU fills no tensor of the CPU: what draws from one of the run's device has to name the device.
+    Here, where it may be the CPU, the call is an error without."""
+    of_device = set()
+    generator = Run.generator
+
+    def made(run: Run, purpose: str, device=None) -> torch.Generator:
+        found = generator(run, purpose, device)
+        if device is None:
+            of_device.add(found)
+        return found
+
+    monkeypatch.setattr(Run, "generator", made)
+
+    def checked(draw):
+        def drawn(*arguments, **options):
+            assert options.get("generator") not in of_device or options.get("device") is not None
+            return draw(*arguments, **options)
+
+        return drawn
+
+    for draw in (torch.rand, torch.randn, torch.randint, torch.randperm):
+        monkeypatch.setattr(torch, draw.__name__, checked(draw))
+
+
 @pytest.mark.parametrize("name", list(REGISTRY))
-def test_every_experiment_runs_at_its_smallest_width(name, tmp_path):
+def test_every_experiment_runs_at_its_smallest_width(name, tmp_path, draws_say_where):
     """One neuron, one seed, a few steps: every proved claim still holds, and nothing is judged."""
     if REGISTRY[name].missing:
         pytest.skip(REGISTRY[name].missing)

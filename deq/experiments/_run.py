@@ -189,10 +189,13 @@ class Run:
         finally:
             torch.set_num_threads(before)
 
-    def generator(self, purpose: str) -> torch.Generator:
-        """Random numbers that depend on the seed and ``purpose`` only, not on which parts ran before."""
+    def generator(self, purpose: str, device: torch.device | str | None = None) -> torch.Generator:
+        """Random numbers that depend on the seed and ``purpose`` only, not on which parts ran before.
+
+        device: where tensors are drawn, the run's if None: torch fills none elsewhere.
+        """
         digest = hashlib.sha256(f"{self.settings.seed}/{purpose}".encode()).digest()
-        return torch.Generator(self.device).manual_seed(int.from_bytes(digest[:6], "big"))
+        return torch.Generator(device or self.device).manual_seed(int.from_bytes(digest[:6], "big"))
 
     def parts(self, parts: Sequence[Part]) -> dict[str, dict]:
         """Run every part that is not kept from an interrupted run; results by key, in order."""

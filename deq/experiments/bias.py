@@ -113,8 +113,8 @@ def _signs(run: Run) -> dict:
 
 def _engine(run: Run) -> dict:
     """dL/dw of the DEQ z = w z + x, f = sum z, by the engine's implicit gradient against (X^T r) beta^2."""
-    X, y, _ = problem(5, 20, run.settings.seed)
-    w = (torch.rand(20, dtype=F64, generator=run.generator("engine")) - 0.5).requires_grad_()
+    X, y, _ = (v.to(run.device) for v in problem(5, 20, run.settings.seed))
+    w = (torch.rand(20, dtype=F64, generator=run.generator("engine"), device=run.device) - 0.5).requires_grad_()
     z = solve(weights.Diagonal(w), X, "identity").z
     r = z.sum(1) - y
     (gradient,) = torch.autograd.grad(0.5 * r.square().sum(), w)
@@ -156,7 +156,7 @@ def _basins(run: Run) -> Callable[[Tick], dict]:
     residual fall as exp(-mu_min (beta0/2)^4 t)?"""
 
     def compute(tick: Tick) -> dict:
-        g, left, slow = run.generator("basin"), 0, 0
+        g, left, slow = run.generator("basin", "cpu"), 0, 0  # thousands of steps of a few numbers each
         for k in range(run.config.basins):
             N, d = int(torch.randint(1, 6, (), generator=g)), int(torch.randint(6, 15, (), generator=g))
             X = torch.randn(N, d, dtype=F64, generator=g)

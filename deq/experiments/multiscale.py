@@ -130,7 +130,7 @@ def _training(run: Run, name: str, channels: Sequence[int], cut: int | None) -> 
         nets, losses, failures = [], [], 0
         for seed in range(seeds):
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(int(torch.randint(2**31, (), generator=run.generator(f"init/{seed}"))))
+                torch.manual_seed(int(torch.randint(2**31, (), generator=run.generator(f"init/{seed}", "cpu"))))
                 net = Classifier(channels, config.tol, cut).to(run.device)
             data = run.generator(f"data/{seed}")
             curve, failed = _train(net, digits, config, data, lambda share, at=seed: tick((at + share) / seeds))
