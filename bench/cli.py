@@ -189,7 +189,7 @@ def memory(shape: tuple[int, int] | None, out: Path) -> None:
 @bench.command()
 @click.option("--epochs", type=click.IntRange(min=1), default=15, show_default=True)
 @click.option("--threads", type=click.IntRange(min=1), help="All that torch uses if not given.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of weights and batches.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of weights and batches.")
 @out_option
 def digits(epochs: int, threads: int | None, seed: int, out: Path) -> None:
     """Train a classifier of handwritten digits with deq and with torchdeq: time, accuracy, solves that failed. About a

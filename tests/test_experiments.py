@@ -26,7 +26,7 @@ from deq.experiments._result import (
     spread,
     to_json,
 )
-from deq.experiments._run import KeptParts, Run
+from deq.experiments._run import LARGEST_SEED, KeptParts, Run
 
 
 def test_proved_for_all_names_the_worst_case():
@@ -104,6 +104,9 @@ def test_settings_take_defaults_and_refuse_what_cannot_run():
             steep.settings(**options)
     with pytest.raises(SettingsError, match="at most 1000; got 1001"):
         regions.settings(width=1001)
+    assert steep.settings(seed=LARGEST_SEED).seed == LARGEST_SEED
+    with pytest.raises(SettingsError, match=f"seed must be at least 0 and at most {LARGEST_SEED}; got {2**64}"):
+        steep.settings(seed=2**64)
     assert json.dumps(vars(steep.settings()))
 
 

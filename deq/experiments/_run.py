@@ -26,6 +26,7 @@ from ._result import Result, number, to_json
 
 ONE_THREAD = 2**18  # entries of the largest array of a training step up to which two threads are not worth it
 LEVELS = ("quick", "default", "full")  # seconds, for CI; minutes, on two cores; large widths and many seeds, on a GPU
+LARGEST_SEED = 2**63 - 1  # torch's generators take twice as much: some experiments count on from the seed
 SCHEMA = 2  # of the JSON file; raise it when a key changes its meaning
 
 Tick = Callable[[float], None]  # called with the finished fraction of a part
@@ -128,7 +129,7 @@ class Experiment:
             raise SettingsError(f"{self.name}: has no depth to set; got {depth}")
         limits = [
             ("width", width, self.smallest_width, self.largest_width),
-            ("seed", seed, 0, None),
+            ("seed", seed, 0, LARGEST_SEED),
             ("seeds", seeds, 1, None),
         ]
         limits += [("depth", depth, 2, None)] if self.depth else []
