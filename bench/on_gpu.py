@@ -165,12 +165,12 @@ def main(names: tuple[str, ...], minutes: float, out: Path) -> None:
 
 def write(path: Path, records: Sequence[dict], where: dict) -> None:
     """Write the records, beside those of other steps that the file holds of the same commit."""
+    from deq.bench.record import write_rows
+
     known = json.loads(path.read_text()) if path.exists() else []
     new = {record["step"]: record | where for record in records}
     merged = {record["step"]: record for record in known if record["commit"] == where["commit"]} | new
-    rows = [merged[name] for name in (*NAMES, *merged) if name in merged]
-    unique = {row["step"]: row for row in rows}
-    path.write_text("[\n" + ",\n".join(json.dumps(row) for row in unique.values()) + "\n]\n")
+    write_rows(path, [merged[name] for name in dict.fromkeys((*NAMES, *merged)) if name in merged])
 
 
 if __name__ == "__main__":

@@ -4,12 +4,14 @@ import json
 import platform
 import re
 import subprocess
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
 import deq
+from deq.files import replace_text
 
 
 def environment(device: str = "cpu") -> dict[str, object]:
@@ -68,9 +70,10 @@ def folder(out: Path, device: str = "cpu") -> Path:
 
 
 def write(rows: list[dict], out: Path, name: str, device: str = "cpu") -> Path:
-    """Write the rows to ``out/<device>/<name>.json``, one a line, and return the path. An interruption
-    leaves the file of before."""
-    path = folder(out, device) / f"{name}.json"
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
-    return partial.replace(path)
+    """Write the rows to ``out/<device>/<name>.json`` and return the path."""
+    return write_rows(folder(out, device) / f"{name}.json", rows)
+
+
+def write_rows(path: Path, rows: Iterable[dict]) -> Path:
+    """Make the rows, one a line, the whole of this file. An interruption leaves the file of before."""
+    return replace_text(path, "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")

@@ -11,6 +11,7 @@ from . import __version__
 from .activations import ACTIVATIONS
 from .bench import families
 from .bench.cli import bench, cannot_write, need_folder
+from .files import replace_text
 from .plan import DEFAULT_TOL, SOLVERS
 
 
@@ -288,7 +289,7 @@ def profile(
             raise click.UsageError(f"{error}.") from error
     path = out / "profile.json"
     try:
-        path.write_text(json.dumps(report.as_dict() | environment(), indent=1) + "\n")
+        replace_text(path, json.dumps(report.as_dict() | environment(), indent=1) + "\n")
         report.draw(path.with_suffix(".png"))
     except OSError as error:
         raise cannot_write(out, error) from error

@@ -17,6 +17,7 @@ from deq.bench.cli import bench
 from deq.bench.cpu import measure, measure_kernel
 from deq.bench.quality import relative_error, worst_error
 from deq.bench.timing import MIN_TURNS, Timing, interleave
+from deq.files import replace_text
 from deq.profiling.memory import can_measure, peak_of
 
 SMALL = Case(17, 5)
@@ -312,7 +313,7 @@ class TestRecord:
         path = record.write([{"a": 1}], tmp_path, "cpu")
         before = path.read_text()
 
-        def stopped(self: Path, text: str) -> None:
+        def stopped(self: Path, text: str, encoding: str) -> None:
             self.write_bytes(text[:5].encode())
             raise KeyboardInterrupt
 
@@ -320,6 +321,22 @@ class TestRecord:
         with pytest.raises(KeyboardInterrupt):
             record.write([{"a": 2}], tmp_path, "cpu")
         assert path.read_text() == before
+        assert list(path.parent.iterdir()) == [path]
+
+    def test_two_processes_write_the_same_file(self, tmp_path, monkeypatch):
+        """Neither takes away what the other has begun."""
+        path, write = tmp_path / "a.json", Path.write_text
+
+        def meanwhile(self: Path, text: str, encoding: str) -> None:
+            write(self, text, encoding)
+            if text == "ours":
+                monkeypatch.setattr("os.getpid", lambda: 1)
+                replace_text(path, "theirs")
+                assert path.read_text() == "theirs"
+
+        monkeypatch.setattr(Path, "write_text", meanwhile)
+        replace_text(path, "ours")
+        assert path.read_text() == "ours" and list(tmp_path.iterdir()) == [path]
 
 
 class TestPeers:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jinja2
 
+from ..files import replace_text
 from ._result import CONFOUNDED, NOT_JUDGED, NOT_REPRODUCED, PROVED, VIOLATED, number
 
 HTML, MARKDOWN = "index.html", "README.md"
@@ -30,9 +31,7 @@ def write_ledger(out: Path, names: Iterable[str]) -> list[Path]:
     for target, template in ((HTML, "ledger.html"), (MARKDOWN, "ledger.md")):
         text = resources.files(__package__).joinpath("templates", template).read_text(encoding="utf-8")
         page = _environment(out, escape=target == HTML).from_string(text)
-        partial = out / (target + ".partial")
-        partial.write_text(page.render(context), encoding="utf-8")
-        written.append(partial.replace(out / target))
+        written.append(replace_text(out / target, page.render(context)))
     return written
 
 

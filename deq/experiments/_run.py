@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from ..files import replace_text
 from ..info import info
 from ..profiling import phase
 from ._report import markdown, print_result
@@ -242,7 +242,7 @@ class KeptParts:
         self.values[key] = json.loads(json.dumps(to_json(value), allow_nan=False))
         self.seconds[key] = seconds
         kept = {"fingerprint": self.fingerprint, "parts": self.values, "seconds": self.seconds}
-        _write(self.path, json.dumps(kept))
+        replace_text(self.path, json.dumps(kept))
         return self.values[key]
 
     def forget(self) -> None:
@@ -305,19 +305,12 @@ def execute(experiment: Experiment, settings: Settings, out: Path, console: Cons
         "values": result.values,
     }
     save(result.figure, out / f"{experiment.name}.png")
-    _write(out / f"{experiment.name}.json", json.dumps(to_json(record), indent=1, allow_nan=False) + "\n")
-    _write(out / f"{experiment.name}.md", markdown(experiment, settings, result))
+    replace_text(out / f"{experiment.name}.json", json.dumps(to_json(record), indent=1, allow_nan=False) + "\n")
+    replace_text(out / f"{experiment.name}.md", markdown(experiment, settings, result))
     print_result(console, result)
     seconds = number(record["provenance"]["seconds"])
     console.print(f"Wrote {out / experiment.name}.json, .md and .png in {seconds} s.", highlight=False, soft_wrap=True)
     return result
-
-
-def _write(path: Path, text: str) -> None:
-    """Replace the file in one step: an interruption leaves the old one or the new one."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def _fingerprint(name: str, settings: Settings) -> str:

@@ -1,0 +1,15 @@
+"""How results are written: in one step."""
+
+import os
+from pathlib import Path
+
+
+def replace_text(path: Path, text: str) -> Path:
+    """Make ``text`` the whole of the file at ``path``, and return that: an interruption leaves the old file or the new
+    one, and of processes that write the same file the last one's stays."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        return partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
