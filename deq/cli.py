@@ -203,6 +203,10 @@ def _misfit(record: object) -> str:
     for key, kind in (("values", dict), ("claims", list), ("provenance", dict)):  # what the new run is compared with
         if not isinstance(record.get(key), kind):
             return f'it has no "{key}"'
+    if not isinstance(record["provenance"].get("versions"), dict):
+        return 'its "provenance" has no "versions"'
+    if not all(isinstance(claim, dict) and {"statement", "measured"} <= claim.keys() for claim in record["claims"]):
+        return 'one of its "claims" lacks a "statement" or what was "measured"'
     return ""
 
 
@@ -214,11 +218,14 @@ def _compare(recorded: dict, path: Path) -> str:
         differ = [f"the input {again['settings']['input']} has changed: sha256 {before} was recorded, {now} read"]
     if again["values"] == recorded["values"]:
         return "\n  ".join(("Every value is the recorded one.", *differ))
-    differ += [
-        f"{new['statement']}: {old['measured']!r} was recorded, {new['measured']!r} measured"
-        for old, new in zip(recorded["claims"], again["claims"], strict=False)
-        if old["measured"] != new["measured"]
-    ]
+    old, new = ({c["statement"]: c["measured"] for c in record["claims"]} for record in (recorded, again))
+    for statement in old | new:
+        if statement not in new:
+            differ.append(f"{statement}: this version of deq makes no such claim")
+        elif statement not in old:
+            differ.append(f"{statement}: the version of deq that wrote the record made no such claim")
+        elif old[statement] != new[statement]:
+            differ.append(f"{statement}: {old[statement]!r} was recorded, {new[statement]!r} measured")
     versions = ", ".join(f"{k} {v}" for k, v in recorded["provenance"]["versions"].items())
     return "\n  ".join((f"Values differ from the recorded ones (made with {versions}).", *differ))
 

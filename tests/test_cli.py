@@ -266,6 +266,12 @@ def test_a_result_is_run_again_as_it_says(tmp_path):
     path.write_text(json.dumps(record))
     result = deq_command("run", path, "--out", again)
     assert result.exit_code == 0 and "linear regions / 2^m: 7.0 was recorded, 1.0 measured" in result.output
+    first, *others = record["claims"]  # those of a version with other claims: each is compared with itself
+    path.write_text(json.dumps(record | {"claims": [first | {"statement": "lines"}, *reversed(others)]}))
+    lines = [line.strip() for line in deq_command("run", path, "--out", again).output.splitlines()]
+    assert "lines: this version of deq makes no such claim" in lines
+    assert "linear regions / 2^m: the version of deq that wrote the record made no such claim" in lines
+    assert not [line for line in lines if "was recorded" in line]
     for arguments, words in ((("--width", 2), "leave out --width"), (("--quick",), "leave out --quick")):
         result = deq_command("run", path, *arguments)
         assert result.exit_code == 2 and words in result.stderr
@@ -276,7 +282,7 @@ def test_a_result_is_run_again_as_it_says(tmp_path):
 
 
 # Of a record, beside its settings.
-REST = {"schema": SCHEMA, "experiment": "audio", "values": {}, "claims": [], "provenance": {}}
+REST = {"schema": SCHEMA, "experiment": "audio", "values": {}, "claims": [], "provenance": {"versions": {}}}
 
 
 @pytest.mark.parametrize(
@@ -290,6 +296,8 @@ REST = {"schema": SCHEMA, "experiment": "audio", "values": {}, "claims": [], "pr
         (REST | {"schema": 1, "settings": {"quick": True}}, "another version of deq wrote it: it has schema 1, and"),
         (REST | {"settings": {"foo": 1}}, "its settings hold 'foo', which audio does not have"),
         (REST | {"settings": {}, "provenance": None}, 'it has no "provenance"'),
+        (REST | {"settings": {}, "provenance": {}}, 'its "provenance" has no "versions"'),
+        (REST | {"settings": {}, "claims": [{"statement": "s"}]}, 'one of its "claims" lacks a "statement" or'),
         (REST | {"settings": {"width": "a"}}, "audio: width must be an integer; got 'a'"),
         (REST | {"settings": {"seed": True}}, "audio: seed must be an integer; got True"),
         (REST | {"settings": {"level": "brief"}}, "audio: level must be one of quick, default, full; got 'brief'"),
