@@ -8,7 +8,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from deq.experiments import REGISTRY, SettingsError, execute
+from deq import _library
+from deq.experiments import REGISTRY, SettingsError, execute, parts_path
 from deq.experiments._report import _rich
 from deq.experiments._result import (
     NOT_JUDGED,
@@ -26,7 +27,7 @@ from deq.experiments._result import (
     spread,
     to_json,
 )
-from deq.experiments._run import LARGEST_SEED, KeptParts, Run
+from deq.experiments._run import LARGEST_SEED, KeptParts, Run, _code_digest
 
 
 def test_proved_for_all_names_the_worst_case():
@@ -93,6 +94,22 @@ def test_kept_parts_are_for_one_fingerprint(tmp_path):
         path.write_text(broken)
         assert KeptParts(path, "a").values == {}
         assert not path.exists()
+
+
+def test_parts_are_kept_for_one_build(tmp_path, monkeypatch):
+    """What was solved by the reference, or before a build of the library, is no part of a run by this one."""
+    settings = REGISTRY["regions"].settings(level="quick")
+    built, other = tmp_path / "libdeq.so", tmp_path / "other.so"
+    built.write_bytes(b"a")
+    other.write_bytes(b"b")
+    seen = set()
+    for compiled, path in ((object(), built), (object(), other), (None, built)):
+        monkeypatch.setattr(_library, "compiled", compiled)
+        monkeypatch.setattr(_library, "path", path)
+        _code_digest.cache_clear()
+        seen.add(parts_path(tmp_path, "regions", settings))
+    _code_digest.cache_clear()
+    assert len(seen) == 3
 
 
 def test_settings_take_defaults_and_refuse_what_cannot_run():

@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from .. import _library
 from ..files import replace_text
 from ..info import info
 from ..profiling import phase
@@ -331,9 +332,12 @@ def _input_digest(settings: Settings) -> str | None:
 
 @lru_cache(maxsize=1)  # of the code that this process began with, also where files change while it runs
 def _code_digest() -> str:
-    """SHA-256 of every line of Python in this package."""
+    """SHA-256 of every line of Python in this package, kernels/ too, and of the compiled library where there is one."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
+    kernels = find_spec("deq.kernels").submodule_search_locations  # in a checkout not below deq/
+    folders = Path(__file__).parents[1], *map(Path, kernels)
+    compiled = [] if _library.compiled is None else [_library.path]
+    for path in (*(path for folder in folders for path in sorted(folder.rglob("*.py"))), *compiled):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
