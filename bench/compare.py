@@ -14,13 +14,14 @@ functions of either commit: ``deq.solve`` alone.
 
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -100,15 +101,18 @@ class Worker:
 
     def ask(self, **question) -> float:
         """RuntimeError with what the process said if it could not answer."""
-        self._process.stdin.write(json.dumps(question) + "\n")
-        self._process.stdin.flush()
-        answer = self._process.stdout.readline()
+        try:
+            self._process.stdin.write(json.dumps(question) + "\n")
+            self._process.stdin.flush()
+            answer = self._process.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
         if not answer or "error" in (answer := json.loads(answer)):
             raise RuntimeError(answer["error"] if answer else "the process died")
         return answer["seconds"]
 
     def close(self) -> None:
-        with self._process:  # closes its pipes, which ends it, and waits
+        with suppress(BrokenPipeError), self._process:  # closes its pipes, which ends it, and waits
             pass
 
 
@@ -182,14 +186,21 @@ def build(site: Path) -> None:
         (site / "deq" / name).write_bytes((out / name).read_bytes())
 
 
-def _has(program: str) -> bool:
-    from shutil import which
+def _environment() -> dict[str, str]:
+    """That of this process, and after its PATH the folder of its Python, where pip puts cmake and ninja."""
+    path = (os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent))
+    return os.environ | {"PATH": os.pathsep.join(path)}
 
-    return which(program) is not None
+
+def _has(program: str) -> bool:
+    return shutil.which(program, path=_environment()["PATH"]) is not None
 
 
 def _call(*command: str) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env=_environment())
+    except OSError as error:
+        raise RuntimeError(f"{command[0]} is needed here and cannot be run: {error.strerror}.") from error
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command)} failed:\n{(done.stdout + done.stderr)[-2000:]}")
 

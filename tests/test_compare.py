@@ -115,3 +115,24 @@ def test_commits_get_checkouts_of_their_own(tmp_path, monkeypatch):
     assert len(listed.splitlines()) == 1
     with pytest.raises(RuntimeError, match="nowhere"), compare.built(("nowhere",), repository):
         pass
+
+
+def test_a_program_that_is_missing_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("sys.executable", str(tmp_path / "python"))
+    with pytest.raises(RuntimeError, match="git is needed here and cannot be run: No such file"):
+        compare._call("git", "--version")
+    beside = tmp_path / "bin"
+    beside.mkdir()
+    shutil.copy("/bin/true", beside / "git")
+    monkeypatch.setattr("sys.executable", str(beside / "python"))
+    compare._call("git", "--version")
+
+
+def test_a_process_that_dies_is_an_error_in_words(base):
+    worker = compare.Worker(base)
+    worker._process.kill()
+    worker._process.wait()
+    with pytest.raises(RuntimeError, match="the process died"):
+        worker.ask(time=0.0)
+    worker.close()
