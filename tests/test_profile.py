@@ -303,6 +303,32 @@ def test_bytes_of_an_operator_are_its_inputs_and_outputs_once():
         assert counted.counts.bytes == 4 * (2 * 4 * 8 + 4 * 4)
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+@pytest.mark.parametrize(
+    "layout", [torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc]
+)
+def test_a_sparse_tensor_is_its_indices_and_values(layout):
+    """The adjacency of a graph, in a block or made by it: it has no storage of its own."""
+    sizes = {"blocksize": (2, 2)} if layout in (torch.sparse_bsr, torch.sparse_bsc) else {}
+    A = (0.3 * torch.eye(8)).to_sparse(layout=layout, **sizes)
+    live = counter.Live()
+    live.see([A], [])
+    assert live.bytes == sum(part.untyped_storage().nbytes() for part in counter._parts(A)) > 8 * 4
+    before = live.bytes
+    live.see([A.detach()], [A])
+    assert live.bytes == before
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+def test_a_block_of_a_sparse_graph(layout):
+    A = (0.3 * torch.eye(6)).to_sparse(layout=layout)
+    linear = torch.nn.Linear(4, 4)
+    layer = deq.nn.Equilibrium(lambda z, x: torch.tanh(A @ linear(0.3 * z) + x))
+    report = profile(layer, torch.randn(6, 4))
+    assert [one.name for one in report.passes] == ["forward", "backward"] and report.passes[0].counts.flops > 0
+
+
 def test_live_bytes():
     live = counter.Live()
     given = torch.zeros(1000)

@@ -123,7 +123,7 @@ class Counter(TorchDispatchMode):
             return
         out_names = {argument.name for argument in function._schema.arguments if argument.is_out}  # written, not read
         read = tree_iter((args, {name: value for name, value in kwargs.items() if name not in out_names}))
-        counts.bytes += sum(_bytes(t) for t in (*read, *outputs) if isinstance(t, Tensor))
+        counts.bytes += sum(_bytes(part) for t in (*read, *outputs) if isinstance(t, Tensor) for part in _parts(t))
         if flops:
             precision = str(inputs[0].dtype).removeprefix("torch.")
             counts.executed[precision] += flops
@@ -149,6 +149,17 @@ class Counter(TorchDispatchMode):
         counts.bytes += 2 * samples * m * c.element_size()  # every injection is read from, every z written to memory
 
 
+def _parts(t: Tensor) -> tuple[Tensor, ...]:
+    """What holds the elements of t: itself, or the indices and values of a sparse tensor, which has no storage."""
+    if t.layout == torch.sparse_coo:
+        return t._indices(), t._values()
+    if t.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return t.crow_indices(), t.col_indices(), t.values()
+    if t.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return t.ccol_indices(), t.row_indices(), t.values()
+    return (t,)
+
+
 def _bytes(t: Tensor) -> int:
     """Of the elements that t shows; an expanded dimension counts once."""
     elements = 1
@@ -170,9 +181,9 @@ class Live:
 
     def see(self, outputs: list[Tensor], inputs: list[Tensor]) -> None:
         self.settle()
-        given = {t.untyped_storage()._cdata for t in inputs}
-        for t in outputs:
-            storage = t.untyped_storage()
+        given = {part.untyped_storage()._cdata for t in inputs for part in _parts(t)}
+        for part in (part for t in outputs for part in _parts(t)):
+            storage = part.untyped_storage()
             key = storage._cdata  # cannot be that of another storage while the reference is held
             if key not in given and key not in self._alive:
                 self._alive[key] = StorageWeakRef(storage), storage.nbytes()
