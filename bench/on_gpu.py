@@ -141,7 +141,14 @@ NAMES = tuple(step.name for step in plan((9, 0), Path()))
 
 
 @click.command()
-@click.option("--step", "names", type=click.Choice(NAMES), multiple=True, help="Only this step; repeatable.")
+@click.option(
+    "--step",
+    "names",
+    type=click.Choice(NAMES),
+    metavar="STEP",
+    multiple=True,
+    help=f"Only this step, of {', '.join(NAMES)}; repeatable.",
+)
 @click.option("--minutes", type=click.FloatRange(min=0, min_open=True), default=9.5, show_default=True, help="In all.")
 @out_option
 def main(names: tuple[str, ...], minutes: float, out: Path) -> None:

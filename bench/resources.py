@@ -184,7 +184,12 @@ def over_budget(record: dict) -> list[str]:
 @click.command()
 @click.option("--write", is_flag=True, help=f"Replace these kernels in tests/{GOLDEN.name}.")
 @click.option(
-    "--kernel", "modules", type=click.Choice([*MODULES, "cuda"]), multiple=True, help="Only these; repeatable."
+    "--kernel",
+    "modules",
+    type=click.Choice([*MODULES, "cuda"]),
+    metavar="FILE",
+    multiple=True,
+    help=f"Only those of {', '.join(MODULES)} or cuda; repeatable.",
 )
 @click.option("--all", "whole", is_flag=True, help="Every variant, within the budgets; a quarter of an hour.")
 def main(write: bool, modules: tuple[str, ...], whole: bool) -> None:

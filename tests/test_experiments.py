@@ -73,7 +73,19 @@ def test_sign_test_counts_coin_flips():
 
 @pytest.mark.parametrize(
     "value, text",
-    [(0, "0"), (1.0, "1"), (0.12345, "0.123"), (1e-5, "1.0e-5"), (123456.7, "1.2e5"), (16384, "16384"), (None, "-")],
+    [
+        (0, "0"),
+        (1.0, "1"),
+        (0.12345, "0.123"),
+        (1e-5, "1.0e-5"),
+        (123456.7, "1.2e5"),
+        (16384, "16384"),
+        (None, "-"),
+        (1574.6, "1575"),
+        (999.7, "1000"),
+        (math.inf, "inf"),
+        (math.nan, "nan"),
+    ],
 )
 def test_numbers_are_short(value, text):
     assert number(value) == text

@@ -168,7 +168,8 @@ def number(value: float | int | None, digits: int = 3) -> str:
     if value and math.isfinite(value) and not 1e-2 <= abs(value) < 1e4:
         mantissa, exponent = f"{value:.{digits - 2}e}".split("e")
         return f"{mantissa}e{int(exponent)}"
-    return f"{value:.{digits}g}"
+    text = f"{value:.{digits}g}"
+    return f"{value:.0f}" if "e" in text else text  # 1570, not 1.57e+03
 
 
 def to_json(value: object) -> object:
