@@ -180,8 +180,11 @@ def memory(shape: tuple[int, int] | None, out: Path) -> None:
     need_folder(out)
     case = MEMORY_CASE if shape is None else Case(*shape)
     console = Console()
-    with console.status("Measuring"):
-        rows = run.measure(case)
+    try:
+        with console.status("Measuring"):
+            rows = run.measure(case)
+    except RuntimeError as error:
+        raise click.ClickException(f"{error}") from error
     console.print(report.memory(rows))
     _finish(rows, out, "memory", console)
 

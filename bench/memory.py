@@ -37,7 +37,8 @@ def _make(name: str) -> Callable:
 
 
 def measure(case: Case) -> list[dict]:
-    """One row a competitor and pass; ``buffers`` is the peak beyond the inputs in units of B x m elements."""
+    """One row a competitor and pass; ``buffers`` is the peak beyond the inputs in units of B x m elements. RuntimeError
+    where a process fails, for want of memory say."""
     rows = []
     unit = case.B * case.m * torch.empty((), dtype=getattr(torch, case.dtype)).itemsize
     for name in competitors():
@@ -63,7 +64,11 @@ def _in_fresh_process(name: str, case: Case, which: str) -> int:
     program = f"import json; from {__name__} import _measure_here; print(_measure_here(*json.loads({arguments!r})))"
     path = os.pathsep.join(filter(None, sys.path))  # the same deq, wherever this one came from
     child = [sys.executable, "-c", program]
-    return int(subprocess.run(child, env=os.environ | {"PYTHONPATH": path}, check=True, capture_output=True).stdout)
+    done = subprocess.run(child, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
+    if done.returncode != 0:  # of a signal where the system has no memory left
+        said = done.stderr.strip().splitlines()
+        raise RuntimeError(f"{name}, {which}, at {case.name}: {said[-1] if said else f'exit code {done.returncode}'}")
+    return int(done.stdout)
 
 
 def _measure_here(name: str, case: dict, which: str) -> int:

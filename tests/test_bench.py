@@ -281,6 +281,13 @@ class TestCommand:
         assert result.exit_code == 2
         assert f"{value!r} is not a width and a batch such as 256,64" in result.output
 
+    @needs_library
+    @needs_proc
+    def test_a_process_without_memory_says_so(self, tmp_path):
+        result = CliRunner().invoke(bench, ["memory", "--case", f"{2**22},1", "--out", str(tmp_path)])
+        assert result.exit_code == 1 and f"Error: deq, forward, at gaussian-m{2**22}-B1-float32: " in result.output
+        assert "memory" in result.output
+
     @pytest.mark.parametrize("command", ["cpu", "memory"])
     def test_without_the_library(self, command, monkeypatch):
         monkeypatch.setattr(_library, "compiled", None)
