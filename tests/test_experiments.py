@@ -41,10 +41,12 @@ def test_proved_for_all_names_the_worst_case():
 
 
 def test_nan_violates_every_claim():
-    rows = [{"case": "fine", "v": 0.0}, {"case": "nan", "v": math.nan}]
-    for relation in ("<=", "<", ">=", ">", "=="):
-        assert proved("x", "Thm.", math.nan, relation, 0).verdict == VIOLATED
-        assert proved_for_all("x", "Thm.", rows, lambda r: r["v"], relation, 0).note == "nan"
+    for value in (math.nan, None):  # and what NaN becomes in a part that is kept
+        rows = [{"case": "fine", "v": 0.0}, {"case": "nan", "v": value}]
+        for relation in ("<=", "<", ">=", ">", "=="):
+            assert proved("x", "Thm.", value, relation, 0).verdict == VIOLATED
+            claim = proved_for_all("x", "Thm.", rows, lambda r: r["v"], relation, 0)
+            assert (claim.note, claim.verdict) == ("nan", VIOLATED) and "measured nan" in claim.sentence()
 
 
 def test_the_verdict_of_an_experiment_hides_no_claim():

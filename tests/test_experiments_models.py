@@ -25,6 +25,7 @@ from deq.experiments._norm_nets import ScaledFeedForward, SelfLoopDEQ
 from deq.experiments._result import CONDITIONAL, CONFOUNDED, FINITE_DEPTH, NOT_JUDGED, NOT_REPRODUCED, REPRODUCED
 from deq.experiments._run import SettingsError
 from deq.experiments._sound import chord, read_wav
+from deq.experiments.features import draw as draw_features
 from deq.experiments.saliency import SIZE, Images
 from deq.experiments.sawtooth import NearConstruction, triangle
 
@@ -339,3 +340,11 @@ def test_attempts_are_compared_with_nets_of_their_parameters_trained_as_long(lev
     assert next(c.measured for c in claims if c.statement == zero) == 0.5
     cells = {r[0]: r for r in attempt_table("x", tried, rows, rows[zero]).rows}
     assert cells[zero][-2:] == ("1", "0.5") and cells[f"{rival}, curriculum"][-2:] == ("", "")
+
+
+def test_features_of_a_net_that_training_lost_are_left_blank():
+    lost, found = [[None] * 3] * 2, [[3.0, 2.0, 1.0], [None] * 3]
+    row = {"model": "a", "participation": [None, 0.5]}
+    axes = draw_features({"f1": [row | {"features": lost}], "f2": [row | {"features": found}]}).axes
+    image = axes[1].images[0]
+    assert image.norm.vmax == 3 and image.get_array().mask.tolist() == [[False] * 3, [True] * 3]

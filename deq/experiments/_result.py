@@ -65,9 +65,11 @@ class Claim:
 
 
 def proved(
-    statement: str, source: str, measured: float, relation: str, required: float, note: str = "", **more
+    statement: str, source: str, measured: float | None, relation: str, required: float, note: str = "", **more
 ) -> Claim:
-    """A claim that must hold: its verdict is "proved", or "violated" when the numbers (NaN included) disagree."""
+    """A claim that must hold: its verdict is "proved", or "violated" when the numbers (NaN included, and None, which it
+    becomes in what is kept on disk) disagree."""
+    measured = math.nan if measured is None else measured
     verdict = PROVED if _RELATIONS[relation](measured, required) else VIOLATED
     return Claim(statement, source, measured, relation, required, verdict, note, **more)
 
@@ -76,7 +78,7 @@ def proved_for_all(
     statement: str,
     source: str,
     rows: Sequence[dict],
-    value: Callable[[dict], float],
+    value: Callable[[dict], float | None],
     relation: str,
     required: float,
     **more,
@@ -85,7 +87,7 @@ def proved_for_all(
 
     def slack(row: dict) -> float:
         v = value(row)
-        if math.isnan(v):
+        if v is None or math.isnan(v):
             return -math.inf
         return {"<": required - v, ">": v - required, "=": -abs(v - required)}[relation[0]]
 

@@ -66,12 +66,13 @@ def draw(rows: dict[str, list[dict]]) -> Figure:
     @_plot.styled
     def paint() -> Figure:
         fig, axes = _plot.figure(len(rows), (10, 4.2))
-        top = max(v for of_task in rows.values() for r in of_task for of_seed in r["features"] for v in of_seed)
+        features = [v for of_task in rows.values() for r in of_task for of_seed in r["features"] for v in of_seed]
+        top = max((v for v in features if v is not None), default=1.0)  # None of a net that training lost
         for ax, (task, of_task) in zip(axes, rows.items(), strict=True):
             width = max(len(r["features"][0]) for r in of_task)
             y, ticks = 0.0, []
             for r in of_task:
-                map_ = np.array(r["features"])
+                map_ = np.array(r["features"], dtype=float)
                 image = ax.imshow(
                     map_, extent=(0, map_.shape[1], y + len(map_), y), vmin=0, vmax=top, cmap="magma", aspect="auto"
                 )
