@@ -71,6 +71,7 @@ def measure(case: Case, passes: Sequence[str], thread_counts: Sequence[int], sec
             with use_threads(count):
                 for name, rival in find_rivals_for_threads(case, truth, backward, count).items():
                     rivals[name] = rival
+                    matches.pop(name, None)  # that of another number of threads, which may have served it
                     if rival.maker and rival.why is None:
                         matches[name] = match(ours, rival, truth)
                 turns = {"deq": ours.run}

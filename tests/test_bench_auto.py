@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -264,6 +265,23 @@ class TestMeasure:
             assert 0 < deq["flops"] <= loop["flops"] * deq["iterations"] / loop["iterations"] and deq["bytes"] > 0
             assert all((row["gradient_error"] is None) == (row["pass"] == "forward") for row in (deq, loop))
             assert json.dumps(rows, allow_nan=False)
+
+    def test_a_rival_that_serves_one_number_of_threads_only(self, monkeypatch):
+        """As those of JAX, which take all cores: what matched it there is no match of the next number of threads."""
+
+        def found(case, truth, backward, threads):
+            if threads == 1:
+                return {"all cores": versus.Rival("all cores", why="takes more")}
+            maker = lambda tol: partial(baselines.torch_loop, truth.problem, backward, tol)  # noqa: E731
+            return {"all cores": versus.solver("all cores", maker, truth)}
+
+        monkeypatch.setattr(versus, "find_rivals_for_threads", found)
+        monkeypatch.setattr(versus, "match", lambda ours, rival, truth: (TOL, 2 * TOL))
+        many, one = (
+            next(row for row in rows if row["baseline"] == "all cores")
+            for rows in versus.measure(SMALL, ("forward",), (2, 1), 0.02)
+        )
+        assert many["matched_ratio"] > 0 and (one["matched_ratio"], one["why"]) == (None, "takes more")
 
     def test_rivals_that_fail_say_so_and_have_no_ratio(self):
         (rows,) = versus.measure(Case(40, 6, "monotone0.1"), ("forward",), (1,), 0.02)
