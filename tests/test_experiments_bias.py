@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from deq.experiments._flow import F64, Family, integrate, off_row_space, problem
 from deq.experiments._result import CONDITIONAL, CONFOUNDED, NOT_REPRODUCED, REPRODUCED
-from deq.experiments.bias import DEQ
+from deq.experiments.bias import DEQ, _descending
 from deq.experiments.density import _dense_claims
 from deq.experiments.gotu import _start_claims, root
 
@@ -94,3 +94,12 @@ def test_models_that_are_all_alike_are_no_evidence_of_density():
     rows = {("dense", start): alike for start in ("customary", "equal")}
     claims = _dense_claims(run, rows, "error", "distance", False, "")
     assert [(c.measured, c.verdict) for c in claims] == [(1, NOT_REPRODUCED)] * 2
+
+
+@pytest.mark.parametrize("seed", [0, 49])
+def test_gradient_descent_is_judged_where_it_stays_in_its_domain(seed):
+    """From seed 49 a rate of 0.05 leaves w < 1, where there is no flow to follow: that broke no theorem."""
+    run = SimpleNamespace(config=SimpleNamespace(rates=(0.05, 0.02)), settings=SimpleNamespace(seed=seed))
+    found = _descending(run)(lambda share: None)
+    assert [row["rate"] for row in found["rows"]] == [rate / (2 if seed else 1) for rate in (0.05, 0.02)]
+    assert found["violations"] == 0 and found["order"] >= 0.8

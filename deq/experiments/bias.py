@@ -20,7 +20,11 @@ SIZES = ((3, 8), (5, 20), (8, 20), (10, 40))  # (N, d) of the small problems
 PATH = 2000  # steps of a flow that the basin's bounds are checked on; X of nearly dependent rows would take 10^5
 CONFIG = {
     "samples": Choice(4, "N of the wide problems: N <= d, so that X has full row rank and every label can be fitted"),
-    "rates": Choice((0.05, 0.02, 0.01, 0.005), "of gradient descent; 0.2 leaves w < 1", quick=(0.05, 0.02)),
+    "rates": Choice(
+        (0.05, 0.02, 0.01, 0.005),
+        "of gradient descent; 0.2 leaves w < 1, and where one does all are halved",
+        quick=(0.05, 0.02),
+    ),
     "basins": Choice(200, "random problems for the basin of linear convergence", quick=30, full=2000),
     "tolerance": Choice(1e-7, "between flow and minimiser, relative: a hundred times the integrator's own error"),
 }
@@ -130,25 +134,35 @@ def _descending(run: Run) -> Callable[[Tick], dict]:
         X, y, _ = problem(5, 20, run.settings.seed + 2)
         limit = DEQ.flow(X, y, torch.ones(20, dtype=F64))
         mu = float(torch.linalg.eigvalsh(X @ X.mT)[0])
-        rows, violations, steps = [], 0, 0
-        for i, rate in enumerate(run.config.rates):
-            w = torch.zeros(20, dtype=F64)
-            while True:
-                beta = 1 / (1 - w)
-                r = X @ beta - y
-                loss, gradient = float(r @ r) / 2, (X.mT @ r) * beta**2
-                violations += float(gradient @ gradient) < 2 * mu * float(beta.min()) ** 4 * loss * (1 - 1e-9)
-                steps += 1
-                if loss < 1e-22 or not bool((w < 1).all()):
-                    break
-                w = w - rate * gradient
-            rows.append({"rate": rate, "distance": float((beta - limit).abs().max())})
-            tick((i + 1) / len(run.config.rates))
+        rates = run.config.rates
+        while None in (descents := [_descend(X, y, mu, rate) for rate in rates]):
+            rates = [rate / 2 for rate in rates]
+        rows = [
+            {"rate": rate, "distance": float((beta - limit).abs().max())}
+            for rate, (beta, _, _) in zip(rates, descents, strict=True)
+        ]
+        violations, steps = (sum(descent[i] for descent in descents) for i in (1, 2))
         (a, b) = (rows[0], rows[-1])
         order = math.log(a["distance"] / b["distance"]) / math.log(a["rate"] / b["rate"])
         return {"rows": rows, "order": order, "violations": violations, "steps": steps}
 
     return compute
+
+
+def _descend(X: Tensor, y: Tensor, mu: float, rate: float) -> tuple[Tensor, int, int] | None:
+    """beta where gradient descent on w from beta = 1 arrives, the number of steps that break the gradient inequality,
+    and of all; None if the rate is so large that a step leaves w < 1, outside of which there is no such flow."""
+    w, violations, steps = torch.zeros(X.shape[1], dtype=F64), 0, 0
+    while bool((w < 1).all()):
+        beta = 1 / (1 - w)
+        r = X @ beta - y
+        loss, gradient = float(r @ r) / 2, (X.mT @ r) * beta**2
+        violations += float(gradient @ gradient) < 2 * mu * float(beta.min()) ** 4 * loss * (1 - 1e-9)
+        steps += 1
+        if loss < 1e-22:
+            return beta, violations, steps
+        w = w - rate * gradient
+    return None
 
 
 def _basins(run: Run) -> Callable[[Tick], dict]:
