@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 
 from deq import reference
 from deq.experiments._equilibria import difference_over_bound, moved, solve_twice
@@ -20,6 +21,7 @@ from deq.experiments._result import (
     REPRODUCED,
 )
 from deq.experiments._steep_built import check_scalar_state, check_self_loops, solve_built
+from deq.experiments._steep_figure import _draw_learned
 from deq.experiments._steep_target import ScalarState, SelfLoops, binding_point, bisection_steps, floor, inputs, target
 from deq.experiments._steep_trained import models, sample
 
@@ -175,3 +177,11 @@ def test_verdicts_about_a_trained_equilibrium_are_those_of_every_experiment():
     for changed in ({"residual": 1.0}, {"residual_again": None}, {"metric_again": 1.1}, {"metric_again": None}):
         assert verdicts(**changed) == [(CONFOUNDED, FINITE_DEPTH)] * 2, changed
         assert verdicts(quick=True, **changed) == [(NOT_JUDGED, FINITE_DEPTH)] * 2
+
+
+def test_a_figure_of_a_net_that_training_lost():
+    """No seed of it has an error that can be drawn: its line stays empty."""
+    nets = [{"d": d, "model": "feed-forward 3x2", "mse": [None, None]} for d in (6, 10)]
+    ax = Figure().add_subplot()
+    _draw_learned(ax, nets)
+    assert [len(line.get_xdata()) for line in ax.lines if line.get_marker() == "o"] == [0, 1, 0, 1]  # and the legend

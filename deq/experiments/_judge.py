@@ -25,8 +25,8 @@ RESIDUAL = 1e-4  # relative; above it a net is not at its equilibrium
 
 
 def kind_of(evidence: dict | None) -> str:
-    """EQUILIBRIUM if the residual is small and neither it nor the metric moved with ten times the steps, in any
-    seed."""
+    """EQUILIBRIUM if in every seed the residual is small, also with ten times the steps, and the metric moves by MOVED
+    at most with them; "" without evidence."""
     if evidence is None:
         return ""
     still = evidence["moved"] is not None and evidence["moved"] <= MOVED

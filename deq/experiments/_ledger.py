@@ -10,15 +10,18 @@ from pathlib import Path
 import jinja2
 
 from ..files import replace_text
+from ._equilibria import MOVED
+from ._judge import RESIDUAL, SEEDS
 from ._result import CONFOUNDED, NOT_JUDGED, NOT_REPRODUCED, PROVED, VIOLATED, number
 
 HTML, MARKDOWN = "index.html", "README.md"
 _CLASSES = {PROVED: "good", VIOLATED: "bad", NOT_REPRODUCED: "no", CONFOUNDED: "no", NOT_JUDGED: "dim"}
 _RULES = (
-    "A row with a trained DEQ reports the largest residual of its fixed points over all seeds and samples, and its "
-    "metric solved again with ten times the steps. Where either moves, the row is about a weight-tied net of finite "
-    "depth and says so. Statistical rows are judged over at least eight seeds, by the ratio of medians (quartiles over "
-    "seeds in brackets) and a sign test."
+    "A row with a trained DEQ reports the largest residual of its fixed points over all seeds and a few hundred test "
+    "points, and its metric there, solved again with ten times the steps. Where a residual is above "
+    f"{number(RESIDUAL)} or the metric moves by more than {number(MOVED)} of itself, the row is about a weight-tied "
+    f"net of finite depth and says so. Statistical rows are judged over at least {SEEDS} seeds, by the ratio of "
+    "medians (quartiles over seeds in brackets) and a sign test."
 )
 
 

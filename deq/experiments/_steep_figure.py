@@ -78,7 +78,7 @@ def _draw_learned(ax: Axes, trained: list[dict]) -> None:
         of_d = [r for r in trained if r["d"] == d]
         for y, row in enumerate(of_d):
             errors = [v for v in row["mse"] if v is not None]
-            jitter = y + np.linspace(-0.22, 0.22, len(errors)) if len(errors) > 1 else [y]
+            jitter = y + np.linspace(-0.22, 0.22, len(errors)) if len(errors) > 1 else [y] * len(errors)
             ax.plot([spread(row["mse"]).median] * 2, [y - 0.36, y + 0.36], color=_colour(row), lw=2.5)
             ax.plot(errors, jitter, "o", color=_colour(row), mfc=fill or _colour(row), ms=4, mew=0.9)
         ax.plot(side - 0.11, 0.965, "o", color="#222222", mfc=fill, ms=4.5, mew=0.9, transform=ax.transAxes)
