@@ -97,6 +97,7 @@ class Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            start_new_session=True,  # Ctrl-C is for the parent, which then closes the pipes
         )
 
     def ask(self, **question) -> float:

@@ -1,5 +1,6 @@
 """bench/compare.py: two packages in turns. Building commits takes a minute; here both sides are this package."""
 
+import os
 import shutil
 import subprocess
 from io import StringIO
@@ -127,6 +128,14 @@ def test_a_program_that_is_missing_is_named(tmp_path, monkeypatch):
     shutil.copy("/bin/true", beside / "git")
     monkeypatch.setattr("sys.executable", str(beside / "python"))
     compare._call("git", "--version")
+
+
+def test_ctrl_c_is_not_for_the_processes(base):
+    """Each would print where it was; they end when the parent does."""
+    worker = compare.Worker(base)
+    assert os.getpgid(worker._process.pid) != os.getpgid(0)
+    worker.close()
+    assert worker._process.returncode == 0
 
 
 def test_a_process_that_dies_is_an_error_in_words(base):
