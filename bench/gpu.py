@@ -167,6 +167,7 @@ class GpuRun:
         if resume and self.path.exists():
             rows = json.loads(self.path.read_text())
             self.results.auto = [r for r in rows if "baseline" in r and r["commit"] == self.where["commit"]]
+            self._judge()
         self.skipped: list[Case] = []
         self.plans = find_device(
             device_name(device), torch.cuda.get_device_capability() if device == "cuda" else (9, 0)
@@ -201,8 +202,11 @@ class GpuRun:
     def _keep(self, rows: list[dict], limits: Ceilings) -> None:
         extra = self.where | {"copy_ceiling": limits.copy, "product_ceiling": limits.product}
         self.results.auto += [row | extra for row in rows]
+        self._judge()
+        write(self.results.rows(), self.out, "gpu", self.device)
+
+    def _judge(self) -> None:
         measured = self.results.auto
         cases = {name: Case.named(name) for name in dict.fromkeys(row["case"] for row in measured)}
         verdicts = [*judge(cases.values(), measured, GPU_GOALS), *judge_share(measured)]
         self.results.goals = [row | self.where for row in verdicts]
-        write(self.results.rows(), self.out, "gpu", self.device)

@@ -196,6 +196,8 @@ class TestRun:
         assert [step.split(",")[0] for step in again.steps()][1:] == [run.cases[1].name]
         rows = json.loads(run.path.read_text())
         assert [row for row in rows if "baseline" in row][:5] == [row for row in first if "baseline" in row]
+        nothing_left = self.run(tmp_path, resume=True)
+        assert len(nothing_left) == 1 and nothing_left.results.goals == again.results.goals != []
 
     def test_ends_in_time(self, tmp_path, without_torchdeq):
         run = self.run(tmp_path, budget=0.0)
