@@ -1,6 +1,7 @@
 """Tensors are made where and as they are needed, whatever torch's default device and dtype are."""
 
 from contextlib import contextmanager
+from importlib import import_module
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from problems import gaussian
 import deq
 from deq import _library
 from deq.function_options import BACKWARDS
+from deq.profiling import Ceilings
 from deq.solvers.generic import METHODS
 
 
@@ -107,3 +109,28 @@ def test_structures(problem, defaults, structure, activation, solver):
         return z, *torch.autograd.grad(z, (*parts, c), g)
 
     assert_unchanged(run, defaults)
+
+
+def test_profile(problem, defaults):
+    """The gradients that it draws, the nets beside and what their ceilings read lie where they always do."""
+    W, c, _ = problem
+
+    def run():
+        flops = Ceilings("cpu", 1, {"float32": 1e11}, {}, {"memory": 3e10}, {"memory": 1 << 28})
+        report = deq.profile(deq.solve, W, c, seconds=1e-3, feed_forward=2, against=flops)
+        counted = [one.counts.flops for one in report.passes] + [net.peak for net in report.beside]
+        return (torch.tensor(counted, device="cpu"),)
+
+    assert_unchanged(run, defaults)
+
+
+def test_ceilings_read_the_bytes_that_they_count(defaults, monkeypatch):
+    ceilings = import_module("deq.profiling.ceilings")  # whose name in deq.profiling is that of its function
+    monkeypatch.setattr(_library, "compiled", None)
+    monkeypatch.setattr(ceilings, "WORKING_SETS", {"cache": 1 << 12})
+    read = []
+    monkeypatch.setattr(ceilings, "_rate", lambda run, amount, wait=None: read.append((run, amount)) or 1.0)
+    with defaults():
+        ceilings._cpu.__wrapped__(1, "")
+    run, amount = read[-1]
+    assert run.__self__.device.type == "cpu" and run.__self__.nbytes == amount == 1 << 12

@@ -67,7 +67,9 @@ def _cpu(threads: int, isa: str) -> Ceilings:
         if library:
             bandwidth[name] = 1e9 * _together(threads, partial(library.deq_cpu_read_gbs, size, SECONDS))
         else:
-            bandwidth[name] = _rate(torch.ones(threads * size // 4).sum, threads * size)
+            bandwidth[name] = _rate(
+                torch.ones(threads * size // 4, dtype=torch.float32, device="cpu").sum, threads * size
+            )
     return Ceilings("cpu", threads, flops, how, bandwidth, dict(WORKING_SETS))
 
 
@@ -113,7 +115,7 @@ def _gpu(device: str) -> Ceilings:
     names = ("float32", "float64", "bfloat16", "float16")
     flops = {name: _product(getattr(torch, name), device, GPU_PRODUCT, wait) for name in names}
     flops["int8"] = _int8_product(device, GPU_PRODUCT, wait)
-    a = torch.ones(GPU_BYTES // 4, device=device)
+    a = torch.ones(GPU_BYTES // 4, dtype=torch.float32, device=device)
     bandwidth = {"memory": _rate(partial(torch.empty_like(a).copy_, a), 2.0 * GPU_BYTES, wait)}
     how = dict.fromkeys(flops, f"best product {GPU_PRODUCT} x {GPU_PRODUCT} of torch")
     return Ceilings(torch.cuda.get_device_name(device), 1, flops, how, bandwidth, {"memory": GPU_BYTES})

@@ -109,12 +109,8 @@ class _Subject:
         self.differentiates = bool(outputs) and torch.is_grad_enabled()
         self.leaves = _leaves(outputs) if self.differentiates else []
         generator = torch.Generator().manual_seed(0)
-        self._gradients = [
-            (torch.randn(t.shape, generator=generator, dtype=torch.float64) / max(1, t.shape[0] if t.dim() else 1)).to(
-                t
-            )
-            for t in outputs
-        ]
+        draw = partial(torch.randn, generator=generator, dtype=torch.float64, device="cpu")
+        self._gradients = [(draw(t.shape) / max(1, t.shape[0] if t.dim() else 1)).to(t) for t in outputs]
 
     def differentiate(self, result: object) -> tuple:
         outputs = [t for t in _tensors(result) if t.requires_grad]
@@ -268,7 +264,8 @@ def _beside(solved: memory.Solved, depth: int, account: Memory, subject: _Subjec
 
     def make(sizing: Sizing) -> _Subject:
         net = FeedForward(sizing, "relu", dtype, subject.device).requires_grad_(subject.differentiates)
-        x = torch.randn(batch, sizing.width, generator=torch.Generator().manual_seed(0)).to(subject.device, dtype)
+        x = torch.randn(batch, sizing.width, generator=torch.Generator().manual_seed(0), device="cpu")
+        x = x.to(subject.device, dtype)
         return _Subject(partial(net, x.requires_grad_(subject.differentiates)))
 
     def peak_of(sizing: Sizing) -> int:
