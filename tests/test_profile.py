@@ -483,12 +483,17 @@ def test_ceilings_are_measured_once():
         ((lambda: None,), {}, ValueError, "call must return tensors"),
         ((torch.zeros, 2), {"feed_forward": 0}, ValueError, "depth of at least 1; got 0"),
         ((torch.zeros, 2), {"feed_forward": 2}, ValueError, "the call made none"),
+        ((torch.zeros, 2), {"feed_forward": True}, ValueError, "depth of at least 1; got True"),
         ((torch.zeros, 2), {"seconds": 0}, ValueError, "seconds must be positive"),
+        ((torch.zeros, 2), {"seconds": float("nan")}, ValueError, "seconds must be positive; got nan"),
+        ((torch.zeros, 2), {"seconds": "1"}, TypeError, "seconds must be a number; got str"),
+        ((torch.zeros, 2), {"seconds": True}, TypeError, "seconds must be a number; got bool"),
+        ((torch.zeros, 2), {"against": {}}, TypeError, "against must be deq.profiling.Ceilings or None; got dict"),
     ],
 )
 def test_what_cannot_be_profiled_is_named(arguments, options, error, words):
     with pytest.raises(error, match=words):
-        deq.profile(*arguments, against=CEILINGS, **options)
+        deq.profile(*arguments, **({"against": CEILINGS} | options))
 
 
 def test_numbers_with_prefixes():

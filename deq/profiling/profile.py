@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from numbers import Real
 from time import perf_counter
 
 import numpy as np
@@ -53,12 +54,17 @@ def profile(
     Of ``deq.fixed_point`` the iterations are told as well; how much memory f needs no theory says.
 
     Returns a :class:`deq.profiling.Report`: ``print(report)``, ``report.as_dict()``, ``report.draw(path)``.
-    Raises TypeError if ``call`` is not callable, ValueError for a result without tensors and options out of range.
+    Raises TypeError for a ``call`` that is not callable and options of another type, ValueError for a result without
+    tensors and options out of range.
     """
     if not callable(call):
         raise TypeError(f"call must be a layer or a callable; got {type(call).__name__}")
-    if feed_forward is not None and (not isinstance(feed_forward, int) or feed_forward < 1):
+    if feed_forward is not None and (type(feed_forward) is not int or feed_forward < 1):
         raise ValueError(f"feed_forward must be a depth of at least 1; got {feed_forward!r}")
+    if isinstance(seconds, bool) or not isinstance(seconds, Real):
+        raise TypeError(f"seconds must be a number; got {type(seconds).__name__}")
+    if not isinstance(against, Ceilings | None):
+        raise TypeError(f"against must be deq.profiling.Ceilings or None; got {type(against).__name__}")
     if not seconds > 0:
         raise ValueError(f"seconds must be positive; got {seconds!r}")
     args, kwargs = tree_map(_as_leaf, (args, kwargs))

@@ -19,7 +19,8 @@ _INDENT = ({}, {"initial_indent": "  ", "subsequent_indent": "    "})  # of a pl
 def tables(report: Report, ascii_only: bool = False) -> Iterator[object]:
     """The parts of the text, for rich to print; ``ascii_only`` where the encoding has no block characters."""
     shapes = ", ".join(" x ".join(map(str, shape)) for shape in report.shapes) or "nothing"
-    threads = f", {report.ceilings.threads} threads" if report.device == "cpu" else ""
+    count = report.ceilings.threads
+    threads = f", {count} thread{'s' if count != 1 else ''}" if report.device == "cpu" else ""
     yield Text(f"{report.what}: solved {shapes} on {report.device}{threads}", style="bold")
     for plan in report.plans:
         yield Text("\n".join(textwrap.fill(line.strip(), WIDTH, **_INDENT[i > 0]) for i, line in enumerate(plan)))
