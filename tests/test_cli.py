@@ -145,6 +145,8 @@ def test_interruption_keeps_parts_and_the_next_run_resumes(tmp_path, monkeypatch
     assert "the same command resumes them" in result.stderr
     (kept,) = out.iterdir()
     assert re.fullmatch(r"steep\.[0-9a-f]{8}\.parts\.json", kept.name) and str(kept) in result.stderr
+    stored = json.loads(kept.read_text())
+    kept.write_text(json.dumps(stored | {"threads": dict.fromkeys(stored["threads"], 7)}))
 
     calls[:] = [1] * 10
     other = deq_command(*arguments, "--seed", 1, "--out", out)  # other settings: nothing to resume, nothing to forget
@@ -156,7 +158,7 @@ def test_interruption_keeps_parts_and_the_next_run_resumes(tmp_path, monkeypatch
     assert "Resuming: 11 of 18 parts are kept from an earlier run." in result.output
     assert len(calls) == 10 + 7
     resumed = check_record(out, "steep")
-    assert len(resumed["provenance"]["resumed_parts"]) == 11
+    assert len(resumed["provenance"]["resumed_parts"]) == 11 and resumed["provenance"]["threads"] == 7
     expected = json.loads((whole / "steep.json").read_text())
     assert resumed["values"] == expected["values"] and resumed["claims"] == expected["claims"]
 

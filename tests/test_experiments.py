@@ -100,9 +100,9 @@ def test_json_has_no_word_for_nan():
 def test_kept_parts_are_for_one_fingerprint(tmp_path):
     path = tmp_path / "x.parts.json"
     kept = KeptParts(path, "a")
-    assert kept.keep("one", {"v": (1.5, math.nan)}, 0.25) == {"v": [1.5, None]}
+    assert kept.keep("one", {"v": (1.5, math.nan)}, 0.25, 2) == {"v": [1.5, None]}
     assert KeptParts(path, "a").values == {"one": {"v": [1.5, None]}}
-    assert KeptParts(path, "a").seconds == {"one": 0.25}
+    assert KeptParts(path, "a").seconds == {"one": 0.25} and KeptParts(path, "a").threads == {"one": 2}
     assert KeptParts(path, "b").values == {} and not path.exists()
     for broken in ("", "{", "[]", '{"fingerprint": "a"}', '{"fingerprint": "a", "parts": {"one": 1}}'):
         path.write_text(broken)

@@ -204,6 +204,7 @@ class Run:
         done = {p.key: self._kept.values[p.key] for p in parts if p.key in self._kept.values}
         self.resumed += done
         self.seconds |= {key: self._kept.seconds[key] for key in done}
+        self.threads = max([self.threads, *(self._kept.threads[key] for key in done)])
         if done:
             self._progress.console.print(f"Resuming: {len(done)} of {len(parts)} parts are kept from an earlier run.")
         task = self._progress.add_task("", total=len(parts), completed=len(done))
@@ -213,36 +214,38 @@ class Run:
             self._progress.update(task, description=part.label)
             base, start = len(done), time.perf_counter()
             with self.threads_for(part.entries), phase(part.label):
+                threads = torch.get_num_threads()
                 value = part.compute(lambda share, base=base: self._progress.update(task, completed=base + share))
             self.seconds[part.key] = round(time.perf_counter() - start, 3)
-            done[part.key] = self._kept.keep(part.key, value, self.seconds[part.key])
+            done[part.key] = self._kept.keep(part.key, value, self.seconds[part.key], threads)
             self._progress.update(task, completed=len(done))
             self._progress.console.print(f"  {part.label:<58}{self.seconds[part.key]:8.1f} s", highlight=False)
         return {p.key: done[p.key] for p in parts}
 
 
 class KeptParts:
-    """Finished parts in one file, with the seconds that they took, valid for one fingerprint."""
+    """Finished parts in one file, with the seconds that they took and the threads, valid for one fingerprint."""
 
     def __init__(self, path: Path, fingerprint: str):
         self.path = path
         self.fingerprint = fingerprint
         self.values: dict[str, object] = {}
         self.seconds: dict[str, float] = {}
+        self.threads: dict[str, int] = {}
         try:
             stored = json.loads(path.read_text())
             if stored["fingerprint"] == fingerprint:
-                self.values, self.seconds = stored["parts"], stored["seconds"]
+                self.values, self.seconds, self.threads = (stored[key] for key in ("parts", "seconds", "threads"))
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             pass  # nothing kept, or nothing that can be read: compute everything
         if not self.values:
             self.forget()
 
-    def keep(self, key: str, value: object, seconds: float) -> object:
+    def keep(self, key: str, value: object, seconds: float, threads: int) -> object:
         """Write ``value`` to disk and return it as a resumed run would read it."""
         self.values[key] = json.loads(json.dumps(to_json(value), allow_nan=False))
-        self.seconds[key] = seconds
-        kept = {"fingerprint": self.fingerprint, "parts": self.values, "seconds": self.seconds}
+        self.seconds[key], self.threads[key] = seconds, threads
+        kept = {"fingerprint": self.fingerprint, "parts": self.values, "seconds": self.seconds, "threads": self.threads}
         replace_text(self.path, json.dumps(kept))
         return self.values[key]
 
