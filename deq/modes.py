@@ -26,9 +26,13 @@ _PROXY = torch._C._TorchDispatchModeKey.PROXY
 
 
 def refuse_tracing(what: str, instead: str) -> None:
-    """Raise RuntimeError inside of make_fx and what is made of it, such as torch.func.linearize: compiled code and the
-    numbers that it decides by would be missing in the trace, and nobody would say so."""
+    """Raise RuntimeError inside of make_fx and what is made of it, such as torch.func.linearize, and of
+    torch.jit.trace: compiled code and the numbers that it decides by would be missing in the trace, and nobody would
+    say so."""
     if torch._C._get_dispatch_mode(_PROXY) is not None:
-        raise RuntimeError(
-            f"make_fx and torch.func.linearize cannot trace {what}, which stops by its numbers; {instead} can"
-        )
+        tracer = "make_fx and torch.func.linearize"
+    elif torch._C._is_tracing():
+        tracer = "torch.jit.trace"
+    else:
+        return
+    raise RuntimeError(f"{tracer} cannot trace {what}, which stops by its numbers; {instead} can")

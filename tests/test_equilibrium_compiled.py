@@ -200,5 +200,18 @@ def test_a_trace_is_refused(x, kind, mode):
         "get_deq": lambda x: get_deq()(lambda z: torch.tanh(0.3 * z + x), torch.zeros_like(x))[0][-1],
     }[kind]
     for trace in (lambda: make_fx(f, tracing_mode=mode)(x), lambda: torch.func.linearize(f, x)):
-        with pytest.raises(RuntimeError, match="cannot trace a fixed point of a function"):
+        with pytest.raises(RuntimeError, match=r"torch\.func\.linearize cannot trace a fixed point of a function"):
             trace()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning")
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("kind", ["Equilibrium", "get_deq"])
+def test_a_trace_of_torchscript_is_refused(x, kind, grad):
+    """With gradients the process would end there, without them the numbers would be those of the trace."""
+    f = {
+        "Equilibrium": deq.nn.Equilibrium(lambda z, x: torch.tanh(0.3 * z + x)),
+        "get_deq": lambda x: get_deq()(lambda z: torch.tanh(0.3 * z + x), torch.zeros_like(x))[0][-1],
+    }[kind]
+    with torch.set_grad_enabled(grad), pytest.raises(RuntimeError, match=r"torch\.jit\.trace cannot trace a fixed"):
+        torch.jit.trace(f, x)
