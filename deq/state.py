@@ -3,6 +3,7 @@
 import functools
 import math
 import numbers
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -116,10 +117,7 @@ def _layout_of_tensor(shape: torch.Size, dtype: torch.dtype, device: torch.devic
 
 
 def _layout_of(z0: object, batch_dims: int | None) -> Layout:
-    kind = Tensor if isinstance(z0, Tensor) else type(z0)
-    parts = (z0,) if kind is Tensor else z0
-    if kind not in (Tensor, tuple, list) or not parts or not all(isinstance(part, Tensor) for part in parts):
-        raise TypeError(f"z0 must be a torch.Tensor, or a tuple or list of them; got {_told(z0)}")
+    kind, parts = Tensor if isinstance(z0, Tensor) else type(z0), parts_of(z0)
     for part in parts:
         if part.layout is not torch.strided:
             raise TypeError(f"z0 must be dense; got layout {part.layout}")
@@ -144,6 +142,14 @@ def _layout_of(z0: object, batch_dims: int | None) -> Layout:
     dtypes = tuple(part.dtype for part in parts)
     dtype = torch.float64 if torch.float64 in dtypes else torch.float32
     return Layout(kind, tuple(part.shape for part in parts), dtypes, samples, dtype, parts[0].device)
+
+
+def parts_of(z0: object) -> Sequence[Tensor]:
+    """The tensors of a starting point. Raises TypeError naming z0."""
+    parts = (z0,) if isinstance(z0, Tensor) else z0
+    if type(parts) not in (tuple, list) or not parts or not all(isinstance(part, Tensor) for part in parts):
+        raise TypeError(f"z0 must be a torch.Tensor, or a tuple or list of them; got {_told(z0)}")
+    return parts
 
 
 def _told(state: object) -> str:

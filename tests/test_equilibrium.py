@@ -80,6 +80,12 @@ def test_start(block, x):
         layer()
 
 
+@pytest.mark.parametrize("z0", [3.0, "zeros", (), [1.0, 2.0], {"z": torch.zeros(3, 6)}])
+def test_a_start_that_is_no_state(block, x, z0):
+    with pytest.raises(TypeError, match=r"z0 must be a torch\.Tensor, or a tuple or list of them; got"):
+        deq.nn.Equilibrium(block)(x, z0=z0)
+
+
 def test_several_states_and_inputs():
     f = lambda z, x, y: (torch.tanh(0.3 * z[1] + x), torch.sin(0.5 * z[0] + y))  # noqa: E731
     layer = deq.nn.Equilibrium(f, init=lambda x, y: (torch.zeros_like(x), torch.zeros_like(y)), on_failure="raise")

@@ -61,7 +61,7 @@ def test_options_that_are_none():
     assert len(states) == 1
 
 
-@pytest.mark.parametrize("start", [None, [], 1.0])
+@pytest.mark.parametrize("start", [None, [], 1.0, [1.0, 2.0], [None]])
 def test_a_start_that_is_none(start):
     with pytest.raises(TypeError, match="z_init must be a tensor, or a tuple or list of tensors"):
         ours.get_deq()(lambda z: z, start)

@@ -11,7 +11,7 @@ from ..fixed_point import StateSolution, fixed_point, fixed_point_with
 from ..held import Applied, Members, Uses, enclosed
 from ..modes import has_autocast
 from ..options import unknown_option
-from ..state import State
+from ..state import State, parts_of
 from .compiled import equilibrium, new_seed, register
 from .dropout import reset_dropout
 
@@ -34,7 +34,7 @@ class Equilibrium(nn.Module):
     ``layer(*inputs, z0=None)`` solves from z0. Gradients reach the inputs, the parameters of block and whatever else it
     uses, and follow ``torch.is_grad_enabled()``, in training and evaluation alike. ``layer.solution`` is the last
     Solution, detached; it is neither saved nor copied with the layer. Under autocast the block runs in the precision of
-    its state: inputs of lower precision are cast to it. Under torch.compile(fullgraph=True) and torch.export the layer
+    its state: floating inputs are cast to it. Under torch.compile(fullgraph=True) and torch.export the layer
     is one operator of its inputs and its block's parameters; what else the block uses gets no gradient there, forward
     mode and torch.func are errors, and an exported program serves in the process that made it.
 
@@ -63,8 +63,9 @@ class Equilibrium(nn.Module):
         fresh = z0 is None and self.init is None
         if z0 is None:
             z0 = self._start(inputs, members)
-        if has_autocast(_device_type(z0)):
-            dtype = (z0 if isinstance(z0, Tensor) else z0[0]).dtype
+        first = parts_of(z0)[0]
+        if has_autocast(first.device.type):
+            dtype = first.dtype
             wide = lambda x: isinstance(x, Tensor) and x.is_floating_point()  # noqa: E731
             inputs = tuple(x.to(dtype) if wide(x) else x for x in inputs)
         if is_compiling:
@@ -119,7 +120,3 @@ class Equilibrium(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
-
-
-def _device_type(z0: State) -> str:
-    return (z0 if isinstance(z0, Tensor) else z0[0]).device.type

@@ -169,7 +169,8 @@ class _Problem:
     def __init__(self, model: DEQBase, func: Callable, z_init, writer):
         self.model, self.func, self.writer = model, func, writer
         self.several = not isinstance(z_init, Tensor)
-        if self.several and not (isinstance(z_init, (tuple, list)) and z_init):
+        is_list = isinstance(z_init, (tuple, list)) and z_init and all(isinstance(part, Tensor) for part in z_init)
+        if self.several and not is_list:
             raise TypeError(f"z_init must be a tensor, or a tuple or list of tensors; got {z_init!r}")
         z_init = list(z_init) if self.several else z_init
         first = z_init[0] if self.several else z_init
