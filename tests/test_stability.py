@@ -394,3 +394,19 @@ def test_warm_start_of_no_batch():
     for inputs in ((), (1.0,), (torch.tensor(1.0),)):
         with pytest.raises(TypeError, match="the first input must be a tensor whose first dimension counts samples"):
             deq.nn.WarmStart(linear)(*inputs)
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 0.0), (torch.float32, 1e-25), (torch.float16, 0.0)])
+def test_spectral_norm_of_a_weight_that_starts_at_nothing(dtype, size):
+    """Its singular vectors are found once it has some, and at any scale."""
+    torch.manual_seed(0)
+    layer = nn.Linear(4, 4, bias=False, dtype=dtype)
+    with torch.no_grad():
+        layer.weight.mul_(size)
+    deq.nn.normalise(layer, "spectral", learned=False, iterations=30)
+    if size:
+        assert abs(float(torch.linalg.matrix_norm(layer.weight.detach(), 2)) - 1) < 1e-3
+    assert torch.isfinite(layer.weight).all()
+    with torch.no_grad():
+        layer.parametrizations.weight.original.copy_(5 * torch.eye(4))
+    assert abs(float(torch.linalg.matrix_norm(layer.weight.detach().float(), 2)) - 1) < 1e-2

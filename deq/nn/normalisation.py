@@ -67,8 +67,8 @@ class SpectralNorm(_Normalised):
         super().__init__(learned, target, clip)
         self.dim, self.iterations = dim, iterations
         matrix = self._matrix(weight.detach())
-        self.register_buffer("u", nn.functional.normalize(torch.randn_like(matrix[:, 0]), dim=0))
-        self.register_buffer("v", nn.functional.normalize(torch.randn_like(matrix[0]), dim=0))
+        for name, side in (("u", matrix[:, 0]), ("v", matrix[0])):
+            self.register_buffer(name, _direction(torch.randn_like(side), torch.zeros_like(side)))
         self._iterate(matrix, 30)
 
     def _matrix(self, weight: Tensor) -> Tensor:
@@ -77,8 +77,8 @@ class SpectralNorm(_Normalised):
     @torch.no_grad()
     def _iterate(self, matrix: Tensor, iterations: int) -> None:
         for _ in range(iterations):
-            self.v.copy_(nn.functional.normalize(matrix.mT @ self.u, dim=0))
-            self.u.copy_(nn.functional.normalize(matrix @ self.v, dim=0))
+            self.v.copy_(_direction(matrix.mT @ self.u, self.v))
+            self.u.copy_(_direction(matrix @ self.v, self.u))
 
     def forward(self, weight: Tensor, g: Tensor | None = None) -> Tensor:
         matrix = self._matrix(weight)
@@ -93,6 +93,14 @@ class SpectralNorm(_Normalised):
         shape = [1] * weight.dim()
         shape[self.dim] = weight.shape[self.dim]
         return weight, torch.full(shape, self.target, dtype=weight.dtype, device=weight.device)
+
+
+def _direction(x: Tensor, before: Tensor) -> Tensor:
+    """x (n,) with norm 1; ``before`` where x is zero or not finite, as a weight that starts at zero makes it."""
+    size = x.abs().amax()
+    usable = (size > 0) & torch.isfinite(size)
+    x = x / torch.where(usable, size, 1.0)  # squares of x may be beyond its dtype
+    return torch.where(usable, x / torch.linalg.vector_norm(x), before)
 
 
 def normalise(
