@@ -410,3 +410,29 @@ def test_spectral_norm_of_a_weight_that_starts_at_nothing(dtype, size):
     with torch.no_grad():
         layer.parametrizations.weight.original.copy_(5 * torch.eye(4))
     assert abs(float(torch.linalg.matrix_norm(layer.weight.detach().float(), 2)) - 1) < 1e-2
+
+
+@pytest.mark.parametrize("learned", [True, False])
+@pytest.mark.parametrize("kind", ["weight", "spectral"])
+def test_normalised_weights_that_layers_share(kind, learned):
+    """They are one weight through normalisation, copies, training and the way back."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False), nn.Embedding(4, 4))
+    weight = model[1].weight = model[2].weight = model[0].weight
+    deq.nn.normalise(model, kind, learned=learned, clip=0.5)
+    assert any(parameter is weight for parameter in model[0].parametrizations.parameters())  # and the embedding's
+    model = copy.deepcopy(model)
+    optimiser = torch.optim.SGD(model.parameters(), 0.1)
+    model[1](model[0](torch.randn(3, 4))).square().sum().backward()
+    optimiser.step()
+    model.eval()
+    value = model[0].weight.detach().clone()
+    assert torch.equal(model[1].weight, value)
+    deq.nn.denormalise(model)
+    assert model[0].weight is model[1].weight and torch.equal(model[0].weight, value)
+
+
+def test_a_single_name_to_skip():
+    model = nn.ModuleDict({"body": nn.Linear(2, 2), "head": nn.Linear(2, 2)})
+    deq.nn.normalise(model, skip="head")
+    assert [parametrize.is_parametrized(layer) for layer in model.values()] == [True, False]

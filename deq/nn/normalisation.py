@@ -24,6 +24,8 @@ MODULES: dict[type[nn.Module], tuple[str, int]] = {
     nn.ConvTranspose3d: ("weight", 1),
 }
 KINDS = ("weight", "spectral")
+# Weights, by number, with what computes them now.
+Normalised = dict[int, tuple[nn.Parameter, parametrize.ParametrizationList]]
 
 
 class _Normalised(nn.Module):
@@ -107,7 +109,7 @@ def normalise(
     model: nn.Module,
     kind: str = "weight",
     *,
-    skip: Sequence[str] = (),
+    skip: Sequence[str] | str = (),
     learned: bool = True,
     target: float = 1.0,
     clip: float | None = None,
@@ -115,15 +117,18 @@ def normalise(
 ) -> nn.Module:
     """Normalise the weights of all linear and convolutional layers of ``model`` in place, and return it.
 
-    kind: "weight" or "spectral". skip: layers whose name contains one of these are left out. learned: whether the norm
-    is a parameter that starts at the weight's own ("spectral": at ``target``); else it is ``target``. clip: bound of
-    the factor that a weight is multiplied by. iterations: of the spectral norm in every training step.
+    kind: "weight" or "spectral". skip: layers whose name contains one of these, or this one, are left out. learned:
+    whether the norm is a parameter that starts at the weight's own ("spectral": at ``target``); else it is ``target``.
+    clip: bound of the factor that a weight is multiplied by. iterations: of the spectral norm in every training step.
+    Layers that share a weight go on sharing it, and its norm.
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(map(repr, KINDS))}; got {kind!r}")
+    skip = [skip] if isinstance(skip, str) else skip
+    done: Normalised = {}
     for name, module in list(model.named_modules()):
         if type(module) in MODULES and not any(part in name for part in skip):
-            normalise_layer(module, *MODULES[type(module)], kind, learned, target, clip, iterations)
+            normalise_layer(module, *MODULES[type(module)], kind, learned, target, clip, iterations, done)
     return model
 
 
@@ -132,24 +137,36 @@ def normalise_layer(
     name: str,
     dim: int,
     kind: str,
-    learned: bool = True,
-    target: float = 1.0,
-    clip: float | None = None,
-    iterations: int = 1,
+    learned: bool,
+    target: float,
+    clip: float | None,
+    iterations: int,
+    done: Normalised,
 ) -> None:
-    """:func:`normalise` for the parameter ``name`` of one layer, whose outputs lie along ``dim``."""
+    """:func:`normalise` for one layer's parameter ``name``, whose outputs lie along ``dim``. done: those before."""
+    weight = getattr(module, name)
     if kind == "weight":
         norm: nn.Module = WeightNorm(dim, learned, target, clip)
     else:
-        norm = SpectralNorm(getattr(module, name), dim, learned, target, clip, iterations)
+        norm = SpectralNorm(weight, dim, learned, target, clip, iterations)
     parametrize.register_parametrization(module, name, norm)
+    own = module.parametrizations[name]
+    if learned and isinstance(weight, nn.Parameter):
+        own.original0 = weight  # not another parameter of the same memory, as torch makes it
+    module.parametrizations[name] = done.setdefault(id(weight), (weight, own))[1]
 
 
 def denormalise(model: nn.Module) -> nn.Module:
     """Make every normalised weight of ``model`` a plain parameter again, with the value it has."""
+    plain: dict[nn.Module, nn.Parameter] = {}
     for module in list(model.modules()):
         if parametrize.is_parametrized(module):
             for name in list(module.parametrizations):
-                if isinstance(module.parametrizations[name][0], _Normalised):
+                normalised = module.parametrizations[name]
+                if isinstance(normalised[0], _Normalised):
+                    if normalised in plain:  # another layer's weight as well
+                        shared = parametrize.ParametrizationList([nn.Identity()], plain[normalised])
+                        module.parametrizations[name] = shared
                     parametrize.remove_parametrizations(module, name)
+                    plain[normalised] = getattr(module, name)
     return model

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from ..nn.normalisation import MODULES, denormalise, normalise_layer
+from ..nn.normalisation import MODULES, Normalised, denormalise, normalise_layer
 from .arguments import gather, refuse
 
 _KINDS = {"weight_norm": "weight", "spectral_norm": "spectral"}
@@ -46,6 +46,7 @@ def apply_norm(
         "clip": clip if config.get("norm_clip", config.get("clip", False)) else None,
         "iterations": config.get("sn_n_power_iters", config.get("n_power_iterations", 1)),
     }
+    done: Normalised = {}
     for name, module in list(model.named_modules()):
         if name.startswith(tuple(prefixes)) or any(part in name for part in parts):
             continue
@@ -55,7 +56,7 @@ def apply_norm(
             names, dims = _modules[norm_type][type(module)]
             names, dims = config.get("names", names), config.get("dims", dims)
             for weight, dim in zip(_listed(names), [dims] if isinstance(dims, int) else dims, strict=True):
-                normalise_layer(module, weight, dim, _KINDS[norm_type], **options)
+                normalise_layer(module, weight, dim, _KINDS[norm_type], **options, done=done)
 
 
 def reset_norm(model: nn.Module) -> None:
