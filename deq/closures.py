@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .cached_weights import uncached
 from .held import held, needing, with_others
 
 
@@ -44,12 +45,13 @@ def watched(f: Callable[[Tensor], Tensor], z: Tensor, near: Sequence[Tensor] = (
     near: tensors that f may use; those of them that are no leaves are found without watching f, at 2 us an operator
     instead of 15.
     """
-    if not (in_transform() or in_forward_mode()):
-        with _unseen_by_hooks():
-            graph = _graph(f, z, _inner(near))
-        if graph is not None:
-            return graph.image.detach(), graph.leaves
-    return _watched_closely(f, z)
+    with uncached():
+        if not (in_transform() or in_forward_mode()):
+            with _unseen_by_hooks():
+                graph = _graph(f, z, _inner(near))
+            if graph is not None:
+                return graph.image.detach(), graph.leaves
+        return _watched_closely(f, z)
 
 
 def _watched_closely(f: Callable[[Tensor], Tensor], z: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -87,9 +89,10 @@ def recorded(
     special = in_transform() or in_forward_mode() or torch.is_autocast_enabled(z.device.type) or _are_saves_hooked()
     if free is None or special:
         return *watched(make(f), z, old), None
-    graph = _graph(make(free), z)
-    if graph is None:
-        return *_watched_closely(make(f), z), None
+    with uncached():
+        graph = _graph(make(free), z)
+        if graph is None:
+            return *_watched_closely(make(f), z), None
     originals = {id(b): a for a, b in zip(old, new, strict=True)}
     return graph.image.detach(), [originals.get(id(leaf), leaf) for leaf in graph.leaves], graph
 

@@ -9,6 +9,7 @@ from types import CellType, FunctionType, MethodType
 from torch import Tensor, nn
 
 from . import variables
+from .cached_weights import are_weights_kept
 
 
 class Members:
@@ -234,9 +235,10 @@ class Call:
         return _Exchanged(others) if others or has_masks else nullcontext()
 
     def tell(self, used: set[int]) -> None:
-        """One evaluation of f used these tensors, given by number. Of those of the call the last counts."""
+        """One evaluation of f used these tensors, given by number. Of those of the call the last counts, with all
+        before it where a weight is not computed again."""
         if not self._is_over:
-            self._used = used
+            self._used = used | self._used if are_weights_kept() else used
         elif self.watched and not self._used <= used:
             self.refuse()
 

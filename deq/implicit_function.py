@@ -6,7 +6,6 @@ fixed point, solved by the same means, and ``dL/dt = (df/dt)^T u``. A tangent ``
 is wanted. Between forward and backward nothing is kept but z, the tensors of t, and a graph of f where one is given.
 """
 
-import threading
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -14,9 +13,9 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn.utils import parametrize
 
 from .backward import backward_pass, saved_primals, tangent_pass
+from .cached_weights import CachedWeights, uncached
 from .closures import (
     Exchange,
     Graph,
@@ -105,7 +104,7 @@ class Equation:
             return generic.Result(z, generic.Told.unjudged(z))
         if callable(self.rule):
             return self.rule(f, z0, first)
-        with nullcontext() if in_transform() else CachedWeights():  # weights are computed once a solve
+        with uncached() if in_transform() else CachedWeights():  # weights are computed once a solve
             name = "adjoint" if self.rule is self.adjoint else "solve"
             result = _run(name, f, z0, self.rule, first=first, keep=self.keep, owned=owned)
         self.report(result, self.rule, self.what)
@@ -116,46 +115,6 @@ def _run(name: str, f: Map, z0: Tensor, rule: Rule, **options) -> generic.Result
     if ranges.listening:
         return ranges.call(name, partial(generic.run, **options), f, z0, rule)
     return generic.run(f, z0, rule, **options)
-
-
-class CachedWeights:
-    """torch.nn.utils.parametrize.cached, for this thread alone: torch's would hand a weight that was computed without a
-    gradient to a thread that trains. As no generator it takes 20 us less where caches are cold."""
-
-    _lock, _own = threading.Lock(), threading.local()
-
-    def __enter__(self) -> None:
-        own = self._own
-        own.depth = getattr(own, "depth", 0) + 1
-        if own.depth == 1:
-            own.weights = {}
-        with self._lock:
-            parametrize._cache_enabled += 1
-            if type(parametrize._cache) is not _OfThread:
-                parametrize._cache = _OfThread(parametrize._cache)
-
-    def __exit__(self, *_) -> None:
-        own = self._own
-        own.depth -= 1
-        if own.depth == 0:
-            own.weights = None
-        with self._lock:
-            parametrize._cache_enabled -= 1
-            if not parametrize._cache_enabled:
-                parametrize._cache = {}
-
-
-class _OfThread(dict):
-    """What torch.nn.utils.parametrize remembers: of a thread inside of a solve its own weights."""
-
-    def get(self, key, default=None):
-        weights = getattr(CachedWeights._own, "weights", None)
-        return None if weights is None else weights.get(key, default)
-
-    def __setitem__(self, key, value) -> None:
-        weights = getattr(CachedWeights._own, "weights", None)
-        if weights is not None:
-            weights[key] = value
 
 
 def closed_over(
@@ -257,26 +216,11 @@ class _FixedPoint(torch.autograd.Function):
     @staticmethod
     @tangent_pass
     def jvp(ctx, _equation, _z0, _first, *tangents):
-        z, *tensors = saved_primals(ctx)
-        moving = [i for i, tangent in enumerate(tangents) if tangent is not None]
-        equation = ctx.equation
-        if equation.constant:
-            return (None,) * (4 + len(equation.keep))
-
-        def along(*some: Tensor) -> Tensor:  # f at z as a function of what moves
-            new = list(tensors)
-            for i, tensor in zip(moving, some, strict=True):
-                new[i] = tensor
-            return equation.bind(*new)(z)
-
-        t = _jvp(along, [tensors[i] for i in moving], [tangents[i] for i in moving])
-
-        def bind(t: Tensor, z: Tensor, *tensors: Tensor) -> Map:
-            f = equation.bind(*tensors)
-            return lambda v: t + _jvp(f, [z], [v])
-
-        dz = _FixedPoint.apply(equation.linear(bind), t, None, t, z, *tensors)[0]
-        return (dz, *(None for _ in range(3 + len(equation.keep))))
+        others = (None,) * (3 + len(ctx.equation.keep))
+        if ctx.equation.constant:
+            return (None, *others)
+        with uncached():
+            return (_tangent(ctx.equation, *saved_primals(ctx), tangents=tangents), *others)
 
     @staticmethod
     def vmap(info, in_dims, equation, z0, first, *tensors):
@@ -299,6 +243,25 @@ class _FixedPoint(torch.autograd.Function):
         return outputs, (0,) * len(outputs)
 
 
+def _tangent(equation: Equation, z: Tensor, *tensors: Tensor, tangents: Sequence[Tensor | None]) -> Tensor:
+    """That of the solution z, for those of ``tensors``."""
+    moving = [i for i, tangent in enumerate(tangents) if tangent is not None]
+
+    def along(*some: Tensor) -> Tensor:  # f at z as a function of what moves
+        new = list(tensors)
+        for i, tensor in zip(moving, some, strict=True):
+            new[i] = tensor
+        return equation.bind(*new)(z)
+
+    t = _jvp(along, [tensors[i] for i in moving], [tangents[i] for i in moving])
+
+    def bind(t: Tensor, z: Tensor, *tensors: Tensor) -> Map:
+        f = equation.bind(*tensors)
+        return lambda v: t + _jvp(f, [z], [v])
+
+    return _FixedPoint.apply(equation.linear(bind), t, None, t, z, *tensors)[0]
+
+
 def _gradients(ctx, g: Tensor | None, wanted: Sequence[bool]) -> tuple:
     """What flows back to the tensors of ``ctx.equation``."""
     z, *tensors = ctx.saved_tensors
@@ -306,7 +269,7 @@ def _gradients(ctx, g: Tensor | None, wanted: Sequence[bool]) -> tuple:
         return (None,) * len(tensors)
     pullback = _differentiable_pullback if torch.is_grad_enabled() or in_transform() else _pullback
     again = nullcontext() if ctx.equation.call is None else ctx.equation.call.again()
-    with again:
+    with again, uncached():
         return pullback(ctx.equation, z, tensors, g, wanted)
 
 

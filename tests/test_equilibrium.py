@@ -286,17 +286,42 @@ class TestWatchedOnce:
         assert all(p is own[name] for name, p in layer.named_parameters())
 
 
+class Normed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.utils.parametrizations.weight_norm(nn.Linear(6, 6))
+
+    def forward(self, z, x):
+        return torch.tanh(0.3 * self.linear(z) + x)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("kind", ["module", "closure"])
+def test_weights_that_a_caller_caches(kind, inside):
+    """The caller's are computed once, before, between and after solves; the gradient is the same, wherever it is taken:
+    in the context or, as torch's documentation does it, afterwards."""
+    torch.manual_seed(0)
+    block, x = Normed(), torch.randn(3, 6)
+    layer = deq.nn.Equilibrium(block if kind == "module" else lambda z, x: block(z, x))
+    parameters = list(block.parameters())
+    expected = torch.autograd.grad(layer(x).sum() + layer(2 * x).sum(), parameters)
+    with nn.utils.parametrize.cached():
+        before = block.linear.weight
+        z = layer(x).sum()
+        assert block.linear.weight is before
+        z = z + layer(2 * x).sum()
+        assert block.linear.weight is before
+        if inside:
+            found = torch.autograd.grad(z, parameters)
+    if not inside:
+        found = torch.autograd.grad(z, parameters)
+    assert block.linear.weight is not before
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_threads_that_train_a_parametrised_layer_keep_its_gradients():
     """What one thread remembers of a solve, computed without gradients, is not handed to another."""
-
-    class Normed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.linear = nn.utils.parametrizations.weight_norm(nn.Linear(6, 6))
-
-        def forward(self, z, x):
-            return torch.tanh(0.3 * self.linear(z) + x)
-
     torch.manual_seed(0)
     layer, x = deq.nn.Equilibrium(Normed()), torch.randn(3, 6)
     parameters = list(layer.parameters())

@@ -276,6 +276,16 @@ def test_parameters_that_cannot_be_given_back_are_refused():
                 torch.autograd.grad(run(leaves), list(leaves.values()), create_graph=twice)
 
 
+def test_a_parametrised_weight_that_cannot_be_given_back_is_refused():
+    """A solve computes it once: its other evaluations do not use what it is made of."""
+    model, _, x = exchanged("list")
+    nn.utils.parametrizations.weight_norm(model.linear)
+    name = "linear.parametrizations.weight.original1"
+    W = 0.7 * model.get_parameter(name).detach()
+    with pytest.raises(RuntimeError, match="functional_call"):
+        grad(lambda W: torch.func.functional_call(model, {name: W}, (x,)).sum())(W)
+
+
 def test_the_start_has_no_gradient():
     """Also where f closes over nothing at all."""
     z = torch.ones(2, 3, dtype=torch.float64)

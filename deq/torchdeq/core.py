@@ -9,10 +9,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from ..cached_weights import CachedWeights
 from ..closures import graph_break, in_forward_mode, in_transform, recorded, watched
 from ..function_options import listed
 from ..held import Call, frozen, with_others
-from ..implicit_function import CachedWeights, Equation, attached, closed_over, fixed_point
+from ..implicit_function import Equation, attached, closed_over, fixed_point
 from ..modes import refuse_tracing
 from ..solvers import generic
 from ..solvers.generic import Rule
