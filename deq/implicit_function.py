@@ -246,13 +246,7 @@ class _FixedPoint(torch.autograd.Function):
 def _tangent(equation: Equation, z: Tensor, *tensors: Tensor, tangents: Sequence[Tensor | None]) -> Tensor:
     """That of the solution z, for those of ``tensors``."""
     moving = [i for i, tangent in enumerate(tangents) if tangent is not None]
-
-    def along(*some: Tensor) -> Tensor:  # f at z as a function of what moves
-        new = list(tensors)
-        for i, tensor in zip(moving, some, strict=True):
-            new[i] = tensor
-        return equation.bind(*new)(z)
-
+    along = _along(equation, z, tensors, moving)
     t = _jvp(along, [tensors[i] for i in moving], [tangents[i] for i in moving])
 
     def bind(t: Tensor, z: Tensor, *tensors: Tensor) -> Map:
@@ -260,6 +254,18 @@ def _tangent(equation: Equation, z: Tensor, *tensors: Tensor, tangents: Sequence
         return lambda v: t + _jvp(f, [z], [v])
 
     return _FixedPoint.apply(equation.linear(bind), t, None, t, z, *tensors)[0]
+
+
+def _along(equation: Equation, z: Tensor, tensors: Sequence[Tensor], moving: Sequence[int]) -> Callable[..., Tensor]:
+    """f at z as a function of those of ``tensors`` that move, given by number; integers, for one, do not."""
+
+    def along(*some: Tensor) -> Tensor:
+        new = list(tensors)
+        for i, tensor in zip(moving, some, strict=True):
+            new[i] = tensor
+        return equation.bind(*new)(z)
+
+    return along
 
 
 def _gradients(ctx, g: Tensor | None, wanted: Sequence[bool]) -> tuple:
@@ -365,8 +371,10 @@ def _differentiable_pullback(
 
     _refuse_strays(equation, z, tensors)
     u = _FixedPoint.apply(equation.linear(bind), g, None, g, z, *tensors)[0]
-    _, pull = torch.func.vjp(lambda *tensors: equation.bind(*tensors)(z), *tensors)
-    return tuple(grad if want else None for grad, want in zip(pull(u), wanted, strict=True))
+    moving = [i for i, want in enumerate(wanted) if want]
+    _, pull = torch.func.vjp(_along(equation, z, tensors, moving), *(tensors[i] for i in moving))
+    found = dict(zip(moving, pull(u), strict=True))
+    return tuple(found.get(i) for i in range(len(tensors)))
 
 
 def _refuse_strays(equation: Equation, z: Tensor, tensors: list[Tensor]) -> None:

@@ -286,6 +286,35 @@ def test_a_parametrised_weight_that_cannot_be_given_back_is_refused():
         grad(lambda W: torch.func.functional_call(model, {name: W}, (x,)).sum())(W)
 
 
+def test_integers_and_masks_of_every_sample():
+    """Transforms exchange them as any tensor that belongs to one, and differentiate the others."""
+    torch.manual_seed(0)
+    W = 0.2 * torch.randn(3, 3, dtype=torch.float64)
+    x = torch.randn(4, 2, 3, dtype=torch.float64)
+    index, mask = torch.stack([torch.randperm(3) for _ in range(4)]), torch.rand(4, 3) > 0.5
+
+    def loss(solve, W, x, index, mask):
+        f = lambda z: torch.tanh(torch.where(mask, z[:, index], z) @ W + x)  # noqa: E731
+        return solve(f, torch.zeros_like(x)).square().sum()
+
+    def unrolled(f, z):
+        for _ in range(60):
+            z = f(z)
+        return z
+
+    ours = partial(loss, lambda f, z: deq.fixed_point(f, z, tol=1e-13).z)
+    for transform in (grad, hessian):
+        of_each = lambda f: vmap(transform(f), (None, 0, 0, 0))(W, x, index, mask)  # noqa: B023, E731
+        close(of_each(ours), of_each(partial(loss, unrolled)))
+    leaf = W.clone().requires_grad_()
+    f = lambda z: torch.tanh(z[:, index[0]] @ leaf + x[0])  # noqa: E731
+    found = [
+        torch.autograd.grad(deq.fixed_point(f, x[0], tol=1e-13, tensors=tensors).z.sum(), leaf, create_graph=True)[0]
+        for tensors in ([leaf], [leaf, index])
+    ]
+    close(*found)
+
+
 def test_the_start_has_no_gradient():
     """Also where f closes over nothing at all."""
     z = torch.ones(2, 3, dtype=torch.float64)
