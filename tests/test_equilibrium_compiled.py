@@ -162,6 +162,12 @@ def test_a_block_with_views_that_conjugate_or_negate(x):
     torch.testing.assert_close(*(value_and_gradients(g, x, (x,)) for g in (compiled(layer), layer)))
 
 
+@pytest.mark.parametrize("backward", ["implicit", "phantom", "one_step", "neumann"])
+def test_a_block_that_uses_no_tensor(x, backward):
+    layer = deq.nn.Equilibrium(lambda z, x: torch.cos(z), backward=backward)
+    assert not torch.autograd.grad(compiled(layer)(x).sum(), x)[0].any()
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_without_gradients(x, dropout):
     layer = deq.nn.Equilibrium(Block(dropout), tol=1e-12)

@@ -137,14 +137,16 @@ def equilibrium_backward(
     module = _layer(layer)
     leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in (*inputs, *parameters)]
     wanted = [leaf for leaf in leaves if leaf.requires_grad]
-    found = iter(())
+    found = iter([None] * len(wanted))
     if wanted:
         f = _function(module, leaves[: len(inputs)], leaves[len(inputs) :])
         with included(_EAGER), torch.enable_grad(), _masks(module.block, seed, z[0].device):
             attached = module.attach(f, _as_state(z, is_tuple), wanted)
             parts = [attached] if isinstance(attached, Tensor) else list(attached)
-            parts, g = zip(*((p, v) for p, v in zip(parts, g, strict=True) if p.requires_grad), strict=True)
-            found = iter(torch.autograd.grad(parts, wanted, g, allow_unused=True))
+            used = [(part, v) for part, v in zip(parts, g, strict=True) if part.requires_grad]
+            if used:  # else the block uses none of the tensors
+                parts, g = zip(*used, strict=True)
+                found = iter(torch.autograd.grad(parts, wanted, g, allow_unused=True))
     grads = [next(found) if leaf.requires_grad else None for leaf in leaves]
     return [
         torch.zeros(leaf.shape, dtype=leaf.dtype, device=leaf.device)
