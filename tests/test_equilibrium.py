@@ -190,6 +190,9 @@ def test_multiscale_classifier_of_digits():
     assert accuracy > 0.5 and losses[-1] < 0.6 * losses[0]
     with pytest.raises(ValueError, match="x must have height and width divisible by 4; got 6 and 8"):
         block.start(torch.zeros(1, 8, 6, 8))
+    for shape in ((8, 8, 8), (1, 4, 8, 8)):
+        with pytest.raises(ValueError, match=r"x must be \(B, 8, H, W\); got"):
+            block.start(torch.zeros(shape))
     with pytest.raises(ValueError, match="channels must be multiples of groups"):
         deq.nn.MultiscaleBlock((6, 8))
     with pytest.raises(ValueError, match="groups must be a positive integer; got 0"):

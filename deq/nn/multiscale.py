@@ -57,6 +57,8 @@ class MultiscaleBlock(nn.Module):
 
     def start(self, x: Tensor) -> tuple[Tensor, ...]:
         """Zeros of the shapes of the state for x, in the dtype of the parameters: under autocast x may have another."""
+        if x.dim() != 4 or x.shape[1] != self.channels[0]:
+            raise ValueError(f"x must be (B, {self.channels[0]}, H, W); got {tuple(x.shape)}")
         B, _, H, W = x.shape
         coarsest = 2 ** (len(self.channels) - 1)
         if H % coarsest or W % coarsest:
