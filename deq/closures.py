@@ -119,17 +119,18 @@ def _inner(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def next_node() -> int:
-    """Nodes of graphs that are made from now on have this number or one above."""
+    """Nodes of graphs that this thread makes from now on have this number or one above: every thread counts its own."""
     return torch._C._autograd._get_sequence_nr()
 
 
 def _ends(image: Tensor, first: int, near: Sequence[Tensor] = ()) -> list[Tensor] | None:
-    """The tensors at which the graph of ``image`` ends: leaves, and those of ``near``, which are none. None if it goes
-    on to nodes made before node ``first``, whose tensors nobody knows."""
+    """The tensors at which the graph of ``image``, just made by this thread, ends: leaves, and those of ``near``, which
+    are none. None if it goes on to nodes made before node ``first`` or by other threads, whose tensors nobody knows."""
     edges = {_edge(tensor): tensor for tensor in near}
     found: dict[int, Tensor] = {}
     visited = set()
     stack = [(_edge(image) if image.grad_fn is None else (image.grad_fn, image.output_nr),)]
+    own = range(first, next_node())
     while stack:
         for edge in stack.pop():
             node = edge[0]
@@ -140,7 +141,7 @@ def _ends(image: Tensor, first: int, near: Sequence[Tensor] = ()) -> list[Tensor
             elif type(node) is _Leaf:
                 variable = node.variable
                 found[id(variable)] = variable
-            elif node._sequence_nr() < first:
+            elif node._sequence_nr() not in own:
                 return None
             else:
                 visited.add(node)

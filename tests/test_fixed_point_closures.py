@@ -1,6 +1,7 @@
 """What the function of deq.fixed_point closes over: found, kept for the backward pass, and given its gradient."""
 
 import functools
+from concurrent.futures import ThreadPoolExecutor
 from types import MethodType, SimpleNamespace
 
 import pytest
@@ -82,6 +83,22 @@ def test_every_evaluation_is_used(kind, monkeypatch):
     assert len(calls) == 1 and bool(exchanges) == (kind == "attribute")
     expected = torch.autograd.grad(deq.solve(W, x, "tanh", tol=1e-12).z, (W, c), g)
     torch.testing.assert_close(grads, expected, rtol=1e-8, atol=1e-9)
+
+
+def test_a_tensor_with_a_history_made_in_another_thread():
+    """It is found, and its own graph left to others: threads number their graphs' nodes each by themselves."""
+    torch.manual_seed(0)
+    weight, x = torch.randn(6, 6, requires_grad=True), torch.randn(3, 6)
+    y = weight
+    for _ in range(100):
+        y = 1.0 * y  # the numbers of a thread that begins are below
+    holder = SimpleNamespace(c=torch.tanh(x @ weight))
+    run = lambda: deq.fixed_point(lambda z: torch.cos(0.3 * z + holder.c), torch.zeros(3, 6)).z  # noqa: E731
+    expected = torch.autograd.grad(run().sum(), weight, retain_graph=True)
+    with ThreadPoolExecutor(1) as pool:
+        z = pool.submit(run).result()
+    torch.testing.assert_close(torch.autograd.grad(z.sum(), weight, retain_graph=True), expected)
+    holder.c.sum().backward()
 
 
 def test_an_input_that_f_takes_twice():
