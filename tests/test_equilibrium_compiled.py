@@ -162,6 +162,24 @@ def test_a_block_with_views_that_conjugate_or_negate(x):
     torch.testing.assert_close(*(value_and_gradients(g, x, (x,)) for g in (compiled(layer), layer)))
 
 
+def test_complex_parameters_and_inputs(x):
+    """They have gradients as real ones do."""
+
+    class Filter(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gain = nn.Parameter(torch.randn(6, dtype=torch.complex128))
+
+        def forward(self, z, x, shift):
+            return torch.tanh(0.1 * torch.fft.ifft(torch.fft.fft(z) * (self.gain + shift)).real + x)
+
+    torch.manual_seed(0)
+    layer = deq.nn.Equilibrium(Filter(), tol=1e-12)
+    tensors = x, torch.randn(6, dtype=torch.complex128, requires_grad=True), layer.block.gain
+    actual, expected = (torch.autograd.grad(f(*tensors[:2]).sin().sum(), tensors) for f in (compiled(layer), layer))
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("backward", ["implicit", "phantom", "one_step", "neumann"])
 def test_a_block_that_uses_no_tensor(x, backward):
     layer = deq.nn.Equilibrium(lambda z, x: torch.cos(z), backward=backward)

@@ -92,6 +92,10 @@ def _function(layer: nn.Module, inputs: list[Tensor], parameters: list[Tensor]) 
     return lambda z: torch.func.functional_call(block, values, (z, *inputs))
 
 
+def _has_gradient(t: Tensor) -> bool:
+    return t.is_floating_point() or t.is_complex()
+
+
 def _as_state(parts: list[Tensor], is_tuple: bool) -> Tensor | tuple[Tensor, ...]:
     return tuple(parts) if is_tuple else parts[0]
 
@@ -135,7 +139,7 @@ def equilibrium_backward(
     """Gradients of the inputs and the parameters at the equilibrium z, in contiguous memory, as the compiler was told;
     zeros for those that need none."""
     module = _layer(layer)
-    leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in (*inputs, *parameters)]
+    leaves = [t.detach().requires_grad_(_has_gradient(t)) for t in (*inputs, *parameters)]
     wanted = [leaf for leaf in leaves if leaf.requires_grad]
     found = iter([None] * len(wanted))
     if wanted:
@@ -172,8 +176,8 @@ def _backward(ctx, g):
     layer, seed, *saved = ctx.saved_tensors
     z, x, parameters = saved[:n], saved[n : n + m], saved[n + m :]
     grads = equilibrium_backward(layer, seed, ctx.is_tuple, z, x, parameters, list(g))
-    floating = [grad if t.is_floating_point() else None for grad, t in zip(grads, (*x, *parameters), strict=True)]
-    return None, None, None, [None] * n, floating[:m], floating[m:]
+    grads = [grad if _has_gradient(t) else None for grad, t in zip(grads, (*x, *parameters), strict=True)]
+    return None, None, None, [None] * n, grads[:m], grads[m:]
 
 
 equilibrium.register_autograd(_backward, setup_context=_setup_context)
