@@ -162,6 +162,22 @@ def test_a_block_with_views_that_conjugate_or_negate(x):
     torch.testing.assert_close(*(value_and_gradients(g, x, (x,)) for g in (compiled(layer), layer)))
 
 
+@pytest.mark.parametrize("kind", [tuple, list])
+def test_states_of_several_tensors(x, kind):
+    """They are of the kind of the start, for the block and for the caller."""
+
+    def f(z, x):
+        assert type(z) is kind
+        return kind((torch.tanh(0.3 * z[1] + x), torch.sin(z[0])))
+
+    layer = deq.nn.Equilibrium(f, init=lambda x: kind((torch.zeros_like(x), torch.zeros_like(x))), tol=1e-12)
+    actual, expected = compiled(layer)(x), layer(x)
+    assert type(actual) is type(expected) is kind
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
+    grads = [torch.autograd.grad((z[0] * z[1]).sum(), x)[0] for z in (actual, expected)]
+    torch.testing.assert_close(*grads, rtol=1e-10, atol=1e-12)
+
+
 def test_complex_parameters_and_inputs(x):
     """They have gradients as real ones do."""
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..held import enclosed
+from ..state import State
 from ..traced import AUTOGRAD, included
 from .dropout import VariationalDropout
 
@@ -96,11 +97,16 @@ def _has_gradient(t: Tensor) -> bool:
     return t.is_floating_point() or t.is_complex()
 
 
-def _as_state(parts: list[Tensor], is_tuple: bool) -> Tensor | tuple[Tensor, ...]:
-    return tuple(parts) if is_tuple else parts[0]
+def kind_of(state: State) -> str:
+    """As the operators take it: "Tensor", "tuple" or "list"."""
+    return "Tensor" if isinstance(state, Tensor) else "list" if isinstance(state, list) else "tuple"
 
 
-def _as_parts(state: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
+def as_state(parts: list[Tensor], kind: str) -> State:
+    return parts[0] if kind == "Tensor" else tuple(parts) if kind == "tuple" else parts
+
+
+def _as_parts(state: State) -> list[Tensor]:
     parts = (state,) if isinstance(state, Tensor) else state
     return [part.clone(memory_format=torch.contiguous_format) for part in parts]
 
@@ -109,7 +115,7 @@ def _as_parts(state: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
 def equilibrium(
     layer: Tensor,
     seed: Tensor | None,
-    is_tuple: bool,
+    kind: str,
     start: list[Tensor],
     inputs: list[Tensor],
     parameters: list[Tensor],
@@ -117,12 +123,12 @@ def equilibrium(
     """The equilibrium of a registered layer from ``start``, its parts."""
     module = _layer(layer)
     with included(_EAGER), torch.no_grad(), _masks(module.block, seed, start[0].device):
-        solution = module.solve(_function(module, inputs, parameters), _as_state(start, is_tuple))
+        solution = module.solve(_function(module, inputs, parameters), as_state(start, kind))
     return _as_parts(solution.z)
 
 
 @equilibrium.register_fake
-def _(layer, seed, is_tuple, start, inputs, parameters):
+def _(layer, seed, kind, start, inputs, parameters):
     return [torch.empty_like(part, memory_format=torch.contiguous_format) for part in start]
 
 
@@ -130,7 +136,7 @@ def _(layer, seed, is_tuple, start, inputs, parameters):
 def equilibrium_backward(
     layer: Tensor,
     seed: Tensor | None,
-    is_tuple: bool,
+    kind: str,
     z: list[Tensor],
     inputs: list[Tensor],
     parameters: list[Tensor],
@@ -145,7 +151,7 @@ def equilibrium_backward(
     if wanted:
         f = _function(module, leaves[: len(inputs)], leaves[len(inputs) :])
         with included(_EAGER), torch.enable_grad(), _masks(module.block, seed, z[0].device):
-            attached = module.attach(f, _as_state(z, is_tuple), wanted)
+            attached = module.attach(f, as_state(z, kind), wanted)
             parts = [attached] if isinstance(attached, Tensor) else list(attached)
             used = [(part, v) for part, v in zip(parts, g, strict=True) if part.requires_grad]
             if used:  # else the block uses none of the tensors
@@ -161,12 +167,12 @@ def equilibrium_backward(
 
 
 @equilibrium_backward.register_fake
-def _(layer, seed, is_tuple, z, inputs, parameters, g):
+def _(layer, seed, kind, z, inputs, parameters, g):
     return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (*inputs, *parameters)]
 
 
 def _setup_context(ctx, inputs, output):
-    layer, seed, ctx.is_tuple, _, x, parameters = inputs
+    layer, seed, ctx.kind, _, x, parameters = inputs
     ctx.counts = len(output), len(x)
     ctx.save_for_backward(layer, seed, *output, *x, *parameters)
 
@@ -175,7 +181,7 @@ def _backward(ctx, g):
     n, m = ctx.counts
     layer, seed, *saved = ctx.saved_tensors
     z, x, parameters = saved[:n], saved[n : n + m], saved[n + m :]
-    grads = equilibrium_backward(layer, seed, ctx.is_tuple, z, x, parameters, list(g))
+    grads = equilibrium_backward(layer, seed, ctx.kind, z, x, parameters, list(g))
     grads = [grad if _has_gradient(t) else None for grad, t in zip(grads, (*x, *parameters), strict=True)]
     return None, None, None, [None] * n, grads[:m], grads[m:]
 

@@ -12,7 +12,7 @@ from ..held import Applied, Members, Uses, enclosed
 from ..modes import has_autocast
 from ..options import unknown_option
 from ..state import State, parts_of
-from .compiled import equilibrium, new_seed, register
+from .compiled import as_state, equilibrium, kind_of, new_seed, register
 from .dropout import reset_dropout
 
 OPTIONS = tuple(
@@ -94,12 +94,11 @@ class Equilibrium(nn.Module):
             raise RuntimeError("forward mode is not available for deq.nn.Equilibrium inside torch.compile")
         if not all(isinstance(x, Tensor) for x in inputs):
             raise TypeError("inside torch.compile every input of deq.nn.Equilibrium must be a tensor")
-        is_tuple = not isinstance(z0, Tensor)
+        kind = kind_of(z0)
         parameters = list(self.block.parameters()) if isinstance(self.block, nn.Module) else []
-        start = [part.detach() for part in (z0 if is_tuple else (z0,))]
+        start = [part.detach() for part in parts_of(z0)]
         seed = new_seed(self.block)
-        parts = equilibrium(self._number, seed, is_tuple, start, list(inputs), parameters)
-        return tuple(parts) if is_tuple else parts[0]
+        return as_state(equilibrium(self._number, seed, kind, start, list(inputs), parameters), kind)
 
     def _start(self, inputs: tuple[Tensor, ...], members: Members | None) -> State:
         if self.init is not None:
