@@ -357,6 +357,21 @@ def test_warm_start():
         warm(x, keys=["a"])
 
 
+def test_warm_start_inside_of_compiled_code():
+    """A graph break: a graph would hold what is remembered, and be compiled anew in every call."""
+    calls, x = [], torch.ones(2, 3)
+    counting = lambda graph, _: calls.append(1) or graph.forward  # noqa: E731
+    layer = deq.nn.Equilibrium(lambda z, x: torch.cos(0.8 * z + x))
+    warm, program = (
+        deq.nn.WarmStart(layer),
+        torch.compile(lambda warm, x, keys: warm(2 * x, keys=keys), backend=counting),
+    )
+    for k in range(5):
+        z = program(warm, x, [k, k + 1])
+    assert len(calls) == 1 and len(warm._memory) == 6
+    torch.testing.assert_close(z, layer(2 * x))
+
+
 @pytest.mark.parametrize("keys", [torch.tensor([7, 3]), [torch.tensor(7), torch.tensor(3)]])
 def test_warm_start_with_tensors_as_keys(keys):
     """They are the numbers that they hold, whichever objects they are."""

@@ -6,7 +6,7 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..closures import outside_of_gradients
+from ..closures import graph_break, outside_of_gradients
 from ..state import State
 
 
@@ -20,8 +20,8 @@ class WarmStart(nn.Module):
     for which a GPU is waited; without, the i-th sample follows the i-th of the last call. A sample that is not known,
     or only with inputs or parameters of another shape, dtype or device, starts at zero. Where a map has several
     equilibria, a warm start may find another one than a cold start. The memory holds no graph, is not saved, and
-    :meth:`forget` empties it. Raises ValueError where keys are not as many as samples, TypeError where one has no
-    hash.
+    :meth:`forget` empties it. Inside torch.compile it is a graph break. Raises ValueError where keys are not as many as
+    samples, TypeError where one has no hash.
     """
 
     def __init__(self, layer: nn.Module, capacity: int = 65536):
@@ -37,6 +37,11 @@ class WarmStart(nn.Module):
         self._memory.clear()
 
     def forward(self, *inputs: Tensor, keys: Sequence[Hashable] | Tensor | None = None) -> State:
+        if torch.compiler.is_compiling():
+            return _outside_of_graphs(self, inputs, keys)
+        return self._solve(inputs, keys)
+
+    def _solve(self, inputs: tuple[Tensor, ...], keys: Sequence[Hashable] | Tensor | None) -> State:
         if not inputs or not isinstance(inputs[0], Tensor) or inputs[0].dim() == 0:
             raise TypeError("the first input must be a tensor whose first dimension counts samples")
         n = inputs[0].shape[0]
@@ -82,6 +87,11 @@ class WarmStart(nn.Module):
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_memory": OrderedDict()}
+
+
+_outside_of_graphs = graph_break(
+    WarmStart._solve, "what a warm start remembers changes with every call: a graph of it would be compiled anew"
+)
 
 
 def _names(keys: Sequence[Hashable] | Tensor) -> list[Hashable]:
