@@ -357,6 +357,15 @@ def test_warm_start():
         warm(x, keys=["a"])
 
 
+def test_warm_start_of_a_new_sample_beside_a_known_one():
+    """It starts at the layer's own start, where alone the function may be defined."""
+    f = lambda z, x: 0.5 * z / z.norm(dim=1, keepdim=True) + x  # noqa: E731
+    layer = deq.nn.Equilibrium(f, init=torch.ones_like, on_failure="raise")
+    warm, x = deq.nn.WarmStart(layer), torch.randn(2, 3)
+    warm(x[:1], keys=["a"])
+    torch.testing.assert_close(warm(x, keys=["a", "b"]), layer(x), rtol=1e-4, atol=1e-4)
+
+
 def test_warm_start_inside_of_compiled_code():
     """A graph break: a graph would hold what is remembered, and be compiled anew in every call."""
     calls, x = [], torch.ones(2, 3)

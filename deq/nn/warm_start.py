@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..closures import graph_break, outside_of_gradients
-from ..state import State
+from ..state import State, parts_of
 
 
 class WarmStart(nn.Module):
@@ -18,10 +18,10 @@ class WarmStart(nn.Module):
 
     ``warm(*inputs, keys=None)``: keys names the samples of the batch, by hashable values or a tensor (B,) of numbers,
     for which a GPU is waited; without, the i-th sample follows the i-th of the last call. A sample that is not known,
-    or only with inputs or parameters of another shape, dtype or device, starts at zero. Where a map has several
-    equilibria, a warm start may find another one than a cold start. The memory holds no graph, is not saved, and
-    :meth:`forget` empties it. Inside torch.compile it is a graph break. Raises ValueError where keys are not as many as
-    samples, TypeError where one has no hash.
+    or only with inputs or parameters of another shape, dtype or device, starts where the layer does by
+    itself. Where a map has several equilibria, a warm start may find another one than a cold start. The memory holds no
+    graph, is not saved, and :meth:`forget` empties it. Inside torch.compile it is a graph break. Raises ValueError
+    where keys are not as many as samples, TypeError where one has no hash.
     """
 
     def __init__(self, layer: nn.Module, capacity: int = 65536):
@@ -49,17 +49,22 @@ class WarmStart(nn.Module):
         if len(names) != n:
             raise ValueError(f"keys must name {n} samples; got {len(names)}")
         like = self._like(inputs)
-        z = self.layer(*inputs, z0=self._start(names, like))
+        z = self.layer(*inputs, z0=self._start(names, like, inputs))
         self._remember(names, like, z)
         return z
 
-    def _start(self, names: Sequence[Hashable], like: tuple) -> State | None:
+    def _start(self, names: Sequence[Hashable], like: tuple, inputs: tuple[Tensor, ...]) -> State | None:
         known = [self._memory.get(name) for name in names]
         known = [entry[1] if entry is not None and entry[0] == like else None for entry in known]
         model = next((parts for parts in known if parts is not None), None)
         if model is None:
             return None
-        rows = [[torch.zeros_like(p) for p in model] if parts is None else parts for parts in known]
+        init = getattr(self.layer, "init", None)
+        if init is None or all(parts is not None for parts in known):
+            cold = [[torch.zeros_like(part) for part in model]] * len(known)
+        else:
+            cold = list(zip(*(part.detach().unbind(0) for part in parts_of(init(*inputs))), strict=True))
+        rows = [own if parts is None else parts for own, parts in zip(cold, known, strict=True)]
         columns = [torch.stack(column) for column in zip(*rows, strict=True)]
         return columns[0] if self._kind is Tensor else self._kind(columns)
 
