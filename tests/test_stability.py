@@ -187,6 +187,28 @@ def test_dropout_in_gradients_of_every_sample():
     assert equilibrium(x[0]).shape == (2, 4)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+def test_dropout_in_an_ensemble():
+    """torch.vmap with different randomness: every member has a mask of its own, in its gradient too."""
+    torch.manual_seed(0)
+    layers = [deq.nn.Equilibrium(Dropped(nn.Linear(4, 4), deq.nn.VariationalDropout(0.5))).double() for _ in range(3)]
+    parameters, _ = torch.func.stack_module_state(layers)
+    base, x = copy.deepcopy(layers[0]).to("meta"), torch.randn(2, 4, dtype=torch.float64)
+
+    def member(values):
+        return torch.func.functional_call(base, values, (x,)), base.block.drop.mask
+
+    z, masks = torch.vmap(member, randomness="different")(parameters)
+    assert not torch.equal(masks[0], masks[1])
+    grads = torch.autograd.grad(z.sum(), parameters["block.layer.weight"])[0]
+    for layer, mask, own, grad in zip(layers, masks, z, grads, strict=True):
+        f = lambda z: torch.tanh(0.3 * mask * layer.block.layer(z) + x)  # noqa: B023, E731
+        expected = deq.fixed_point(f, torch.zeros_like(x)).z
+        torch.testing.assert_close(own, expected, rtol=1e-8, atol=1e-10)
+        expected = torch.autograd.grad(expected.sum(), layer.block.layer.weight)[0]
+        torch.testing.assert_close(grad, expected, rtol=1e-7, atol=1e-9)
+
+
 class Dropped(nn.Module):
     def __init__(self, layer, drop):
         super().__init__()

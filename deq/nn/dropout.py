@@ -57,8 +57,9 @@ class VariationalDropout(nn.Module):
                     raise ValueError(f"x must have the dimensions that are shared, {self.shared}; got {tuple(x.shape)}")
                 shape[dim] = 1
             keep = 1 - self.p
-            mask = torch.zeros(shape, dtype=x.dtype, device=x.device)
-            mask = mask.bernoulli_(keep).div_(keep) if keep else mask
+            # Not in place, so that torch.vmap(randomness="different") can make a batch of it.
+            mask = torch.full(shape, keep, dtype=torch.float32, device=x.device).bernoulli().to(x.dtype)
+            mask = mask / keep if keep else mask
             self._dropout_draw.append(outside_of_gradients(mask))
         mask = self._dropout_draw[0]
         if mask.dim() != x.dim() or any(m not in (1, n) for m, n in zip(mask.shape, x.shape, strict=True)):
