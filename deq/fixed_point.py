@@ -105,7 +105,7 @@ def fixed_point(
             "anderson": the equation is linear, and which solution is meant is no question). Its tolerance is relative
             to the incoming gradient, with criterion "residual".
         keep: evaluations, counted from 1, after which the best states so far are wanted: ``solution.trajectory`` has
-            them in ascending order, each once.
+            them in ascending order, each once; those after the last evaluation are z.
         batch_dims: how many leading dimensions count samples, where the rule of z0 does not fit.
         tensors: all tensors that f closes over and that need gradients, or the only one, where they are known: f is
             then not watched, which costs up to 15 us an operator of f where it uses tensors that are no leaves.
@@ -187,7 +187,8 @@ def fixed_point_with(
     start = layout.flatten(z0, "z0")
     start = start if fresh else start.detach()
     if lacks_numbers(start):  # shapes without numbers
-        result = generic.Result(evaluate(start), generic.Told.unjudged(start))
+        image = evaluate(start)
+        result = generic.Result(image, generic.Told.unjudged(start), [None] * len(keep))
         return _solution(layout.unflatten(result.z), result, layout, rule)
     if start.is_inference() and not torch.is_inference_mode_enabled():  # autograd takes no such tensor
         start = start.clone()
@@ -318,5 +319,5 @@ class _MatrixMap:
 def _solution(z: State, result: generic.Result, layout: Layout | None, rule: Rule) -> StateSolution:
     if layout is None:
         return StateSolution(z, result.told, (-1,), rule, result.trajectory)
-    trajectory = [None if t is None else layout.unflatten(t) for t in result.trajectory]
+    trajectory = [layout.unflatten(result.z.detach() if t is None else t) for t in result.trajectory]
     return StateSolution(z, result.told, layout.samples, rule, trajectory)

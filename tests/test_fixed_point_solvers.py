@@ -195,7 +195,9 @@ def test_warm_start_and_trajectory():
     W, c, _ = gaussian(20, 3, torch.float64)
     cold = solve(W, c, keep=(1, 4, 400))
     assert torch.equal(cold.trajectory[0], torch.tanh(c))
-    assert cold.trajectory[2] is None
+    assert torch.equal(cold.trajectory[2], cold.z)  # which was reached before
+    other = solve(W, c.clone().requires_grad_(), keep=(1, 4, 400))
+    assert all(map(torch.equal, other.trajectory, cold.trajectory)) and not other.trajectory[2].requires_grad
     distance = [(state - cold.z).norm() for state in cold.trajectory[:2]]
     assert 0 < distance[1] < distance[0]
     warm = deq.fixed_point(cell(W, c), cold.z)

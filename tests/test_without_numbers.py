@@ -84,8 +84,10 @@ def test_functions_are_evaluated_once(mode, options):
         z.sum().backward()
         assert block.calls == 1 and x.grad.shape == x.shape and block.linear.weight.grad.shape == (5, 5)
         state = (torch.empty(2, 5), torch.empty(2, 3, 3, dtype=torch.float64))
-        found = deq.fixed_point(lambda s: (torch.tanh(s[0]), 0.5 * s[1]), state, **options).z
-        assert [(t.shape, t.dtype, t.device) for t in found] == [(t.shape, t.dtype, t.device) for t in state]
+        solution = deq.fixed_point(lambda s: (torch.tanh(s[0]), 0.5 * s[1]), state, **options | {"keep": (1, 9)})
+        for found in (solution.z, *solution.trajectory):
+            assert [(t.shape, t.dtype, t.device) for t in found] == [(t.shape, t.dtype, t.device) for t in state]
+        assert len(solution.trajectory) == 2
         with pytest.raises(ValueError, match="a tensor of the shape of z0"):
             deq.fixed_point(lambda z: z[:, :2], x, **options)
         with pytest.raises(ValueError, match="solver must be one of"):
