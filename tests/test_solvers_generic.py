@@ -114,6 +114,17 @@ def test_whole_solves(method):
 
 
 @needs_library
+@pytest.mark.parametrize("criterion", ["residual", "error", "absolute"])
+@pytest.mark.parametrize("tol", [1e-6, 0.3])
+def test_criteria_of_compiled_steps(criterion, tol):
+    """A loose tolerance is met in the first steps: from which one on is the same."""
+    f = maps(17, torch.float64)["contraction"]
+    rule = Rule("plain", tol, 100, criterion=criterion)
+    ours, theirs = (drive(kind(torch.zeros(6, 17).double(), rule), f, 100)[0] for kind in (CompiledSteps, TorchSteps))
+    assert (ours.status == Status.CONVERGED).all() and torch.equal(ours.iterations, theirs.iterations)
+
+
+@needs_library
 def test_threads_and_pieces_change_nothing():
     """Bit for bit: sums are taken piece by piece in a fixed order."""
     f = maps(9001, torch.float32)["slow"]

@@ -88,7 +88,8 @@ class TorchSteps:
         slow = step > SLOW_CONTRACTION * self.steps[0]
         if rule.criterion == "error":
             q = torch.maximum(step / self.steps[0], self.steps[0] / self.steps[1]).nan_to_num(nan=1.0)
-            converged = (step == 0) | ((q < 1) & (r * q <= rule.tol * (1 - q)))
+            measured = k > 2  # two ratios of three steps: the first step says little, whatever the start was
+            converged = (step == 0) | (measured & (q < 1) & (r * q <= rule.tol * (1 - q)))
         else:
             last = k >= rule.max_iter
             converged = (measure <= rule.tol) & ((measure <= rule.leave) | slow | last)
