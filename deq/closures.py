@@ -79,15 +79,14 @@ def recorded(
     """As :func:`watched` of ``make(f)``, f a function of a state and ``make(f)`` one of a matrix, and the graph of that
     evaluation, whose leaves stand for the tensors.
 
-    What f closes over and is no leaf is replaced by leaves in it. There is no graph where hooks on saved tensors,
-    transforms or autocast make this evaluation another than the backward pass would make, or where it goes on to
-    tensors that nobody knows.
+    What f closes over and is no leaf is replaced by leaves in it. There is no graph where hooks on saved tensors or
+    transforms make this evaluation another than the backward pass would make, or where it goes on to tensors that
+    nobody knows.
     """
     old = _inner(held(f))
     new = [tensor.detach().requires_grad_() for tensor in old]
     free = with_others(f, old, new) if old else f
-    special = in_transform() or in_forward_mode() or torch.is_autocast_enabled(z.device.type) or _are_saves_hooked()
-    if free is None or special:
+    if free is None or in_transform() or in_forward_mode() or _are_saves_hooked():
         return *watched(make(f), z, old), None
     with uncached():
         graph = _graph(make(free), z)

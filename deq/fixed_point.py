@@ -14,7 +14,7 @@ from .held import Applied, Call, frozen, held, with_others
 from .implicit_function import Equation, attached, closed_over
 from .implicit_function import fixed_point as implicit
 from .inexact import differentiated
-from .modes import has_autocast, lacks_numbers, no_autocast, refuse_tracing
+from .modes import apart_from_autocast, lacks_numbers, refuse_tracing
 from .solution import Solution, report_failures
 from .solvers import generic
 from .solvers.generic import Rule
@@ -164,7 +164,6 @@ def fixed_point_with(
     """
     refuse_tracing("a fixed point of a function", "torch.export and torch.compile of deq.nn.Equilibrium")
     batch_dims, tensors = options["batch_dims"], options["tensors"]
-    backward, on_failure = options["backward"], options["on_failure"]
     if not callable(f):
         raise TypeError(f"f must be callable; got {type(f).__name__}")
     layout = layout_of(z0, batch_dims)
@@ -178,12 +177,28 @@ def fixed_point_with(
         rule, adjoint, keep = rules_of(layout.coarsest, **checked)
     except TypeError:  # what has no hash is named
         rule, adjoint, keep = rules_of.__wrapped__(layout.coarsest, **checked)
-    device = (z0 if isinstance(z0, Tensor) else z0[0]).device.type
+    with apart_from_autocast(layout.device.type):
+        return _solve(f, z0, layout, rule, adjoint, keep, options | {"tensors": tensors}, fresh, solved)
+
+
+def _solve(
+    f: Callable[[State], State],
+    z0: State,
+    layout: Layout,
+    rule: Rule,
+    adjoint: Rule,
+    keep: tuple[int, ...],
+    options: dict[str, object],
+    fresh: bool,
+    solved: bool,
+) -> StateSolution:
+    """:func:`fixed_point_with`, with the options checked."""
+    tensors, backward, on_failure = options["tensors"], options["backward"], options["on_failure"]
     special = in_transform() or in_forward_mode()
     differentiates = torch.is_grad_enabled() or special
     if differentiates and backward in ("implicit", "neumann"):
         f = frozen(f)
-    evaluate = _MatrixMap(f, layout, device)
+    evaluate = _MatrixMap(f, layout)
     start = layout.flatten(z0, "z0")
     start = start if fresh else start.detach()
     if lacks_numbers(start):  # shapes without numbers
@@ -281,10 +296,10 @@ def _is_finite(x: Tensor) -> bool:
 
 
 class _MatrixMap:
-    """f as a map of matrices (B, D), outside of autocast."""
+    """f as a map of matrices (B, D)."""
 
-    def __init__(self, f: Callable[[State], State], layout: Layout, device: str):
-        self.f, self.layout, self.device = f, layout, device
+    def __init__(self, f: Callable[[State], State], layout: Layout):
+        self.f, self.layout = f, layout
 
     def __call__(self, flat: Tensor) -> Tensor:
         return self._at(flat, self.layout.unflatten(flat), flat.is_inference())
@@ -300,15 +315,11 @@ class _MatrixMap:
         """The same of the ``new`` tensors in place of the ``old`` ones; None if f does not hold
         some of those itself."""
         g = with_others(self.f, old, new)
-        return None if g is None else _MatrixMap(g, self.layout, self.device)
+        return None if g is None else _MatrixMap(g, self.layout)
 
     def _at(self, flat: Tensor, state: State, unversioned: bool, loose: bool = False) -> Tensor:
         version = None if unversioned else flat._version
-        if has_autocast(self.device):
-            with no_autocast(self.device):
-                image = self.f(state)
-        else:
-            image = self.f(state)
+        image = self.f(state)
         if not unversioned and flat._version != version:
             raise RuntimeError("f must not modify its argument in place")
         if loose and self.layout.fits(image):

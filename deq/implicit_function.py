@@ -31,6 +31,7 @@ from .closures import (
     within,
 )
 from .held import Call
+from .modes import apart_from_autocast
 from .profiling import ranges
 from .solvers import generic
 from .solvers.generic import Rule
@@ -275,7 +276,7 @@ def _gradients(ctx, g: Tensor | None, wanted: Sequence[bool]) -> tuple:
         return (None,) * len(tensors)
     pullback = _differentiable_pullback if torch.is_grad_enabled() or in_transform() else _pullback
     again = nullcontext() if ctx.equation.call is None else ctx.equation.call.again()
-    with again, uncached():
+    with again, uncached(), apart_from_autocast(z.device.type):
         return pullback(ctx.equation, z, tensors, g, wanted)
 
 

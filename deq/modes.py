@@ -17,6 +17,19 @@ def no_autocast(device: str) -> AbstractContextManager:
     return torch.autocast(device, enabled=False) if has_autocast(device) else nullcontext()
 
 
+def apart_from_autocast(device: str) -> AbstractContextManager:
+    """While active, functions of callers run as if no autocast were around: disabled, and without its cache of weights.
+
+    A function may have an autocast of its own, which inside of any other, even a disabled one, finds what was cached
+    before; a backward pass that comes when the other is over would not find it again.
+    """
+    if device == "meta":
+        return nullcontext()
+    torch.autocast_increment_nesting()  # the number can be had in no other way
+    inside = torch.autocast_decrement_nesting() > 0
+    return torch.autocast(device, enabled=False, cache_enabled=False) if inside else nullcontext()
+
+
 def lacks_numbers(t: Tensor) -> bool:
     """Whether it has a shape and no numbers: on the meta device, or of a FakeTensorMode."""
     return t.is_meta or (type(t) is not Tensor and isinstance(t, FakeTensor))

@@ -10,6 +10,7 @@ from torch.func import grad, jvp
 from torch.utils.checkpoint import checkpoint
 
 import deq
+from deq.torchdeq import get_deq
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning"),
@@ -189,6 +190,51 @@ def test_autocast_around_any_function():
         z = deq.fixed_point(f, torch.zeros_like(c), on_failure="raise").z
         torch.autograd.grad(z.sum(), W)
     assert set(seen) == {torch.float32}
+
+
+def with_options(**options):
+    return lambda f, c: deq.fixed_point(f, torch.zeros_like(c), tol=1e-2, **options).z
+
+
+def with_torchdeq(is_training, **options):
+    model = get_deq(f_tol=1e-6, f_solver="anderson", **options).train(is_training)
+    return lambda f, c: model(f, torch.zeros_like(c))[0][-1]
+
+
+@pytest.mark.parametrize(
+    "solve",
+    [
+        with_options(),
+        with_options(solver="newton_krylov"),
+        with_options(backward="phantom"),
+        with_torchdeq(True, ift=True),
+        with_torchdeq(True, grad=3),
+        with_torchdeq(False),
+    ],
+)
+@pytest.mark.parametrize("own", [False, True])
+def test_autocast_changes_nothing_of_a_function(solve, own):
+    """Neither its values, gradients and tangents nor, where it has an autocast of its own, what that has cached."""
+    W, c, _ = gaussian(8, 3)
+    W = W.requires_grad_()
+
+    def f(z, c=c):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=own):
+            y = z @ W.mT
+        return torch.tanh(y.float() + c)
+
+    def run():
+        with torch.no_grad():
+            solve(f, c)
+        z = solve(f, c)
+        return z, jvp(lambda c: solve(lambda z: f(z, c), c), (c,), (c,))[1]
+
+    expected = run()
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            found = run()
+        assert all(map(torch.equal, found, expected))
+        assert torch.equal(*(torch.autograd.grad(z.sum(), W, retain_graph=True)[0] for z, _ in (found, expected)))
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])

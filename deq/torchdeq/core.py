@@ -14,7 +14,7 @@ from ..closures import graph_break, in_forward_mode, in_transform, recorded, wat
 from ..function_options import listed
 from ..held import Call, frozen, with_others
 from ..implicit_function import Equation, attached, closed_over, fixed_point
-from ..modes import refuse_tracing
+from ..modes import apart_from_autocast, refuse_tracing
 from ..solvers import generic
 from ..solvers.generic import Rule
 from ..state import Layout, layout_of
@@ -99,12 +99,13 @@ class DEQBase(nn.Module):
         limit = options.pop("f_max_iter", None)
         limit = None if limit is None else max(1, int(limit))
         problem = _Problem(self, func, z_init, backward_writer)
-        if self.training:
-            states, info = self._states(problem, limit, options)
-        else:
-            z, _, info = problem.solve(problem.start, limit or self.eval_f_max_iter, options)
-            states = [problem.implicit(z, advance=False) if torch.is_grad_enabled() else z]
-            info["sradius"] = problem.spectral_radius(z) if sradius_mode else torch.zeros(1, device=problem.device)
+        with apart_from_autocast(problem.device.type):
+            if self.training:
+                states, info = self._states(problem, limit, options)
+            else:
+                z, _, info = problem.solve(problem.start, limit or self.eval_f_max_iter, options)
+                states = [problem.implicit(z, advance=False) if torch.is_grad_enabled() else z]
+                info["sradius"] = problem.spectral_radius(z) if sradius_mode else torch.zeros(1, device=problem.device)
         return [problem.unflatten(state) for state in states], info
 
     def _with_gradient(self, problem: "_Problem", z: object, state: int) -> list:
