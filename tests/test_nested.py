@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import deq
+from deq.torchdeq import get_deq
 
 EXACT = ("implicit", "phantom", "neumann", "unrolled")  # phantom with enough steps of its own
 
@@ -19,6 +20,11 @@ def by(backward):
     """deq.fixed_point with as many steps as the exact gradient needs."""
     options = {"tol": 1e-13, "backward": backward, "backward_steps": 40, "backward_damping": 1.0}
     return lambda f, z, **more: deq.fixed_point(f, z, **options, **more).z
+
+
+def by_torchdeq(f, z):
+    limits = {"f_tol": 1e-13, "f_max_iter": 100, "b_tol": 1e-13, "b_max_iter": 100}
+    return get_deq(ift=True, f_solver="anderson", b_solver="anderson", **limits)(f, z)[0][-1]
 
 
 @pytest.fixture
@@ -50,10 +56,14 @@ class Outer(nn.Module):
         return torch.tanh(0.4 * self.decoder(w) + 0.1 * z + x)
 
 
-@pytest.mark.parametrize("outside", EXACT)
-@pytest.mark.parametrize("inside", EXACT)
-def test_inner_function_that_closes_over_a_tensor_with_a_history(parts, inside, outside):
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("outside", [*map(by, EXACT), by_torchdeq])
+@pytest.mark.parametrize("inside", [*map(by, EXACT), by_torchdeq])
+def test_inner_function_that_closes_over_a_tensor_with_a_history(parts, inside, outside, alone):
+    """alone: it is all that needs a gradient."""
     encoder, decoder, x = parts
+    decoder.requires_grad_(not alone)
+    wanted = [p for p in (*encoder.parameters(), *decoder.parameters()) if p.requires_grad]
     zeros = torch.zeros_like(x)
 
     def run(inner, outer):
@@ -63,9 +73,9 @@ def test_inner_function_that_closes_over_a_tensor_with_a_history(parts, inside, 
             w = inner(lambda w: torch.tanh(0.3 * w + 0.3 * z + c), zeros)
             return torch.tanh(0.25 * decoder(w) + 0.1 * z)
 
-        return torch.autograd.grad(outer(f, zeros).sum(), (*encoder.parameters(), *decoder.parameters()))
+        return torch.autograd.grad(outer(f, zeros).sum(), wanted)
 
-    torch.testing.assert_close(run(by(inside), by(outside)), run(unrolled, unrolled), rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(run(inside, outside), run(unrolled, unrolled), rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("known", [False, True])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..cached_weights import CachedWeights
-from ..closures import graph_break, in_forward_mode, in_transform, recorded, watched
+from ..closures import exchanges, graph_break, in_forward_mode, in_transform, recorded, watched
 from ..function_options import listed
 from ..held import Call, frozen, with_others
 from ..implicit_function import Equation, attached, closed_over, fixed_point
@@ -253,7 +253,8 @@ class _Problem:
         the solution as torchdeq's.
         """
         flat, func = self.to_matrix(z), frozen(self.func)
-        if in_transform():
+        outer = exchanges()  # of a function that this one is inside of: what it holds itself is not what it uses
+        if in_transform() or outer:
             (image, tensors), graph = watched(self._matrix_map(func), flat), None
         else:
             image, tensors, graph = recorded(self._matrix_map, func, flat)
@@ -264,7 +265,7 @@ class _Problem:
             closed_over(self._matrix_map(func), tensors, call),
             None,
             self._adjoint_rule(),
-            direct=lambda *new: self._with(func, tensors, new),
+            direct=(lambda *new: None) if outer else lambda *new: self._with(func, tensors, new),
             graph=graph,
             call=call,
         )
