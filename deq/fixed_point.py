@@ -87,7 +87,8 @@ def fixed_point(
     Args:
         f: takes a state and returns one of the same shapes on the same device, dense, of any floating dtypes. It must
             treat samples independently, always give the same result for the same state, use the same tensors at every
-            state (or have them all in ``tensors``), and leave its argument as it is.
+            state (or have them all in ``tensors``), and leave its argument as it is. The argument's memory is that of
+            the next one: f keeps copies.
         z0: starting point, a tensor or a tuple or list of tensors; float32, float64, bfloat16 or float16. The first
             dimension counts samples; a state of one-dimensional tensors is one sample. No gradient flows to it.
         solver: "plain" iterates ``z <- z + damping (f(z) - z)``; "anderson" mixes the last ``depth`` evaluations of

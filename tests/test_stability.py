@@ -324,6 +324,12 @@ def test_monotone_convolution_of_no_such_kernel(kernel_size):
         deq.nn.MonotoneConv2d(2, kernel_size)
 
 
+@pytest.mark.parametrize("channels", [0, -1, 2.0])
+def test_monotone_convolution_of_no_channels(channels):
+    with pytest.raises(ValueError, match="channels must be a positive integer; got"):
+        deq.nn.MonotoneConv2d(channels)
+
+
 @pytest.mark.parametrize("mu", [0.1, 1.0])
 def test_monotone_convolution(mu):
     torch.manual_seed(0)

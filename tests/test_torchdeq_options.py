@@ -113,6 +113,9 @@ def test_registered_parts():
     assert ours.fp_correction(lambda a: a, ([torch.tensor(1.0), torch.tensor(5.0)],), weight_func="last") == 5
     with pytest.raises(TypeError, match="fp_correction has no option"):
         ours.fp_correction(lambda a: a, ([torch.tensor(1.0)],), weight_func="exponential")
+    for args in ((), ([], torch.tensor(1.0))):
+        with pytest.raises(ValueError, match="args must hold a tensor, or a list of at least one"):
+            ours.fp_correction(lambda *args: args[0], args)
     total, values = ours.fp_correction(lambda a: a, ([torch.tensor(1.0)] * 3,), "const", return_loss_values=True, c=2.0)
     assert total == 6 and values == [1, 1, 1]
 

@@ -70,6 +70,8 @@ class MonotoneConv2d(nn.Module):
 
     def __init__(self, channels: int, kernel_size: int = 3, mu: float = 0.1, device=None, dtype=None):
         super().__init__()
+        if not isinstance(channels, int) or channels < 1:
+            raise ValueError(f"channels must be a positive integer; got {channels!r}")
         if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 != 1:
             raise ValueError(f"kernel_size must be odd and positive; got {kernel_size!r}")
         if not 0 < mu <= 1:

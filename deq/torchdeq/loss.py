@@ -46,6 +46,8 @@ def fp_correction(
     if weight_func not in _weights:
         refuse("fp_correction", "weight_func", weight_func, _weights)
     columns = [each if isinstance(each, (list, tuple)) else [each] for each in args]
+    if not all(columns) or not columns:
+        raise ValueError("args must hold a tensor, or a list of at least one, for everything that crit takes")
     n = max(map(len, columns))
     losses = [crit(*(column[k % len(column)] for column in columns)) for k in range(n)]
     total = sum(_weights[weight_func](n, k, **kwargs) * loss for k, loss in enumerate(losses))
