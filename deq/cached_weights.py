@@ -14,7 +14,9 @@ class _OfThread(threading.local):
 
 
 _lock, _own = threading.Lock(), _OfThread()
-_entered = 0  # by how many of all threads' evaluations torch's count is above that of callers
+# By how many of all threads' evaluations torch's count is above that of callers. Never less, at any moment: a thread
+# that reads both would take another's evaluation for a caller that caches.
+_entered = 0
 
 
 class CachedWeights:
@@ -44,10 +46,10 @@ class CachedWeights:
         global _entered
         _own.evaluates, _own.weights = self._before
         with _lock:
-            _entered -= 1
             parametrize._cache_enabled -= 1
             if not parametrize._cache_enabled:
                 parametrize._cache = {}
+            _entered -= 1
 
 
 def uncached() -> AbstractContextManager:

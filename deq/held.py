@@ -80,7 +80,7 @@ enclosed = Enclosed()
 _ABSENT = object()
 
 
-class _Exchanged:
+class Exchanged:
     """While active, every (dictionary, name, value) holds, and layers are enclosed."""
 
     def __init__(self, places: Sequence[tuple[dict, str, object]]):
@@ -232,7 +232,7 @@ class Call:
         if self._members is not None:
             others += self._members.others()
         has_masks = self._members is not None and self._members.has_masks
-        return _Exchanged(others) if others or has_masks else nullcontext()
+        return Exchanged(others) if others or has_masks else nullcontext()
 
     def tell(self, used: set[int]) -> None:
         """One evaluation of f used these tensors, given by number. Of those of the call the last counts, with all

@@ -162,6 +162,25 @@ def test_a_block_with_views_that_conjugate_or_negate(x):
     torch.testing.assert_close(*(value_and_gradients(g, x, (x,)) for g in (compiled(layer), layer)))
 
 
+def test_a_module_that_a_block_has_twice(x):
+    """Its parameters are its own again after a call."""
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = self.second = nn.Linear(6, 6, dtype=torch.float64)
+
+        def forward(self, z, x):
+            return torch.tanh(0.3 * self.second(self.first(z)) + x)
+
+    layer = deq.nn.Equilibrium(Twice(), tol=1e-12)
+    tensors = x, *layer.parameters()
+    for _ in range(2):
+        actual, expected = (value_and_gradients(f, x, tensors) for f in (compiled(layer), layer))
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
+        assert all(a is b for a, b in zip(layer.parameters(), tensors[1:], strict=True))
+
+
 @pytest.mark.parametrize("kind", [tuple, list])
 def test_states_of_several_tensors(x, kind):
     """They are of the kind of the start, for the block and for the caller."""

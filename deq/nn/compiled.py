@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..held import enclosed
+from ..held import Exchanged, enclosed
 from ..state import State
 from ..traced import AUTOGRAD, included
 from .dropout import VariationalDropout
@@ -86,11 +86,24 @@ def _masks(block: object, seed: Tensor | None, device: torch.device) -> Iterator
 
 
 def _function(layer: nn.Module, inputs: list[Tensor], parameters: list[Tensor]) -> Callable:
+    """The block as a function of the state. Not by torch.func.functional_call: where the block has a module twice, that
+    leaves the ``parameters`` in it (as of torch 2.13)."""
     block = layer.block
     if not isinstance(block, nn.Module):
         return lambda z: block(z, *inputs)
-    values = dict(zip((name for name, _ in block.named_parameters()), parameters, strict=True))
-    return lambda z: torch.func.functional_call(block, values, (z, *inputs))
+    new = {id(own): p for own, p in zip(block.parameters(), parameters, strict=True)}
+    places = [
+        (module._parameters, name, new[id(own)])
+        for module in block.modules()
+        for name, own in module._parameters.items()
+        if own is not None
+    ]
+
+    def f(z: State) -> State:
+        with Exchanged(places):
+            return block(z, *inputs)
+
+    return f
 
 
 def _has_gradient(t: Tensor) -> bool:
