@@ -480,6 +480,8 @@ def test_normalised_weights_that_layers_share(kind, learned):
     model.eval()
     value = model[0].weight.detach().clone()
     assert torch.equal(model[1].weight, value)
+    torch.func.functional_call(model[:2], dict(model[:2].named_parameters()), (torch.randn(3, 4),))
+    assert torch.equal(model[1].weight, value) and len(list(model.parameters())) == 1 + learned
     deq.nn.denormalise(model)
     assert model[0].weight is model[1].weight and torch.equal(model[0].weight, value)
 

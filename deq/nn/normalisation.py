@@ -153,20 +153,24 @@ def normalise_layer(
     own = module.parametrizations[name]
     if learned and isinstance(weight, nn.Parameter):
         own.original0 = weight  # not another parameter of the same memory, as torch makes it
-    module.parametrizations[name] = done.setdefault(id(weight), (weight, own))[1]
+    first = done.setdefault(id(weight), (weight, own))[1]
+    if first is not own and first[0].dim == own[0].dim:  # tensors are shared, not modules: functional_call breaks these
+        for part, tensor in first.named_parameters(recurse=False):
+            setattr(own, part, tensor)
+        own.load_state_dict(first.state_dict())
 
 
 def denormalise(model: nn.Module) -> nn.Module:
     """Make every normalised weight of ``model`` a plain parameter again, with the value it has."""
-    plain: dict[nn.Module, nn.Parameter] = {}
+    plain: dict[tuple[nn.Parameter, ...], nn.Parameter] = {}  # by what it was made of
     for module in list(model.modules()):
         if parametrize.is_parametrized(module):
             for name in list(module.parametrizations):
                 normalised = module.parametrizations[name]
                 if isinstance(normalised[0], _Normalised):
-                    if normalised in plain:  # another layer's weight as well
-                        shared = parametrize.ParametrizationList([nn.Identity()], plain[normalised])
-                        module.parametrizations[name] = shared
+                    parts = tuple(normalised.parameters(recurse=False))
+                    if parts in plain:  # another layer's weight as well
+                        module.parametrizations[name] = parametrize.ParametrizationList([nn.Identity()], plain[parts])
                     parametrize.remove_parametrizations(module, name)
-                    plain[normalised] = getattr(module, name)
+                    plain[parts] = getattr(module, name)
     return model
