@@ -1,7 +1,9 @@
 """deq.nn.Equilibrium inside of graphs of torch.compile and torch.export: what it does outside of them."""
 
 import io
+import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -179,6 +181,26 @@ def test_a_module_that_a_block_has_twice(x):
         actual, expected = (value_and_gradients(f, x, tensors) for f in (compiled(layer), layer))
         torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
         assert all(a is b for a, b in zip(layer.parameters(), tensors[1:], strict=True))
+
+
+def test_threads_that_share_a_compiled_layer(x):
+    """None finds in the block what another has put there."""
+    layer = deq.nn.Equilibrium(Block(), tol=1e-12)
+    program, tensors = compiled(layer), (x, *layer.parameters())
+    expected = value_and_gradients(program, x, tensors)
+
+    def work(_):
+        found = value_and_gradients(program, x, tensors)
+        return all(map(torch.equal, found, expected))
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            assert all(pool.map(work, range(40)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert all(a is b for a, b in zip(layer.parameters(), tensors[1:], strict=True))
 
 
 @pytest.mark.parametrize("kind", [tuple, list])

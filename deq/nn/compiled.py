@@ -96,14 +96,39 @@ def _function(layer: nn.Module, inputs: list[Tensor], parameters: list[Tensor]) 
         (module._parameters, name, new[id(own)])
         for module in block.modules()
         for name, own in module._parameters.items()
-        if own is not None
+        if own is not None and new[id(own)] is not own
     ]
+    if not places:
+        return lambda z: block(z, *inputs)
 
     def f(z: State) -> State:
         with Exchanged(places):
             return block(z, *inputs)
 
     return f
+
+
+def _own(layer: nn.Module, parameters: list[Tensor]) -> list[Tensor]:
+    """``parameters``, and in place of those of the same memory, as a graph passes them on, the block's own: these need
+    not be put into it, where other threads would find them."""
+    if not isinstance(layer.block, nn.Module):
+        return parameters
+    return [
+        own if _are_same(own, given) else given for own, given in zip(layer.block.parameters(), parameters, strict=True)
+    ]
+
+
+def _are_same(a: Tensor, b: Tensor) -> bool:
+    plain = all(type(t) in (Tensor, nn.Parameter) and t.layout is torch.strided for t in (a, b))
+    same = plain and (a.dtype, a.shape, a.stride(), a.device) == (b.dtype, b.shape, b.stride(), b.device)
+    return same and a.data_ptr() == b.data_ptr()
+
+
+def _leaf(t: Tensor) -> Tensor:
+    """t, or the same as a tensor that a gradient ends at and that has no hooks."""
+    if isinstance(t, nn.Parameter) and t.is_leaf and not t._backward_hooks:
+        return t
+    return t.detach().requires_grad_(_has_gradient(t))
 
 
 def _has_gradient(t: Tensor) -> bool:
@@ -136,7 +161,7 @@ def equilibrium(
     """The equilibrium of a registered layer from ``start``, its parts."""
     module = _layer(layer)
     with included(_EAGER), torch.no_grad(), _masks(module.block, seed, start[0].device):
-        solution = module.solve(_function(module, inputs, parameters), as_state(start, kind))
+        solution = module.solve(_function(module, inputs, _own(module, parameters)), as_state(start, kind))
     return _as_parts(solution.z)
 
 
@@ -158,7 +183,8 @@ def equilibrium_backward(
     """Gradients of the inputs and the parameters at the equilibrium z, in contiguous memory, as the compiler was told;
     zeros for those that need none."""
     module = _layer(layer)
-    leaves = [t.detach().requires_grad_(_has_gradient(t)) for t in (*inputs, *parameters)]
+    leaves = [t.detach().requires_grad_(_has_gradient(t)) for t in inputs]
+    leaves += map(_leaf, _own(module, parameters))
     wanted = [leaf for leaf in leaves if leaf.requires_grad]
     found = iter([None] * len(wanted))
     if wanted:
