@@ -18,8 +18,8 @@ class VariationalDropout(nn.Module):
     (1,) to drop whole features of (B, tokens, features). In evaluation, and for p = 0, x itself is returned.
 
     :class:`deq.nn.Equilibrium` draws new masks at every call, one inside of another with it, and its backward pass has
-    those of the call; in a loop of your own call :func:`reset_dropout`. Raises ValueError for an x of another shape
-    than the mask was drawn for.
+    those of the call; in a loop of your own call :func:`reset_dropout`. The mask is the module's: threads cannot train
+    the same one. Raises ValueError for an x of another shape than the mask was drawn for.
     """
 
     def __init__(self, p: float = 0.5, shared: Sequence[int] = ()):
