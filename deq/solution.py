@@ -34,6 +34,10 @@ class ConvergenceError(RuntimeError):
         super().__init__(message)
         self.solution = solution
 
+    def __reduce__(self) -> tuple:
+        """With both arguments: exceptions are copied, and sent from one process to another, by their message alone."""
+        return type(self), (*self.args, self.solution), self.__dict__
+
 
 @dataclass(eq=False)  # not frozen: that would cost each call 4 us where caches are cold
 class Solution:
@@ -78,6 +82,12 @@ class Solution:
     def detach(self) -> "Solution":
         """The same solution without its autograd graph."""
         return Solution(self.z.detach(), self.stats, self.plan, self.when_read)
+
+    def __getstate__(self) -> dict:
+        """Of a copy, or of what goes to another process: what was to be said when the status is read is said first."""
+        if self.when_read is not None:
+            _ = self.status
+        return self.__dict__
 
     def __repr__(self) -> str:
         if lacks_numbers(self.z) or torch._C._functorch.is_functorch_wrapped_tensor(self.z):

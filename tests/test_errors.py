@@ -1,5 +1,7 @@
 """Bad input: one clear error or an honest status, never a crash, never NaN out of finite numbers."""
 
+import copy
+import pickle
 import warnings
 
 import pytest
@@ -151,6 +153,24 @@ def test_best_iterate_of_a_failure(backend):
     assert short.status.item() == deq.Status.MAX_ITER and short.iterations.item() == 50
     expected = (1 - 0.999**50) / (1 - 0.999)  # 50 terms of the geometric series
     assert abs(short.z.item() - expected) < 1e-9 and 0.01 < short.residual.item() < 0.03
+
+
+def test_an_error_can_be_copied_and_sent_to_another_process():
+    """Unpickled by its message alone it ended a pool of processes."""
+    with pytest.raises(deq.ConvergenceError) as raised:
+        deq.solve(2 * torch.eye(6), c, "relu", solver="plain", max_iter=5, on_failure="raise")
+    error = raised.value
+    for twin in (pickle.loads(pickle.dumps(error)), copy.copy(error), copy.deepcopy(error)):
+        assert type(twin) is deq.ConvergenceError and str(twin) == str(error)
+        assert torch.equal(twin.solution.z, error.solution.z)
+
+
+def test_what_is_left_to_say_is_said_before_a_copy():
+    said = []
+    pending = deq.Solution(*vars(deq.solve(W, c)).values())
+    pending.when_read = lambda solution: said.append(solution)  # as of a solve on a GPU: it cannot be pickled
+    twins = [pickle.loads(pickle.dumps(pending)), copy.copy(pending)]
+    assert len(said) == 1 and all(torch.equal(twin.z, pending.z) and bool(twin.converged.all()) for twin in twins)
 
 
 @backends
