@@ -8,7 +8,7 @@ from functools import lru_cache
 
 import torch
 
-from .options import ON_FAILURE, unknown_option
+from .options import ON_FAILURE, as_float, unknown_option
 from .solvers.generic import CRITERIA, METHODS, Rule
 
 BACKWARDS = ("implicit", "phantom", "one_step", "neumann", "unrolled")
@@ -88,9 +88,10 @@ def _check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
 def check_number(name: str, value: object, low: float, high: float) -> float:
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number; got {value!r}")
-    if not low < value < high:
+    number = as_float(value)
+    if not low < number < high:
         raise ValueError(f"{name} must lie between {low} and {high}; got {value!r}")
-    return float(value)
+    return number
 
 
 def check_count(name: str, value: object) -> int:

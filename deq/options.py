@@ -72,7 +72,7 @@ def check(tol: object, max_iter: object, backward: object, on_failure: object) -
     if tol is not None:
         if not isinstance(tol, numbers.Real) or isinstance(tol, bool):
             raise TypeError(f"tol must be a number; got {tol!r}")
-        if not 0 < tol < math.inf:
+        if not 0 < as_float(tol) < math.inf:
             raise ValueError(f"tol must be positive and finite; got {tol!r}")
     if max_iter is not None:
         if not isinstance(max_iter, numbers.Integral) or isinstance(max_iter, bool):
@@ -82,6 +82,14 @@ def check(tol: object, max_iter: object, backward: object, on_failure: object) -
     check_backward(backward)
     if on_failure not in ON_FAILURE:
         raise ValueError(f"on_failure must be one of {', '.join(map(repr, ON_FAILURE))}; got {on_failure!r}")
+
+
+def as_float(value: numbers.Real) -> float:
+    """The nearest float; infinite for an integer or a fraction that is beyond all of them."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.copysign(math.inf, value > 0 or -1)
 
 
 def unknown_option(function: str, item: tuple[str, object], options: Sequence[str]) -> str:

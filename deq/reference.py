@@ -152,6 +152,11 @@ def _cayley_matrix(W: Tensor, alpha: float) -> Tensor:
     return torch.linalg.solve((1 + alpha) * eye - alpha * W, (1 - alpha) * eye + alpha * W)
 
 
+def leaves_at(tol: float) -> float:
+    """The residual at which a sample that contracts fast leaves: ``tol^1.1``, or ``tol`` where that is no smaller."""
+    return tol ** (1 + MARGIN_POWER) if tol < 1 else tol  # a power of a large one is beyond the range
+
+
 def iterate(
     f: Callable[[Tensor, Tensor], Tensor],
     y: Tensor,
@@ -174,7 +179,7 @@ def iterate(
     B, m = y.shape
     eps = torch.finfo(y.dtype).eps
     patience = max(PATIENCE, m)
-    leave = min(tol, tol ** (1 + MARGIN_POWER))
+    leave = leaves_at(tol)
     z = y.clone()
     iterations = torch.zeros(B, dtype=torch.int32, device=y.device)
     residual = torch.full((B,), torch.inf, dtype=y.dtype, device=y.device)  # of the best point, per sample

@@ -29,7 +29,7 @@ def rule(tol: float, max_iter: int, width: int) -> dict[str, float | int]:
     """The arguments of :func:`judge` that are common to all samples of a solve, by name."""
     return {
         "tol": float(tol),
-        "leave": float(min(tol, tol ** (1 + reference.MARGIN_POWER))),
+        "leave": float(reference.leaves_at(tol)),
         "max_iter": int(max_iter),
         "patience": max(reference.PATIENCE, width),
     }

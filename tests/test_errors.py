@@ -3,6 +3,7 @@
 import copy
 import pickle
 import warnings
+from fractions import Fraction
 
 import pytest
 import torch
@@ -47,6 +48,8 @@ WRONG = {
     "tol = 0": (W, c, {"tol": 0.0}, ValueError, r"tol must be positive and finite; got 0.0"),
     "tol < 0": (W, c, {"tol": -1e-3}, ValueError, r"tol must be positive and finite; got -0.001"),
     "tol a NaN": (W, c, {"tol": nan}, ValueError, r"tol must be positive and finite; got nan"),
+    "tol beyond all floats": (W, c, {"tol": 10**400}, ValueError, r"tol must be positive and finite; got 1000"),
+    "tol below all floats": (W, c, {"tol": Fraction(1, 10**400)}, ValueError, r"tol must be positive and finite"),
     "tol a string": (W, c, {"tol": "1e-3"}, TypeError, r"tol must be a number; got '1e-3'"),
     "max_iter = 0": (W, c, {"max_iter": 0}, ValueError, r"max_iter must be at least 1 .* got 0"),
     "max_iter a float": (W, c, {"max_iter": 40.0}, TypeError, r"max_iter must be an integer; got 40.0"),
@@ -171,6 +174,15 @@ def test_what_is_left_to_say_is_said_before_a_copy():
     pending.when_read = lambda solution: said.append(solution)  # as of a solve on a GPU: it cannot be pickled
     twins = [pickle.loads(pickle.dumps(pending)), copy.copy(pending)]
     assert len(said) == 1 and all(torch.equal(twin.z, pending.z) and bool(twin.converged.all()) for twin in twins)
+
+
+@backends
+@pytest.mark.parametrize("options", [{}, {"solver": "plain"}, {"criterion": "error"}])
+def test_any_tolerance_that_is_a_float(backend, options):
+    for weight in (W, 40 * W):
+        assert bool(deq.solve(weight, c, "tanh", tol=1e300, backend=backend, **options).converged.all())
+    solution = deq.solve(W, c, "tanh", tol=5e-324, max_iter=200, on_failure="ignore", backend=backend, **options)
+    assert float(solution.residual.max()) < 1e-6
 
 
 @backends

@@ -17,6 +17,8 @@ import deq
         ({"solvr": "plain"}, TypeError, "did you mean 'solver'"),
         ({"solver": "newton"}, ValueError, "solver must be one of 'plain', 'anderson'"),
         ({"tol": 0.0}, ValueError, "tol must lie between 0"),
+        ({"tol": 10**400}, ValueError, "tol must lie between 0"),
+        ({"tol": Fraction(1, 10**400)}, ValueError, "tol must lie between 0"),
         ({"tol": True}, TypeError, "tol must be a number; got True"),
         ({"max_iter": 2.0}, TypeError, "max_iter must be an integer; got 2.0"),
         ({"max_iter": 0}, ValueError, "max_iter must be at least 1"),
@@ -44,6 +46,7 @@ def test_wrong_options(options, error, message):
     "options",
     [
         {"tol": Fraction(1, 1000)},
+        {"tol": 1e300},
         {"damping": Fraction(1, 2)},
         {"backward_tol": Fraction(1, 1000)},
         {"backward": "phantom", "backward_damping": Fraction(1, 2)},

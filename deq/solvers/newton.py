@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..activations import get_activation
 from ..backends import reference as torch_backend
-from ..reference import MARGIN_POWER, _norm, solve_each
+from ..reference import _norm, leaves_at, solve_each
 from ..solution import Status
 
 JACOBIAN_BYTES = 64 * 2**20  # of the Jacobians and of their factors together
@@ -56,7 +56,7 @@ def newton(
     n, m = c.shape
     z, residual = torch.empty_like(c), torch.empty(n, dtype=c.dtype, device=c.device)
     iterations = torch.zeros(n, dtype=torch.int32, device=c.device)
-    wide, limit = W.double(), min(tol, tol ** (1 + MARGIN_POWER))
+    wide, limit = W.double(), leaves_at(tol)
     first = -(-max_iter // FIRST_SHARE)
     for part in _chunks(n, m):
         b = c[part]

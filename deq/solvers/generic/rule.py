@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ...reference import MARGIN_POWER
+from ...reference import leaves_at
 
 CRITERIA = ("residual", "error", "absolute")
 METHODS = ("plain", "anderson", "broyden", "newton_krylov", "auto")
@@ -70,4 +70,4 @@ class Rule:
     @property
     def leave(self) -> float:
         """The residual at which a sample leaves."""
-        return min(self.tol, self.tol ** (1 + MARGIN_POWER)) if self.margin else self.tol
+        return leaves_at(self.tol) if self.margin else self.tol
