@@ -69,7 +69,7 @@ def solve(
         return Solution(*torch.ops.deq.solve.default(parts, structure, c, z0, *options))
     with torch.no_grad():  # without tangents either: what is differentiated is evaluated below
         z, said = torch.ops.deq.solve.default([part.detach() for part in parts], structure, c.detach(), z0, *options)
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         with no_autocast(c.device.type):
             W = _formed(parts, structure)
             flat = canonical_shape(W.dim(), c.shape)

@@ -218,6 +218,17 @@ def test_tangents_of_inexact_gradients_inside_of_a_graph():
         torch.compiler.reset()
 
 
+def test_tangents_of_inexact_gradients_inside_of_a_graph_without_gradients():
+    """They were zero: torch.no_grad is not about tangents."""
+    W, c, _ = gaussian(8, 5)
+
+    def f(c):
+        with torch.no_grad():
+            return jvp(lambda c: deq.solve(W, c, "tanh", backward="one_step").z, (c,), (c,))[1]
+
+    assert torch.equal(compiled(f)(c), f(c)) and float(f(c).abs().min()) > 0
+
+
 def test_a_compiled_function_of_a_tensor_with_a_tangent():
     W, c, _ = gaussian(5, 3, torch.float64)
     f = lambda c: deq.solve(W, c, "tanh").z  # noqa: E731
