@@ -369,6 +369,8 @@ def _krylov_estimate(G: Tensor) -> Tensor:
 def _check_tensor(name: str, value: Tensor, dims: int, shape: str) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor of shape {shape}; got {type(value).__name__}")
+    if value.layout is not torch.strided:
+        raise TypeError(f"{name} must be dense; got layout {value.layout}")
     if not value.dtype.is_floating_point:
         raise TypeError(f"{name} must have a floating-point dtype; got {value.dtype}")
     if value.dim() != dims:

@@ -99,6 +99,12 @@ class TestStructures:
             (lambda: Dense(torch.zeros(0, 0)), ValueError, r"W must not be empty"),
             (lambda: LowerTriangular(torch.zeros(2, 2), strict=1), TypeError, r"strict must be True or False; got 1"),
             (lambda: LowerTriangular(torch.zeros(3, 2)), ValueError, r"W must be square"),
+            (
+                lambda: LowerTriangular(torch.eye(3).to_sparse()),
+                TypeError,
+                r"W must be dense; got layout torch.sparse_coo",
+            ),
+            (lambda: Diagonal(torch.ones(3).to_sparse()), TypeError, r"d must be dense"),
             (lambda: Diagonal(torch.zeros(2, 2)), ValueError, r"d must have shape \(m,\); got \(2, 2\)"),
             (lambda: Diagonal(torch.zeros(0)), ValueError, r"d must not be empty"),
             (
