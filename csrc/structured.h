@@ -39,15 +39,17 @@ struct DeqReduced {
   struct DeqView mask;       // (1, B, m), data null for a solve
   struct DeqView q;          // (1, B, r)
   struct DeqView following;  // (1, B, r), receives Q^T z; with `out` holds it
-  void* size;                // (B,), receives ||z||, or with `out` the residual ||f(z) - z|| / ||f(z)|| of z(q)
-  struct DeqView out;        // (1, B, m), data null, or receives z(Q^T z(q)): the last evaluation
+  // (B,), receives ||z||, or with `out` the residual ||f(z) - z|| / ||f(z)|| of z(q); NaN where squares left the range of the
+  // type.
+  void* size;
+  struct DeqView out;  // (1, B, m), data null, or receives z(Q^T z(q)): the last evaluation
 };
 
 DEQ_API int32_t deq_cpu_reduced(const struct DeqReduced* problem);
 
 // The plain iteration q <- Q^T z(q) of every sample from its q, in place, until the bound r of its residual is at most `leave`,
-// or at most `tol` and falling slowly; a sample that gains less than a factor of `slow` twice, or is not finite, is left where it
-// is. Afterwards `following` holds Q^T z(q) and `size` holds r.
+// or at most `tol` and falling slowly; a sample that gains less than a factor of `slow` twice, or whose squares leave the range
+// of the type, is left where it is. Afterwards `following` holds Q^T z(q) and `size` holds r.
 struct DeqReducedIteration {
   struct DeqReduced problem;
   const double* gram;  // (r, r): |f(z(q)) - z(q)|^2 is at most d^T gram d with d = Q^T z(q) - q

@@ -57,3 +57,24 @@ def test_low_rank_keeps_to_its_evaluations(max_iter):
     assert together.iterations.max() <= max_iter
     alone = torch.cat([deq.solve(W, row[None], "tanh", **options).status for row in c])
     assert torch.equal(together.status, alone)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("activation", ["tanh", "gelu", "elu", "softplus"])
+@pytest.mark.parametrize("size", [-60, -30, 60])
+def test_squares_of_a_reduced_solve_that_leave_the_range(activation, dtype, size):
+    """Below 1e-20 an underflown residual of 0 passed for one; above 1e19 what was solved passed for diverged."""
+    torch.manual_seed(0)
+    m, scale = 96, 2.0 ** (size if dtype == torch.float32 else 8 * size)
+    d = 0.3 * torch.rand(m, dtype=dtype)
+    P, Q = (torch.randn(2, m, 4, dtype=dtype) * 0.8 / m**0.5).unbind()
+    W, c = weights.DiagonalLowRank(d, P, Q), torch.randn(20, m, dtype=dtype) * scale
+    options = {"solver": "direct", "on_failure": "ignore"}
+    if activation in ("tanh", "elu", "gelu") and size < 0:
+        early = deq.solve(W, c, activation, max_iter=1, tol=1e-5, **options)
+        assert not early.converged.any() and float(early.residual.min()) > 1e-5
+    solution = deq.solve(W, c, activation, tol=1e-5, **options)
+    f = deq.activations.ACTIVATIONS[activation].value(solution.z @ W.dense().mT + c)
+    assert bool(solution.converged.all())
+    largest = f.abs().amax(-1, keepdim=True)
+    assert float((((f - solution.z) / largest).norm(dim=-1) / (f / largest).norm(dim=-1)).max()) < 1e-5

@@ -78,11 +78,16 @@ int32_t reduced(const DeqReduced& p) {
     }
     T* size = static_cast<T*>(p.size) + first;
     if (is_last) {
-      for (int b = 0; b < n; ++b) size[b] = residual<T>(sums[b], sums[samples + b]);
+      for (int b = 0; b < n; ++b) {
+        size[b] = residual<T>(sums[b], sums[samples + b]);
+        const T* z = row<T>(p.out, first + b);
+        const bool is_zero = sums[b] == 0 && std::all_of(z, z + p.width, [](T x) { return x == 0; });
+        if (!squares_in_range<T>(sums[samples + b]) && !is_zero) size[b] = std::numeric_limits<T>::quiet_NaN();
+      }
       continue;
     }
     k.store(following, n, p.rank, false, samples, row<T>(p.following, first), p.following.stride[1]);
-    for (int b = 0; b < n; ++b) size[b] = std::sqrt(sums[b]);
+    for (int b = 0; b < n; ++b) size[b] = squares_in_range<T>(sums[b]) ? std::sqrt(sums[b]) : std::numeric_limits<T>::quiet_NaN();
   }
   return error;
 }
@@ -152,14 +157,15 @@ int32_t reduced_iterate(const DeqReducedIteration& iteration) {
       for (int b = 0; b < n; ++b) {
         if (settled[b]) continue;
         const double step = std::sqrt(squares[b]), size = std::sqrt(static_cast<double>(sums[b]));
-        const double r = step > 0 ? (size > step && size < INFINITY ? step / (size - step) : INFINITY) : step;
+        const bool is_measured = squares_in_range<T>(sums[b]);
+        const double r = step > 0 ? (is_measured && size > step ? step / (size - step) : INFINITY) : step;
         const bool is_done = r <= iteration.leave || (r <= iteration.tol && r > kSlowAtTol * before[0][b]);
         // Infinite ones are slow too: a sample that grows must leave before its squares overflow.
         const bool is_slow = it > 2 && !(r <= iteration.slow * before[0][b]) && !(before[0][b] <= iteration.slow * before[1][b]);
         residual[b] = std::isnan(r) ? std::numeric_limits<T>::infinity() : static_cast<T>(r);
         iterations[b] = it;
         before[1][b] = before[0][b], before[0][b] = r;
-        if (is_done || is_slow || !std::isfinite(sums[b]) || it == iteration.max_iter) {
+        if (is_done || is_slow || !is_measured || it == iteration.max_iter) {
           settled[b] = true;
           --left;
         } else {

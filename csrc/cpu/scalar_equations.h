@@ -60,6 +60,12 @@ class ScalarEquations {
   int32_t error_ = DEQ_OK;
 };
 
+// Whether a sum of squares in T kept its digits, and that of steps of a relative 1e-7 with it.
+template <class T>
+bool squares_in_range(double sum) {
+  return sizeof(T) == 4 ? sum > 1e-20 && sum < 1e30 : sum > 1e-120 && sum < 1e120;
+}
+
 // ||f(z) - z|| / ||f(z)|| from squares, infinity if they left the range.
 template <class T>
 T residual(double step2, double size2) {

@@ -44,8 +44,6 @@ class Substitution {
   // Linear in the injection up to a positive factor: rescaling by a power of two changes no bit but keeps the range.
   bool is_rescaled() const { return p_.mask.data || is_homogeneous(p_.activation); }
 
-  static bool in_range(double sum) { return sizeof(T) == 4 ? sum > 1e-20 && sum < 1e30 : sum > 1e-120 && sum < 1e120; }
-
   void solve_tile(int64_t first, int n, int samples) {
     const int64_t rows = triangle_panels(m_) * kPanel, per_part = rows * samples;
     const bool masked = p_.mask.data, derives = p_.derivative.data && !masked;
@@ -83,12 +81,12 @@ class Substitution {
           for (int64_t k = 0; k < m_; ++k) x[k * samples + b] = T(0);
       if (std::any_of(scale, scale + n, [](T s) { return s != 1; })) k_.scale(x, scale, m_, samples, reach);
       k_.substitute(lanes);
-      if (std::all_of(sums + samples, sums + samples + n, [](T s) { return in_range(s); })) break;
+      if (std::all_of(sums + samples, sums + samples + n, [](T s) { return squares_in_range<T>(s); })) break;
       std::fill(reach, reach + samples, T(1));
       k_.scale(x, reach, m_, samples, reach);
       bool again = false;
       for (int b = 0; b < n; ++b)
-        if (!in_range(sums[samples + b]) && to_unit(reach[b]) != unit[b]) unit[b] = to_unit(reach[b]), again = true;
+        if (!squares_in_range<T>(sums[samples + b]) && to_unit(reach[b]) != unit[b]) unit[b] = to_unit(reach[b]), again = true;
       if (!again) break;
     }
     for (int b = 0; b < samples; ++b) reach[b] = 1 / scale[b];
@@ -140,7 +138,7 @@ class Substitution {
     double step2, size2;
     Row<T> solve{x, z, derivative, scalars_, m_, p_.activation, to_unit(largest)};
     k_.diagonal(solve, &step2, &size2);
-    if (!in_range(size2)) {  // in the unit of the solution, which may be far larger or smaller than the injection
+    if (!squares_in_range<T>(size2)) {  // in the unit of the solution, which may be far larger or smaller than the injection
       T reach = 0;
       for (int64_t j = 0; j < m_; ++j) reach = std::max(reach, std::fabs(z[j]));
       if (reach > 0 && to_unit(reach) != solve.unit) {

@@ -103,8 +103,8 @@ class LowRank:
             s = solve_diagonal(d, torch.addmm(_of(c, rows), q, P.mT), activation, derives=True).derivative
             return s / (1 - d * s)
 
-        def f(z: Tensor) -> Tensor:
-            return entry.value(self.of(d, P, Q).apply(z).add_(c))
+        def f(z: Tensor, rows: Tensor | None) -> Tensor:
+            return entry.value(self.of(d, P, Q).apply(z).add_(_of(c, rows)))
 
         problem = Problem(z, slope, *_evaluations(z, f, d, P, Q, c, None, entry.number))
         q = c.new_zeros(c.shape[0], P.shape[1]) if start is None else start @ Q
@@ -117,8 +117,8 @@ class LowRank:
         def u(q: Tensor, rows: Tensor | None) -> Tensor:
             return torch.addmm(_of(g, rows), q, P.mT).mul_(_of(e, rows))
 
-        def f(u: Tensor) -> Tensor:
-            return self.of(d, P, Q).apply(u).add_(g).mul_(s)
+        def f(u: Tensor, rows: Tensor | None) -> Tensor:
+            return self.of(d, P, Q).apply(u).add_(_of(g, rows)).mul_(_of(s, rows))
 
         problem = Problem(u, lambda q, rows: _of(e, rows), *_evaluations(u, f, d, P, Q, g, e, 0))
         steepest = float(s.abs().amax()) if s.numel() else 0.0
@@ -153,7 +153,7 @@ def _evaluations(
 
         def last(q: Tensor, following: Tensor) -> tuple[Tensor, Tensor]:
             now = z(q, None)
-            return now, relative_residual(f(now), now)
+            return now, relative_residual(f(now, None), now)
 
         return None, advance, last
 
@@ -167,11 +167,17 @@ def _evaluations(
             own, of_rows = (c[rows], none if e is None else e[rows]), rows
         following, size = q.new_empty(q.shape), q.new_empty(q.shape[0])
         torch.ops.deq.reduced_.default(*panels, d, *own, rows_contiguous(q), following, size, none, activation)
-        return following, size.double()
+        size = size.double()
+        if (lost := _lost(size)).numel():
+            size[lost] = row_norm(z(q[lost], lost if rows is None else rows[lost]))
+        return following, size
 
     def last(q: Tensor, following: Tensor) -> tuple[Tensor, Tensor]:
         out, residual = recycle.empty_like(c), c.new_empty(c.shape[0])
         torch.ops.deq.reduced_.default(*panels, d, *every, rows_contiguous(q), following, residual, out, activation)
+        if (lost := _lost(residual)).numel():
+            now = z(q[lost], lost)
+            residual[lost] = relative_residual(f(now, lost), now)
         return out, residual
 
     def start(reduced: "_Reduced", limit: int) -> Tensor:
@@ -194,6 +200,11 @@ def _evaluations(
         return residual
 
     return start, advance, last
+
+
+def _lost(numbers: Tensor) -> Tensor:
+    """The rows whose squares left the range of the dtype in the kernels, which then say NaN."""
+    return numbers.isnan().nonzero().squeeze(-1)
 
 
 def _panels(factor: Tensor) -> Tensor:
