@@ -5,14 +5,16 @@ the structure's own tensors. The parametrisations turn unconstrained parameters 
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
 
 from .backward import is_batch_of_gradients, one_gradient_at_a_time
-from .modes import lacks_numbers, no_autocast
+from .modes import no_autocast
 
 EXACT_UP_TO = 192  # width up to which all eigenvalues cost less than the estimate and its certificate
 KRYLOV_STEPS = 48  # relative error of the estimated norm below 0.6 % at any width here (Kuczynski, Wozniakowski 1992)
@@ -251,6 +253,8 @@ def spectral_norm_bound(V: Tensor) -> Tensor:
     and all eigenvalues are computed. Cost above width 192: 2.7 m^3 flops in float64.
     """
     _check_square("V", V)
+    if torch.compiler.is_compiling():
+        return torch.ops.deq.spectral_norm_bound.default(V)[0]
     return _SpectralNormBound.apply(V)[0]
 
 
@@ -259,22 +263,8 @@ class _SpectralNormBound(torch.autograd.Function):
 
     @staticmethod
     def forward(V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        m = V.shape[0]
-        if lacks_numbers(V):
-            return tuple(V.new_empty(shape, dtype=torch.float64) for shape in ((), (m,), (m,)))
-        largest = float(V.abs().amax())
-        if not math.isfinite(largest):
-            raise ValueError("V must be finite; it contains NaN or infinity")
-        scale = 2.0 ** math.frexp(largest)[1]  # a power of two: exact, and G can neither overflow nor vanish
-        V = V.double() / scale
-        G = V.mT @ V
-        tau, v = _top_eigenpair(G)
-        u = V @ v
-        sigma = torch.linalg.vector_norm(u)
-        gamma = (m + 2) * 2.0**-53
-        upper = torch.sqrt(torch.maximum(tau, sigma * sigma) * (1 + 5 * m * gamma))
-        left = u * (upper / (sigma * sigma).clamp(min=torch.finfo(torch.float64).tiny))
-        return upper * scale, left, v
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.deq.spectral_norm_bound.default(V)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -297,9 +287,65 @@ class _SpectralNormBound(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, V: Tensor) -> tuple:
-        """One matrix after the other: each has its own certificate."""
-        each = [_SpectralNormBound.apply(one) for one in V.movedim(in_dims[0], 0)]
-        return tuple(torch.stack(outputs) for outputs in zip(*each, strict=True)), (0, 0, 0)
+        return _one_by_one(_SpectralNormBound.apply, V, in_dims[0])
+
+
+def _one_by_one(bound: Callable[[Tensor], tuple[Tensor, ...]], V: Tensor, dim: int) -> tuple:
+    """The rule of vmap: one matrix after the other, each has its own certificate."""
+    each = [bound(one) for one in V.movedim(dim, 0)]
+    return tuple(torch.stack(outputs) for outputs in zip(*each, strict=True)), (0, 0, 0)
+
+
+def _bound(V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The bound (), and the vectors ``left`` and v (m,) of its gradient ``left v^T``; float64."""
+    m, largest = V.shape[0], float(V.abs().amax())
+    if not math.isfinite(largest):
+        raise ValueError("V must be finite; it contains NaN or infinity")
+    scale = 2.0 ** math.frexp(largest)[1]  # a power of two: exact, and G can neither overflow nor vanish
+    V = V.double() / scale
+    G = V.mT @ V
+    tau, v = _top_eigenpair(G)
+    u = V @ v
+    sigma = torch.linalg.vector_norm(u)
+    gamma = (m + 2) * 2.0**-53
+    upper = torch.sqrt(torch.maximum(tau, sigma * sigma) * (1 + 5 * m * gamma))
+    left = u * (upper / (sigma * sigma).clamp(min=torch.finfo(torch.float64).tiny))
+    return upper * scale, left, v.contiguous()  # as a graph takes it
+
+
+def _bound_fake(V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    m = V.shape[0]
+    return tuple(V.new_empty(shape, dtype=torch.float64) for shape in ((), (m,), (m,)))
+
+
+class _InGraphs(_SpectralNormBound):
+    """The same in the form that the operator's own autograd kernel can call."""
+
+    @staticmethod
+    def forward(ctx, V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        output = _SpectralNormBound.forward(V)
+        _SpectralNormBound.setup_context(ctx, (V,), output)
+        return output
+
+    setup_context = torch.autograd.Function.setup_context
+
+
+def _bound_autograd(V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    with enable_single_level_autograd_function():
+        return super(torch.autograd.Function, _InGraphs).apply(V)
+
+
+def _bound_vmap(info, in_dims, V: Tensor) -> tuple:
+    return _one_by_one(torch.ops.deq.spectral_norm_bound.default, V, in_dims[0])
+
+
+# It decides by its numbers, which no graph can hold: there it is an operator.
+_operators = torch.library.Library("deq", "FRAGMENT")
+_operators.define("spectral_norm_bound(Tensor V) -> (Tensor, Tensor, Tensor)", tags=torch.Tag.pt2_compliant_tag)
+_operators.impl("spectral_norm_bound", _bound, "CompositeExplicitAutograd")
+_operators.impl("spectral_norm_bound", _bound_autograd, "Autograd")
+torch.library.register_fake("deq::spectral_norm_bound", _bound_fake, lib=_operators)
+torch.library.register_vmap("deq::spectral_norm_bound", _bound_vmap, lib=_operators)
 
 
 class _Once(torch.autograd.Function):

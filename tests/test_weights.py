@@ -219,6 +219,36 @@ class TestContractive:
         torch.testing.assert_close(torch.func.jacfwd(contractive)(V), want)
         torch.testing.assert_close(torch.autograd.functional.jacobian(contractive, V, vectorize=True), want)
 
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+    @pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning")
+    @pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node:UserWarning")
+    def test_graphs(self):
+        """Its numbers decide: in an exported program there was memory that nobody had written to instead."""
+
+        class Scaled(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.V = torch.nn.Parameter(3 * gaussian(6, 6))
+
+            def forward(self, x):
+                return x @ contractive(self.V)
+
+        module, x = Scaled(), gaussian(2, 6)
+        want = module(x), *torch.autograd.grad(module(x).sin().sum(), module.V)
+        graphs = {
+            "export": torch.export.export(module, (x,), strict=False).module(),
+            "strict export": torch.export.export(module, (x,), strict=True).module(),
+            "compile": torch.compile(module, fullgraph=True, backend="aot_eager"),
+        }
+        for name, graph in graphs.items():
+            got = graph(x), *torch.autograd.grad(graph(x).sin().sum(), list(graph.parameters()))
+            assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True)), name
+        V = module.V.detach()
+        primal, tangent = torch.func.linearize(contractive, V)
+        assert torch.equal(primal, contractive(V))
+        direction = gaussian(6, 6, seed=1)
+        torch.testing.assert_close(tangent(direction), torch.func.jvp(contractive, (V,), (direction,))[1])
+
     def test_second_derivative_says_that_it_does_not_exist(self):
         V = (3 * gaussian(4, 4)).requires_grad_()
         loss = lambda V: contractive(V).square().sum()  # noqa: E731
