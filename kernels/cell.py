@@ -108,7 +108,9 @@ def _launch(
 
 
 def readable(name: str, operand: Tensor) -> Tensor:
-    """The operand, copied if the kernel would be slow on its strides or wrong about them."""
+    """The operand, copied if the kernel would be slow on its strides or wrong about them, or about its sign: of a view
+    with torch's negative bit it would read the memory as it is."""
+    operand = operand.resolve_neg()
     along, across = operand.stride(1), operand.stride(0)
     if name in ("W", "A") and along != 1:
         along, across = across, along

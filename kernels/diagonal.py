@@ -102,7 +102,7 @@ def solve_diagonal(
             f"d must be ({m},) float32 on {x.device} beside x {tuple(x.shape)} float32; "
             f"got d {tuple(d.shape)} {d.dtype} on {d.device}, x {x.dtype}"
         )
-    d, x = d.contiguous(), x.contiguous()
+    d, x = d.resolve_neg().contiguous(), x.resolve_neg().contiguous()
     z = torch.empty_like(x)
     residual = x.new_empty(B)
     slope = torch.empty_like(x) if derives else None

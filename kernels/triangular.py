@@ -38,8 +38,8 @@ def substitute(
     """
     number = 0 if activation is None else get_activation(activation).number
     B, m = c.shape
-    c = c.contiguous()
-    mask = None if mask is None else mask.contiguous()
+    W, c = W.resolve_neg(), c.resolve_neg().contiguous()
+    mask = None if mask is None else mask.resolve_neg().contiguous()
     z = torch.empty_like(c)
     residual = c.new_empty(B)
     if B > 0:

@@ -167,6 +167,7 @@ def test_strides_dtypes_stacks_and_nothing(regime):
     wide[:, ::2] = c
     assert torch.equal(solved(W.mT.contiguous().mT, wide[:, ::2]).z, expected)
     assert torch.equal(solved(torch.stack((W, 0.5 * W)), c.expand(2, 4, 9)).z[0], expected)
+    assert torch.equal(solved(torch._neg_view(-W), torch._neg_view(-c)).z, expected)
     assert solved(W, c[:0]).z.shape == (0, 9)
     half = solved(W.bfloat16(), c.bfloat16())
     assert half.z.dtype == torch.bfloat16 and half.residual.dtype == torch.float32
