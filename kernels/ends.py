@@ -91,24 +91,21 @@ def start_kernel(
     c_ptr = floats(table_ptr, C) + b * stride_c
     d_ptr = floats(table_ptr, D) + b * stride_d
     start_ptr = of_caller(table_ptr, START) + b * stride_start
-    largest, largest_value, bad, bad_start = 0.0, 0.0, 0, 0
+    reach, bad, bad_start = 0.0, 0, 0  # reach: of the values; where relu or a mask ends it, c may be any size
     at = 0
     while at < m:
         j = at + tl.arange(0, BLOCK)
         c = tl.load(c_ptr + j, mask=j < m, other=0.0)
         bad = tl.maximum(bad, tl.max(tl.where(tl.abs(c) < float("inf"), 0, 1)))
-        largest = tl.maximum(largest, tl.max(tl.abs(c)))
-        if not HOMOGENEOUS:
-            value = tl.where(j < m, ending(c, d_ptr + j, j < m, ENDING, ACTIVATION), 0.0)
-            largest_value = tl.maximum(largest_value, tl.max(tl.abs(value)))
+        value = tl.where(j < m, ending(c, d_ptr + j, j < m, ENDING, ACTIVATION), 0.0)
+        reach = tl.maximum(reach, tl.max(tl.abs(value)))
         if STARTS:
             start = tl.load(start_ptr + j, mask=j < m, other=0.0)
             bad_start = tl.maximum(bad_start, tl.max(tl.where(tl.abs(start) < float("inf"), 0, 1)))
-            largest = tl.maximum(largest, tl.max(tl.abs(start)))
-            largest_value = tl.maximum(largest_value, tl.max(tl.abs(start)))
+            reach = tl.maximum(reach, tl.max(tl.abs(start)))
         at += BLOCK
     finite = (bad == 0) & (bad_start == 0)
-    reach = tl.where(finite, largest if HOMOGENEOUS else largest_value, 1.0)
+    reach = tl.where(finite, reach, 1.0)
     unit = unit_of(reach)
     scale = scale_of(reach * unit if HOMOGENEOUS else reach)  # of a first increment, whose norm is not known yet
 

@@ -164,9 +164,8 @@ def solve_kernel(
     finite = in_b & (bad + bad_start == 0)
     c = tl.where(finite[None, :], c, 0.0)
     y = tl.where(finite[None, :], y, 0.0)
-    reach = c
-    if not HOMOGENEOUS:
-        reach = tl.where(inside, _ending(c, d, ENDING, ACTIVATION), 0.0)
+    # Of the values: where relu or a mask ends it, c may be any size.
+    reach = tl.where(inside, _ending(c, d, ENDING, ACTIVATION), 0.0)
     unit = unit_of(tl.maximum(tl.max(tl.abs(reach), axis=0), tl.max(tl.abs(y), axis=0)))
     judged = unit * 0.0 + 1.0  # squares are of iterates times this
     if HOMOGENEOUS:

@@ -151,6 +151,21 @@ def test_scale_changes_nothing(scale, regime):
     torch.testing.assert_close(other.z / scale, one.z)
 
 
+@pytest.mark.parametrize("regime", ["resident", "cell", "bfloat16"], indirect=True)
+def test_units_that_are_switched_off_say_nothing_of_the_scale(regime):
+    """They did: beside them the others' squares left the range, and any iterate passed for converged."""
+    W, c, g = gaussian(10, 3)
+    on = torch.arange(10) % 3 > 0
+    off, loss = torch.where(on, c, -1e30), torch.where(on, g, 1e30)
+    solution = solved(W, off.requires_grad_())
+    alone = solved(W[on][:, on].contiguous(), c[:, on].requires_grad_())
+    assert solution.converged.all()
+    torch.testing.assert_close(solution.z, alone.z.new_zeros(3, 10).index_add(1, on.nonzero()[:, 0], alone.z))
+    (gradient,) = torch.autograd.grad(solution.z, off, loss)
+    (want,) = torch.autograd.grad(deq.solve(W, off, tol=1e-6).z, off, torch.where(on, g, 0.0))
+    torch.testing.assert_close(gradient, want, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("regime", ["resident", "cell"], indirect=True)
 def test_smooth_activations_far_from_one(regime):
     W, c, _ = gaussian(6, 2)
