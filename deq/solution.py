@@ -137,9 +137,9 @@ def report_failures(solution: Solution, on_failure: str, tol: float, what: str) 
 
 def warn(message: str) -> None:
     """A ConvergenceWarning at the line of the caller's program: the last one before those of deq and torch, which has
-    modules and the backward pass between."""
+    modules, the backward pass and the code of its graphs between, which belongs to no module."""
     frame, level = sys._getframe(), 1
-    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("deq", "torch"):
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("deq", "torch", ""):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, ConvergenceWarning, stacklevel=level)
 
