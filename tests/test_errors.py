@@ -10,7 +10,7 @@ import torch
 from problems import gaussian
 
 import deq
-from deq import _library
+from deq import _library, weights
 
 BACKENDS = ["reference"] + (["cpu"] if _library.compiled is not None else [])
 backends = pytest.mark.parametrize("backend", BACKENDS)
@@ -99,6 +99,16 @@ def test_position_of_a_bad_sample_in_deep_batches(backend):
         deq.solve(changed(W.repeat(3, 1, 1), 1, 0, 2, nan), c.expand(3, 4, 6), backend=backend)
     with pytest.raises(ValueError, match=r"c must be finite; c holds NaN"):
         deq.solve(W, changed(c[0], 1, nan), backend=backend)
+
+
+@backends
+@pytest.mark.parametrize("activation", ["tanh", "identity"])
+def test_a_weight_that_is_not_finite_is_not_rescued(backend, activation):
+    """LAPACK had the last word in Newton's rung."""
+    factors = weights.DiagonalLowRank(W[0], W[:, :3], changed(W[:, 3:], 2, 1, inf))
+    for weight in (changed(W, 2, 3, inf), changed(10 * W, 0, 0, nan), factors):
+        with pytest.raises(ValueError, match=r"W must be finite; W\["):
+            deq.solve(weight, c, activation, backend=backend)
 
 
 @backends

@@ -245,7 +245,7 @@ def _climb(
     numbers = report.read() if deferred else report
     if recompute is not None:
         problem = replace(problem, d=recompute)
-    if not (deferred and numbers[1]):  # of a W that is not finite the front door has more to say than the rungs
+    if not numbers[1]:  # of a W that is not finite the front door has more to say than the rungs
         _rescue_all(problem, start, outcome, plan)
     status = _read(outcome)[2]
     numbers = [int((status != Status.CONVERGED).sum()), *numbers[1:]]
