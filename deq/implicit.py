@@ -79,7 +79,7 @@ def _unrolled(W: Tensor, c: Tensor, z0: Tensor | None, solved: Tensor, stats: Te
     W, c, z = _widened(W, c, solved)
     y = start = torch.zeros_like(c) if z0 is None else z0.detach().to(c.dtype)
     best = torch.full_like(last, torch.inf, dtype=c.dtype)
-    for k in range(1, largest(last) + 1):
+    for k in range(1, max(1, largest(last)) + 1):  # no samples have a graph too
         image, finite = _evaluate(W, c, y, activation)
         step, size = (_norm(t.detach()).unsqueeze(-1) for t in (image - y, image))
         better = (last >= k) & finite & ((residual := torch.where(step > 0, step / size, step)) < best)

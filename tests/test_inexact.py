@@ -35,6 +35,15 @@ def test_an_unrolled_iteration_is_the_one_that_is_reported(solver):
     assert "unrolled" in unrolled.plan.explain() and unrolled.plan.map == "plain"
 
 
+@INEXACT
+@pytest.mark.parametrize("shape", [(0, 6), (2, 0, 6)])
+def test_no_samples_have_a_gradient(backward, shape):
+    """The last batch of a data set may be filtered to nothing; unrolled it had no graph, and backward() failed."""
+    W, c = torch.eye(6).mul(0.3).requires_grad_(), torch.zeros(shape, requires_grad=True)
+    deq.solve(W, c, "tanh", backward=backward).z.sum().backward()
+    assert c.grad.shape == shape and torch.equal(W.grad, torch.zeros(6, 6))
+
+
 def test_an_unrolled_sample_that_failed_is_its_best_iterate():
     W, c = contraction(0.99)
     W = W * torch.tensor([1.0, -1.0], dtype=W.dtype)[:, None, None]  # a stack
