@@ -28,7 +28,7 @@ from .indicators import fitted, is_large
 from .modes import no_autocast
 from .options import check_backward, problem_of
 from .run import canonical_shape, run
-from .solution import Solution
+from .solution import Solution, rounded
 from .weights import Dense, Diagonal, DiagonalLowRank, LowerTriangular, Structure
 
 _OPTIONS = (
@@ -152,7 +152,9 @@ def _solve_vmap(info, in_dims, parts, structure, c, z0, *options):
     z0 = None if z0 is None else samples(z0, of_z0)
     parts = [many.weight(W)] if structure == Dense.structure else parts
     z, said = torch.ops.deq.solve.default(parts, structure, *_as(parts[0], samples(c, of_c), z0), *options)
-    return (many.apart(z).reshape(shape).to(c.dtype), many.stats(z, said)), (0, 0)
+    if z.dtype != c.dtype:
+        z, said = rounded(z, said, c.dtype)
+    return (many.apart(z).reshape(shape), many.stats(z, said)), (0, 0)
 
 
 class _Solve(torch.autograd.Function):
@@ -197,7 +199,7 @@ def _solve_autograd(parts, structure, c, z0, *options):
     if any(tangent_of(t) is not None for t in (c, *parts)):
         W = _formed(parts, structure)
         z, said = _apply(_Solve, Dense.structure, options, *_as(W, c, z0), W)
-        return z.to(c.dtype), said
+        return (z, said) if z.dtype == c.dtype else rounded(z, said, c.dtype)
     if not (torch.is_grad_enabled() and (c.requires_grad or any(part.requires_grad for part in parts))):
         with torch._C._AutoDispatchBelowAutograd():  # as a graph is run: a third of what the call costs the host
             return torch.ops.deq.solve.default(parts, structure, c, z0, *options)

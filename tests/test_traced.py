@@ -210,6 +210,23 @@ def test_tangents_of_a_structure_inside_of_a_graph(structure):
     torch.testing.assert_close(compiled(f)(W, c), f(W, c), rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("transform", ["vmap", "jvp"])
+def test_what_leaves_the_range_of_16_bits_inside_of_a_graph(transform):
+    """It is solved with the dense matrix in float32, and what was rounded to infinity passed for converged."""
+    d, factor = torch.full((2, 6), 0.99, dtype=torch.float16), torch.zeros(6, 2, dtype=torch.float16)
+    c = torch.ones(3, 6, dtype=torch.float16)
+    c[0] = 3000.0
+
+    def f(d):
+        solution = deq.solve(weights.DiagonalLowRank(d, factor, factor), c, on_failure="ignore")
+        return solution.z, solution.status
+
+    g = vmap(f) if transform == "vmap" else lambda d: jvp(f, (d[0],), (d[0],))[0]
+    z, status = compiled(g)(d)
+    assert bool(z.isfinite().all()) and torch.equal(z, g(d)[0])
+    assert torch.equal(status, g(d)[1]) and status.reshape(-1, 3)[0].tolist() == [deq.Status.DIVERGED, 0, 0]
+
+
 def test_tangents_of_inexact_gradients_inside_of_a_graph():
     W, c, _ = gaussian(5, 3, torch.float64)
     for backward in ("one_step", "phantom"):
