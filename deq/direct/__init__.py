@@ -91,17 +91,18 @@ def _solve(
     precision = getattr(torch, plan.precision)
     start = None if z0 is None else z0.detach().reshape(flat).to(precision)
     z, residual, iterations = _run(method, activation, plan, on_failure, start, c.reshape(flat).to(precision))
-    converged = residual <= plan.tol
     finite = torch.isfinite(c.detach()).all(-1) if deferred else None
     is_last = forced or isinstance(method, Triangular | Diagonal)  # exact to rounding: no iteration makes it better
+    judged = residual
     if c.dtype != precision:
         largest = torch.finfo(c.dtype).max
-        converged = converged & (z.detach().abs().amax(-1) <= largest)
+        judged = torch.where(z.detach().abs().amax(-1) <= largest, residual, torch.inf)  # what leaves it has diverged
         z = z.clamp(-largest, largest).to(c.dtype)
+    converged = judged <= plan.tol
     if deferred:
         f = ACTIVATIONS[activation].value(c.detach().reshape(z.shape))
         z = torch.where(torch.isfinite(z).all(-1, keepdim=True), z, f)  # a singular system: its only iterate is f(0)
-        status = _status(converged, residual).masked_fill_(~finite.reshape(residual.shape), int(Status.NONFINITE))
+        status = _status(converged, judged).masked_fill_(~finite.reshape(residual.shape), int(Status.NONFINITE))
     elif bool(converged.all()):
         status = torch.zeros(residual.shape, dtype=torch.uint8, device=c.device)
     else:
@@ -111,7 +112,7 @@ def _solve(
             return torch.where(torch.isfinite(z).all(-1, keepdim=True), z.detach(), 0.0).reshape(c.shape)
         if not is_finite(z):  # a singular system: its only iterate is f(0)
             z = torch.where(torch.isfinite(z).all(-1, keepdim=True), z, ACTIVATIONS[activation].value(c.reshape(flat)))
-        status = _status(converged, residual)
+        status = _status(converged, judged)
     z = z if z.shape == c.shape else z.reshape(c.shape)
     solution = Solution(z, stats.pack(iterations, residual, status), plan)
     if deferred:
