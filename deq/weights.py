@@ -197,13 +197,15 @@ def monotone(A: Tensor, B: Tensor, mu: float = 0.1) -> Tensor:
     Lipschitz in c. Proof: such an activation is the resolvent ``(1 + dF)^-1`` of a monotone ``dF``, hence
     ``z = act(W z + c)`` says ``0 in (I - W) z - c + dF(z)``, and this operator is strongly monotone with modulus mu.
     The plain iteration need not converge: ||W||_2 is not bounded. The inequality holds up to the rounding of W.
-    Every W with ``sym(I - W) >= mu I`` is reached. Raises ValueError for shapes, dtypes or ``mu`` outside (0, 1].
+    Every W with ``sym(I - W) >= mu I`` is reached. Raises ValueError for shapes, dtypes, devices or
+    ``mu`` outside (0, 1].
     """
     _check_square("B", B)
     _check_tensor("A", A, 2, "(r, m)")
-    if A.shape[1] != B.shape[0] or A.dtype != B.dtype:
+    if A.shape[1] != B.shape[0] or A.dtype != B.dtype or A.device != B.device:
         raise ValueError(
-            f"A must be (r, {B.shape[0]}) of {B.dtype} to go with B; got {tuple(A.shape)} of {A.dtype}",
+            f"A must be (r, {B.shape[0]}) of {B.dtype} on {B.device} to go with B; "
+            f"got {tuple(A.shape)} of {A.dtype} on {A.device}"
         )
     if not 0.0 < mu <= 1.0:
         raise ValueError(f"mu must lie in (0, 1]; got {mu!r}")
@@ -222,8 +224,11 @@ def bounded(v: Tensor, bound: float = 0.95) -> Tensor:
     ``z - act(w z + c)`` has derivative ``1 - w act' >= 1 - bound L > 0``, so it has exactly one root. ``w < 1`` alone
     is enough for that with a nondecreasing 1-Lipschitz activation; the bound from below as well makes the plain
     iteration contract with factor ``bound L``, which a ``w <= -1`` would not.
-    Raises ValueError for a bound outside (0, 1).
+    Raises TypeError for a v that is no floating-point tensor and ValueError for a bound outside (0, 1).
     """
+    if not isinstance(v, Tensor) or not v.dtype.is_floating_point:
+        kind = v.dtype if isinstance(v, Tensor) else type(v).__name__
+        raise TypeError(f"v must be a floating-point tensor; got {kind}")
     if not 0.0 < bound < 1.0:
         raise ValueError(f"bound must lie strictly between 0 and 1; got {bound!r}")
     # tanh rounds to at most 1, but bound itself may round up to 1 in a half precision

@@ -322,6 +322,7 @@ class TestMonotone:
             (torch.zeros(2, 3), torch.zeros(2, 3), 0.1, r"B must be square"),
             (torch.zeros(2, 3), torch.zeros(2, 2), 0.1, r"A must be \(r, 2\).*\(2, 3\)"),
             (torch.zeros(2, 2), torch.zeros(2, 2).double(), 0.1, r"A must be .*float64.*float32"),
+            (torch.zeros(2, 2), torch.zeros(2, 2, device="meta"), 0.1, r"A must be .* on meta .* on cpu"),
             (torch.zeros(2, 2), torch.zeros(2, 2), 0.0, r"mu must lie in \(0, 1\]; got 0.0"),
             (torch.zeros(2, 2), torch.zeros(2, 2), 1.5, r"mu must lie"),
         ],
@@ -364,3 +365,8 @@ class TestBounded:
     def test_bad_bound(self, bound):
         with pytest.raises(ValueError, match="bound must lie strictly between 0 and 1"):
             bounded(torch.zeros(2), bound)
+
+    @pytest.mark.parametrize("v", [torch.ones(2, dtype=torch.int64), [1.0]])
+    def test_other_types_are_named(self, v):
+        with pytest.raises(TypeError, match=r"v must be a floating-point tensor; got (torch.int64|list)"):
+            bounded(v)
