@@ -244,12 +244,12 @@ DEQ_GPU void slopes_of(const Call& call, uint32_t set, float (&d)[E]) {
   for_each_of(set, d, [&](float y) { return derivative_of_value<ScalarMath<float>>(call.activation, y); });
 }
 
-// The largest magnitude of `width` numbers, by one warp; infinity if one of them is not finite.
-template <class Gpu>
-DEQ_GPU float reach_of(const float* row, int64_t stride, int64_t width) {
+// The largest magnitude of `width` numbers, number(k) each, by one warp; infinity if one of them is not finite.
+template <class Gpu, class Number>
+DEQ_GPU float reach_of(int64_t width, const Number& number) {
   float reach = 0;
   for (int64_t k = Gpu::thread() % kWarp; k < width; k += kWarp) {
-    const float a = fabsf(row[k * stride]);
+    const float a = fabsf(number(k));
     reach = a <= reach ? reach : a;  // keeps a NaN: no comparison with it is true
     if (reach != reach) reach = INFINITY;
   }
@@ -258,6 +258,11 @@ DEQ_GPU float reach_of(const float* row, int64_t stride, int64_t width) {
     reach = other > reach ? other : reach;
   }
   return reach;
+}
+
+template <class Gpu>
+DEQ_GPU float reach_of(const float* row, int64_t stride, int64_t width) {
+  return reach_of<Gpu>(width, [&](int64_t k) { return row[k * stride]; });
 }
 
 constexpr float kNear = 1 << 20;  // that near 1 squares are in range as they are
@@ -280,7 +285,16 @@ DEQ_GPU void prepare_sample(const Call& call, int64_t weight, int64_t sample) {
   Note note{0, 1, 0};
   const float largest = reach[0] > reach[1] ? reach[0] : reach[1];
   if (call.mask.data || is_homogeneous(call.activation)) {
-    note.scale = to_unit(largest);  // linear in the injection up to a positive factor: a power of two changes no bit of the path
+    // Linear in the injection up to a positive factor: a power of two changes no bit of the path. The scale is that of values:
+    // where relu or a mask ends it, the injection may be of any size.
+    const float* mask = row_of(call.mask, weight, sample);
+    const float values = reach_of<Gpu>(call.width, [&](int64_t k) {
+      const float x = c[k * call.injection.stride[2]];
+      if (!call.mask.data) return call.activation == kRelu ? Relu<ScalarMath<float>>::value(x) : x;
+      const float d = mask[k * call.mask.stride[2]];
+      return x * (call.mask_is_value ? derivative_of_value<ScalarMath<float>>(call.activation, d) : d);
+    });
+    note.scale = to_unit(values > reach[1] ? values : reach[1]);
   } else if (largest > 0 && (largest > kNear || largest < 1 / kNear)) {
     note.is_wide = 1;
   }

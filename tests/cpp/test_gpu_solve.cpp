@@ -378,6 +378,26 @@ void scales() {
   }
 }
 
+// Units that relu or a mask ends say nothing of the scale, whatever their injection: beside them the others' squares would leave
+// the range, and any iterate would pass for converged.
+void switched_off() {
+  for (const bool masked : {false, true}) {
+    Case block(4, 20), grid(4, 20);
+    for (Case* k : {&block, &grid}) {
+      k->mask.assign(4 * 20, 1.0f);
+      for (int64_t i = 0; i < 4 * 20; i += 3) {
+        k->c[i / 20 * 23 + i % 20] = masked ? 1e30f : -1e30f;
+        k->mask[i] = 0;
+      }
+      if (masked) k->call.mask = {k->mask.data(), {0, 20, 1}};
+    }
+    block.solve_in_blocks<1, 0>(2);
+    block.check_solved();
+    grid.solve_in_grid<1, 1, 0>();
+    grid.check_solved();
+  }
+}
+
 // A sample that fails says so, returns something finite, and leaves its batch mates alone.
 void failures() {
   Case good_blocks(9, 20), good_grid(9, 20), blocks(9, 20), grid(9, 20);
@@ -464,6 +484,7 @@ int main() {
   acceleration();
   starts();
   scales();
+  switched_off();
   failures();
   capacities();
   return check_result();
