@@ -59,7 +59,7 @@ DEQ_API int32_t deq_cpu_solve(const struct DeqProblem* problem);
 struct DeqWork {
   int64_t native_rows;      // in float32 or float64
   int64_t native_products;  // multiplications made for them: m x m a row; less where zeros are skipped, more where lanes are idle
-  int64_t native_sweeps;    // passes over a packed W for them: once for all rows of a tile
+  int64_t native_sweeps;    // passes over W for them: once for all rows of a tile
   int64_t increment_rows;   // in the precision of the increments
   int64_t correction_rows;  // with what rounding W for the increments has left out, in the same precision
   int64_t increment_sweeps, correction_sweeps;
@@ -91,9 +91,8 @@ DEQ_API int32_t deq_cpu_invert(void* matrix, int64_t stride, int64_t n, int32_t 
 DEQ_API int32_t deq_cpu_fingerprint(const struct DeqView* view, const int64_t size[3], int32_t type, int32_t threads,
                                     uint64_t fingerprint[2]);
 
-// A range of what the engine did inside a solve: pack (0, payload m, or bytes of the planes of increments), step (1, rows),
-// anchor (2, rows), Anderson (3, pairs, or samples where several are taken together); the system's number of the thread, and
-// nanoseconds of CLOCK_MONOTONIC.
+// A range of what the engine did inside a solve: pack (0, payload m), step (1, rows), anchor (2, rows), Anderson (3, pairs, or
+// samples where several are taken together); the system's number of the thread, and nanoseconds of CLOCK_MONOTONIC.
 struct DeqSpan {
   int32_t kind, thread;
   int64_t payload, start, end;
