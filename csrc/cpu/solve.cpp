@@ -363,10 +363,14 @@ int32_t derivative(const DeqProblem& p) {
   return error;
 }
 
-bool well_formed(const DeqProblem* p) {
+// What every call has.
+bool has_form(const DeqProblem* p) {
   return p && p->weights >= 0 && p->batch >= 0 && p->width >= 1 && p->type >= DEQ_FLOAT32 && p->type <= DEQ_FLOAT16 &&
-         p->activation >= 0 && p->activation < kActivations && p->max_iter >= 1 && p->report &&
-         !(p->mask.data && p->mask_is_value && !has_of_value(p->activation));
+         p->activation >= 0 && p->activation < kActivations;
+}
+
+bool well_formed(const DeqProblem* p) {
+  return has_form(p) && p->max_iter >= 1 && p->report && !(p->mask.data && p->mask_is_value && !has_of_value(p->activation));
 }
 
 }  // namespace
@@ -392,7 +396,7 @@ int32_t deq_cpu_solve(const DeqProblem* p) {
 void deq_cpu_last_work(DeqWork* work) { *work = deq::last_work; }
 
 int32_t deq_cpu_derivative(const DeqProblem* p) {
-  if (!p || p->width < 1 || p->activation < 0 || p->activation >= deq::kActivations) return DEQ_BAD_ARGUMENT;
+  if (!deq::has_form(p)) return DEQ_BAD_ARGUMENT;
   if (p->weights * p->batch == 0) return DEQ_OK;
   return deq::guarded([&] { return p->type == DEQ_FLOAT64 ? deq::derivative<double>(*p) : deq::derivative<float>(*p); });
 }

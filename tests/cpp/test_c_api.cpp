@@ -129,6 +129,17 @@ void refusals() {
   CHECK(refused([](DeqProblem& p) { p.report = nullptr; }));
   CHECK(refused([](DeqProblem& p) { p.mask = p.injection, p.mask_is_value = 1, p.activation = kGelu; }));
   CHECK(!refused([](DeqProblem& p) { p.activation = kIdentity; }));
+  auto refused_derivative = [](auto change) {
+    Case<float> k(1, 2, 3), z(1, 2, 3);
+    k.p.start = z.p.out;
+    change(k.p);
+    return deq_cpu_derivative(&k.p) == DEQ_BAD_ARGUMENT;
+  };
+  CHECK(refused_derivative([](DeqProblem& p) { p.width = 0; }));
+  CHECK(refused_derivative([](DeqProblem& p) { p.batch = -1; }));
+  CHECK(refused_derivative([](DeqProblem& p) { p.type = 4; }));
+  CHECK(refused_derivative([](DeqProblem& p) { p.activation = 99; }));
+  CHECK(!refused_derivative([](DeqProblem& p) { p.report = nullptr, p.max_iter = 0; }));  // which it does not use
   CHECK(deq_cpu_set_isa("sse9") == DEQ_BAD_ARGUMENT);
 }
 
