@@ -34,23 +34,24 @@ inline int most_panels() {
 
 inline int64_t words(int64_t m) { return (m + kWord - 1) / kWord; }
 
-// The bits of word w of a row that is padded to `end`.
+// The bits of word w of a row of `width` elements. What lies behind them does not count: it is zero, but not where an increment
+// of the delta engine overflowed, and W has no line for it.
 template <class T>
-DEQ_INLINE uint64_t nonzero_bits(const T* z, int64_t w, int64_t end) {
+DEQ_INLINE uint64_t nonzero_bits(const T* z, int64_t w, int64_t width) {
   uint64_t bits = 0;
-  const int64_t first = w * kWord, last = end < first + kWord ? end : first + kWord;
-  for (int64_t k = first; k < last; k += kLanes<T>) bits |= nonzero_lanes<T>(VecMath<T>::load(z + k)) << (k - first);
-  return bits;
+  const int64_t first = w * kWord, count = width - first < kWord ? width - first : kWord;
+  for (int64_t k = 0; k < count; k += kLanes<T>) bits |= nonzero_lanes<T>(VecMath<T>::load(z + first + k)) << k;
+  return bits & ~uint64_t{0} >> (kWord - count);
 }
 
 // Fills the bits of every row; returns how many are set.
 template <class T>
 int64_t find_nonzeros(const Step<T>& s, int n) {
-  const int64_t count = words(s.width), end = padded<T>(s.width);
+  const int64_t count = words(s.width);
   int64_t set = 0;
   for (int r = 0; r < n; ++r)
     for (int64_t w = 0; w < count; ++w) {
-      s.nonzeros[r * count + w] = nonzero_bits(s.z[r], w, end);
+      s.nonzeros[r * count + w] = nonzero_bits(s.z[r], w, s.width);
       set += __builtin_popcountll(s.nonzeros[r * count + w]);
     }
   return set;
@@ -74,7 +75,7 @@ __attribute__((noinline)) void skip_block(const Step<T>& s, int n, int64_t j, in
   const T* next = last ? s.packed + (j + N * L) * s.width : block + kWord * NV * L;
   const int64_t run = kWord * NV * L / n + 1;
   const bool fetches = s.width > kFetchWidth && (!last || j + N * L < s.to);
-  [[maybe_unused]] uint64_t coming = FIND ? nonzero_bits(s.z[0], w, padded<T>(s.width)) : 0;
+  [[maybe_unused]] uint64_t coming = FIND ? nonzero_bits(s.z[0], w, s.width) : 0;
   // Loads a row's sums; returns the bits of its nonzero elements.
   auto begin = [&](int r, V(&acc)[N]) {
     if (fetches)
@@ -85,7 +86,7 @@ __attribute__((noinline)) void skip_block(const Step<T>& s, int n, int64_t j, in
     if constexpr (FIND) {
       s.nonzeros[r * count + w] = bits;
       *s.found += __builtin_popcountll(bits);
-      if (r + 1 < n) coming = nonzero_bits(s.z[r + 1], w, padded<T>(s.width));
+      if (r + 1 < n) coming = nonzero_bits(s.z[r + 1], w, s.width);
     }
     const T* out = s.out[r] + j;
 #pragma GCC unroll 16

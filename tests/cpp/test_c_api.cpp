@@ -1,5 +1,6 @@
 // The C interface (csrc/kernels.h) without torch and Python: solves, adjoints, strides, reports and refusals, on every
 // instruction set of this machine.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -112,6 +113,25 @@ void reports() {
   CHECK(injection.report.bad_injection == 1 + 4);
 }
 
+// A sweep whose second stage overflows: its third leaves NaN in all of its columns, and in those behind the last, which the
+// products of the anchor after it must leave out. That is no product of W, and read behind its end.
+void overflows() {
+  constexpr int64_t m = 97, first = 32, second = 64;  // where the stages start
+  if (!deq_cpu_has_precision(DEQ_BFLOAT16_INCREMENTS)) return;
+  Case<float> k(1, 1, m);
+  std::fill(k.W.begin(), k.W.end(), 0.0f);
+  std::fill(k.c.begin(), k.c.end(), 0.0f);
+  k.W[0] = k.W[first] = 0x1p45f;  // stored transposed: column 0
+  k.c[0] = 1;
+  k.p.precision = DEQ_BFLOAT16_INCREMENTS;
+  CHECK(deq_cpu_solve(&k.p) == DEQ_OK);
+  CHECK(k.status[0] == DEQ_DIVERGED);
+  for (int64_t i = 0; i < m; ++i) CHECK(std::isfinite(k.row(0, 0)[i]));
+  DeqWork work;
+  deq_cpu_last_work(&work);
+  CHECK(work.native_rows == 1 && work.native_products == (2 + m - second) * m);
+}
+
 void refusals() {
   CHECK(deq_cpu_solve(nullptr) == DEQ_BAD_ARGUMENT);
   CHECK(deq_cpu_derivative(nullptr) == DEQ_BAD_ARGUMENT);
@@ -175,6 +195,7 @@ int main() {
     masks_agree<float>(33);
     masks_agree<double>(33);
     reports();
+    overflows();
     cache();
     CHECK(deq_cpu_peak_gflops(DEQ_FLOAT32, 0.01) > 0.1);
     CHECK(deq_cpu_kernel_gflops(DEQ_FLOAT64, 8, 64, 0.01) > 0.01);
