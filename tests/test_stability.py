@@ -405,7 +405,8 @@ def test_warm_start_inside_of_compiled_code():
     )
     for k in range(5):
         z = program(warm, x, [k, k + 1])
-    assert len(calls) == 1 and len(warm._memory) == 6
+        assert len(calls) <= min(k + 1, 2)  # torch 2.10 compiles once more to take any number for a key
+    assert len(warm._memory) == 6
     torch.testing.assert_close(z, layer(2 * x))
 
 
