@@ -124,9 +124,10 @@ class Tile {
     const int64_t words = (m_ + 63) / 64;
     const int64_t share = (p_.batch + sharing - 1) / sharing, fit = kDeltaTileBytes / per_slot / k_.rows * k_.rows;
     size_ = static_cast<int>(std::min<int64_t>({kMaxTile, std::max<int64_t>(2 * k_.rows, fit), share}));
+    // A sum for every slot, or for the samples side by side as many as fill whole vectors.
+    const int64_t in_place = packed_ ? 0 : (size_ + k_.lanes - 1) / k_.lanes * k_.lanes;
     char* at = static_cast<char*>(
-        rows_arena.get(size_ * (per_slot + words * 8 + members * kSkipWidth * kFloat) +
-                       (2 * members + 1 + (packed_ ? 0 : (size_ + k_.lanes - 1) / k_.lanes * k_.lanes)) * stride));
+        rows_arena.get(size_ * (per_slot + words * 8 + members * kSkipWidth * kFloat) + (2 * members + 1 + in_place) * stride));
     if (!at) return false;
     auto take = [&](int64_t bytes) {
       at += bytes;
@@ -154,9 +155,9 @@ class Tile {
       state_[i] = reinterpret_cast<float*>(take(stride));
     }
     if (!packed_) {
-      for (int i = 0; i < size_; ++i) partial_[i] = reinterpret_cast<float*>(take(stride));
-      for (int i = size_; i % k_.lanes; ++i) take(stride);
-      lanes_ = p_.W.stride[2] == 1 ? partial_[0] : nullptr;
+      char* scratch = take(in_place * stride);
+      for (int i = 0; i < size_; ++i) partial_[i] = reinterpret_cast<float*>(scratch + i * stride);
+      lanes_ = p_.W.stride[2] == 1 ? reinterpret_cast<float*>(scratch) : nullptr;
     }
     ones_ = reinterpret_cast<float*>(take(stride));
     std::fill(ones_, ones_ + padded_, 1.0f);
@@ -315,7 +316,7 @@ class Tile {
     const float* state = map_ == DeltaMap::kByRow ? respond(slot) : nullptr;
     low_.measure(row, map_, state, padded_);
     double step2 = row.step2, size2 = row.size2;
-    if (!in_range<float>(size2)) {
+    if (!squares_in_range<float>(size2)) {
       state = respond(slot);
       step2 = distance(state, row.x, m_);
       size2 = size_of(state, m_);
@@ -410,7 +411,7 @@ class Tile {
   DeqWork work_{};
   float *value_[Team::kMostPieces], *state_[Team::kMostPieces];  // of every member
   float* partial_[kMaxTile];                                     // sums of an evaluation in place
-  float* lanes_ = nullptr;
+  float* lanes_ = nullptr;                                       // or the samples side by side, where W has its rows in place
   float *ones_ = nullptr, *total_ = nullptr;
   uint64_t* nonzeros_ = nullptr;
   Zeros<float> zeros_;  // of the anchors

@@ -89,7 +89,7 @@ class LaneIntake {
       for (uint32_t rest = waiting; rest; rest &= rest - 1) {
         const int i = __builtin_ctz(rest);
         double size = static_cast<double>(size2[i]);
-        if (!in_range<T>(size)) size = size_of(y, i, lanes_, m_);
+        if (!squares_in_range<T>(size)) size = size_of(y, i, lanes_, m_);
         slots[i].start2 = size;
       }
     }

@@ -260,7 +260,7 @@ class LaneGroup {
     recall(lane);
     T *f = z_[current_], *y = z_[1 - current_];
     double step2 = static_cast<double>(step2_[lane]), size2 = static_cast<double>(size2_[lane]);
-    if (!in_range<T>(size2)) {
+    if (!squares_in_range<T>(size2)) {
       gather(f, lane, row_);
       gather(y, lane, other_);
       step2 = distance(row_, other_, m_);
@@ -298,8 +298,8 @@ class LaneGroup {
     const bool watched = p_.acceleration == DEQ_ON_DEMAND && !(accelerated_ & bit(lane));
     records_.slowest[lane] = watched ? static_cast<T>(kSlowContraction * kSlowContraction) : T(1);
     records_.first2[lane] = static_cast<T>(slots_[lane].start2);
-    const bool always =
-        p_.criterion != DEQ_RESIDUAL || (record.iteration == 0 && slots_[lane].start2 > 0 && !in_range<T>(slots_[lane].start2));
+    const bool always = p_.criterion != DEQ_RESIDUAL ||
+                        (record.iteration == 0 && slots_[lane].start2 > 0 && !squares_in_range<T>(slots_[lane].start2));
     left_[lane] = always ? 0 : static_cast<int>(std::min<int64_t>(rule_.max_iter - record.iteration, kUnseen));
     records_.left[lane] = static_cast<T>(left_[lane]);
   }

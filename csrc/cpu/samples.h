@@ -237,12 +237,6 @@ class Samples {
   int64_t next_ = 0, end_ = 0;  // the samples that are taken and not yet read
 };
 
-// Squares of T lose their meaning outside: there the sums are formed again in double, which float squares cannot leave.
-template <class T>
-bool in_range(double sum) {
-  return sizeof(T) == 4 ? sum > 1e-20 && sum < 1e30 : sum > 1e-120 && sum < 1e120;
-}
-
 template <class T>
 double size_of(const T* y, int64_t m) {
   double part[4] = {};  // one sum would wait for every addition

@@ -9,6 +9,7 @@
 #include "../scalar_root.h"
 #include "../structured.h"
 #include "cache.h"
+#include "convert.h"
 #include "structured_kernels.h"
 
 namespace deq {
@@ -59,12 +60,6 @@ class ScalarEquations {
   Scalars<T> scalars_{};
   int32_t error_ = DEQ_OK;
 };
-
-// Whether a sum of squares in T kept its digits, and that of steps of a relative 1e-7 with it.
-template <class T>
-bool squares_in_range(double sum) {
-  return sizeof(T) == 4 ? sum > 1e-20 && sum < 1e30 : sum > 1e-120 && sum < 1e120;
-}
 
 // ||f(z) - z|| / ||f(z)|| from squares, infinity if they left the range.
 template <class T>

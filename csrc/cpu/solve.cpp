@@ -186,7 +186,7 @@ class Tile {
         for (int64_t j = 0; j < m_; ++j) y[j] += y[j] - slot.c[j];
         size2 = size_of(y, m_);
       }
-      if (!in_range<T>(size2)) size2 = size_of(y, m_);
+      if (!squares_in_range<T>(size2)) size2 = size_of(y, m_);
       const Verdict verdict = judge(rule_, slot.record, size2, size2, 0.0);
       if (verdict == Verdict::kContinue) return true;
       finish(slot, verdict, y);
@@ -196,7 +196,7 @@ class Tile {
 
   // The common iteration, apart from advance(): nothing to decide, nothing to write.
   bool goes_on(Slot<T>& slot, double step2, double size2) {
-    if (slot.accelerated || !in_range<T>(size2) || !progresses(rule_, slot.record, step2, size2)) return false;
+    if (slot.accelerated || !squares_in_range<T>(size2) || !progresses(rule_, slot.record, step2, size2)) return false;
     slot.saved = false;
     return true;
   }
@@ -204,7 +204,7 @@ class Tile {
   // Judges the evaluation just made and prepares the next iterate; false when the sample is done.
   bool advance(Slot<T>& slot, double step2, double size2) {
     T *f = slot.buffer[current_], *y = slot.buffer[1 - current_];
-    if (!in_range<T>(size2)) {
+    if (!squares_in_range<T>(size2)) {
       step2 = distance(f, y, m_);
       size2 = size_of(f, m_);
     }

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..held import Exchanged, enclosed
-from ..state import State
+from ..state import State, parts_of
 from ..traced import AUTOGRAD, included
 from .dropout import VariationalDropout
 
@@ -145,8 +145,7 @@ def as_state(parts: list[Tensor], kind: str) -> State:
 
 
 def _as_parts(state: State) -> list[Tensor]:
-    parts = (state,) if isinstance(state, Tensor) else state
-    return [part.clone(memory_format=torch.contiguous_format) for part in parts]
+    return [part.clone(memory_format=torch.contiguous_format) for part in parts_of(state)]
 
 
 @torch.library.custom_op("deq::equilibrium", mutates_args=())
@@ -190,8 +189,7 @@ def equilibrium_backward(
     if wanted:
         f = _function(module, leaves[: len(inputs)], leaves[len(inputs) :])
         with included(_EAGER), torch.enable_grad(), _masks(module.block, seed, z[0].device):
-            attached = module.attach(f, as_state(z, kind), wanted)
-            parts = [attached] if isinstance(attached, Tensor) else list(attached)
+            parts = parts_of(module.attach(f, as_state(z, kind), wanted))
             used = [(part, v) for part, v in zip(parts, g, strict=True) if part.requires_grad]
             if used:  # else the block uses none of the tensors
                 parts, g = zip(*used, strict=True)

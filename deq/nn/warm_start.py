@@ -69,7 +69,7 @@ class WarmStart(nn.Module):
         return columns[0] if self._kind is Tensor else self._kind(columns)
 
     def _remember(self, names: Sequence[Hashable], like: tuple, z: State) -> None:
-        parts = [outside_of_gradients(part.detach()) for part in ([z] if isinstance(z, Tensor) else z)]
+        parts = [outside_of_gradients(part.detach()) for part in parts_of(z)]
         if any(map(torch._C._functorch.is_functorch_wrapped_tensor, parts)):
             return
         if any(len(part) != len(names) for part in parts):
