@@ -85,6 +85,21 @@ def test_no_bit_tells_the_number_of_threads_or_the_other_rows(rows, inner):
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("columns", [1536, 1531])  # whole vectors, and not
+@pytest.mark.parametrize("shift", [0, 1])
+def test_results_too_large_for_the_caches_are_those_of_their_parts(columns, shift, dtype, isa):
+    """They are written past the caches, where they lie on whole vectors."""
+    left, right = draw(1500, 5, dtype=dtype), draw(5, columns, dtype=dtype, seed=1)
+    memory = torch.empty(1500 * columns + shift, dtype=dtype)
+    out = products.multiply(left, right, memory[shift:].view(1500, columns))
+    assert out.nbytes >= 8 << 20
+    for first in range(0, 1500, 250):
+        assert torch.equal(out[first : first + 250], products.multiply(left[first : first + 250], right))
+    before = out.clone()
+    assert torch.equal(products.multiply(left, right, out, 1.0, adds=True), 2 * before)
+
+
 def test_stacks():
     left, right = draw(3, 20, 40), draw(3, 40, 50, seed=1)
     together = products.multiply(left, right)

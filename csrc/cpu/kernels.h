@@ -52,7 +52,8 @@ struct Product {
   int64_t rows, inner, columns;
   T factor;
   bool adds;
-  T* scratch;  // product_scratch(rows) elements
+  bool is_large;  // the whole result is so large that what is written of it will not be read from a cache
+  T* scratch;     // product_scratch(rows) elements
 };
 
 template <class T>

@@ -50,7 +50,7 @@ DEQ_INLINE void product_tile(const T* left, int64_t left_stride, int rows, const
 template <class T, int NV, bool ROWS>
 __attribute__((noinline)) void product_block(const Product<T>& p, const T* left, int64_t left_stride, int rows, const T* right,
                                              int64_t right_stride, int64_t depth, int64_t columns, int64_t tiles, T* out,
-                                             bool adds) {
+                                             bool adds, bool streams) {
   using M = VecMath<T>;
   using V = typename M::V;
   constexpr int64_t L = kLanes<T>;
@@ -65,7 +65,10 @@ __attribute__((noinline)) void product_block(const Product<T>& p, const T* left,
 #pragma GCC unroll 2
         for (int v = 0; v < NV; ++v) {
           const V x = factor * sums[r][v];
-          M::store(to + v * L, adds ? M::load(to + v * L) + x : x);
+          if (streams)
+            M::stream(to + v * L, x);
+          else
+            M::store(to + v * L, adds ? M::load(to + v * L) + x : x);
         }
     }
     return;
@@ -119,7 +122,7 @@ bool is_spread(int64_t stride) {
 
 // Rows [first, last) of the result.
 template <class T>
-void product_rows(const Product<T>& p, int64_t first, int64_t last) {
+void product_rows(const Product<T>& p, int64_t first, int64_t last, bool streams) {
   constexpr int64_t L = kLanes<T>, R = DEQ_TILE_ROWS;
   T *const panel = p.scratch, *const tiles = panel + kDepth * 2 * L;
   const bool few = last - first <= R;  // rows, so that packing a panel would cost as much as it saves
@@ -150,7 +153,7 @@ void product_rows(const Product<T>& p, int64_t first, int64_t last) {
                            : width > L         ? product_block<T, 2, false>
                                                : product_block<T, 1, false>;
         block(p, left, left_stride, rows, is_there ? right : panel, is_there ? p.right_row : width, depth, columns, tiles,
-              p.out + i * p.out_stride + j, adds);
+              p.out + i * p.out_stride + j, adds, streams);
       }
     }
   }
@@ -159,8 +162,12 @@ void product_rows(const Product<T>& p, int64_t first, int64_t last) {
 template <class T>
 void product(const Product<T>& p) {
   constexpr int64_t R = DEQ_TILE_ROWS;
-  const int64_t together = p.inner <= kThin ? R : p.rows;
-  for (int64_t i = 0; i < p.rows; i += together) product_rows(p, i, std::min(i + together, p.rows));
+  const bool is_thin = p.inner <= kThin;
+  const int64_t together = is_thin ? R : p.rows;
+  const bool is_aligned = (reinterpret_cast<uintptr_t>(p.out) | p.out_stride * sizeof(T)) % DEQ_VECTOR_BYTES == 0;
+  const bool streams = is_thin && is_aligned && p.is_large && !p.adds;
+  for (int64_t i = 0; i < p.rows; i += together) product_rows(p, i, std::min(i + together, p.rows), streams);
+  if (streams) VecMath<T>::fence();
 }
 
 // Elements of scratch memory for a product of so many rows.

@@ -72,6 +72,21 @@ struct VecMath {
     return v;
   }
   DEQ_INLINE void store(T* p, V v) { memcpy(p, &v, sizeof v); }
+  // To whole vectors, past the caches where there is an instruction for it. fence() before another thread may read them.
+  DEQ_INLINE void stream(T* p, V v) {
+#if DEQ_VECTOR_BYTES == 64
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), reinterpret_cast<__m512i>(v));
+#elif DEQ_VECTOR_BYTES == 32
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(v));
+#else
+    store(p, v);
+#endif
+  }
+  DEQ_INLINE void fence() {
+#if DEQ_VECTOR_BYTES > 16
+    _mm_sfence();
+#endif
+  }
 
   // x = n ln 2 + r with |r| <= ln 2 / 2; returns expm1(r) and 2^n. kBelow: x is known to be at most kExpMax.
   template <bool kBelow = false>
