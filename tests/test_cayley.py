@@ -1,6 +1,8 @@
 """The Cayley map: its matrix against the pivoted inverse, its fixed points and adjoints against closed forms."""
 
+import gc
 import math
+import weakref
 
 import hypothesis
 import hypothesis.strategies as st
@@ -90,6 +92,17 @@ def test_any_strides_stacks_and_halves():
     for dtype in (torch.bfloat16, torch.float16):
         half = cayley_matrix(W.to(dtype))
         assert half.dtype == torch.float32 and torch.equal(half, cayley_matrix(W.to(dtype).float()))
+
+
+def test_no_matrix_waits_for_the_garbage_collector():
+    """Training makes one a step, and the collector counts objects, not bytes."""
+    W = monotone_problem(200, 0.5)[0]
+    gc.disable()
+    try:
+        K = weakref.ref(cayley_matrix(W))
+        assert K() is None
+    finally:
+        gc.enable()
 
 
 def test_matrix_is_outside_autograd():

@@ -112,32 +112,36 @@ def _half_shifted(K: Tensor, W: Tensor, alpha: float) -> None:
 
 def _invert_(K: Tensor) -> None:
     """Invert K (m, m), contiguous, in place, without pivoting between blocks."""
-    m, origin = K.shape[0], K.storage_offset()
-    work = _workspace(m * m // 2 + m * BASE, K.dtype)
+    m = K.shape[0]
+    _invert_part_(K, 0, m, _workspace(m * m // 2 + m * BASE, K.dtype), 0)
 
-    def block(row: int, column: int, rows: int, columns: int) -> Tensor:
-        return K.as_strided((rows, columns), (m, 1), origin + row * m + column)  # half the cost of two slices
 
-    def invert(at: int, size: int, free: int) -> None:
-        if size <= BASE:
-            _invert_block_(block(at, at, size, size))
-            return
-        head = -(-(size // 2) // BASE) * BASE
-        tail, middle = size - head, at + head
-        A, B = block(at, at, head, head), block(at, middle, head, tail)
-        C, D = block(middle, at, tail, head), block(middle, middle, tail, tail)
-        T = work.as_strided((head, tail), (tail, 1), free)
-        invert(at, head, free)
-        multiply(A, B, T)
-        multiply(C, T, D, -1.0, adds=True)  # the Schur complement D - C A^-1 B
-        invert(middle, tail, free + head * tail)
-        multiply(T, D, B, -1.0)
-        T = work.as_strided((tail, head), (head, 1), free)
-        multiply(C, A, T)
-        multiply(B, T, A, -1.0, adds=True)
-        multiply(D, T, C, -1.0)
+def _invert_part_(K: Tensor, at: int, size: int, work: Tensor, free: int) -> None:
+    """Invert the block of K on its diagonal of ``size`` rows from ``at`` on; ``work`` is free from ``free`` on.
 
-    invert(0, m, 0)
+    No nested function: one that calls itself keeps K and work alive until the garbage collector comes."""
+    if size <= BASE:
+        _invert_block_(_block(K, at, at, size, size))
+        return
+    head = -(-(size // 2) // BASE) * BASE
+    tail, middle = size - head, at + head
+    A, B = _block(K, at, at, head, head), _block(K, at, middle, head, tail)
+    C, D = _block(K, middle, at, tail, head), _block(K, middle, middle, tail, tail)
+    T = work.as_strided((head, tail), (tail, 1), free)
+    _invert_part_(K, at, head, work, free)
+    multiply(A, B, T)
+    multiply(C, T, D, -1.0, adds=True)  # the Schur complement D - C A^-1 B
+    _invert_part_(K, middle, tail, work, free + head * tail)
+    multiply(T, D, B, -1.0)
+    T = work.as_strided((tail, head), (head, 1), free)
+    multiply(C, A, T)
+    multiply(B, T, A, -1.0, adds=True)
+    multiply(D, T, C, -1.0)
+
+
+def _block(K: Tensor, row: int, column: int, rows: int, columns: int) -> Tensor:
+    m = K.shape[0]
+    return K.as_strided((rows, columns), (m, 1), K.storage_offset() + row * m + column)  # half the cost of two slices
 
 
 def _workspace(count: int, dtype: torch.dtype) -> Tensor:
