@@ -38,7 +38,7 @@ from ..backends import reference as torch_backend
 from ..backends.outcome import first_bad
 from ..cache import remembered
 from ..modes import no_autocast
-from ..plan import Plan
+from ..plan import Plan, varied
 from ..solution import Status
 from . import cayley, homotopy, newton
 
@@ -230,7 +230,7 @@ def _climb(
     problem, start: Tensor | None, plan: Plan, outcome: Outcome | None, out: Tensor | None = None, recompute=None
 ) -> Outcome:
     """``outcome`` is that of the plain map, None where the plan begins with the Cayley map."""
-    plan = replace(plan, unless_large=False)  # that was about W; K is as large as it has to be
+    plan = varied(plan, unless_large=False)  # that was about W; K is as large as it has to be
     if outcome is None:
         outcome = _first_by_cayley(problem, start, plan, out)
     if outcome is None:
@@ -301,34 +301,33 @@ def _rescue(problem, z0: Tensor | None, outcome: Outcome, plan: Plan, s: int | N
     it."""
     z, iterations, residual, status = (t if s is None else t[s] for t in (outcome.z, *_read(outcome)))
     wide, width = _computed_in(z.dtype), z.shape[-1]
-    accelerated = replace(plan, acceleration="anderson", increments="native")
-    patient = replace(plan, acceleration="on_demand", increments="native")
+    native = varied(plan, increments="native")
 
     def by_cayley(part, index, start, most, share=TIGHTER[0]):
         warm = torch.where((residual[index] < FAR).unsqueeze(-1), start, 0.0)
-        return _by_cayley(part, warm, replace(accelerated, max_iter=most), share)
+        return _by_cayley(part, warm, varied(native, acceleration="anderson", max_iter=most), share)
 
     def by_tight_cayley(part, index, start, most):
         return by_cayley(part, index, start, most, TIGHTER[1])
 
     def by_anderson(part, index, start, most):
-        return part.plain(start, replace(patient, max_iter=most))
+        return part.plain(start, varied(native, acceleration="on_demand", max_iter=most))
 
     def by_plain(part, index, start, most):
         first = None if z0 is None else z0[index].to(wide)
-        return part.plain(first, replace(plan, acceleration="none", increments="native", max_iter=most))
+        return part.plain(first, varied(native, acceleration="none", max_iter=most))
 
     def by_newton(part, index, start, most):
         n = start.shape[0]
         if NEWTON_STEPS * n * (2 / 3) * width**3 > NEWTON_FLOPS:
             return None
-        x, steps, r, how = part.newton(start, replace(plan, max_iter=most))
+        x, steps, r, how = part.newton(start, varied(plan, max_iter=most))
         return Outcome(x, stats.pack(steps, r.to(wide), how), None)
 
     def by_homotopy(part, index, start, most):
         if part.homotopy is None:
             return None
-        x, steps, r, how = part.homotopy(replace(plan, max_iter=most))
+        x, steps, r, how = part.homotopy(varied(plan, max_iter=most))
         return Outcome(x, stats.pack(steps, r.to(wide), how), None)
 
     means = {
@@ -358,24 +357,28 @@ def _rescue(problem, z0: Tensor | None, outcome: Outcome, plan: Plan, s: int | N
         return ~in_time
 
     for name in plan.rungs:
-        left = plan.max_iter - iterations
+        index = ((status != Status.CONVERGED) & (status != Status.NONFINITE)).nonzero().squeeze(-1)
+        if index.numel() == 0:
+            return
+        left = plan.max_iter - iterations[index]
         if name != plan.rungs[-1]:  # a rung that uses up all evaluations must not keep a sample from the next one
             left = left - left // 4
-        failed = (status != Status.CONVERGED) & (status != Status.NONFINITE) & (left > 0)
-        index = failed.nonzero().squeeze(-1)
+        may = left > 0
+        index, left = index[may], left[may]
         if index.numel() == 0:
             continue
-        budget = _rounded_down(left[index])
+        budget = _rounded_down(left)
         late = attempt(name, index, budget, int(budget.max()))
-        for most in budget[late].unique().tolist():  # what a sample reaches with a mate's evaluations does not count
-            own = late & (budget == most)
-            attempt(name, index[own], budget[own], most)
+        if late.any():  # what a sample reaches with a mate's evaluations does not count
+            for most in budget[late].unique().tolist():
+                own = late & (budget == most)
+                attempt(name, index[own], budget[own], most)
 
 
 def _rounded_down(count: Tensor) -> Tensor:
     """To four binary digits: of a thousand counts there are 61 such numbers."""
-    step = 2 ** (count.clamp(min=1).log2().floor().long() - 3).clamp(min=0)
-    return (count // step * step).to(count.dtype)
+    mantissa, exponent = torch.frexp(count.double())
+    return torch.ldexp(torch.floor(mantissa * 16.0), exponent - 4).to(count.dtype)
 
 
 def _widened(problem, dtype: torch.dtype):
@@ -402,8 +405,8 @@ def _by_cayley(problem, start: Tensor | None, plan: Plan, share: float) -> Outco
     K, alpha = problem.K() if plan.max_iter > 1 else (None, 1.0)  # one evaluation at least to iterate, one to judge
     if K is None:
         return None
-    iterate = replace(plan, tol=share * plan.tol, max_iter=plan.max_iter - 1)
-    judge = replace(plan, acceleration="none", increments="native", max_iter=1)
+    iterate = varied(plan, tol=share * plan.tol, max_iter=plan.max_iter - 1)
+    judge = varied(plan, acceleration="none", increments="native", max_iter=1)
     c = problem.injection
     z = torch.empty_like(c, memory_format=torch.contiguous_format)
     pieces, reports, bad_start = [], [], 0
