@@ -9,6 +9,7 @@ from .plan import LARGE_WEIGHT, Plan, fit
 # Rows looked at, evenly spread: enough to tell the size of W. The compiled engine looks itself (csrc/cpu/look.h):
 # tensor operations would take 15 us of a solve, and 100 where caches are cold.
 LOOK_AT_ELEMENTS, LEAST_ROWS = 4096, 8
+MOST_KEPT = 1024  # fitted plans of one plan: batches may be of any size
 
 
 def fitted(plan: Plan, W: Tensor, c: Tensor, frozen: bool, large: bool | None = None) -> Plan:
@@ -17,14 +18,20 @@ def fitted(plan: Plan, W: Tensor, c: Tensor, frozen: bool, large: bool | None = 
     frozen: whether W is not being trained; large: whether it is, see :func:`deq.plan.fit`, looked at here or by the
     backend if None. Nothing looks at the values of c: what a sample gets must not depend on its batch mates.
     """
-    width, batch = W.shape[-1], c.shape[-2]
+    increments = "native"
     if torch._C._are_functorch_transforms_active():
-        return fit(plan, width, batch, False, frozen, "native")
-    if plan.backend == "cpu":
-        return fit(
-            plan, width, batch, large, frozen, _library.increments() if plan.precision == "float32" else "native"
-        )
-    return fit(plan, width, batch, is_large(W) if large is None else large, frozen, "native")
+        large = False
+    elif plan.backend != "cpu":
+        large = is_large(W) if large is None else large
+    elif plan.precision == "float32":
+        increments = _library.increments()
+    key = W.shape[-1], c.shape[-2], large, frozen, increments
+    found = plan.kept.get(key)
+    if found is None:
+        if len(plan.kept) >= MOST_KEPT:
+            plan.kept.clear()
+        found = plan.kept[key] = fit(plan, *key)
+    return found
 
 
 def is_large(W: Tensor) -> bool:

@@ -54,6 +54,9 @@ class Plan:
     unless_large: bool = False  # the backend looks at W first, and raises LargeWeight
     rungs: tuple[str, ...] = ()  # of RUNGS, in order: what samples that fail are tried with (deq/solvers/ladder.py)
     why: tuple[str, ...] = ()
+    # What :func:`deq.indicators.fitted` and the CPU backend have made of it: found here it costs 1 us, made anew or by
+    # lru_cache 5 where caches are cold.
+    kept: dict = field(init=False, repr=False, compare=False, default_factory=dict)
     _hash: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -180,7 +183,6 @@ def make_plan(
     )
 
 
-@lru_cache(maxsize=1024)
 def fit(plan: Plan, width: int, batch: int, large: bool | None, frozen: bool, increments: str) -> Plan:
     """The plan of an automatic solve for one weight and batch.
 

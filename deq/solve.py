@@ -72,15 +72,16 @@ def solve(
     options = activation, tol, max_iter, solver, criterion, backward, on_failure, backend
     if torch.compiler.is_compiling():
         return traced.solve(W, c, z0, *options, frozen)
-    given = *options, c.dtype, "cpu" if c.is_cpu else c.device.type, _library.compiled is not None
+    device = "cpu" if c.is_cpu else c.device.type
+    given = *options, c.dtype, device, _library.compiled is not None
     try:
         problem = problem_of(*given)
     except TypeError:  # an option that cannot be a key, or a wrong one: its own error
         problem = problem_of.__wrapped__(*given)
     if lacks_numbers(c) or torch._C._get_dispatch_mode(_RECORDING) is not None:
         return traced.solve(W, c, z0, *options, frozen)
-    if torch.is_autocast_enabled(c.device.type):  # which would round the products, and with them what is judged
-        with no_autocast(c.device.type):
+    if torch.is_autocast_enabled(device):  # which would round the products, and with them what is judged
+        with no_autocast(device):
             return run(W, c, z0, problem, solver, backward, frozen)
     return run(W, c, z0, problem, solver, backward, frozen)
 

@@ -1,6 +1,7 @@
 """The compiled row engine (csrc/cpu): the whole solve in one call."""
 
 import math
+from array import array
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ _CRITERION = {"residual": 0, "error": 1}
 _ONE_EVALUATION = (_ACCELERATION["none"], 1, _CRITERION["residual"], 1e15, 1, INCREMENTS["native"], 0)
 # The operator's z0 without elements: start at zero.
 _ZERO = {dim: torch.empty((0,) * dim, device="cpu") for dim in (2, 3)}
-_reports: list[Tensor] = []  # those not in use; a list, whose pop and append are safe between threads
+_reports: list[tuple[Tensor, array]] = []  # those not in use; a list, whose pop and append are safe between threads
 
 
 def solve(
@@ -87,15 +88,18 @@ def outer(u: Tensor, z: Tensor) -> Tensor:
 
 
 def _options(plan: Plan, reflected: bool) -> tuple:
-    return (
-        _ACCELERATION[plan.acceleration],
-        plan.depth,
-        _CRITERION[plan.criterion],
-        plan.tol,
-        plan.max_iter,
-        INCREMENTS[plan.increments],
-        int(reflected),
-    )
+    found = plan.kept.get(reflected)
+    if found is None:
+        found = plan.kept[reflected] = (
+            _ACCELERATION[plan.acceleration],
+            plan.depth,
+            _CRITERION[plan.criterion],
+            plan.tol,
+            plan.max_iter,
+            INCREMENTS[plan.increments],
+            int(reflected),
+        )
+    return found
 
 
 def _run(operator, inputs: tuple[Tensor, ...], out: Tensor | None, number: int, options: tuple) -> Outcome:
@@ -111,11 +115,14 @@ def _run(operator, inputs: tuple[Tensor, ...], out: Tensor | None, number: int, 
         report = _reports.pop()
     except IndexError:
         report = _new_report()
-    operator(*inputs, out, said, report, number, *options)
-    numbers = report.tolist()
+    operator(*inputs, out, said, report[0], number, *options)
+    numbers = report[1].tolist()
     _reports.append(report)
     return Outcome(out, said, numbers)
 
 
-def _new_report() -> Tensor:
-    return torch.empty(4, dtype=torch.int64, device="cpu")
+def _new_report() -> tuple[Tensor, array]:
+    """A tensor and its numbers as Python reads them in 0.1 us; through the tensor it takes 2, and 8 where caches are
+    cold."""
+    numbers = array("q", [0] * 4)
+    return torch.frombuffer(numbers, dtype=torch.int64), numbers
