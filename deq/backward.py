@@ -44,8 +44,9 @@ def backward_pass(backward: Callable[..., tuple]) -> Callable[..., tuple]:
         if g is not None:
             if is_batch_of_gradients(g):
                 return one_gradient_at_a_time(backward, ctx, g, *others)
-            if has_autocast(g.device.type):
-                with torch.autocast(g.device.type, enabled=False):
+            device = "cpu" if g.is_cpu else g.device.type
+            if has_autocast(device):
+                with torch.autocast(device, enabled=False):
                     return backward(ctx, g, *others)
         return backward(ctx, g, *others)
 

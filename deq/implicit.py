@@ -268,9 +268,11 @@ def adjoint(W: Tensor, z: Tensor, c: Tensor | None, g: Tensor, problem: Problem)
 
 
 def solve_masked(A: Tensor, g: Tensor, d: Tensor, value_of: str | None, problem: Problem, **memory) -> Tensor:
-    solve = partial(ladder.masked_linear, **memory)
     arguments = A, g, d, value_of, problem.activation, problem.plan
-    u, stats, report = ranges.call("adjoint", solve, *arguments) if ranges.listening else solve(*arguments)
+    if ranges.listening:
+        u, stats, report = ranges.call("adjoint", partial(ladder.masked_linear, **memory), *arguments)
+    else:
+        u, stats, report = ladder.masked_linear(*arguments, **memory)
     if isinstance(report, Deferred):
         if problem.on_failure != "ignore":
             report_later(report, problem.on_failure)
