@@ -280,6 +280,32 @@ def test_tiny_equilibria_of_bounded_activations(backend, scale):
     assert_as_accurate(solution.z / scale, torch_loop(W, c, "identity"), exact(W, c, "identity"))
 
 
+# Where squares leave the range of float64 the activation is a line: gelu and silu x / 2 near zero, relu far away.
+@pytest.mark.parametrize("solver", ["auto", "plain"])
+@pytest.mark.parametrize("m", [6, 150])  # lanes, and rows
+@pytest.mark.parametrize(
+    ("activation", "scale", "line"),
+    [("tanh", 1e-200, "identity"), ("elu", 1e-300, "identity"), ("gelu", 1e-160, "half"), ("silu", 1e-100, "half")]
+    + [(name, scale, "relu") for name in ("gelu", "silu") for scale in (1e160, 1e300)],
+)
+@backends
+def test_samples_whose_squares_leave_the_range_of_float64(backend, activation, scale, line, m, solver):
+    W, c, _ = gaussian(m, 5, torch.float64, seed=m)
+    c = c / c.abs().amax()
+    half = 0.5 if line == "half" else 1.0
+    expected = exact(half * W, half * c, "relu" if line == "relu" else "identity")
+    mates = torch.cat([scale * c, c])  # of an ordinary size
+    for start in (None, torch.cat([0.3 * scale * c.flip(0), c])):
+        solution = deq.solve(W, mates, activation, z0=start, solver=solver, backend=backend)
+        assert solution.converged.all()
+        assert worst_error(solution.z[:5] / scale, expected) < 1e-8
+        alone = deq.solve(
+            W, scale * c, activation, z0=None if start is None else start[:5], solver=solver, backend=backend
+        )
+        if backend == "cpu":
+            assert torch.equal(alone.z, solution.z[:5]) and torch.equal(alone.iterations, solution.iterations[:5])
+
+
 @backends
 def test_warm_start(backend):
     W, c, _ = gaussian(40, 16, torch.float64, scale=0.9)

@@ -77,13 +77,6 @@ void load_row(const DeqView& view, int32_t type, int64_t first, T scale, int64_t
   }
 }
 
-// Whether a sum of squares in T kept its digits, and that of steps of a relative 1e-7 with it. Else it is formed again: of
-// float32 in double, whose range they cannot leave, or in another unit.
-template <class T>
-bool squares_in_range(double sum) {
-  return sizeof(T) == 4 ? sum > 1e-20 && sum < 1e30 : sum > 1e-120 && sum < 1e120;
-}
-
 // dst[first + k] = scale * src[k], pulled back to the largest finite value of the dtype where it would overflow.
 // Returns false if any element had to be.
 template <class T>

@@ -11,6 +11,7 @@
 
 #include "../reliable.h"
 #include "kernels.h"
+#include "norms.h"
 #include "samples.h"
 #include "scales.h"
 #include "segments.h"

@@ -3,6 +3,7 @@
 #pragma once
 #include "../anderson.h"
 #include "lanes.h"
+#include "norms.h"
 #include "samples.h"
 
 namespace deq {
@@ -14,7 +15,8 @@ struct LaneSlot {
   int depth;       // Anderson: pairs to hold
   int64_t sample;  // flat index s * B + b
   double scale;    // the sample was multiplied by this power of two
-  double start2;   // |y|^2 of its start
+  Unit unit;
+  double start2;  // |y|^2 of its start, in units of 1
 };
 
 template <class T>
@@ -70,6 +72,7 @@ class LaneIntake {
         waiting |= uint32_t{1} << i;
         slots[i].sample = sample;
         slots[i].scale = samples_.scale_for(largest[i], start[i]);
+        slots[i].unit = Unit();
         factor[i] = static_cast<T>(slots[i].scale);
         scaled = scaled || factor[i] != 1;
       }

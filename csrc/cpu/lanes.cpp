@@ -16,6 +16,7 @@
 #include "cache.h"
 #include "lane_engine.h"
 #include "lane_intake.h"
+#include "norms.h"
 #include "samples.h"
 #include "threads.h"
 #include "trace.h"
@@ -225,9 +226,14 @@ class LaneGroup {
     slot.depth = depth_;
     accelerated_ = p_.acceleration == DEQ_ANDERSON ? accelerated_ | bit(lane) : accelerated_ & ~bit(lane);
     if (!p_.start.data) {
-      const double size2 = slot.start2;
+      double size2 = slot.start2, step2 = size2;
       slot.start2 = 0;
-      const Verdict verdict = judge(rule_, slot.record, size2, size2, 0.0);
+      if (!squares_in_range<T>(size2)) {
+        gather(intake_.y, place, row_);
+        slot.unit.measure(slot.record, !samples_.rescales(), row_, static_cast<T*>(nullptr), m_, &step2, &size2);
+        if (!slot.unit.is_one()) accelerated_ &= ~bit(lane);
+      }
+      const Verdict verdict = judge(rule_, slot.record, step2, size2, 0.0);
       if (verdict != Verdict::kContinue) {
         finish(slot, place, verdict, {intake_.y, intake_.c, intake_.d});
         return false;
@@ -260,11 +266,11 @@ class LaneGroup {
     recall(lane);
     T *f = z_[current_], *y = z_[1 - current_];
     double step2 = static_cast<double>(step2_[lane]), size2 = static_cast<double>(size2_[lane]);
-    if (!squares_in_range<T>(size2)) {
+    if (!squares_in_range<T>(size2) || !slot.unit.is_one()) {
       gather(f, lane, row_);
       gather(y, lane, other_);
-      step2 = distance(row_, other_, m_);
-      size2 = size_of(row_, m_);
+      slot.unit.measure(slot.record, !samples_.rescales(), row_, other_, m_, &step2, &size2);
+      if (slot.record.iteration == 0 && p_.start.data) slot.start2 = size_of(other_, m_, slot.unit.value());
     }
     const double before2 = slot.record.step2[1];
     const Verdict verdict = judge(rule_, slot.record, step2, size2, slot.start2);
@@ -282,6 +288,10 @@ class LaneGroup {
     }
     if (p_.acceleration == DEQ_ON_DEMAND && !(accelerated_ & bit(lane)) && is_slow(slot.record, before2))
       accelerated_ |= bit(lane);
+    if (!slot.unit.is_one()) {  // products of rows have no other unit
+      accelerated_ &= ~bit(lane);
+      windows_.held[lane] = 0;
+    }
     remember(lane);
     return true;
   }
@@ -298,7 +308,7 @@ class LaneGroup {
     const bool watched = p_.acceleration == DEQ_ON_DEMAND && !(accelerated_ & bit(lane));
     records_.slowest[lane] = watched ? static_cast<T>(kSlowContraction * kSlowContraction) : T(1);
     records_.first2[lane] = static_cast<T>(slots_[lane].start2);
-    const bool always = p_.criterion != DEQ_RESIDUAL ||
+    const bool always = p_.criterion != DEQ_RESIDUAL || !slots_[lane].unit.is_one() ||
                         (record.iteration == 0 && slots_[lane].start2 > 0 && !squares_in_range<T>(slots_[lane].start2));
     left_[lane] = always ? 0 : static_cast<int>(std::min<int64_t>(rule_.max_iter - record.iteration, kUnseen));
     records_.left[lane] = static_cast<T>(left_[lane]);

@@ -4,7 +4,8 @@
 
 #include "../kernels.h"
 #include "convert.h"
-#include "samples.h"
+#include "kernels.h"
+#include "norms.h"
 
 namespace deq {
 

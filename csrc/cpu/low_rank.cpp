@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <atomic>
 
+#include "norms.h"
 #include "scalar_equations.h"
 
 namespace deq {

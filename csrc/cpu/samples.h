@@ -106,6 +106,8 @@ class Samples {
         rescaled_(p.mask.data != nullptr || is_homogeneous(p.activation)) {}
 
   int64_t padded() const { return padded_; }
+  // Whether samples are multiplied by what brings them near 1.
+  bool rescales() const { return rescaled_; }
 
   // Takes the next `n` samples at once: threads that fill their tiles one sample at a time would wait for each other's counter,
   // and a row is read faster behind the one before it.
@@ -236,25 +238,5 @@ class Samples {
   const bool native_, rescaled_;
   int64_t next_ = 0, end_ = 0;  // the samples that are taken and not yet read
 };
-
-template <class T>
-double size_of(const T* y, int64_t m) {
-  double part[4] = {};  // one sum would wait for every addition
-  int64_t j = 0;
-  for (; j + 4 <= m; j += 4)
-    for (int i = 0; i < 4; ++i) part[i] += static_cast<double>(y[j + i]) * static_cast<double>(y[j + i]);
-  for (; j < m; ++j) part[0] += static_cast<double>(y[j]) * static_cast<double>(y[j]);
-  return (part[0] + part[1]) + (part[2] + part[3]);
-}
-
-template <class T>
-double distance(const T* f, const T* y, int64_t m) {
-  double sum = 0;
-  for (int64_t j = 0; j < m; ++j) {
-    const double diff = static_cast<double>(f[j]) - static_cast<double>(y[j]);
-    sum += diff * diff;
-  }
-  return sum;
-}
 
 }  // namespace deq

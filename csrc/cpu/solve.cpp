@@ -15,6 +15,7 @@
 #include "guarded.h"
 #include "lane_engine.h"
 #include "look.h"
+#include "norms.h"
 #include "samples.h"
 #include "segments.h"
 #include "threads.h"
@@ -39,10 +40,12 @@ struct alignas(64) Slot {
   Record record;  // with the flags, all that the common iteration touches: one cache line
   bool saved;     // the output row holds the best iterate
   bool accelerated;
+  bool has_unit;  // other than 1
   T *buffer[2], *pre[2];
   T *c, *d, *sums;
-  int64_t sample;                     // flat index s * B + b
-  double scale;                       // the sample was multiplied by this power of two
+  int64_t sample;  // flat index s * B + b
+  double scale;    // the sample was multiplied by this power of two
+  Unit unit;
   int depth, window, newest;          // Anderson: pairs to hold, those held, ring position of the newest
   double gram[kMaxDepth][kMaxDepth];  // by ring position
 };
@@ -171,7 +174,8 @@ class Tile {
     T* y = slot.buffer[current_];
     while ((slot.sample = samples_.take(matrix_, queue, slot.c, slot.d, y, &slot.scale)) >= 0) {
       slot.record = new_record();
-      slot.saved = false;
+      slot.unit = Unit();
+      slot.saved = slot.has_unit = false;
       slot.accelerated = p_.acceleration == DEQ_ANDERSON;
       slot.window = 0;
       slot.depth = depth_;
@@ -180,14 +184,14 @@ class Tile {
         return true;
       }
       // From zero the first evaluation is act(c): no product. Its step and its size are the same.
-      double size2 = k_.first(p_.activation, slot.c, slot.d, y, m_);
+      double size2 = k_.first(p_.activation, slot.c, slot.d, y, m_), step2 = size2;
       if (p_.reflected) {
         std::copy(slot.c, slot.c + padded_, slot.pre[current_]);
         for (int64_t j = 0; j < m_; ++j) y[j] += y[j] - slot.c[j];
-        size2 = size_of(y, m_);
+        step2 = size2 = size_of(y, m_);
       }
-      if (!squares_in_range<T>(size2)) size2 = size_of(y, m_);
-      const Verdict verdict = judge(rule_, slot.record, size2, size2, 0.0);
+      if (!squares_in_range<T>(size2)) measure(slot, y, nullptr, &step2, &size2);
+      const Verdict verdict = judge(rule_, slot.record, step2, size2, 0.0);
       if (verdict == Verdict::kContinue) return true;
       finish(slot, verdict, y);
     }
@@ -196,7 +200,8 @@ class Tile {
 
   // The common iteration, apart from advance(): nothing to decide, nothing to write.
   bool goes_on(Slot<T>& slot, double step2, double size2) {
-    if (slot.accelerated || !squares_in_range<T>(size2) || !progresses(rule_, slot.record, step2, size2)) return false;
+    if (slot.accelerated || slot.has_unit || !squares_in_range<T>(size2) || !progresses(rule_, slot.record, step2, size2))
+      return false;
     slot.saved = false;
     return true;
   }
@@ -204,11 +209,8 @@ class Tile {
   // Judges the evaluation just made and prepares the next iterate; false when the sample is done.
   bool advance(Slot<T>& slot, double step2, double size2) {
     T *f = slot.buffer[current_], *y = slot.buffer[1 - current_];
-    if (!squares_in_range<T>(size2)) {
-      step2 = distance(f, y, m_);
-      size2 = size_of(f, m_);
-    }
-    const double start2 = slot.record.iteration == 0 ? size_of(y, m_) : 0.0, before2 = slot.record.step2[1];
+    if (!squares_in_range<T>(size2) || slot.has_unit) measure(slot, f, y, &step2, &size2);
+    const double start2 = slot.record.iteration == 0 ? size_of(y, m_, slot.unit.value()) : 0.0, before2 = slot.record.step2[1];
     const Verdict verdict = judge(rule_, slot.record, step2, size2, start2);
     const bool is_best = slot.record.best_at == slot.record.iteration;
     if (is_best) {
@@ -224,8 +226,13 @@ class Tile {
       return false;
     }
     if (p_.acceleration == DEQ_ON_DEMAND && !slot.accelerated) slot.accelerated = is_slow(slot.record, before2);
-    if (slot.accelerated) accelerate(slot, f, y);
+    if (slot.accelerated && !slot.has_unit) accelerate(slot, f, y);  // products of rows have no other unit
     return true;
+  }
+
+  void measure(Slot<T>& slot, const T* f, const T* y, double* step2, double* size2) {
+    slot.unit.measure(slot.record, !samples_.rescales(), f, y, m_, step2, size2);
+    slot.has_unit = !slot.unit.is_one();
   }
 
   // What is handed out for f(y): itself, or for the reflected map the value at its pre-activation.

@@ -3,6 +3,7 @@
 #include <atomic>
 
 #include "kernels.h"
+#include "norms.h"
 #include "scalar_equations.h"
 
 namespace deq {
