@@ -8,9 +8,10 @@ from functools import partial
 import pytest
 import torch
 from click.testing import CliRunner
+from rendered import render
 
 from deq import _library
-from deq.bench import baselines, digits, families, figure, goals, jax_baselines, report, scaling, trained, versus
+from deq.bench import baselines, families, figure, goals, jax_baselines, report, scaling, trained, versus
 from deq.bench.baselines import Answer
 from deq.bench.cases import AUTO_CASES, TOL, Case, peaceman_rachford
 from deq.bench.cli import bench
@@ -383,14 +384,6 @@ class TestSelection:
 
 
 class TestReport:
-    def render(self, table) -> str:
-        from rich.console import Console
-
-        console = Console(width=80, no_color=True)
-        with console.capture() as capture:
-            console.print(table)
-        return capture.get()
-
     def rows(self):
         case = Case(2048, 256, "orthogonal0.99")
         return [
@@ -401,18 +394,18 @@ class TestReport:
         ]
 
     def test_choices(self):
-        text = self.render(report.choices(self.rows()))
+        text = render(report.choices(self.rows()))
         assert "…" not in text
         line = next(line for line in text.splitlines() if "2048x256" in line)
         assert re.sub(" +", " ", line.strip()) == "2048x256 1.23 123.5 1.5! - 100.0 1.5 10 1000 2e-06 25%"
 
     def test_goals_and_scaling(self):
         case = Case(512, 64)
-        text = self.render(report.goals(goals.judge([case], [auto_row(case, "loop", 2.0), auto_row(case, "deq", 1.0)])))
+        text = render(report.goals(goals.judge([case], [auto_row(case, "loop", 2.0), auto_row(case, "deq", 1.0)])))
         assert re.search(r"loop, m >= 256 +2.00 \(2.5\)!", text)
         assert re.search(r"samples not solved +0.00 \(0\)", text)
         row = {"case": case.name, "pass": "forward", "ratio": 1.9, "must": 1.85, "reached": True}
-        assert re.search(r"gaussian 512x64 +1.90 \(1.85\)", self.render(report.scaling([row])))
+        assert re.search(r"gaussian 512x64 +1.90 \(1.85\)", render(report.scaling([row])))
 
     def test_figure(self, tmp_path):
         from matplotlib.image import imread
@@ -458,53 +451,3 @@ class TestCommand:
         result = CliRunner().invoke(bench, ["cpu", *arguments, "--out", str(tmp_path)])
         assert result.exit_code == 2
         assert text in " ".join(result.output.split())
-
-
-@pytest.fixture(scope="module")
-def data():
-    pytest.importorskip("sklearn")
-    return digits.load()
-
-
-class TestDigits:
-    def test_data(self, data):
-        (x, y), (x_test, y_test) = data.train, data.test
-        assert (len(x), len(x_test)) == (1437, 360)
-        assert x.mean().item() == pytest.approx(0, abs=1e-5)
-        assert x.std().item() == pytest.approx(1, abs=1e-5)
-        assert set(y.tolist()) == set(y_test.tolist()) == set(range(10))
-
-    @pytest.mark.parametrize("solver", digits.SOLVERS)
-    def test_both_models_are_one(self, data, solver):
-        pytest.importorskip("torchdeq")
-        models = []
-        for make in (digits.Model, lambda: digits.TorchdeqModel(solver)):
-            torch.manual_seed(0)
-            models.append(make())
-        x, y = (t[:50] for t in data.train)
-        gradients = []
-        for model in models:
-            logits, iterations, failed = model(x)
-            torch.nn.functional.cross_entropy(logits, y).backward()
-            gradients.append(model.layer.weight.W.grad)
-            assert failed.shape == (50,) and not failed.any()
-            assert 5 < float(iterations.double().mean()) < 50
-        assert torch.linalg.vector_norm(gradients[0] - gradients[1]) < 1e-3 * torch.linalg.vector_norm(gradients[0])
-
-    def test_measure(self, data, monkeypatch):
-        monkeypatch.setattr(digits, "has_torchdeq", lambda: False)
-        seen = []
-        (row,) = digits.measure(epochs=2, threads=1, progress=seen.append)
-        assert seen == [1, 2]
-        assert row["ratio"] == 1.0
-        assert row["accuracy"] == row["accuracies"][-1] > 0.8
-        assert row["reached"] == (row["failed"] == row["warnings"] == 0)
-        text = TestReport().render(report.digits([row]))
-        assert "…" not in text and re.search(rf"deq +{row['seconds']:.1f} +1.0 +{100 * row['accuracy']:.1f}%", text)
-
-    def test_without_scikit_learn(self, monkeypatch):
-        monkeypatch.setattr(digits, "has_sklearn", lambda: False)
-        monkeypatch.setattr(_library, "compiled", object())
-        result = CliRunner().invoke(bench, ["digits"])
-        assert result.exit_code == 1
-        assert "pip install scikit-learn" in result.output
