@@ -203,6 +203,26 @@ def test_a_training_step_may_return_anything(returns):
     assert one.name == "step" and len(one.iterations) == 12 and one.counts.flops > 0
 
 
+@pytest.mark.parametrize("backward", ["one_step", "phantom", "unrolled", "neumann"])
+def test_a_training_step_whose_backward_pass_solves_nothing(backward):
+    """Of an unrolled iteration or of its last step: no adjoint tells that it differentiates."""
+    W, c = leaves(16, 6)
+
+    def forward():
+        return deq.fixed_point(lambda z: torch.tanh(z @ W.mT + c), torch.zeros(6, 16), backward=backward).z.sum()
+
+    def step(gives_loss):
+        W.grad = c.grad = None
+        loss = forward()
+        loss.backward()
+        return loss if gives_loss else None
+
+    flops = sum(one.counts.flops for one in profile(forward).passes)
+    for gives_loss in (True, False):
+        (one,) = profile(step, gives_loss).passes
+        assert one.name == "step" and len(one.iterations) == 6 and one.counts.flops == flops
+
+
 def test_a_training_step_of_a_structured_weight():
     d, c = torch.full((8,), 0.5, requires_grad=True), torch.ones(3, 8)
 

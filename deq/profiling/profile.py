@@ -10,6 +10,7 @@ from time import perf_counter
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map
 
 from .. import _library, cache
@@ -105,7 +106,7 @@ class _Subject:
             tensors = list(_tensors(run()))
         belongs = _belonging(recorder.events)
         events = [event for event in recorder.events if belongs(event)]
-        self.is_step = any(event.name in ("adjoint", "dW") for event in events)
+        self.is_step = any(event.name in ("adjoint", "dW") for event in events) or _accumulates(run)
         if not tensors and not self.is_step:
             raise ValueError("call must return tensors or a deq.Solution; its result holds none")
         # What a step returns need not lie where it solves, and its graph may be gone.
@@ -129,6 +130,24 @@ class _Subject:
     def both(self) -> object:
         result = self.run()
         return (result, self.differentiate(result)) if self.differentiates else result
+
+
+class _Accumulation(TorchDispatchMode):
+    """Sees whether anything is added to a ``.grad``."""
+
+    seen = False
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        node = torch._C._current_autograd_node()
+        self.seen |= node is not None and node.name().endswith("AccumulateGrad")
+        return function(*args, **(kwargs or {}))
+
+
+def _accumulates(run: Callable[[], object]) -> bool:
+    """Whether ``run`` is a training step whose backward pass solves nothing: one step, phantom, unrolled, Neumann."""
+    with _Accumulation() as accumulation:
+        run()
+    return accumulation.seen
 
 
 def _belonging(events: list[ranges.Event]) -> Callable[[ranges.Event], bool]:
