@@ -268,6 +268,20 @@ def test_fixed_points_of_any_f():
         profile(solve, feed_forward=2)
 
 
+def test_a_fixed_point_of_several_tensors():
+    W, c = leaves(16, 6)
+
+    def solve():
+        state = torch.zeros(6, 16), torch.zeros(6, 3)
+        return deq.fixed_point(lambda z: (torch.tanh(z[0] @ W.mT + c), 0.5 * z[1] + z[0][:, :3]), state)
+
+    alone = profile(lambda: solve().z)
+    for returns in (solve, lambda: [solve()]):
+        report = profile(returns)
+        assert [one.name for one in report.passes] == ["forward", "backward"] and report.shapes == [(6, 19)]
+        assert [one.counts.flops for one in report.passes] == [one.counts.flops for one in alone.passes]
+
+
 @pytest.mark.parametrize("layers", [1, 3])
 def test_feed_forward_nets_have_equal_shares(layers):
     m, B = 96, 32

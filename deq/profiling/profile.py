@@ -159,12 +159,9 @@ def _belonging(events: list[ranges.Event]) -> Callable[[ranges.Event], bool]:
 
 
 def _tensors(result: object) -> Iterator[Tensor]:
-    if isinstance(result, Solution):
-        yield result.z
-        return
     for part in tree_iter(result):
         if isinstance(part, Solution):
-            yield part.z
+            yield from _tensors(part.z)  # of deq.fixed_point a tuple where the state is one
         elif isinstance(part, Tensor):
             yield part
 
