@@ -352,6 +352,8 @@ def _follow(run, out: Path, tables: Callable) -> None:
     from rich.console import Console
     from rich.progress import Progress
 
+    from deq.files import CannotWrite, writing
+
     from . import figure, report
 
     console = Console()
@@ -363,13 +365,17 @@ def _follow(run, out: Path, tables: Callable) -> None:
                 progress.update(task, completed=done, description=step)
     except KeyboardInterrupt:
         interrupted = True
-    except OSError as error:
+    except CannotWrite as error:
         raise cannot_write(out, error) from error
     for table in tables(run.results):
         console.print(table)
     console.print(report.summary(run.results.required()))
     if run.results.auto:
-        figure.draw(run.results.auto, run.path.with_suffix(".png"))
+        try:
+            with writing():
+                figure.draw(run.results.auto, run.path.with_suffix(".png"))
+        except CannotWrite as error:
+            raise cannot_write(out, error) from error
     if run.path:
         console.print(f"Written to {run.path}", soft_wrap=True)
     if interrupted:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 import deq
-from deq.files import replace_text
+from deq.files import replace_text, writing
 
 
 def environment(device: str = "cpu") -> dict[str, object]:
@@ -65,7 +65,8 @@ def commit() -> str | None:
 def folder(out: Path, device: str = "cpu") -> Path:
     """Where the results of this device go: ``out/<device>``, made if it is not there."""
     path = out / re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
-    path.mkdir(parents=True, exist_ok=True)
+    with writing():
+        path.mkdir(parents=True, exist_ok=True)
     return path
 
 

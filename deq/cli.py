@@ -11,7 +11,7 @@ from . import __version__
 from .activations import ACTIVATIONS
 from .bench import families
 from .bench.cli import bench, cannot_write, need_folder
-from .files import replace_text
+from .files import CannotWrite, replace_text
 from .plan import DEFAULT_TOL, SOLVERS
 
 
@@ -130,7 +130,7 @@ def run(
             result = execute(REGISTRY[name], options, out, console)
         except SettingsError as error:  # a file that cannot be read as what it has to be
             raise click.UsageError(f"{error}.") from error
-        except OSError as error:  # the disk is full, say
+        except CannotWrite as error:  # the disk is full, say; another OSError is no matter of --out
             raise cannot_write(out, error) from error
         except KeyboardInterrupt:
             where = (
@@ -146,7 +146,7 @@ def run(
     try:
         forget_parts(parts.values())
         ledger = write_ledger(out, REGISTRY) if experiment == "all" else []
-    except OSError as error:
+    except CannotWrite as error:
         raise cannot_write(out, error) from error
     if ledger:
         click.echo(f"Wrote the ledger of claims: {', '.join(map(str, ledger))}.")

@@ -21,6 +21,7 @@ from deq.experiments import REGISTRY, audio, regions, steep
 from deq.experiments._result import Claim
 from deq.experiments._run import SCHEMA
 from deq.experiments._steep_target import SelfLoops
+from deq.files import writing
 
 
 @pytest.fixture(autouse=True)
@@ -225,7 +226,10 @@ def fails(*arguments, **keywords):
     raise OSError(28, "No space left on device")
 
 
-@pytest.mark.parametrize("name", ["execute", "write_ledger", "forget_parts"])
+PLACES = ["_run.replace_text", "_plot.Image.Image.save", "_ledger.replace_text", "_run.Path.unlink"]
+
+
+@pytest.mark.parametrize("name", PLACES)
 def test_a_folder_that_cannot_be_written_to_is_refused(name, tmp_path, monkeypatch):
     """Before anything is computed; where the disk fills up later, then."""
     monkeypatch.setattr("deq.experiments.REGISTRY", {"regions": REGISTRY["regions"]})
@@ -234,11 +238,38 @@ def test_a_folder_that_cannot_be_written_to_is_refused(name, tmp_path, monkeypat
         patch.setattr("deq.experiments.execute", lambda *arguments: pytest.fail("computed"))
         result = deq_command("run", "regions", "--quick", "--out", tmp_path)
         profiled = deq_command("profile", "--width", 8, "--batch", 2, "--out", tmp_path)
-    monkeypatch.setattr(f"deq.experiments.{name}", fails)
+    if name.endswith("replace_text"):
+        monkeypatch.setattr(f"deq.experiments.{name}", writing()(fails))
+    else:
+        monkeypatch.setattr(f"deq.experiments.{name}", fails)
     later = deq_command("run", "all", "--quick", "--width", 2, "--out", tmp_path)
     words = f"Invalid value for '--out': cannot write to {tmp_path}: No space left on device."
     for ended in (result, profiled, later):
         assert ended.exit_code == 2 and words in " ".join(ended.stderr.split())
+
+
+def test_what_an_experiment_cannot_read_is_no_matter_of_the_folder(tmp_path, monkeypatch):
+    def reads(run):
+        raise FileNotFoundError(2, "No such file or directory", "images")
+
+    experiment = replace(REGISTRY["regions"], function=reads)
+    monkeypatch.setattr("deq.experiments.REGISTRY", {"regions": experiment})
+    ended = deq_command("run", "regions", "--quick", "--out", tmp_path)
+    assert isinstance(ended.exception, FileNotFoundError) and "--out" not in ended.output
+
+
+@pytest.mark.skipif(_library.compiled is None, reason="benchmarks need the compiled library")
+def test_a_figure_that_cannot_be_written_is_said(tmp_path, monkeypatch):
+    def steps(run):
+        run.path = tmp_path / "cpu.json"
+        run.results.auto.append({})
+        return iter(())
+
+    monkeypatch.setattr("deq.bench.run.Run.steps", steps)
+    monkeypatch.setattr("deq.bench.report.tables", lambda results: [])
+    monkeypatch.setattr("deq.bench.figure.draw", fails)
+    ended = deq_command("bench", "cpu", "--out", tmp_path)
+    assert ended.exit_code == 2 and "No space left on device" in ended.stderr
 
 
 def test_list_info_version_and_help():

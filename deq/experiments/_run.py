@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from .. import _library
-from ..files import replace_text
+from ..files import replace_text, writing
 from ..info import info
 from ..profiling import phase
 from ._report import markdown, print_result
@@ -249,6 +249,7 @@ class KeptParts:
         replace_text(self.path, json.dumps(kept))
         return self.values[key]
 
+    @writing()
     def forget(self) -> None:
         self.path.unlink(missing_ok=True)
 
@@ -263,6 +264,7 @@ def _parts_path(out: Path, name: str, fingerprint: str) -> Path:
     return out / f"{name}.{fingerprint[:8]}.parts.json"
 
 
+@writing()
 def forget_parts(paths: Iterable[Path]) -> None:
     """Forget the finished parts in these files: their runs are all done, and the next one is a new one."""
     for path in paths:
@@ -277,7 +279,8 @@ def execute(experiment: Experiment, settings: Settings, out: Path, console: Cons
     """
     from ._plot import save  # matplotlib takes a second to import
 
-    out.mkdir(parents=True, exist_ok=True)
+    with writing():
+        out.mkdir(parents=True, exist_ok=True)
     console.print(f"[bold]{experiment.name}[/]  {experiment.title}", highlight=False)
     fingerprint, digest = _fingerprint(experiment.name, settings), _input_digest(settings)
     kept = KeptParts(_parts_path(out, experiment.name, fingerprint), fingerprint)
@@ -308,7 +311,8 @@ def execute(experiment: Experiment, settings: Settings, out: Path, console: Cons
         "notes": list(result.notes),
         "values": result.values,
     }
-    save(result.figure, out / f"{experiment.name}.png")
+    with writing():
+        save(result.figure, out / f"{experiment.name}.png")
     replace_text(out / f"{experiment.name}.json", json.dumps(to_json(record), indent=1, allow_nan=False) + "\n")
     replace_text(out / f"{experiment.name}.md", markdown(experiment, settings, result))
     print_result(console, result)
