@@ -7,6 +7,7 @@ bench.resources --write`` replaces the file, ``--all`` compiles every variant an
 """
 
 import json
+import shutil
 import subprocess
 from collections.abc import Iterable, Sequence
 from functools import reduce
@@ -107,6 +108,8 @@ def of_library(library: Path) -> list[dict]:
 def _demangled(names: Sequence[str]) -> dict[str, str]:
     """``tile<256>`` for ``_Z4tileILi256EEvPf``; c++filt comes with the compiler that built the library."""
     names = list(dict.fromkeys(names))
+    if not names:  # of a library without CUDA kernels, which needs no compiler to have been here
+        return {}
     done = subprocess.run(["c++filt", "-p"], input="\n".join(names), capture_output=True, text=True, check=True)
     spaces = "void ", "deq::", "(anonymous namespace)::"
     readable = (reduce(lambda line, space: line.replace(space, ""), spaces, line) for line in done.stdout.splitlines())
@@ -201,6 +204,11 @@ def main(write: bool, modules: tuple[str, ...], whole: bool) -> None:
         raise click.ClickException(f"{GOLDEN} is not there to compare with: this command needs a checkout.")
     console = Console()
     wanted = modules or (*MODULES, "cuda")
+    if "cuda" in wanted and _library.build.get("cuda") and shutil.which("c++filt") is None:
+        raise click.ClickException(
+            "c++filt is not here, which tells the names of the library's CUDA kernels: install binutils, or leave them "
+            f"out with {' '.join(f'--kernel {name}' for name in wanted if name != 'cuda')}".rstrip()
+        )
     jobs = (everything if whole else guarded)([module for module in wanted if module != "cuda"])
     records = list(track(compile_all(jobs), "compiling", total=len(jobs), console=console, transient=True))
     if "cuda" in wanted and _library.path is not None:

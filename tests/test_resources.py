@@ -6,6 +6,7 @@ import shutil
 import subprocess
 
 import pytest
+from click.testing import CliRunner
 
 from deq import _library
 from deq.bench import compile as ahead_of_time
@@ -223,6 +224,15 @@ def test_cuda_kernels_are_read_from_the_library(tmp_path):
         assert 0 < scale["registers"] < product["registers"] < 64
     faults = resources.faults(records.values(), {"triton": "", "nvcc": None, "resources": list(records.values())})
     assert faults == []
+
+
+def test_without_a_tool_that_reads_names(monkeypatch):
+    monkeypatch.setattr(resources, "compile_all", lambda jobs: pytest.fail("compiled"))
+    monkeypatch.setattr(_library, "build", {"cuda": ["90a-real"]})
+    monkeypatch.setenv("PATH", "")
+    ended = CliRunner().invoke(resources.main, ["--kernel", "cell", "--kernel", "cuda"])
+    assert ended.exit_code == 1 and "install binutils, or leave them out with --kernel cell" in ended.output
+    assert resources._demangled([]) == {}
 
 
 @pytest.mark.skipif(
