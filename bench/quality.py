@@ -14,6 +14,7 @@ from .device import clock
 
 # A returned z is usually f(y) for the y that was judged: its own residual is larger by up to the norm of W.
 SOLVED = 10 * TOL
+TINY = torch.finfo(torch.float64).tiny
 ELSEWHERE = 1e-2  # a solved sample further from the true z than this is at another equilibrium, if W admits several
 
 
@@ -58,13 +59,14 @@ class Truth:
 
 
 def worst_error(z: Tensor, exact: Tensor) -> float:
-    """The largest relative error of a sample."""
+    """The largest relative error of a sample; 0 of a zero that is met."""
     norm = torch.linalg.vector_norm
-    return float((norm(z.double() - exact, dim=1) / norm(exact, dim=1)).max())
+    return float((norm(z.double() - exact, dim=1) / norm(exact, dim=1).clamp(min=TINY)).max())
 
 
 def relative_error(a: Tensor, exact: Tensor) -> float:
-    return float(torch.linalg.vector_norm(a.double() - exact) / torch.linalg.vector_norm(exact))
+    norm = torch.linalg.vector_norm
+    return float(norm(a.double() - exact) / norm(exact).clamp(min=TINY))
 
 
 def _finite(error: float) -> float:

@@ -15,7 +15,7 @@ from deq.bench import baselines, families, figure, goals, jax_baselines, report,
 from deq.bench.baselines import Answer
 from deq.bench.cases import AUTO_CASES, TOL, Case, peaceman_rachford
 from deq.bench.cli import bench
-from deq.bench.quality import Quality, Truth, fastest
+from deq.bench.quality import Quality, Truth, fastest, relative_error, worst_error
 from deq.bench.run import Run, Selection
 from deq.bench.timing import Timing
 
@@ -144,6 +144,11 @@ class TestQuality:
         truth = Truth(problem, torch.ones(2, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64))
         quality = truth.judge(Answer(torch.tensor([[1.0], [0.0]]), None, 3))
         assert (quality.error, quality.failed, quality.elsewhere) == (0.0, 0.0, 1)
+
+    def test_an_equilibrium_of_zero_is_met_or_not(self):
+        zero = torch.zeros(2, 3, dtype=torch.float64)
+        for error in (worst_error, relative_error):
+            assert error(zero.float(), zero) == 0 and error(zero.float() + 1e-3, zero) > 1e3
 
     def test_no_worse_than(self):
         exact, good, bad = (Quality(error, None, 0.0, 0) for error in (0.0, 2e-7, 1e-6))
