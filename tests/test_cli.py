@@ -392,6 +392,16 @@ def test_what_needs_a_missing_package_says_so_and_is_left_out_of_all(tmp_path, m
     assert not (tmp_path / "saliency.json").exists()
 
 
+def test_the_ledger_leaves_out_what_another_version_wrote(tmp_path, monkeypatch):
+    lacking = replace(REGISTRY["saliency"], needs=("no-such-package",))
+    monkeypatch.setattr("deq.experiments.REGISTRY", {"regions": REGISTRY["regions"], "saliency": lacking})
+    (tmp_path / "saliency.json").write_text(json.dumps({"schema": 1, "experiment": "saliency"}))
+    result = deq_command("run", "all", "--quick", "--width", 2, "--out", tmp_path)
+    assert result.exit_code == 0, result.exception
+    text = (tmp_path / "README.md").read_text()
+    assert "## regions: " in text and "saliency" not in text
+
+
 def test_input_is_for_those_that_read_one(tmp_path):
     path = tmp_path / "x.wav"
     path.write_text("no sound")

@@ -13,6 +13,7 @@ from ..files import replace_text
 from ._equilibria import MOVED
 from ._judge import RESIDUAL, SEEDS
 from ._result import CONFOUNDED, NOT_JUDGED, NOT_REPRODUCED, PROVED, VIOLATED, number
+from ._run import SCHEMA
 
 HTML, MARKDOWN = "index.html", "README.md"
 _CLASSES = {PROVED: "good", VIOLATED: "bad", NOT_REPRODUCED: "no", CONFOUNDED: "no", NOT_JUDGED: "dim"}
@@ -27,8 +28,9 @@ _RULES = (
 
 def write_ledger(out: Path, names: Iterable[str]) -> list[Path]:
     """Write HTML and MARKDOWN into ``out`` from the records there, in the order of ``names``; those without are left
-    out."""
-    records = [json.loads((out / f"{n}.json").read_text()) for n in names if (out / f"{n}.json").exists()]
+    out, and records that another version of deq wrote in another form."""
+    found = [json.loads((out / f"{n}.json").read_text()) for n in names if (out / f"{n}.json").exists()]
+    records = [record for record in found if record.get("schema") == SCHEMA]
     context = {"records": records, "counts": _counts(records), "rules": _RULES, "time": _time(records)}
     written = []
     for target, template in ((HTML, "ledger.html"), (MARKDOWN, "ledger.md")):
