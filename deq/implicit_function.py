@@ -9,7 +9,7 @@ is wanted. Between forward and backward nothing is kept but z, the tensors of t,
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import partial, wraps
 
 import torch
 from torch import Tensor
@@ -166,6 +166,20 @@ def fixed_point(equation: Equation, z0: Tensor, tensors: Sequence[Tensor], first
     return generic.Result(_solved(equation, result.z, *tensors), result.told, trajectory)
 
 
+def _gives_back(backward: Callable[..., tuple]) -> Callable[..., tuple]:
+    """The ``backward`` of an equation's solution, which lets go of the equation as torch does of what is saved: a loss
+    that somebody keeps, with the graph already used, would keep f and all that it holds."""
+
+    @wraps(backward)
+    def run(ctx, *g):
+        found = backward(ctx, *g)
+        if not torch._C._autograd._get_current_graph_task_keep_graph():
+            ctx.equation = None
+        return found
+
+    return run
+
+
 class _Solved(torch.autograd.Function):
     """(equation, its solution, *t) -> z: as _FixedPoint outside of transforms, at a third of torch's cost of a call."""
 
@@ -178,6 +192,7 @@ class _Solved(torch.autograd.Function):
         return z
 
     @staticmethod
+    @_gives_back
     @backward_pass
     def backward(ctx, g):
         return None, None, *_gradients(ctx, g, ctx.needs_input_grad[2:])
@@ -210,6 +225,7 @@ class _FixedPoint(torch.autograd.Function):
         ctx.save_for_forward(output[0], *tensors)
 
     @staticmethod
+    @_gives_back
     @backward_pass
     def backward(ctx, g, *_):
         return None, None, None, *_gradients(ctx, g, ctx.needs_input_grad[3:])

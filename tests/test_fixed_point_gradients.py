@@ -1,11 +1,14 @@
 """Gradients of deq.fixed_point: each kind against its definition, at any scale, of samples that failed."""
 
+import weakref
+
 import pytest
 import torch
 from fixed_points import SOLVERS, cell, solve
 from problems import gaussian
 
 import deq
+import deq.torchdeq
 from deq import Status
 
 
@@ -107,6 +110,32 @@ def test_memory_between_forward_and_backward():
             z = solve(W, c, tol=tol).z
         assert saved == [(4, 20), (20, 20)]
         del z
+
+
+@pytest.mark.parametrize("way", ["fixed_point", "Equilibrium", "torchdeq"])
+def test_memory_after_the_backward_pass(way):
+    """A loss that is kept, as in a list of all of them, keeps no input alive once its graph has been used."""
+    W, c, _ = gaussian(20, 4, torch.float64)
+    W.requires_grad_()
+    z0 = torch.zeros_like(c)
+
+    def solved():
+        mine = c.clone().requires_grad_() * 1
+        if way == "Equilibrium":
+            return mine, deq.nn.Equilibrium(lambda z, c: torch.tanh(z @ W.mT + c))(mine)
+        f = lambda z: torch.tanh(z @ W.mT + mine)  # noqa: E731
+        return mine, deq.fixed_point(f, z0).z if way == "fixed_point" else deq.torchdeq.get_deq(ift=True)(f, z0)[0][-1]
+
+    mine, z = solved()
+    held, loss = weakref.ref(mine), z.square().sum()
+    del mine, z
+    first = torch.autograd.grad(loss, W, retain_graph=True)
+    assert held() is not None
+    again = torch.autograd.grad(loss, W)
+    assert torch.allclose(*first, *again, rtol=1e-6, atol=1e-9)
+    assert held() is None
+    with pytest.raises(RuntimeError, match="a second time"):
+        loss.backward()
 
 
 @pytest.mark.parametrize("backward", ["one_step", "phantom", "unrolled"])
