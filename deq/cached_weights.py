@@ -3,6 +3,7 @@
 import threading
 from contextlib import AbstractContextManager, nullcontext
 
+import torch
 from torch.nn.utils import parametrize
 
 
@@ -64,15 +65,20 @@ def are_weights_kept() -> bool:
 
 class _Cache(dict):
     """In place of torch's: of a thread that evaluates a function for deq its own weights; else those of callers, which
-    are its items, as long as one of them caches any."""
+    are its items, as long as one of them caches any.
+
+    A weight that belongs to a gradient of torch.func, which an evaluation of the solve may be inside of, is not kept:
+    the next evaluation is inside of another one, or of none.
+    """
 
     def get(self, key, default=None):
         weights = self._weights()
-        return default if weights is None else dict.get(weights, key, default)
+        weight = default if weights is None else dict.get(weights, key, default)
+        return default if _own.evaluates and _belongs_to_gradient(weight) else weight
 
     def __setitem__(self, key, value) -> None:
         weights = self._weights()
-        if weights is not None:
+        if weights is not None and not (_own.evaluates and _belongs_to_gradient(value)):
             dict.__setitem__(weights, key, value)
 
     def _weights(self) -> dict | None:
@@ -82,3 +88,11 @@ class _Cache(dict):
             return self
         self.clear()
         return None
+
+
+def _belongs_to_gradient(weight: object) -> bool:
+    """Whether it is a tensor of transforms of which one is, or may be, torch.func.vjp or jvp."""
+    if weight is None or not torch._C._functorch.is_functorch_wrapped_tensor(weight):
+        return False
+    active = torch._C._functorch.get_interpreter_stack() or ()
+    return any(interpreter.key() != torch._C._functorch.TransformType.Vmap for interpreter in active)

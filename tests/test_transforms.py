@@ -286,6 +286,42 @@ def test_a_parametrised_weight_that_cannot_be_given_back_is_refused():
         grad(lambda W: torch.func.functional_call(model, {name: W}, (x,)).sum())(W)
 
 
+@pytest.mark.parametrize("solver", ["anderson", "newton_krylov"])
+def test_parametrised_weights_under_transforms(solver):
+    """Computed once in a solve, but for one that belongs to a gradient: of that the next evaluation knows nothing."""
+    torch.manual_seed(0)
+    block = deq.nn.normalise(Normed(nn.Linear(4, 4, dtype=torch.float64)))
+    layer = deq.nn.Equilibrium(block, tol=1e-13, solver=solver)
+    values = {name: 0.7 * parameter.detach() for name, parameter in layer.named_parameters()}
+    x = torch.randn(2, 3, 4, dtype=torch.float64)
+
+    def ours(values, x):
+        return torch.func.functional_call(layer, values, (x,)).square().sum()
+
+    def unrolled(values, x):
+        z, values = torch.zeros_like(x), {name.removeprefix("block."): value for name, value in values.items()}
+        for _ in range(60):
+            z = torch.func.functional_call(layer.block, values, (z, x))
+        return z.square().sum()
+
+    many = {name: torch.stack((value, -value)) for name, value in values.items()}
+    close(vmap(ours)(many, x), vmap(unrolled)(many, x))
+    leaves = lambda f: list(vmap(grad(f), (None, 0))(values, x).values())  # noqa: E731
+    close(leaves(ours), leaves(unrolled))
+    leaves = lambda f: list(vmap(grad(f))(many, x).values())  # noqa: E731
+    close(leaves(ours), leaves(unrolled))
+    close(hessian(ours, 1)(values, x[0]), hessian(unrolled, 1)(values, x[0]))
+
+
+class Normed(nn.Module):
+    def __init__(self, linear):
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, z, x):
+        return torch.tanh(0.5 * self.linear(z) + x)
+
+
 def test_integers_and_masks_of_every_sample():
     """Transforms exchange them as any tensor that belongs to one, and differentiate the others."""
     torch.manual_seed(0)
