@@ -465,6 +465,40 @@ def test_spectral_norm_of_a_weight_that_starts_at_nothing(dtype, size):
     assert abs(float(torch.linalg.matrix_norm(layer.weight.detach().float(), 2)) - 1) < 1e-2
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+def test_spectral_norm_in_training_under_torch_func():
+    """What iterates for the norm belongs to the module, not to a transform, and the gradient is that of autograd."""
+    torch.manual_seed(0)
+    block = deq.nn.normalise(Dropped(nn.Linear(4, 4), nn.Identity()).double(), "spectral", iterations=200)
+    layer, x = deq.nn.Equilibrium(block, tol=1e-12), torch.randn(3, 4, dtype=torch.float64)
+    norm = block.layer.parametrizations.weight[0]
+    values = {name: parameter.detach() for name, parameter in layer.named_parameters()}
+    loss = lambda values, x: torch.func.functional_call(layer, values, (x,)).square().sum()  # noqa: E731
+    with torch.no_grad():
+        values["block.layer.parametrizations.weight.original0"].add_(0.3 * torch.randn(4, 4))  # the layer's own
+    before = norm.v.clone()
+    grads = torch.func.grad(loss)(values, x)
+    assert not torch.equal(norm.v, before) and not torch._C._functorch.is_functorch_wrapped_tensor(norm.v)
+    expected = torch.autograd.grad(layer(x).square().sum(), list(layer.parameters()))
+    for grad, one in zip(grads.values(), expected, strict=True):
+        torch.testing.assert_close(grad, one, rtol=1e-8, atol=1e-10)
+    tangent = torch.func.jvp(lambda x: loss(values, x), (x,), (x,))[1]
+    assert abs(float(tangent - (torch.func.grad(loss, 1)(values, x) * x).sum())) < 1e-9
+    of_samples = torch.vmap(torch.func.grad(loss), (None, 0))(values, x.unsqueeze(1))
+    for grad, one in zip(of_samples.values(), expected, strict=True):
+        torch.testing.assert_close(grad.sum(0), one, rtol=1e-8, atol=1e-10)
+
+
+def test_spectral_norm_in_a_graph():
+    torch.manual_seed(0)
+    model = deq.nn.normalise(nn.Linear(4, 4), "spectral")
+    other, x = copy.deepcopy(model), torch.randn(3, 4)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for _ in range(2):  # each of which iterates once more
+        assert torch.equal(compiled(x), other(x))
+        assert all(map(torch.equal, model.buffers(), other.buffers()))
+
+
 @pytest.mark.parametrize("learned", [True, False])
 @pytest.mark.parametrize("kind", ["weight", "spectral"])
 def test_normalised_weights_that_layers_share(kind, learned):

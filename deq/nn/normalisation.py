@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ..closures import in_transform, outside_of_gradients
 from .equilibrium_linear import Injection
 
 # The weight's name and its output dimension.
@@ -79,13 +80,16 @@ class SpectralNorm(_Normalised):
     @torch.no_grad()
     def _iterate(self, matrix: Tensor, iterations: int) -> None:
         for _ in range(iterations):
-            self.v.copy_(_direction(matrix.mT @ self.u, self.v))
-            self.u.copy_(_direction(matrix @ self.v, self.u))
+            _put(_direction(matrix.mT @ self.u, self.v), self.v)
+            _put(_direction(matrix @ self.v, self.u), self.u)
 
     def forward(self, weight: Tensor, g: Tensor | None = None) -> Tensor:
         matrix = self._matrix(weight)
-        if self.training and torch._C._current_graph_task_id() == -1:  # a backward pass reads the weight as it was
-            self._iterate(matrix.detach(), self.iterations)
+        # A backward pass reads the weight as it was; one of a graph does not read it again, and could not ask.
+        if self.training and (torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1):
+            numbers = matrix.detach()
+            numbers = numbers if torch.compiler.is_compiling() else outside_of_gradients(numbers)
+            self._iterate(numbers, self.iterations)
         size = self.u.clone() @ (matrix @ self.v.clone())
         return weight * self.factor(size, g if self.learned else self.target)
 
@@ -103,6 +107,15 @@ def _direction(x: Tensor, before: Tensor) -> Tensor:
     usable = (size > 0) & torch.isfinite(size)
     x = x / torch.where(usable, size, 1.0)  # squares of x may be beyond its dtype
     return torch.where(usable, x / torch.linalg.vector_norm(x), before)
+
+
+def _put(new: Tensor, buffer: Tensor) -> None:
+    """By copy_, which the gradients of torch.func refuse into a tensor from outside of them; out= they let pass."""
+    is_outside = not torch.compiler.is_compiling() and in_transform()
+    if is_outside and not torch._C._functorch.is_functorch_wrapped_tensor(buffer):
+        torch.mul(new, 1, out=buffer)
+    else:
+        buffer.copy_(new)
 
 
 def normalise(
