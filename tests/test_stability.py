@@ -232,6 +232,36 @@ class Dropping(nn.Module):
         return torch.tanh(0.3 * self.drop(self.linear(z)) + x)
 
 
+@pytest.mark.parametrize("way", ["closure", "method", "global", "nested", "nested in a module"])
+def test_dropout_in_a_block_that_is_a_function(way):
+    """As in one that is a module: new masks at every call, through the solve of an outer layer too, and those of the
+    call in its backward pass."""
+    torch.manual_seed(0)
+    block = Dropping()
+    if way == "method":
+        f = block.forward
+    elif way == "global":
+        f, globals()["DROPPING"] = global_block, block
+    else:
+        f = lambda z, x: block(z, x)  # noqa: E731
+    layer = deq.nn.Equilibrium(f, tol=1e-12, on_failure="raise")
+    if way == "nested":
+        inner = layer
+        layer = deq.nn.Equilibrium(lambda z, x: 0.5 * inner(z + x), tol=1e-11, on_failure="raise")
+    elif way == "nested in a module":
+        layer = deq.nn.Equilibrium(Dropping(layer), tol=1e-11, on_failure="raise")
+    W, x = block.linear.weight, torch.randn(3, 6, dtype=torch.float64)
+    z = layer(x)
+    mask = block.drop.mask
+    expected = torch.autograd.grad(z.sum(), W, retain_graph=True)[0]
+    assert layer(x[:2]).shape == (2, 6) and block.drop.mask is not mask and not torch.equal(layer(x), z)
+    torch.testing.assert_close(torch.autograd.grad(z.sum(), W)[0], expected, rtol=1e-8, atol=1e-10)
+
+
+def global_block(z, x):
+    return DROPPING(z, x)  # noqa: F821
+
+
 @pytest.mark.parametrize("between", ["call", "eval", "other size"])
 @pytest.mark.parametrize("nested", [False, True])
 def test_the_backward_pass_has_the_masks_of_its_call(between, nested):

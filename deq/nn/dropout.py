@@ -1,12 +1,14 @@
 """Dropout whose mask stays the same through a solve: otherwise there would be no fixed point."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ..closures import outside_of_gradients
 from ..function_options import listed
+from ..held import modules_of
+from ..variables import globals_read
 
 _exists = False  # whether any has ever been made: most models have none, and are not searched in every call
 
@@ -77,9 +79,32 @@ class VariationalDropout(nn.Module):
 
 
 def reset_dropout(model: nn.Module) -> None:
-    """Forget the masks of every VariationalDropout in ``model``."""
+    """Forget the masks of every VariationalDropout in ``model``, and in functions that are blocks of its layers."""
+    for module in modules_with_masks(model):
+        for each in module.modules():
+            if isinstance(each, VariationalDropout):
+                each.reset_mask()
+
+
+def modules_with_masks(block: Callable) -> list[nn.Module]:
+    """``block``, or the modules that it uses if it is a function, and those that functions use which are blocks of
+    layers inside of these; none where no VariationalDropout is among them all."""
     if not _exists:
-        return
-    for module in model.modules():
-        if isinstance(module, VariationalDropout):
-            module.reset_mask()
+        return []
+    found, visited, has_masks = _used_by(block), set(), False
+    for root in found:
+        for module in root.modules():
+            if module not in visited:
+                visited.add(module)
+                has_masks |= isinstance(module, VariationalDropout)
+                inner = module.__dict__.get("block")  # a module is elsewhere
+                found += [each for each in _used_by(inner) if each not in visited] if callable(inner) else ()
+    return found if has_masks else []
+
+
+def _used_by(function: Callable) -> list[nn.Module]:
+    """The module itself, or those that a function holds or finds in global variables."""
+    if isinstance(function, nn.Module):
+        return [function]
+    functions = [function, *(value for _, _, value in globals_read(function) if callable(value))]
+    return [module for each in functions for module in modules_of(each)]

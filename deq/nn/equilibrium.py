@@ -13,7 +13,7 @@ from ..modes import has_autocast
 from ..options import unknown_option
 from ..state import State, parts_of
 from .compiled import as_state, equilibrium, kind_of, new_seed, register
-from .dropout import reset_dropout
+from .dropout import modules_with_masks, reset_dropout
 
 OPTIONS = tuple(
     name
@@ -59,7 +59,8 @@ class Equilibrium(nn.Module):
         is_compiling = torch.compiler.is_compiling()
         if not (is_compiling or enclosed.depth):
             reset_dropout(self)
-        members = Members([self.block]) if isinstance(self.block, nn.Module) else None
+        is_module = isinstance(self.block, nn.Module)
+        members = Members([self.block]) if is_module else None
         fresh = z0 is None and self.init is None
         if z0 is None:
             z0 = self._start(inputs, members)
@@ -70,6 +71,10 @@ class Equilibrium(nn.Module):
             inputs = tuple(x.to(dtype) if wide(x) else x for x in inputs)
         if is_compiling:
             return self._compiled(inputs, z0)
+        if len(modules := modules_with_masks(self.block)) > is_module:  # in functions, which may be methods of all
+            own = members.parameters if is_module else []
+            members = Members(modules)
+            members.parameters = own
         f = Applied(self.block, inputs, self._uses, members)
         if members is None or not members.has_masks:
             return self.solve(f, z0, fresh).z
