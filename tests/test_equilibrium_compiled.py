@@ -92,6 +92,24 @@ def test_a_call_keeps_its_dropout_masks(x, backend):
     torch.testing.assert_close(compiled(layer, backend)(x), layer(x), rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+def test_evaluation_between_a_call_and_its_backward_pass(x, backend):
+    """The backward pass evaluates the block in the mode of the call, masks and all."""
+    layer = deq.nn.Equilibrium(Block(0.5), tol=1e-12)
+    block, seen = layer.block, []
+    block.dropout.register_forward_hook(lambda module, inputs, output: seen.append(module.mask))
+    z = compiled(layer, backend)(x)
+    mask = seen[-1]
+    layer.eval()
+    actual = torch.autograd.grad(z.sin().sum(), (x, block.linear.weight))
+    state = torch.zeros_like(x)
+    for _ in range(100):
+        state = torch.tanh(block.linear(state) * mask + x)
+    expected = torch.autograd.grad(state.sin().sum(), (x, block.linear.weight))
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11)
+    assert not any(module.training for module in layer.modules())
+
+
 def test_dropout_of_an_inner_layer():
     """Masks are of the outer call."""
 

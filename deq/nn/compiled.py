@@ -9,7 +9,7 @@ anew for every other number.
 import itertools
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,23 @@ def new_seed(block: object) -> Tensor | None:
     if not any(isinstance(module, VariationalDropout) and module.training for module in block.modules()):
         return None
     return torch.randint(2**62, (), dtype=torch.int64, device="cpu")
+
+
+def modes_of(block: object) -> str:
+    """Of every module in ``block``, whether it trains: "1" or "0"."""
+    return "".join("01"[module.training] for module in block.modules()) if isinstance(block, nn.Module) else ""
+
+
+def _in_modes(block: object, modes: str) -> AbstractContextManager:
+    """While active, the modules of ``block`` are in the modes of the call, whatever the caller did since."""
+    if not isinstance(block, nn.Module):
+        return nullcontext()
+    places = []
+    for module, mode in zip(block.modules(), modes, strict=True):
+        own, trains = module.__dict__, mode == "1"
+        if own.get("training", trains) is not trains:  # one of TorchScript keeps it elsewhere
+            places.append((own, "training", trains))
+    return Exchanged(places) if places else nullcontext()
 
 
 def _layer(number: Tensor) -> nn.Module:
@@ -152,6 +169,7 @@ def _as_parts(state: State) -> list[Tensor]:
 def equilibrium(
     layer: Tensor,
     seed: Tensor | None,
+    modes: str,
     kind: str,
     start: list[Tensor],
     inputs: list[Tensor],
@@ -159,13 +177,14 @@ def equilibrium(
 ) -> list[Tensor]:
     """The equilibrium of a registered layer from ``start``, its parts."""
     module = _layer(layer)
-    with included(_EAGER), torch.no_grad(), _masks(module.block, seed, start[0].device):
+    block, device = module.block, start[0].device
+    with included(_EAGER), torch.no_grad(), _in_modes(block, modes), _masks(block, seed, device):
         solution = module.solve(_function(module, inputs, _own(module, parameters)), as_state(start, kind))
     return _as_parts(solution.z)
 
 
 @equilibrium.register_fake
-def _(layer, seed, kind, start, inputs, parameters):
+def _(layer, seed, modes, kind, start, inputs, parameters):
     return [torch.empty_like(part, memory_format=torch.contiguous_format) for part in start]
 
 
@@ -173,6 +192,7 @@ def _(layer, seed, kind, start, inputs, parameters):
 def equilibrium_backward(
     layer: Tensor,
     seed: Tensor | None,
+    modes: str,
     kind: str,
     z: list[Tensor],
     inputs: list[Tensor],
@@ -188,7 +208,8 @@ def equilibrium_backward(
     found = iter([None] * len(wanted))
     if wanted:
         f = _function(module, leaves[: len(inputs)], leaves[len(inputs) :])
-        with included(_EAGER), torch.enable_grad(), _masks(module.block, seed, z[0].device):
+        block, device = module.block, z[0].device
+        with included(_EAGER), torch.enable_grad(), _in_modes(block, modes), _masks(block, seed, device):
             parts = parts_of(module.attach(f, as_state(z, kind), wanted))
             used = [(part, v) for part, v in zip(parts, g, strict=True) if part.requires_grad]
             if used:  # else the block uses none of the tensors
@@ -204,12 +225,12 @@ def equilibrium_backward(
 
 
 @equilibrium_backward.register_fake
-def _(layer, seed, kind, z, inputs, parameters, g):
+def _(layer, seed, modes, kind, z, inputs, parameters, g):
     return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (*inputs, *parameters)]
 
 
 def _setup_context(ctx, inputs, output):
-    layer, seed, ctx.kind, _, x, parameters = inputs
+    layer, seed, ctx.modes, ctx.kind, _, x, parameters = inputs
     ctx.counts = len(output), len(x)
     ctx.save_for_backward(layer, seed, *output, *x, *parameters)
 
@@ -218,9 +239,9 @@ def _backward(ctx, g):
     n, m = ctx.counts
     layer, seed, *saved = ctx.saved_tensors
     z, x, parameters = saved[:n], saved[n : n + m], saved[n + m :]
-    grads = equilibrium_backward(layer, seed, ctx.kind, z, x, parameters, list(g))
+    grads = equilibrium_backward(layer, seed, ctx.modes, ctx.kind, z, x, parameters, list(g))
     grads = [grad if _has_gradient(t) else None for grad, t in zip(grads, (*x, *parameters), strict=True)]
-    return None, None, None, [None] * n, grads[:m], grads[m:]
+    return None, None, None, None, [None] * n, grads[:m], grads[m:]
 
 
 equilibrium.register_autograd(_backward, setup_context=_setup_context)
