@@ -261,6 +261,15 @@ class TestModule:
         changed = [not torch.equal(a, b) for a, b in zip(first, layer.parameters(), strict=True)]
         assert changed == [name != "injection.bias" for name, _ in layer.named_parameters()]  # b is zero every time
 
+    def test_every_module_reset_by_itself(self):
+        """As programs do after ``to_empty``: torch's own draw of a linear layer is not this one's."""
+        layer = EquilibriumLinear(40, 50, device="meta").to_empty(device="cpu")
+        for module in layer.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        assert abs(float(layer.injection.weight.detach().std()) * 40**0.5 - 1) < 0.1
+        assert not layer.injection.bias.any()
+
     @pytest.mark.parametrize("kind", KINDS)
     def test_meta_device(self, kind):
         layer = EquilibriumLinear(3, 8, weight=kind, device="meta")

@@ -20,7 +20,18 @@ SOLVE_OPTIONS = tuple(
 
 
 class Injection(nn.Linear):
-    """``U x + b``: torch's linear layer by :mod:`deq.products`."""
+    """``U x + b``: torch's linear layer by :mod:`deq.products`, drawn with variance 1 / in_features and no bias."""
+
+    def reset_parameters(self) -> None:
+        """Also for who resets every module of a model by itself, as after ``to_empty``."""
+        super().reset_parameters()  # what it draws is drawn over: seeds give the layers that they always gave
+        self.draw()
+
+    @torch.no_grad()
+    def draw(self) -> None:
+        self.weight.normal_(0.0, self.in_features**-0.5)
+        if self.bias is not None:
+            self.bias.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
@@ -75,18 +86,11 @@ class EquilibriumLinear(nn.Module):
         lipschitz = get_activation(activation).lipschitz
         self.weight = _make_weight(weight, width, lipschitz, device, dtype)
         self.injection = Injection(in_features, width, bias=bias, device=device, dtype=dtype)
-        self._reset_injection()
 
     def reset_parameters(self) -> None:
         """Draw all parameters afresh from torch's global generator."""
         self.weight.reset_parameters()
-        self._reset_injection()
-
-    @torch.no_grad()
-    def _reset_injection(self) -> None:
-        self.injection.weight.normal_(0.0, self.in_features**-0.5)
-        if self.injection.bias is not None:
-            self.injection.bias.zero_()
+        self.injection.draw()
 
     def forward(self, x: Tensor, z0: Tensor | None = None) -> Tensor:
         if not isinstance(x, Tensor):
