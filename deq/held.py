@@ -62,6 +62,12 @@ class Members:
 _EXCHANGEABLE = (Tensor, nn.Parameter, bool, list, type(None))
 
 
+class Masks:
+    """Whether a :class:`deq.nn.VariationalDropout` has ever been made: most programs have none, and search for none."""
+
+    exist = False
+
+
 class Enclosed(threading.local):
     """While active, layers are part of another one, whose dropout masks they keep."""
 
@@ -118,6 +124,12 @@ def modules_of(f: Callable) -> list[nn.Module]:
                 stack += [getattr(value, "__self__", None), getattr(value, "__func__", None)]
                 stack += variables.contents(value)
     return found
+
+
+def modules_used(f: Callable) -> list[nn.Module]:
+    """Those of :func:`modules_of`, and those that f, or a function that it finds there, finds in global variables."""
+    functions = [f, *(value for _, _, value in variables.globals_read(f) if callable(value))]
+    return [module for each in functions for module in modules_of(each)]
 
 
 class Uses:
@@ -253,11 +265,13 @@ class Call:
 
 
 def _members(f: Callable, tensors: Sequence[Tensor], own: Sequence[Tensor]) -> Members | None:
-    """Those of the modules behind f, where ``tensors``, which f uses, may be some that modules have for this call
-    alone: they are no parameters, and not its ``own``, which it holds itself."""
+    """Those of the modules behind f, where these may have dropout masks, or ``tensors``, which f uses, may be some that
+    modules have for this call alone: they are no parameters, and not its ``own``, which it holds itself."""
     if isinstance(f, Applied) and f.members is not None:
         return f.members
     numbers = {id(tensor) for tensor in own}
+    if Masks.exist:
+        return Members(modules_used(f))
     if all([type(tensor) is nn.Parameter or id(tensor) in numbers for tensor in tensors]):
         return None
     return Members(modules_of(f))

@@ -258,6 +258,27 @@ def test_dropout_in_a_block_that_is_a_function(way):
     torch.testing.assert_close(torch.autograd.grad(z.sum(), W)[0], expected, rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.parametrize("between", ["reset", "call", "eval"])
+@pytest.mark.parametrize("way", ["closure", "global"])
+def test_the_backward_pass_of_a_function_has_the_masks_of_its_call(way, between):
+    torch.manual_seed(0)
+    block = globals()["DROPPING"] = Dropping()
+    x, other = torch.randn(2, 3, 6, dtype=torch.float64)
+    used = block if way == "closure" else global_block
+    z = deq.fixed_point(lambda z: used(z, x), torch.zeros_like(x), tol=1e-12).z
+    mask = block.drop.mask
+    if between == "eval":
+        block.eval()
+    else:
+        deq.nn.reset_dropout(block)
+        after = block(x, other) if between == "call" else None
+    actual = torch.autograd.grad(z.sum(), block.linear.weight)[0]
+    assert between == "eval" or (block.drop.mask is None) == (after is None)
+    f = lambda z: torch.tanh(0.3 * mask * block.linear(z) + x)  # noqa: E731
+    expected = torch.autograd.grad(deq.fixed_point(f, torch.zeros_like(x), tol=1e-12).z.sum(), block.linear.weight)[0]
+    torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-10)
+
+
 def global_block(z, x):
     return DROPPING(z, x)  # noqa: F821
 

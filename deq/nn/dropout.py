@@ -7,10 +7,7 @@ from torch import Tensor, nn
 
 from ..closures import outside_of_gradients
 from ..function_options import listed
-from ..held import modules_of
-from ..variables import globals_read
-
-_exists = False  # whether any has ever been made: most models have none, and are not searched in every call
+from ..held import Masks, modules_used
 
 
 class VariationalDropout(nn.Module):
@@ -33,8 +30,7 @@ class VariationalDropout(nn.Module):
         self._dropout_draw: list[Tensor] = []  # the mask, once there is one: a call that is over keeps its own list
 
     def __new__(cls, *args, **kwargs):
-        global _exists
-        _exists = True
+        Masks.exist = True
         return super().__new__(cls)
 
     @property
@@ -89,7 +85,7 @@ def reset_dropout(model: nn.Module) -> None:
 def modules_with_masks(block: Callable) -> list[nn.Module]:
     """``block``, or the modules that it uses if it is a function, and those that functions use which are blocks of
     layers inside of these; none where no VariationalDropout is among them all."""
-    if not _exists:
+    if not Masks.exist:
         return []
     found, visited, has_masks = _used_by(block), set(), False
     for root in found:
@@ -103,8 +99,4 @@ def modules_with_masks(block: Callable) -> list[nn.Module]:
 
 
 def _used_by(function: Callable) -> list[nn.Module]:
-    """The module itself, or those that a function holds or finds in global variables."""
-    if isinstance(function, nn.Module):
-        return [function]
-    functions = [function, *(value for _, _, value in globals_read(function) if callable(value))]
-    return [module for each in functions for module in modules_of(each)]
+    return [function] if isinstance(function, nn.Module) else modules_used(function)
