@@ -422,6 +422,32 @@ def test_the_table_is_written_either_way(monkeypatch):
     assert torch.equal(loop.table, by_kernel) and by_kernel[len(records.TABLE) - 1] == 99 + len(records.TABLE)
 
 
+def test_a_loop_of_inference_mode_serves_training_too(monkeypatch):
+    """A validation may come before the first step, and whoever reads a status has its rescue made in that mode."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(
+        torch.cuda, "Event", lambda: SimpleNamespace(record=lambda stream: None, synchronize=lambda: None)
+    )
+    monkeypatch.setattr(torch, "empty", lambda *shape, pin_memory, **options: torch.zeros(*shape, **options))
+    nothing = lambda *_: None  # noqa: E731
+    with torch.inference_mode():
+        loop = chunks.Loop(torch.device("cpu"))
+        monkeypatch.setattr(loop, "_launch", nothing)
+        counters = torch.zeros(2, dtype=torch.int32).as_subclass(_OnGpu)
+        assert loop.repeat(nothing, nothing, nothing, 40, 6, 2, counters) == 0
+    loop._graphs["any"] = None
+    loop.fill(list(range(len(records.TABLE))))
+    counters = torch.zeros(2, dtype=torch.int32).as_subclass(_OnGpu)
+    assert loop.repeat(nothing, nothing, nothing, 40, 6, 2, counters) == 0
+
+
+class _OnGpu(torch.Tensor):
+    """A tensor that says so."""
+
+    device = SimpleNamespace(type="cuda")
+
+
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("m", [1, 17, 160])
 @pytest.mark.parametrize("increments", ["bfloat16", "float8"])

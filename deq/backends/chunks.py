@@ -33,7 +33,8 @@ class Loop:
     """
 
     def __init__(self, device: torch.device):
-        self.table = torch.zeros(32, dtype=torch.int64, device=device)
+        with torch.inference_mode(False):  # what was made in that mode could not be written to outside of it
+            self.table = torch.zeros(32, dtype=torch.int64, device=device)
         self.lock = threading.Lock()
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
         self._seen: list[tuple[Tensor, torch.cuda.Event]] = []
@@ -79,7 +80,8 @@ class Loop:
             end()
             return None
         if not self._seen:
-            pinned = torch.empty(2, 2, dtype=torch.int32, device="cpu", pin_memory=True)
+            with torch.inference_mode(False):
+                pinned = torch.empty(2, 2, dtype=torch.int32, device="cpu", pin_memory=True)
             self._seen = [(pinned[i], torch.cuda.Event()) for i in range(2)]
         stream = torch.cuda.current_stream(counters.device)
         chunks = -(-turns // chunk)
