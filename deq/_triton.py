@@ -29,6 +29,8 @@ def _why_not(device: str) -> str:
     if device == "cuda":
         if torch.version.hip:
             return "its kernels are for NVIDIA GPUs"
+        if not torch.cuda.is_available():  # a FakeTensorMode has tensors on devices that are not there
+            return "torch sees no device" if torch.version.cuda else "this torch is a CPU build"
         least = min(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
         if least < LEAST_CAPABILITY:
             return f"its kernels need compute capability 8.0; a GPU here has {least[0]}.{least[1]}"

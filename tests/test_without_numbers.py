@@ -92,3 +92,12 @@ def test_functions_are_evaluated_once(mode, options):
             deq.fixed_point(lambda z: z[:, :2], x, **options)
         with pytest.raises(ValueError, match="solver must be one of"):
             deq.fixed_point(torch.tanh, x, solver="guess")
+
+
+@torch.no_grad()  # for gradients a CPU build of torch lacks the device
+def test_fake_tensors_of_a_device_that_is_not_there():
+    with FakeTensorMode():
+        for shape in ((4, 4), (3, 4, 4)):
+            W, c = torch.empty(*shape, device="cuda"), torch.empty(*shape[:-2], 2, 4, device="cuda")
+            z = deq.solve(W, c).z
+            assert z.shape == c.shape and z.device == c.device
