@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
+import torch
+
 from .kernels.tiles import FLOAT8_FROM, OLDEST
 
 PATH = Path(__file__).with_name("gpu_constants.json")
@@ -119,6 +121,13 @@ def find_device(name: str, capability: tuple[int, int] | None = None) -> Device:
         device = replace(device, matmul_float8=2 * device.matmul_bfloat16)
     shared = SHARED_PER_BLOCK.get(capability, device.shared_per_block)
     return replace(device, capability=capability, shared_per_block=shared, stands_for=stand_in)
+
+
+def device_at(place: torch.device | int) -> Device:
+    """The constants of the GPU there, with as many multiprocessors as it has: cards of one name or architecture differ
+    in them, and MIG leaves a part. Raises ValueError as find_device does."""
+    device = find_device(torch.cuda.get_device_name(place), torch.cuda.get_device_capability(place))
+    return replace(device, processors=torch.cuda.get_device_properties(place).multi_processor_count)
 
 
 def _device(name: str, key: str) -> Device:

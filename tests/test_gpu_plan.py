@@ -2,12 +2,15 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import hypothesis
 import hypothesis.strategies as st
 import pytest
+import torch
 
 from deq import gpu_device
+from deq.backends import cuda, triton_kind
 from deq.gpu_device import find_device
 from deq.gpu_plan import ACCURATE, INCREMENTS, WORTH_IT, choose, fastest
 from deq.gpu_times import PRECISIONS, REGIMES, expected, resident_shared, tiles_of, time_of
@@ -300,6 +303,21 @@ class TestDevices:
         assert (device.name, device.capability, device.stands_for) == (name, capability, stand_in)
         consumer = capability in ((8, 6), (8, 9), (12, 0))
         assert device.shared_per_block == (99 * 1024 if consumer else {8: 163, 9: 227, 10: 227}[capability[0]] * 1024)
+
+    @pytest.mark.parametrize(
+        ("name", "capability", "processors", "m"),
+        [("NVIDIA H100 PCIe", (9, 0), 114, 4000), ("NVIDIA GeForce RTX 4060", (8, 9), 24, 1024)],
+    )
+    def test_a_smaller_card_is_planned_as_it_is(self, monkeypatch, name, capability, processors, m):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda place: name)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda place: capability)
+        own = SimpleNamespace(multi_processor_count=processors)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda place: own)
+        assert expected("grid", m, 1, find_device(name, capability), "ieee", "bfloat16") is not None
+        regime_of = cuda.regime_for.__wrapped__  # not the one that remembers
+        assert regime_of(m, 1, 0) is None and regime_of(64, 1, 0) is not None
+        plans = triton_kind.constants_of.__wrapped__(torch.device("cuda"))
+        assert plans.processors == processors and plans.name == name
 
     def test_what_cannot_be_found(self):
         with pytest.raises(ValueError, match=r"capability must be at least 8\.0; Tesla T4 has 7\.5"):

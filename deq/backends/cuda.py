@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .. import _library, _triton, gpu_plan, gpu_times, stats
 from ..activations import ACTIVATIONS
-from ..gpu_device import find_device
+from ..gpu_device import device_at
 from ..plan import Plan
 from ..solution import Status, rounded
 from . import reference
@@ -151,7 +151,7 @@ def regime_for(width: int, batch: int, device: int) -> str | None:
 
     device: index of the CUDA device.
     """
-    constants = find_device(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
+    constants = device_at(device)
     regimes = sorted(gpu_times.REGIMES, key=gpu_plan.ON_CUDA.__contains__)  # at the same time Triton's
     found = [option for regime in regimes if (option := gpu_plan.fastest(regime, width, batch, constants)) is not None]
     return PLANNED.get(min(found, key=lambda option: option.solve).regime)

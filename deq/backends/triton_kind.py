@@ -8,7 +8,7 @@ import torch
 from deq.kernels import judge, records
 
 from ..activations import Activation
-from ..gpu_device import Device, find_device
+from ..gpu_device import Device, device_at, find_device
 from ..gpu_plan import TRITON_INCREMENTS, GpuPlan, choose
 from ..plan import INCREMENTS_TOL, Plan
 
@@ -77,5 +77,5 @@ class Kind(NamedTuple):
 def constants_of(device: torch.device) -> Device:
     """What plans for tensors on a device are made from."""
     if device.type == "cuda":
-        return find_device(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
+        return device_at(device)
     return find_device("H200")  # what is interpreted is what would run there
