@@ -45,8 +45,9 @@ def test_mix(B, depth, D, damped):
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("damping", [1.0, 0.7])
-def test_solves_with_the_kernels(damping):
+def test_solves_with_the_kernels(damping, turned):
     """Whole solves in step with those of plain PyTorch, a sample that turns NaN and one that grows among them."""
     generator = torch.Generator().manual_seed(2)
     W = torch.randn(9, 9, generator=generator, dtype=torch.float64) * 0.2
@@ -56,7 +57,8 @@ def test_solves_with_the_kernels(damping):
     def f(z):
         y = torch.tanh(z @ W.T + c)
         y = torch.where((number == 1) & (z.norm(dim=1, keepdim=True) > 1), torch.nan, y)
-        return torch.where(number == 2, z.square() + 2, y)
+        y = torch.where(number == 2, z.square() + 2, y)
+        return y.mT.contiguous().mT if turned else y  # values column by column
 
     for method in ("anderson", "auto"):
         rule = Rule(method, 1e-9, 60, depth=4, damping=damping)

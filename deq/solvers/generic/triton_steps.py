@@ -26,7 +26,8 @@ class TritonSteps(TorchSteps):
         self.pairs = self.count
         slot = self._next_slot(pushing)
         slots = torch.where(pushing, slot, -1)
-        norms, dots = history.measure(self.y, fy.resolve_neg().contiguous(), self.F, self.G, slots)
+        y = self.y.contiguous()  # of an f whose values lie column by column the points do too
+        norms, dots = history.measure(y, fy.resolve_neg().contiguous(), self.F, self.G, slots)
         self._enter(slot, dots, pushing)
         return norms.unbind(1)
 
@@ -34,4 +35,5 @@ class TritonSteps(TorchSteps):
         from ...kernels import history
 
         residual_weights = None if self.rule.damping == 1.0 else (self.rule.damping - 1) * a
-        return history.mix(self.F, self.G, a, residual_weights, mixing, after.clone())
+        after = after.clone(memory_format=torch.contiguous_format)
+        return history.mix(self.F, self.G, a, residual_weights, mixing, after)
