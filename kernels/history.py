@@ -105,7 +105,8 @@ def measure(y: Tensor, fy: Tensor, images: Tensor, residuals: Tensor, slots: Ten
     dots = torch.zeros(B, depth, dtype=torch.float64, device=y.device)
     padded = triton.next_power_of_2(max(depth, 1))
     if B:
-        _measure[(B,)](y, fy, images, residuals, slots, norms, dots, D, depth, padded, _block(D, padded))
+        with torch.cuda.device_of(y):
+            _measure[(B,)](y, fy, images, residuals, slots, norms, dots, D, depth, padded, _block(D, padded))
     return norms.sqrt(), dots
 
 
@@ -117,7 +118,8 @@ def mix(images: Tensor, residuals: Tensor, a: Tensor, b: Tensor | None, mixing: 
     B, depth, D = images.shape
     if B:
         grid = (B, triton.cdiv(D, BLOCK))
-        _mix[grid](images, residuals, a, a if b is None else b, mixing, out, D, depth, b is not None, BLOCK)
+        with torch.cuda.device_of(images):
+            _mix[grid](images, residuals, a, a if b is None else b, mixing, out, D, depth, b is not None, BLOCK)
     return out
 
 

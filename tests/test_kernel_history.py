@@ -1,5 +1,7 @@
 """The Triton kernels of Anderson's history, through the interpreter, against their formulas in torch."""
 
+from collections import defaultdict
+
 import pytest
 import torch
 
@@ -71,3 +73,27 @@ def test_solves_with_the_kernels(damping, turned):
         )
         torch.testing.assert_close(ours.z[[0, 3]], theirs.z[[0, 3]], rtol=1e-8, atol=1e-9)
         assert torch.isfinite(ours.z).all()
+
+
+def test_kernels_run_on_the_device_of_their_tensors(monkeypatch):
+    """Triton launches on the current device, whatever the pointers are of."""
+    entered, kernels = [], {"_measure": [], "_mix": []}
+
+    class On:
+        def __init__(self, tensor):
+            self.tensor = tensor
+
+        def __enter__(self):
+            entered.append(self.tensor)
+
+        def __exit__(self, *error):
+            entered.clear()
+
+    monkeypatch.setattr(torch.cuda, "device_of", On)
+    for name, seen in kernels.items():
+        launcher = lambda *_, seen=seen: seen.extend(entered)  # noqa: E731
+        monkeypatch.setattr(history, name, defaultdict(lambda launcher=launcher: launcher))
+    y, pairs, slots = torch.zeros(2, 3), torch.zeros(2, 4, 3), torch.zeros(2, dtype=torch.int64)
+    history.measure(y, y, pairs, pairs, slots)
+    history.mix(pairs, pairs, torch.zeros(2, 4), None, slots > 0, y)
+    assert kernels["_measure"][0] is y and kernels["_mix"][0] is pairs
