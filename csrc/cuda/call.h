@@ -274,6 +274,11 @@ DEQ_HD float to_unit(float reach) {
   return ldexpf(1, exponent > 126 ? 126 : exponent < -126 ? -126 : exponent);
 }
 
+// That scale, or a smaller one where it would take the injection out of range: the mask that ends it would make it NaN.
+DEQ_HD float held_scale(float scale, float injection) {
+  return injection * scale <= kLargest ? scale : ldexpf(1, 126 - ilogbf(injection));
+}
+
 // What is found out before a solve: a sample's note, and for one that is not solved its status, residual and output. By one warp.
 template <class Gpu>
 DEQ_GPU void prepare_sample(const Call& call, int64_t weight, int64_t sample) {
@@ -294,7 +299,10 @@ DEQ_GPU void prepare_sample(const Call& call, int64_t weight, int64_t sample) {
       const float d = mask[k * call.mask.stride[2]];
       return x * (call.mask_is_value ? derivative_of_value<ScalarMath<float>>(call.activation, d) : d);
     });
-    note.scale = to_unit(values > reach[1] ? values : reach[1]);
+    const float wanted = to_unit(values > reach[1] ? values : reach[1]);
+    note.scale = held_scale(wanted, reach[0]);
+    // Squares of what comes of the injection may leave the range below, then and beside a start that is far larger.
+    note.is_wide = note.scale != wanted || (values > 0 && reach[1] > kNear * values);
   } else if (largest > 0 && (largest > kNear || largest < 1 / kNear)) {
     note.is_wide = 1;
   }

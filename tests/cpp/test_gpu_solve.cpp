@@ -396,6 +396,37 @@ void switched_off() {
     grid.solve_in_grid<1, 1, 0>();
     grid.check_solved();
   }
+  Case block(4, 20), grid(4, 20);  // so far from the others that no power of two takes them near 1
+  for (Case* k : {&block, &grid}) {
+    k->mask.assign(4 * 20, 1.0f);
+    for (float& x : k->c) x *= 1e-25f;
+    for (int64_t i = 0; i < 4 * 20; i += 3) k->c[i / 20 * 23 + i % 20] = 1e25f, k->mask[i] = 0;
+    k->call.mask = {k->mask.data(), {0, 20, 1}};
+  }
+  solve_each(block, grid);
+  block.check_solved();
+  grid.check_solved();
+}
+
+// A start that is far larger than the equilibrium: squares of its last steps would leave the range below, and pass for none.
+void far_starts() {
+  for (float factor : {1e20f, 1e30f}) {
+    Case block(3, 20), grid(3, 20);
+    for (Case* k : {&block, &grid}) {
+      k->start.resize(3 * 20);
+      for (int64_t i = 0; i < 3 * 20; ++i) k->start[i] = factor * k->c[i / 20 * 23 + i % 20];
+      k->call.start = {k->start.data(), {0, 20, 1}};
+    }
+    solve_each(block, grid);
+    block.check_solved();
+    grid.check_solved();
+  }
+  Case nothing(3, 20);  // of which zero is the equilibrium
+  nothing.start = nothing.c;
+  std::fill(nothing.c.begin(), nothing.c.end(), 0.0f);
+  nothing.call.start = {nothing.start.data(), {0, 23, 1}};
+  nothing.solve_in_blocks<1, 0>(2);
+  for (int64_t b = 0; b < 3; ++b) CHECK(nothing.status[b] == DEQ_CONVERGED && std::fabs(nothing.z[b * 23]) < 1e-15f);
 }
 
 // A sample that fails says so, returns something finite, and leaves its batch mates alone.
@@ -483,6 +514,7 @@ int main() {
   activations();
   acceleration();
   starts();
+  far_starts();
   scales();
   switched_off();
   failures();
