@@ -93,7 +93,9 @@ class Substitute {
       const bool exists = first_ + s < call_.batch;
       const float reach =
           exists ? reach_of<Gpu>(row_of(call_.injection, 0, first_ + s), call_.injection.stride[2], call_.width) : INFINITY;
-      if (lane_ == 0) scales_[s] = !(reach < INFINITY) ? 0 : is_homogeneous() ? to_unit(reach) : 1;
+      const bool is_finite = reach < INFINITY, is_scaled = is_finite && is_homogeneous();
+      const float scale = is_scaled ? held_scale(to_unit(value_reach(first_ + s)), reach) : 1.0f;
+      if (lane_ == 0) scales_[s] = is_finite ? scale : 0;
     }
     Gpu::sync();
     if (warp_ < BT) {
@@ -116,6 +118,16 @@ class Substitute {
 
   DEQ_GPU bool is_masked() const { return call_.mask.data != nullptr; }
   DEQ_GPU bool is_homogeneous() const { return is_masked() || deq::is_homogeneous(call_.activation); }
+
+  // The largest magnitude of what relu or a mask makes of the injection, which may be of any size where they end it.
+  DEQ_GPU float value_reach(int64_t sample) const {
+    const float *c = row_of(call_.injection, 0, sample), *s = row_of(call_.mask, 0, sample);
+    return reach_of<Gpu>(call_.width, [&](int64_t k) {
+      const float x = c[k * call_.injection.stride[2]];
+      if (is_masked()) return x * s[k * call_.mask.stride[2]];
+      return call_.activation == kRelu ? Relu<ScalarMath<float>>::value(x) : x;
+    });
+  }
 
   // Of element e of this lane in tile i, as the products leave them.
   DEQ_GPU int64_t output(int i, int e) const { return static_cast<int64_t>(i) * kTileRows + output_row(lane_, e); }

@@ -180,6 +180,19 @@ void ranges() {
   for (float& x : wide.c) x *= 1e25f;
   wide.run<1>();
   wide.check_accuracy();
+  for (float size : {1e-3f, 1e-25f})
+    for (bool masked : {false, true}) {  // units that relu or the mask ends say nothing of the scale
+      Case off(3, 20, kRelu);
+      if (masked) off.masked();
+      for (float& x : off.c) x *= size;
+      for (int64_t b = 0; b < 3; ++b)
+        for (int64_t i = 0; i < 20; i += 3) {
+          off.c[b * 23 + i] = masked ? 3e38f : -3e38f;
+          if (masked) off.mask[b * 23 + i] = 0;
+        }
+      off.run<1>();
+      if (size > 1e-10f || !masked) off.check_accuracy();
+    }
   Case huge(2, 20, kIdentity, true);  // one that does not fit float32, beside one that does
   for (int64_t i = 0; i < 20; ++i) huge.c[i] = 3e38f;
   for (float& w : huge.W)
