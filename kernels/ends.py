@@ -53,6 +53,7 @@ from .records import (
     floats,
     ints,
     lows,
+    near_start,
     of_caller,
     rounded,
     scale_of,
@@ -92,6 +93,7 @@ def start_kernel(
     d_ptr = floats(table_ptr, D) + b * stride_d
     start_ptr = of_caller(table_ptr, START) + b * stride_start
     reach, bad, bad_start = 0.0, 0, 0  # reach: of the values; where relu or a mask ends it, c may be any size
+    reach_c, reach_start = 0.0, 0.0
     at = 0
     while at < m:
         j = at + tl.arange(0, BLOCK)
@@ -102,11 +104,17 @@ def start_kernel(
         if STARTS:
             start = tl.load(start_ptr + j, mask=j < m, other=0.0)
             bad_start = tl.maximum(bad_start, tl.max(tl.where(tl.abs(start) < float("inf"), 0, 1)))
-            reach = tl.maximum(reach, tl.max(tl.abs(start)))
+            reach_start = tl.maximum(reach_start, tl.max(tl.abs(start)))
+            reach_c = tl.maximum(reach_c, tl.max(tl.abs(c)))
         at += BLOCK
     finite = (bad == 0) & (bad_start == 0)
     reach = tl.where(finite, reach, 1.0)
     unit = unit_of(reach)
+    if STARTS:
+        reach_start = tl.where(finite, reach_start, 1.0)
+        nearer, judged = near_start(reach_c, reach, reach_start, HOMOGENEOUS)
+        unit = unit_of(judged)
+        reach = tl.maximum(reach, reach_start * nearer)
     scale = scale_of(reach * unit if HOMOGENEOUS else reach)  # of a first increment, whose norm is not known yet
 
     front_ptr = floats(table_ptr, FRONT) + b * m
@@ -120,7 +128,7 @@ def start_kernel(
                 c = c * unit
             y = tl.where(j < m, ending(c, d_ptr + j, j < m, ENDING, ACTIVATION), 0.0)
         elif STARTS:
-            y = tl.load(start_ptr + j, mask=j < m, other=0.0)
+            y = tl.load(start_ptr + j, mask=j < m, other=0.0) * nearer
             if HOMOGENEOUS:
                 y = y * unit
         else:

@@ -53,6 +53,7 @@ HEADER = 4
 LISTS = tl.constexpr(HEADER)
 FLOAT8_MOST = tl.constexpr(448.0)
 NEAR = tl.constexpr(2.0**20)  # magnitudes between 1 / NEAR and NEAR are left as they are
+FAR_EXPONENT, FAR = tl.constexpr(32), tl.constexpr(2.0**32)  # a start that far from an injection has no digit of it
 
 
 @triton.jit
@@ -103,6 +104,22 @@ def unit_of(largest):
     """The power of two that takes ``largest`` (float32, finite) near 1; 1 where it is near enough, or 0."""
     far = (largest > 0) & ((largest > NEAR) | (largest < 1.0 / NEAR))
     return tl.where(far, power_of_two(-exponent_of(largest)), 1.0)
+
+
+@triton.jit
+def near_start(c, value, start, HOMOGENEOUS: tl.constexpr):
+    """The power of two that a start is multiplied by, and what the unit is of; from the largest magnitudes of the
+    injection, of f(0) and of the start. Beside a larger start squares of the last steps would leave float32 below, and
+    pass for none. So far from the injection f of 2^-k times a start is 2^-k times its f."""
+    least = tl.maximum(c, value)
+    if not HOMOGENEOUS:  # where it bends
+        least = tl.maximum(least, 1.0)
+    exponent = exponent_of(start) - exponent_of(least) - FAR_EXPONENT
+    nearer = tl.where((least > 0) & (exponent > 0), power_of_two(-exponent), 1.0)
+    start = start * nearer
+    beside = (value > 0) & (start > value * NEAR)
+    low = tl.where(beside, start * (1.0 / FAR), start)
+    return nearer, tl.maximum(value, low)
 
 
 @triton.jit

@@ -46,6 +46,7 @@ from .records import (
     REFLECTED,
     REFLECTED_ADJOINT,
     VALUE,
+    near_start,
     unit_of,
 )
 
@@ -166,7 +167,12 @@ def solve_kernel(
     y = tl.where(finite[None, :], y, 0.0)
     # Of the values: where relu or a mask ends it, c may be any size.
     reach = tl.where(inside, _ending(c, d, ENDING, ACTIVATION), 0.0)
-    unit = unit_of(tl.maximum(tl.max(tl.abs(reach), axis=0), tl.max(tl.abs(y), axis=0)))
+    unit = unit_of(tl.max(tl.abs(reach), axis=0))
+    if start_ptr is not None:
+        reaches = tl.max(tl.abs(c), axis=0), tl.max(tl.abs(reach), axis=0), tl.max(tl.abs(y), axis=0)
+        nearer, reach_judged = near_start(reaches[0], reaches[1], reaches[2], HOMOGENEOUS)
+        y = y * nearer[None, :]
+        unit = unit_of(reach_judged)
     judged = unit * 0.0 + 1.0  # squares are of iterates times this
     if HOMOGENEOUS:
         c = c * unit[None, :]

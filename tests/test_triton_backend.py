@@ -167,6 +167,22 @@ def test_units_that_are_switched_off_say_nothing_of_the_scale(regime):
 
 
 @pytest.mark.parametrize("regime", ["resident", "cell"], indirect=True)
+def test_starts_that_are_far_too_large(regime):
+    """Squares of the last steps left the range, and any iterate passed for converged."""
+    W, c, _ = gaussian(10, 2)
+    z0 = c.flip(1) * torch.tensor([[1e20], [1e36]])
+    for activation in ("relu", "tanh"):
+        solution = solved(W, c, activation, z0=z0)
+        assert solution.converged.all() and (solution.residual > 0).all()
+        torch.testing.assert_close(solution.z.double(), exact(W, c, activation), rtol=0, atol=3e-5)
+    tiny = torch.full((1, 10), 1e-15)  # and beside one of ordinary size
+    z = solved(W, tiny, "gelu", z0=tiny + 1).z
+    torch.testing.assert_close(z, torch.linalg.solve(2 * torch.eye(10) - W, tiny[0])[None], rtol=1e-4, atol=0)
+    if regime == "resident":
+        assert solved(W, 0 * c, z0=z0).converged.all()  # at zero
+
+
+@pytest.mark.parametrize("regime", ["resident", "cell"], indirect=True)
 def test_smooth_activations_far_from_one(regime):
     W, c, _ = gaussian(6, 2)
     for activation, scale in (("gelu", 1e22), ("softplus", 1e-25)):
