@@ -213,7 +213,8 @@ def iterate(
             slow = step > SLOW_CONTRACTION * steps[0]
             converged = finite & (r <= tol) & ((r <= leave) | slow | (k == max_iter))
         else:
-            converged = finite & ((step == 0) | ((q < 1) & (r * q <= tol * (1 - q))))
+            measured = k > 2  # two ratios of three steps: the first step says little, whatever the start was
+            converged = finite & ((step == 0) | (measured & (q < 1) & (r * q <= tol * (1 - q))))
         z[rows[converged]] = image[converged]
         residual[rows[converged]] = r[converged]
         at_floor = residual[rows] <= FLOOR_EPS * eps

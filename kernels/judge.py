@@ -49,13 +49,13 @@ def judge(
     residual = tl.where(step > 0, step / size, step)
     finite = (step < float("inf")) & (size < float("inf"))
     limit = tl.where(k == 1, tl.maximum(size, limit) / (_EPS * _EPS), limit)
-    # Without two earlier steps there is no ratio of them: 0 / inf below, and q = 1 at the first evaluation.
+    # Without two earlier steps there is no ratio of them, 0 / inf below; and q = 1: the first says little of a start.
     now = step / previous
     ago = tl.where(before < float("inf"), previous / before, 0.0)
     if CRITERION == RESIDUAL:
         done = (residual <= tol) & ((residual <= leave) | (step > previous * _SLOW) | (k >= max_iter))
     else:
-        q = tl.where(k == 1, 1.0, tl.maximum(now, ago))
+        q = tl.where(k <= 2, 1.0, tl.maximum(now, ago))
         done = (step == 0) | ((q < 1) & (residual * q <= tol * (1 - q)))
     done = done & finite
     better = done | (finite & (residual < best))

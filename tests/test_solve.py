@@ -317,6 +317,14 @@ def test_warm_start(backend):
     torch.testing.assert_close(far.z, cold.z, rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.parametrize("backend", [*BACKENDS, "triton"])
+def test_the_error_criterion_waits_for_two_ratios(backend):
+    """Against the first step, that from a far start, any second one seems to contract."""
+    W, c, _ = gaussian(10, 3)
+    solution = deq.solve(W, c, "tanh", z0=1e6 * c.flip(1), criterion="error", solver="plain", backend=backend)
+    torch.testing.assert_close(solution.z.double(), exact(W, c, "tanh"), rtol=0, atol=3e-5)
+
+
 @backends
 def test_error_criterion_bounds_the_distance(backend):
     W, c, _ = gaussian(40, 30, torch.float64)
