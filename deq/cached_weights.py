@@ -7,14 +7,14 @@ import torch
 from torch.nn.utils import parametrize
 
 
-class _OfThread(threading.local):
+class OfThread(threading.local):
     """Of this thread: whether it evaluates a function for deq, and the weights of its solve, None outside of one."""
 
     evaluates = False
     weights: dict | None = None
 
 
-_lock, _own = threading.Lock(), _OfThread()
+_lock, of_thread = threading.Lock(), OfThread()
 # By how many of all threads' evaluations torch's count is above that of callers. Never less, at any moment: a thread
 # that reads both would take another's evaluation for a caller that caches.
 _entered = 0
@@ -26,6 +26,9 @@ class CachedWeights:
 
     What callers have cached is not used meanwhile: a backward pass that comes when their context is over would not find
     it again. keeps: whether weights are computed once; False, outside of a solve, whenever they are read.
+
+    Ctrl-C may come where Python calls ``__exit__``, and nothing would be left: who keeps weights puts back what
+    ``of_thread`` has, by itself, or every later solve would go on with them.
     """
 
     def __init__(self, keeps: bool = True):
@@ -33,10 +36,10 @@ class CachedWeights:
 
     def __enter__(self) -> None:
         global _entered
-        self._before = _own.evaluates, _own.weights
-        _own.evaluates = True
-        if self._keeps and _own.weights is None:
-            _own.weights = {}
+        self._before = of_thread.evaluates, of_thread.weights
+        of_thread.evaluates = True
+        if self._keeps and of_thread.weights is None:
+            of_thread.weights = {}
         with _lock:
             _entered += 1
             parametrize._cache_enabled += 1
@@ -45,7 +48,7 @@ class CachedWeights:
 
     def __exit__(self, *_) -> None:
         global _entered
-        _own.evaluates, _own.weights = self._before
+        of_thread.evaluates, of_thread.weights = self._before
         with _lock:
             parametrize._cache_enabled -= 1
             if not parametrize._cache_enabled:
@@ -60,7 +63,7 @@ def uncached() -> AbstractContextManager:
 
 def are_weights_kept() -> bool:
     """Whether the solve that is under way has computed weights that it does not compute again."""
-    return bool(_own.weights)
+    return bool(of_thread.weights)
 
 
 class _Cache(dict):
@@ -74,16 +77,16 @@ class _Cache(dict):
     def get(self, key, default=None):
         weights = self._weights()
         weight = default if weights is None else dict.get(weights, key, default)
-        return default if _own.evaluates and _belongs_to_gradient(weight) else weight
+        return default if of_thread.evaluates and _belongs_to_gradient(weight) else weight
 
     def __setitem__(self, key, value) -> None:
         weights = self._weights()
-        if weights is not None and not (_own.evaluates and _belongs_to_gradient(value)):
+        if weights is not None and not (of_thread.evaluates and _belongs_to_gradient(value)):
             dict.__setitem__(weights, key, value)
 
     def _weights(self) -> dict | None:
-        if _own.evaluates:
-            return _own.weights
+        if of_thread.evaluates:
+            return of_thread.weights
         if parametrize._cache_enabled > _entered:
             return self
         self.clear()

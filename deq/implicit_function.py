@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .backward import backward_pass, saved_primals, tangent_pass
-from .cached_weights import CachedWeights, uncached
+from .cached_weights import CachedWeights, of_thread, uncached
 from .closures import (
     Exchange,
     Graph,
@@ -30,7 +30,7 @@ from .closures import (
     uncompiled,
     within,
 )
-from .held import Call
+from .held import Call, enclosed
 from .modes import apart_from_autocast
 from .profiling import ranges
 from .solvers import generic
@@ -105,9 +105,13 @@ class Equation:
             return generic.Result(z, generic.Told.unjudged(z))
         if callable(self.rule):
             return self.rule(f, z0, first)
-        with uncached() if in_transform() else CachedWeights():  # weights are computed once a solve
-            name = "adjoint" if self.rule is self.adjoint else "solve"
-            result = _run(name, f, z0, self.rule, first=first, keep=self.keep, owned=owned)
+        before = of_thread.evaluates, of_thread.weights
+        try:
+            with uncached() if in_transform() else CachedWeights():  # weights are computed once a solve
+                name = "adjoint" if self.rule is self.adjoint else "solve"
+                result = _run(name, f, z0, self.rule, first=first, keep=self.keep, owned=owned)
+        finally:
+            of_thread.evaluates, of_thread.weights = before
         self.report(result, self.rule, self.what)
         return result
 
@@ -292,8 +296,12 @@ def _gradients(ctx, g: Tensor | None, wanted: Sequence[bool]) -> tuple:
         return (None,) * len(tensors)
     pullback = _differentiable_pullback if torch.is_grad_enabled() or in_transform() else _pullback
     again = nullcontext() if ctx.equation.call is None else ctx.equation.call.again()
-    with again, uncached(), apart_from_autocast(z.device.type):
-        return pullback(ctx.equation, z, tensors, g, wanted)
+    depth = enclosed.depth
+    try:
+        with again, uncached(), apart_from_autocast(z.device.type):
+            return pullback(ctx.equation, z, tensors, g, wanted)
+    finally:
+        enclosed.depth = depth
 
 
 # torch.autograd.grad without its checks of arguments, which are known to hold here, and its care for logging and the

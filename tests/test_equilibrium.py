@@ -9,8 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 import deq
+from deq import cached_weights
+from deq.torchdeq import get_deq
 
 
 class Block(nn.Module):
@@ -321,6 +324,38 @@ def test_weights_that_a_caller_caches(kind, inside):
     assert block.linear.weight is not before
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("way", ["Equilibrium", "torchdeq"])
+def test_an_interrupt_where_a_context_is_left(way, monkeypatch):
+    """Python may see Ctrl-C before anything of ``__exit__`` has run: the next solve computes its weights all the same,
+    and draws its dropout masks."""
+
+    def interrupted(context, *_):
+        raise KeyboardInterrupt
+
+    torch.manual_seed(0)
+    block, drop = Normed().double(), deq.nn.VariationalDropout(0.5)
+    x = torch.randn(2, 6, dtype=torch.float64)
+    layer = deq.nn.Equilibrium(lambda z, x: drop(block(z, x)), tol=1e-12)
+    if way == "Equilibrium":
+        solve = layer
+    else:
+        solver = get_deq(f_tol=1e-12, f_max_iter=200)
+        solve = lambda x: solver(lambda z: drop(block(z, x)), torch.zeros_like(x))[0][-1]  # noqa: E731
+    counts = cached_weights._entered, parametrize._cache_enabled
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(cached_weights.CachedWeights, "__exit__", interrupted)
+        solve(x)
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.mul_(0.5)
+    mask = drop.mask
+    z = solve(x)
+    assert way == "torchdeq" or drop.mask is not mask
+    torch.testing.assert_close(z, drop(block(z, x)), rtol=1e-10, atol=1e-11)
+    assert torch.autograd.grad(z.sum(), list(block.parameters()))[0].any()
+    cached_weights._entered, parametrize._cache_enabled = counts
 
 
 def test_threads_that_train_a_parametrised_layer_keep_its_gradients():

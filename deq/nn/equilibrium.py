@@ -78,8 +78,12 @@ class Equilibrium(nn.Module):
         f = Applied(self.block, inputs, self._uses, members)
         if members is None or not members.has_masks:
             return self.solve(f, z0, fresh).z
-        with enclosed:
+        depth = enclosed.depth
+        try:  # no context: Ctrl-C may come where Python leaves one, and no mask would be drawn any more
+            enclosed.depth = depth + 1
             return self.solve(f, z0, fresh).z
+        finally:
+            enclosed.depth = depth
 
     def solve(self, f: Callable[[State], State], z0: State, fresh: bool = False) -> StateSolution:
         """:func:`deq.fixed_point` with the layer's options; ``solution`` keeps it, detached. fresh: as

@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from ..cached_weights import CachedWeights
+from ..cached_weights import CachedWeights, of_thread
 from ..closures import exchanges, graph_break, in_forward_mode, in_transform, recorded, watched
 from ..function_options import listed
 from ..held import Call, frozen, with_others
@@ -225,8 +225,12 @@ class _Problem:
             return self._solve_below(z, limit, options, indexing or ())
         if indexing is not None:
             options["indexing"] = indexing
-        with torch.no_grad(), CachedWeights():  # weights are computed once a solve
-            z, trajectory, info = self.model.f_solver(self, self.detach(z), max_iter=limit, **options)
+        before = of_thread.evaluates, of_thread.weights
+        try:
+            with torch.no_grad(), CachedWeights():  # weights are computed once a solve
+                z, trajectory, info = self.model.f_solver(self, self.detach(z), max_iter=limit, **options)
+        finally:
+            of_thread.evaluates, of_thread.weights = before
         if indexing is not None:  # what the solver did not reach is its last state
             trajectory = list(trajectory) + [z] * (len(indexing) - len(trajectory))
         return z, trajectory, info
