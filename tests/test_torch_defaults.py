@@ -134,3 +134,13 @@ def test_ceilings_read_the_bytes_that_they_count(defaults, monkeypatch):
         ceilings._cpu.__wrapped__(1, "")
     run, amount = read[-1]
     assert run.__self__.device.type == "cpu" and run.__self__.nbytes == amount == 1 << 12
+
+
+@pytest.mark.parametrize(
+    ("m", "dtype", "solver"),  # in one program, and streamed
+    [(12, torch.float32, "anderson"), (12, torch.bfloat16, "anderson"), (270, torch.bfloat16, "plain")],
+)
+def test_triton(defaults, m, dtype, solver):
+    """Its scratch memory was of torch's default dtype: in 16 bits half of what the kernels write to."""
+    W, c, _ = (t.to(dtype) for t in gaussian(m, 2))
+    assert_unchanged(lambda: [deq.solve(W, c, backend="triton", solver=solver, tol=1e-2).z], defaults)

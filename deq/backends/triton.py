@@ -108,7 +108,7 @@ def _solve_matrix(
         out = wide
         cs, ds, starts = (None if t is None else cell.readable("c", t.float()) for t in (cs, ds, starts))
         if z.dtype != torch.float32 or not wide.is_contiguous():
-            wide = torch.empty(cs.shape, device=c.device)
+            wide = torch.empty(cs.shape, dtype=torch.float32, device=c.device)
         largest = torch.finfo(z.dtype).max
         how = kind.gpu_plan(cs.shape[0], m, c.device)
         given = W, cs, ds, starts, wide, here, largest

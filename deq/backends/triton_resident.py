@@ -28,7 +28,7 @@ def solve_rows(
     counters = torch.zeros(records.HEADER, dtype=torch.int32, device=c.device)
     by_increments = how.increments != "native"
     each = solve_resident.scratch_floats(m, kind.depth if kind.accelerates else 0)
-    scratch = torch.empty(programs * each, device=c.device)
+    scratch = torch.empty(programs * each, dtype=torch.float32, device=c.device)
     if m < width:
         W = torch.nn.functional.pad(W, (0, width - m, 0, width - m))
     if B > 0:
