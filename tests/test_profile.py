@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import deq
-from deq import _library, weights
+from deq import _library, torchdeq, weights
 from deq.profiling import counter, memory, tables
 
 needs_library = pytest.mark.skipif(_library.compiled is None, reason=f"no compiled library: {_library.reason}")
@@ -280,6 +280,22 @@ def test_a_fixed_point_of_several_tensors():
         report = profile(returns)
         assert [one.name for one in report.passes] == ["forward", "backward"] and report.shapes == [(6, 19)]
         assert [one.counts.flops for one in report.passes] == [one.counts.flops for one in alone.passes]
+
+
+@pytest.mark.parametrize("ift", [False, True])
+@pytest.mark.parametrize("writer", [None, lambda info: None])
+def test_a_program_written_for_torchdeq(ift, writer):
+    """It was told to have solved nothing."""
+    W, c = leaves(16, 6)
+    model = torchdeq.get_deq(ift=ift)
+
+    def solve():
+        return model(lambda z: torch.tanh(z @ W.mT + c), torch.zeros(6, 16), backward_writer=writer)
+
+    forward, backward = (report := profile(solve)).passes
+    assert report.shapes == [(6, 16)] and forward.iterations == solve()[1]["nstep"].tolist()
+    assert len(backward.iterations) == (6 if ift else 0)
+    assert len(report.plans) == 1 and report.memory.model_forward is None
 
 
 @pytest.mark.parametrize("layers", [1, 3])

@@ -295,6 +295,8 @@ class _Problem:
         rule_of = getattr(self.model.b_solver, "rule_of", None)
         if rule_of is not None and self.writer is None:
             return replace(rule_of(**options), affine=True)
+        if rule_of is not None:  # one of deq's own
+            options["_range"] = "adjoint"
 
         def solve(f, g: Tensor, first: Tensor | None) -> generic.Result:
             def adjoint(u: Tensor, tau: float = 1.0) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..function_options import check_count, check_number
+from ..profiling import ranges
 from ..solvers import generic
 from ..solvers.generic import Rule
 from ..state import Layout, layout_of
@@ -107,13 +108,16 @@ def _make(name: str, method: str, options: dict[str, str]) -> Solver:
         stop_mode: str = "abs",
         indexing: Sequence[int] | None = None,
         return_final: bool = False,
+        _range: str = "solve",
         **given,
     ) -> tuple[Tensor, list[Tensor], dict]:
         rule = rule_of(max_iter, 0.0 if return_final else tol, stop_mode, **given)
         layout = layout_of(x0, min(1, x0.dim()))
         f = _MatrixMap(func, layout, return_final)
         keep = tuple(sorted(set(indexing or ())))
-        result = generic.run(f, layout.flatten(x0), rule, keep=keep, traced=True)
+        run = functools.partial(generic.run, keep=keep, traced=True)
+        arguments = f, layout.flatten(x0), rule
+        result = ranges.call(_range, run, *arguments) if ranges.listening else run(*arguments)
         z = layout.unflatten(result.z if f.last is None else f.last)
         trajectory = [z if state is None else layout.unflatten(state) for state in result.trajectory]
         told, trace = result.told, result.trace
