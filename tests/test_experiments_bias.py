@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from deq.experiments._flow import F64, Family, integrate, off_row_space, problem
 from deq.experiments._result import CONDITIONAL, CONFOUNDED, NOT_REPRODUCED, REPRODUCED
 from deq.experiments.bias import DEQ, _descending
-from deq.experiments.density import _dense_claims
+from deq.experiments.density import CONFIG, FITTED, MODELS, _dense_claims, _fits, _solve, has_positive_solution
 from deq.experiments.gotu import _start_claims, root
 
 few = settings(max_examples=15, deadline=None)
@@ -86,6 +86,20 @@ def test_errors_from_each_start_decide_about_the_unseen(customary, equal, verdic
     claims = _start_claims(rows)
     assert [c.verdict for c in claims] == verdicts
     assert [c.measured for c in claims] == pytest.approx([customary, equal])
+
+
+def test_problems_without_a_positive_solution_contradict_no_theorem():
+    """Of width 16 every seventh sparse target is the only solution without negative entries."""
+    config = SimpleNamespace(**{name: choice.at("quick") for name, choice in CONFIG.items()})
+    run = SimpleNamespace(settings=SimpleNamespace(width=16, seeds=2, seed=2), config=config)
+    rows = {r["model"]: r for r in _solve(run, "sparse", "customary", lambda share: None)}
+    assert rows["DEQ"]["fit"][1] > FITTED and rows["DEQ"]["met"] == [True, False]
+    assert all(row["fit"] <= FITTED for row in _fits({("sparse", "customary"): rows})) and set(rows) == set(MODELS)
+    (X, _, true), (clear, _, also) = (problem(8, 16, seed, 4) for seed in (3, 0))
+    assert not has_positive_solution(X, true) and has_positive_solution(clear, also)
+    assert has_positive_solution(*problem(8, 16, 3)[::2])
+    rows["DEQ"]["met"] = [True, True]  # one that has such a solution and is not fitted is told
+    assert max(row["fit"] for row in _fits({("sparse", "customary"): rows})) > FITTED
 
 
 def test_models_that_are_all_alike_are_no_evidence_of_density():
