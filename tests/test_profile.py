@@ -217,9 +217,13 @@ def test_a_training_step_whose_backward_pass_solves_nothing(backward):
         loss.backward()
         return loss if gives_loss else None
 
+    def functional_step():
+        loss = forward()
+        return loss, torch.autograd.grad(loss, (W, c))
+
     flops = sum(one.counts.flops for one in profile(forward).passes)
-    for gives_loss in (True, False):
-        (one,) = profile(step, gives_loss).passes
+    for call, *arguments in ((step, True), (step, False), (functional_step,)):
+        (one,) = profile(call, *arguments).passes
         assert one.name == "step" and len(one.iterations) == 6 and one.counts.flops == flops
 
 

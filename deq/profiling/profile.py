@@ -118,6 +118,18 @@ class _Subject:
         generator = torch.Generator().manual_seed(0)
         draw = partial(torch.randn, generator=generator, dtype=torch.float64, device="cpu")
         self._gradients = [(draw(t.shape) / max(1, t.shape[0] if t.dim() else 1)).to(t) for t in outputs]
+        if self.differentiates and self._is_spent(run()):
+            self.is_step, self.differentiates = True, False
+
+    def _is_spent(self, result: object) -> bool:
+        """Whether the call has differentiated its own graph, by torch.autograd.grad, and freed it."""
+        try:
+            self.differentiate(result)
+        except RuntimeError as error:
+            if "second time" not in str(error):
+                raise
+            return True
+        return False
 
     def differentiate(self, result: object) -> tuple:
         outputs = [t for t in _tensors(result) if t.requires_grad]
