@@ -13,6 +13,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+import torch
 
 from deq import _library
 
@@ -55,6 +56,15 @@ def pytest_report_header():
     return (
         f"deq kernels: {_library.compiled.deq_cpu_isa().decode() if _library.compiled else 'none, ' + _library.reason}"
     )
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Small problems gain nothing from more, and lose much where tests run side by side."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=["avx512", "avx2", "portable"])

@@ -19,17 +19,9 @@ from deq.bench.quality import Quality, Truth, fastest, relative_error, worst_err
 from deq.bench.run import Run, Selection
 from deq.bench.timing import Timing
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = Case(17, 5)
 needs_library = pytest.mark.skipif(_library.compiled is None, reason=f"no compiled library: {_library.reason}")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Small problems gain nothing from more, and lose much where tests run side by side."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def draw(family, m=200, B=3):

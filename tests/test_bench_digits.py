@@ -11,14 +11,7 @@ from deq import _library
 from deq.bench import digits, report
 from deq.bench.cli import bench
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Small problems gain nothing from more, and lose much where tests run side by side."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
