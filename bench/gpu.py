@@ -16,7 +16,7 @@ from time import perf_counter
 import numpy as np
 import torch
 
-from deq.gpu_device import Device, find_device
+from deq.gpu_device import Device, device_at, find_device
 from deq.gpu_plan import TRITON_INCREMENTS, choose
 from deq.gpu_times import loop_time
 
@@ -169,9 +169,7 @@ class GpuRun:
             self.results.auto = [r for r in rows if "baseline" in r and r["commit"] == self.where["commit"]]
             self._judge()
         self.skipped: list[Case] = []
-        self.plans = find_device(
-            device_name(device), torch.cuda.get_device_capability() if device == "cuda" else (9, 0)
-        )
+        self.plans = device_at(torch.device(device)) if device == "cuda" else find_device(device_name(device), (9, 0))
 
     def __len__(self) -> int:
         return 1 + len(self._left())

@@ -1,4 +1,5 @@
 // The GPU's solving kernels, run on the host by every thread (emulator.h), against the C interface's own promises.
+// One file however long: every case runs the same problems through the same harness below.
 #include <algorithm>
 #include <cmath>
 #include <random>
