@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction as SingleLevelFunction
 from torch.utils import _pytree as pytree
 
 from . import _library, direct, stats
@@ -157,7 +158,7 @@ def _solve_vmap(info, in_dims, parts, structure, c, z0, *options):
     return (many.apart(z).reshape(shape), many.stats(z, said)), (0, 0)
 
 
-class _Solve(torch.autograd.Function):
+class _Solve(SingleLevelFunction):
     """(structure, options, c, z0, *parts) -> z, what is said of its samples."""
 
     @staticmethod
@@ -285,7 +286,7 @@ def _masked_vmap(info, in_dims, A, d, g, *options):
     return many.apart(torch.ops.deq.masked_linear.default(many.weight(A), d, g, *options)), 0
 
 
-class _MaskedLinear(torch.autograd.Function):
+class _MaskedLinear(SingleLevelFunction):
     """(A, d, g, *options) -> u."""
 
     @staticmethod
@@ -319,9 +320,9 @@ def _masked_autograd(*inputs):
 
 def _apply(function, *inputs):
     """``function.apply`` inside of an operator's own autograd kernel: of nested transforms of torch.func it is called
-    for one, and what it calls below goes on to the next."""
+    for one, and what it calls below goes on to the next. A torch.autograd.Function would start with the outermost."""
     with enable_single_level_autograd_function():
-        return super(torch.autograd.Function, function).apply(*inputs)
+        return function.apply(*inputs)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd.function import _SingleLevelFunction as SingleLevelFunction
 
 from .backward import is_batch_of_gradients, one_gradient_at_a_time
 from .modes import no_autocast
@@ -323,8 +324,10 @@ def _bound_fake(V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(V.new_empty(shape, dtype=torch.float64) for shape in ((), (m,), (m,)))
 
 
-class _InGraphs(_SpectralNormBound):
+class _InGraphs(SingleLevelFunction):
     """The same in the form that the operator's own autograd kernel can call."""
+
+    backward, jvp = staticmethod(_SpectralNormBound.backward), staticmethod(_SpectralNormBound.jvp)
 
     @staticmethod
     def forward(ctx, V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -332,12 +335,10 @@ class _InGraphs(_SpectralNormBound):
         _SpectralNormBound.setup_context(ctx, (V,), output)
         return output
 
-    setup_context = torch.autograd.Function.setup_context
-
 
 def _bound_autograd(V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     with enable_single_level_autograd_function():
-        return super(torch.autograd.Function, _InGraphs).apply(V)
+        return _InGraphs.apply(V)
 
 
 def _bound_vmap(info, in_dims, V: Tensor) -> tuple:

@@ -111,6 +111,7 @@ def test_fixed_point_in_compiled_code():
         torch.compile(run, fullgraph=True, backend="aot_eager")(x)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch 2.14 asks for it, and says nothing itself
 def test_compiled_block():
     """What is inside of an equilibrium may be compiled by itself, gradients included."""
     block = Block()
