@@ -45,15 +45,15 @@ struct Increment {
   struct Weights {
     V scale[2];
     DEQ_INLINE Weights of(V) { return {{VecMath<float>::set(1.0), VecMath<float>::set(1.0)}}; }
-    // Stores the words of these elements, and of what rounding left out of them.
-    inline __attribute__((always_inline)) void split(const V (&terms)[2], uint32_t* high, uint32_t* low, Sum (&)[2]) const {
+    // The words of these elements, and of what rounding left out of them.
+    inline __attribute__((always_inline)) void split(const V (&terms)[2], V (&planes)[2], Sum (&)[2]) const {
       const __m256i first = rounded(terms[0]), second = rounded(terms[1]);
-      store(first, second, high);
-      store(rounded(terms[0] - reinterpret_cast<V>(widened(first))), rounded(terms[1] - reinterpret_cast<V>(widened(second))),
-            low);
+      planes[0] = words(first, second);
+      planes[1] = words(rounded(terms[0] - reinterpret_cast<V>(widened(first))),
+                        rounded(terms[1] - reinterpret_cast<V>(widened(second))));
     }
-    DEQ_INLINE void store(__m256i first, __m256i second, uint32_t* at) {
-      _mm512_storeu_si512(at, _mm512_or_si512(_mm512_cvtepu16_epi32(first), widened(second)));
+    DEQ_INLINE V words(__m256i first, __m256i second) {
+      return reinterpret_cast<V>(_mm512_or_si512(_mm512_cvtepu16_epi32(first), widened(second)));
     }
   };
 };

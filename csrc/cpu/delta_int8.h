@@ -45,7 +45,6 @@ struct Increment {
   DEQ_INLINE V larger(V largest, V change) { return static_cast<V>(_mm512_range_ps(largest, change, 0b1011)); }
   DEQ_INLINE V cut(V x) { return static_cast<V>(_mm512_range_ps(x, M::set(127.0), 0b0010)); }
   DEQ_INLINE float lane_max(V v) { return _mm512_reduce_max_ps(v); }
-  DEQ_INLINE Sum to_integer(V v) { return reinterpret_cast<Sum>(_mm512_cvtps_epi32(v)); }
   // Stores the low bytes of the lanes.
   DEQ_INLINE void store_bytes(V lanes, char* at) {
     const __m128i bytes = _mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(lanes));
@@ -63,7 +62,6 @@ struct Increment {
     const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_max_ss(two, _mm_shuffle_ps(two, two, 1)));
   }
-  DEQ_INLINE Sum to_integer(V v) { return reinterpret_cast<Sum>(_mm256_cvtps_epi32(v)); }
   DEQ_INLINE void store_bytes(V lanes, char* at) {
     const __m256i low = _mm256_and_si256(reinterpret_cast<__m256i>(lanes), _mm256_set1_epi32(255));
     const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1));
@@ -92,19 +90,20 @@ struct Increment {
       return {{M::select(normal, largest * M::set(1.0 / 127), V{}), M::select(normal, largest * M::set(1.0 / (127 * 256)), V{})},
               M::select(normal, M::set(127.0 * 256) / largest, V{})};
     }
-    // Stores the words of these elements and adds 128 times each to the sums.
-    inline __attribute__((always_inline)) void split(const V (&terms)[kTerms], uint32_t* high, uint32_t* low,
-                                                     Sum (&sums)[2]) const {
+    // The words of these elements in both planes; adds 128 times each to the sums.
+    inline __attribute__((always_inline)) void split(const V (&terms)[kTerms], V (&planes)[2], Sum (&sums)[2]) const {
+      // The low halves are the integers plus 128: the high byte is rounded, and the low one has its sign turned.
       Sum q[kTerms];
-      for (int t = 0; t < kTerms; ++t) q[t] = to_integer(terms[t] * inverse);
+      for (int t = 0; t < kTerms; ++t) q[t] = reinterpret_cast<Sum>(terms[t] * inverse + M::set(kRound));
       // Halves of 16 bits: the even terms, the odd terms.
       const Halves even = reinterpret_cast<Halves>((q[0] & 0xFFFF) | q[2] << 16);
       const Halves odd = reinterpret_cast<Halves>((q[1] & 0xFFFF) | q[3] << 16);
-      const Halves low_bytes = (even & 0xFF) | odd << 8, high_bytes = (even + 128) >> 8 | ((odd + 128) & 0xFF00);
+      const Halves low_bytes = ((even & 0xFF) | odd << 8) ^ 0x8080, high_bytes = even >> 8 | (odd & 0xFF00);
       const Sum words[2] = {reinterpret_cast<Sum>(high_bytes), reinterpret_cast<Sum>(low_bytes)};
-      memcpy(high, &words[0], sizeof words[0]);
-      memcpy(low, &words[1], sizeof words[1]);
-      for (int i = 0; i < 2; ++i) sums[i] = dot(sums[i], 0x80808080u, words[i]);
+      for (int i = 0; i < 2; ++i) {
+        planes[i] = reinterpret_cast<V>(words[i]);
+        sums[i] = dot(sums[i], 0x80808080u, words[i]);
+      }
     }
   };
 };
