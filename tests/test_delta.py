@@ -368,6 +368,26 @@ def test_weights_that_are_new_are_used_in_place(order, m, B, threads, increments
 
 
 @every
+@pytest.mark.parametrize("order", ["columns", "rows"])
+def test_planes_larger_than_caches(order, increments):
+    """The second one is written past them, whichever way it is made; corrections, which read it, find it there."""
+    m = 2060
+    W, c, _ = gaussian(m, 40)
+    W = W if order == "rows" else W.mT.contiguous().mT
+
+    def run():
+        _library.compiled.deq_cpu_clear_cache()
+        return [solve(W, rows, "tanh", increments) for rows in (c[:3], c)]  # in place, and packed
+
+    for few, many in on_threads([1, 2], run):
+        assert Work.last().correction_rows > 0 or increments == "bfloat16"  # which needs none here
+        for name in ("z", "iterations", "residual", "status"):
+            assert torch.equal(getattr(few, name), getattr(many, name)[:3])
+    residual = (torch.tanh(many.z.double() @ W.double().mT + c) - many.z).norm(dim=-1) / many.z.norm(dim=-1)
+    assert (many.status == Status.CONVERGED).all() and float(residual.max()) < 1.1e-5
+
+
+@every
 def test_new_weights_in_old_memory_are_new_weights(increments):
     W, c, _ = gaussian(64, 10)
     for seed in range(3):
