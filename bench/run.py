@@ -28,18 +28,27 @@ class Selection:
         """Those of the cases that were asked for. A family without its number means all of its name."""
 
         def wanted(case: Case) -> bool:
-            names = case.family, families.split(case.family)[0]
             shaped = not self.shapes or (case.m, case.B) in self.shapes
-            return shaped and (not self.families or any(name in self.families for name in names))
+            return shaped and (not self.families or any(_is_of(case, name) for name in self.families))
 
         return [case for case in cases if wanted(case)]
 
     def added(self, cases: Sequence[Case] = CPU_CASES + AUTO_CASES) -> list[Case]:
-        """A case for every shape that was asked for and has none, of every family asked for or the Gaussian one."""
-        known = {(case.m, case.B) for case in self.pick(cases)}
+        """A case for every shape and family that were asked for together and have none; of a shape alone that has none,
+        the Gaussian one."""
+        shaped = {shape: [case for case in cases if (case.m, case.B) == shape] for shape in self.shapes}
+        if not self.families:
+            return [Case(*shape) for shape, known in shaped.items() if not known]
         return [
-            Case(m, B, name) for m, B in self.shapes if (m, B) not in known for name in self.families or ("gaussian",)
+            Case(*shape, name)
+            for shape, known in shaped.items()
+            for name in dict.fromkeys(self.families)
+            if not any(_is_of(case, name) for case in known)
         ]
+
+
+def _is_of(case: Case, family: str) -> bool:
+    return family in (case.family, families.split(case.family)[0])
 
 
 @dataclass

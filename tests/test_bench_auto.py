@@ -369,6 +369,11 @@ class TestSelection:
         assert selection(shapes=((7, 3), (64, 256))).added() == [Case(7, 3)]
         assert selection(shapes=((7, 3),), families=("radius1.5",)).added() == [Case(7, 3, "radius1.5")]
 
+    def test_a_family_that_a_shape_does_not_have_becomes_a_case_beside_those_that_it_has(self):
+        asked = selection(shapes=((64, 256), (7, 3)), families=("radius", "symmetric", "symmetric"))
+        assert [case.family for case in asked.pick(AUTO_CASES)] == ["radius1.0"]
+        assert asked.added() == [Case(64, 256, "symmetric"), Case(7, 3, "radius"), Case(7, 3, "symmetric")]
+
     def test_the_plain_table_belongs_to_training(self, tmp_path):
         assert not Run(selection(passes=("forward",)), tmp_path).plain
         assert Run(selection(), tmp_path).plain
