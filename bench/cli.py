@@ -324,18 +324,26 @@ def guard(update: bool) -> None:
 
     console = Console()
     golden = {}
-    if not update:
-        try:
+    try:
+        if update:  # before anything is counted
+            tempfile.TemporaryFile(dir=run.GOLDEN.parent).close()
+        else:
             golden = run.read()
-        except OSError as error:
-            raise click.ClickException(f"there is no {run.GOLDEN}: run this in a checkout.") from error
+    except FileNotFoundError as error:
+        raise click.ClickException(f"there is no {run.GOLDEN}: run this in a checkout.") from error
+    except OSError as error:
+        doing = "write" if update else "read"
+        raise click.ClickException(f"cannot {doing} {run.GOLDEN}: {error.strerror or error}.") from error
     try:
         with console.status("Counting"):
             measured = run.measure()
     except RuntimeError as error:
         raise click.ClickException(f"{error}.") from error
     if update:
-        run.write(measured)
+        try:
+            run.write(measured)
+        except OSError as error:
+            raise click.ClickException(f"cannot write {run.GOLDEN}: {error.strerror or error}.") from error
         console.print(f"Written to {run.GOLDEN}", soft_wrap=True)
         return
     findings = run.compare(golden, measured)

@@ -19,6 +19,7 @@ import torch
 
 import deq
 from deq import _library, cache
+from deq.files import replace_text
 from deq.profiling.counter import Counter, Live
 
 from . import instructions
@@ -142,4 +143,4 @@ def read(path: Path = GOLDEN) -> dict:
 
 
 def write(measured: dict, path: Path = GOLDEN) -> None:
-    path.write_text(json.dumps(measured, indent=1) + "\n")
+    replace_text(path, json.dumps(measured, indent=1) + "\n")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import click
 
-from .cli import out_option
+from .cli import cannot_write, need_folder, out_option
 from .record import environment, write
 
 SECTIONS = ("SpeedOfLight", "SpeedOfLight_RooflineChart")
@@ -175,6 +175,7 @@ def main(launches: bool, out: Path) -> None:
     ncu = find_ncu()
     if ncu is None:
         raise click.ClickException("ncu (NVIDIA Nsight Compute) is neither on the path nor in /usr/local/cuda/bin")
+    need_folder(out)
     where = environment("cuda")
     try:
         rows = [row | where for row in measure(ncu)]
@@ -185,7 +186,11 @@ def main(launches: bool, out: Path) -> None:
             f"{name.removesuffix('_share')} {100 * row[name]:.0f} %" for name in SHARES if row[name] is not None
         )
         click.echo(f"{1e6 * (row['seconds'] or 0):9.1f} us  {row['kernel'][:48]:<48}  {shares}")
-    click.echo(f"Written to {write(rows, out, 'ncu', 'cuda')}")
+    try:
+        path = write(rows, out, "ncu", "cuda")
+    except OSError as error:
+        raise cannot_write(out, error) from error
+    click.echo(f"Written to {path}")
 
 
 if __name__ == "__main__":

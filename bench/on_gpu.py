@@ -20,7 +20,7 @@ from pathlib import Path
 
 import click
 
-from .cli import out_option
+from .cli import cannot_write, need_folder, out_option
 
 ROOT = Path(__file__).resolve().parents[1]
 TAIL = 6000  # characters of a step's output that are kept
@@ -156,14 +156,19 @@ def main(names: tuple[str, ...], minutes: float, out: Path) -> None:
     import torch
 
     from deq.bench.record import environment, folder
+    from deq.files import CannotWrite
 
     if not torch.cuda.is_available():
         raise click.ClickException("torch sees no CUDA GPU here")
+    need_folder(out)
     steps = [
         step for step in plan(torch.cuda.get_device_capability(), out.resolve()) if not names or step.name in names
     ]
-    where, path = environment("cuda"), folder(out, "cuda") / "on_gpu.json"
-    records = run_all(steps, 60 * minutes, lambda records: write(path, records, where))
+    try:
+        where, path = environment("cuda"), folder(out, "cuda") / "on_gpu.json"
+        records = run_all(steps, 60 * minutes, lambda records: write(path, records, where))
+    except CannotWrite as error:
+        raise cannot_write(out, error) from error
     click.echo("\n" + "\n".join(verdict(record) for record in records))
     click.echo(f"Written to {path}")
     if any(record["code"] != 0 for record in records):

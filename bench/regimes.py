@@ -23,7 +23,7 @@ from deq.gpu_times import REGIMES
 from deq.solution import Solution
 
 from .cases import TOL, Case
-from .cli import out_option, shapes_option
+from .cli import cannot_write, need_folder, out_option, shapes_option
 from .device import synchronize
 from .record import environment, write
 
@@ -103,6 +103,7 @@ def main(shapes: tuple[tuple[int, int], ...], device: str, out: Path) -> None:
     """Every regime of a GPU solve on the same shapes. About two minutes, most of it compiling."""
     if device == "cuda" and not torch.cuda.is_available():
         raise click.ClickException("torch sees no CUDA GPU here")
+    need_folder(out)
     plans = triton_kind.constants_of(torch.device(device))
     usable = [regime for regime in REGIMES if regime not in ON_CUDA or not deq.info().backends["cuda"]]
     where, rows, path = environment(device), [], None
@@ -118,7 +119,10 @@ def main(shapes: tuple[tuple[int, int], ...], device: str, out: Path) -> None:
                 continue
             expected = 1e6 * option.iteration
             rows.append(row | {"expected_us": expected} | where)
-            path = write(rows, out, "regimes", device)
+            try:
+                path = write(rows, out, "regimes", device)
+            except OSError as error:
+                raise cannot_write(out, error) from error
             alone = "" if row["device_us"] is None else f"{row['device_us']:9.0f} us of the device"
             total = expected * row["iterations"]
             click.echo(f"{m:>5} x {B:<5} {regime:<14}{row['clock_us']:9.0f} us{alone}, expected {total:.0f}")

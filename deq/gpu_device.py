@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from .files import replace_text
 from .kernels.tiles import FLOAT8_FROM, OLDEST
 
 PATH = Path(__file__).with_name("gpu_constants.json")
@@ -75,7 +76,7 @@ def write_table(entries: dict[str, dict], path: Path | None = None) -> None:
         parts.append(
             f'  {json.dumps(name)}: {{\n    "capability": {capability},\n    "numbers": {{\n{rows}\n    }}\n  }}'
         )
-    (path or PATH).write_text("{\n" + ",\n".join(parts) + "\n}\n")
+    replace_text(path or PATH, "{\n" + ",\n".join(parts) + "\n}\n")  # every solve on a GPU reads it
 
 
 def _row(number: dict) -> str:

@@ -51,6 +51,40 @@ class TestRegimes:
         assert result.exit_code == 0 and "17 x 5     cell           out of memory" in result.output
 
 
+class TestFolder:
+    """One that cannot be written to is said, before anything is measured or where the disk fills up."""
+
+    def commands(self, monkeypatch, measures):
+        monkeypatch.setattr(regimes, "measure", measures)
+        monkeypatch.setattr(ncu, "find_ncu", lambda: "ncu")
+        monkeypatch.setattr(ncu, "measure", measures)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+        monkeypatch.setattr(on_gpu, "run", measures)
+        monkeypatch.setattr(record, "device_name", lambda device: "ACME GPU")
+        monkeypatch.setattr(record, "version", lambda package: "1")
+        shape = ("--device", "cpu", "--case", "17,5")
+        return ((regimes.main, shape), (ncu.main, ()), (on_gpu.main, ("--step", "small")))
+
+    def test_before_anything_is_measured(self, tmp_path, monkeypatch):
+        (tmp_path / "file").write_text("")
+        for command, arguments in self.commands(monkeypatch, lambda *_: pytest.fail("measured")):
+            monkeypatch.setattr(torch.cuda, "is_available", lambda command=command: command is on_gpu.main)
+            result = CliRunner().invoke(command, [*arguments, "--out", str(tmp_path / "file" / "below")])
+            assert result.exit_code == 2 and "cannot write to" in result.output
+
+    def test_after(self, tmp_path, monkeypatch):
+        def full(*_):
+            raise OSError(28, "No space left on device")
+
+        rows = {"step": "small", "device_us": None, "clock_us": 1.0, "iterations": 1}
+        for command, arguments in self.commands(monkeypatch, lambda *_: rows):
+            monkeypatch.setattr(ncu, "measure", lambda *_: [])
+            monkeypatch.setattr(torch.cuda, "is_available", lambda command=command: command is on_gpu.main)
+            monkeypatch.setattr("pathlib.Path.replace", full)
+            result = CliRunner().invoke(command, [*arguments, "--out", str(tmp_path)])
+            assert result.exit_code == 2 and "No space left on device" in result.output, result.exception
+
+
 class TestNcu:
     """Its output, as ncu prints it, and what is made of it."""
 

@@ -94,6 +94,27 @@ def test_command(golden, monkeypatch, tmp_path):
     assert result.exit_code == 1 and "plain, native: packed bytes was" in result.output and "(+100.0%)" in result.output
 
 
+def test_golden_numbers_that_cannot_be_written_are_said_before_anything_is_counted(golden, monkeypatch, tmp_path):
+    monkeypatch.setattr(guard, "measure", lambda: pytest.fail("counted"))
+    (tmp_path / "file").write_text("")
+    for folder, words in (("file", "cannot write"), ("none", "run this in a checkout")):
+        monkeypatch.setattr(guard, "GOLDEN", tmp_path / folder / "guard.json")
+        result = CliRunner().invoke(main, ["bench", "guard", "--update"])
+        assert result.exit_code == 1 and words in result.output, result.exception
+    kept = tmp_path / "guard.json"
+    kept.write_text("as it was")
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(guard, "GOLDEN", kept)
+    monkeypatch.setattr(guard.write, "__defaults__", (kept,))
+    monkeypatch.setattr(guard, "measure", lambda: golden)
+    monkeypatch.setattr("pathlib.Path.replace", full)
+    result = CliRunner().invoke(main, ["bench", "guard", "--update"])
+    assert result.exit_code == 1 and "No space left on device" in result.output and kept.read_text() == "as it was"
+
+
 def test_without_valgrind(monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: None)
     with pytest.raises(RuntimeError, match="valgrind, which is not installed"):
