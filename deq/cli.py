@@ -200,6 +200,10 @@ def _misfit(record: object) -> str:
     for setting in record["settings"]:
         if setting not in {field.name for field in fields(Settings)}:
             return f"its settings hold {setting!r}, which {name} does not have"
+    may_be_none = {"input"} if REGISTRY[name].depth else {"input", "depth"}
+    for setting in (field.name for field in fields(Settings)):  # a default would be another run
+        if setting not in record["settings"] or (record["settings"][setting] is None and setting not in may_be_none):
+            return f'its settings lack "{setting}"'
     for key, kind in (("values", dict), ("claims", list), ("provenance", dict)):  # what the new run is compared with
         if not isinstance(record.get(key), kind):
             return f'it has no "{key}"'

@@ -315,6 +315,7 @@ def test_a_result_is_run_again_as_it_says(tmp_path):
 
 
 # Of a record, beside its settings.
+WHOLE = {"width": 2, "depth": 3, "seed": 0, "seeds": 1, "device": "cpu", "level": "quick", "input": None}
 REST = {"schema": SCHEMA, "experiment": "audio", "values": {}, "claims": [], "provenance": {"versions": {}}}
 
 
@@ -328,14 +329,20 @@ REST = {"schema": SCHEMA, "experiment": "audio", "values": {}, "claims": [], "pr
         ({"experiment": "steep", "settings": {}}, "it has schema None, and this one reads"),
         (REST | {"schema": 1, "settings": {"quick": True}}, "another version of deq wrote it: it has schema 1, and"),
         (REST | {"settings": {"foo": 1}}, "its settings hold 'foo', which audio does not have"),
-        (REST | {"settings": {}, "provenance": None}, 'it has no "provenance"'),
-        (REST | {"settings": {}, "provenance": {}}, 'its "provenance" has no "versions"'),
-        (REST | {"settings": {}, "claims": [{"statement": "s"}]}, 'one of its "claims" lacks a "statement" or'),
-        (REST | {"settings": {"width": "a"}}, "audio: width must be an integer; got 'a'"),
-        (REST | {"settings": {"seed": True}}, "audio: seed must be an integer; got True"),
-        (REST | {"settings": {"level": "brief"}}, "audio: level must be one of quick, default, full; got 'brief'"),
-        (REST | {"settings": {"device": 3}}, "must be cpu, cuda or cuda:N; got 3"),
-        (REST | {"settings": {"input": 3}}, "audio: input must be the path of a file; got 3"),
+        (REST | {"settings": WHOLE, "provenance": None}, 'it has no "provenance"'),
+        (REST | {"settings": WHOLE, "provenance": {}}, 'its "provenance" has no "versions"'),
+        (REST | {"settings": WHOLE, "claims": [{"statement": "s"}]}, 'one of its "claims" lacks a "statement" or'),
+        (REST | {"settings": WHOLE | {"width": "a"}}, "audio: width must be an integer; got 'a'"),
+        (REST | {"settings": WHOLE | {"seed": True}}, "audio: seed must be an integer; got True"),
+        (
+            REST | {"settings": WHOLE | {"level": "brief"}},
+            "audio: level must be one of quick, default, full; got 'brief'",
+        ),
+        (REST | {"settings": WHOLE | {"device": 3}}, "must be cpu, cuda or cuda:N; got 3"),
+        (REST | {"settings": WHOLE | {"input": 3}}, "audio: input must be the path of a file; got 3"),
+        (REST | {"settings": {}}, 'its settings lack "width"'),
+        (REST | {"settings": {k: v for k, v in WHOLE.items() if k != "seed"}}, 'its settings lack "seed"'),
+        (REST | {"settings": WHOLE | {"depth": None}}, 'its settings lack "depth"'),
     ],
 )
 def test_a_result_that_does_not_fit_is_refused(record, words, tmp_path):
