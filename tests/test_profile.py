@@ -382,6 +382,17 @@ def test_the_theory_of_memory():
     assert memory.backward_bytes([trained], [trained]) == forward + 5 * 7 * 8 + 49 * 8
 
 
+@pytest.mark.parametrize("backward", ["implicit", "one_step", "phantom", "unrolled"])
+def test_gradients_through_steps_have_no_theory_of_memory(backward):
+    W, c = leaves(16, 8)
+    account = profile(deq.solve, W, c, backward=backward).memory
+    step = profile(lambda: deq.solve(W, c, backward=backward).z.sum().backward()).memory
+    W.grad = c.grad = None
+    forward, both = (8 * 16 * 4 + 8 * 9, 2 * 8 * 16 * 4 + 16 * 16 * 4 + 8 * 9)
+    told = (forward, both, forward, both) if backward == "implicit" else (None,) * 4
+    assert (account.model_forward, account.model_both, account.model_retained, step.model_both) == told
+
+
 def test_what_other_threads_solve_is_not_the_calls():
     """A thread that trains beside: its solves are not told as the call's, nor the call as a step for its adjoints."""
     W, c = leaves(16, 8)

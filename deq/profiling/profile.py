@@ -52,7 +52,8 @@ def profile(
     as ``torch.utils.flop_counter.FlopCounterMode`` counts them, and beside them what the engine says that it carried
     out. Memory is that of tensors, and of the whole process where the system tells it (Linux), or of the GPU.
 
-    Of ``deq.fixed_point`` the iterations are told as well; how much memory f needs no theory says.
+    Of ``deq.fixed_point`` the iterations are told as well; how much memory f needs, or a gradient that is not implicit,
+    no theory says.
 
     Returns a :class:`deq.profiling.Report`: ``print(report)``, ``report.as_dict()``, ``report.draw(path)``.
     Raises TypeError for a ``call`` that is not callable and options of another type, ValueError for a result without
@@ -276,12 +277,15 @@ def _memory(subject: _Subject, passes: dict[str, Pass], solved: dict[str, list[m
         measured = [memory.peak_of(run) for run in (subject.run, subject.both)]
     solves, adjoints = solved["solve"], solved["adjoint"]
     last: Counts = list(passes.values())[-1].counts
-    both, is_step = memory.backward_bytes(solves, adjoints), subject.is_step
+    is_step = subject.is_step
+    forward, both = memory.forward_bytes(solves), memory.backward_bytes(solves, adjoints)
+    if solves and not adjoints and (is_step or subject.differentiates):
+        forward = both = None  # a gradient through steps, unrolled say, keeps what no theory counts
     return Memory(
         buffer=solves[0].buffer if solves else 0,
-        model_forward=both if is_step else memory.forward_bytes(solves),
+        model_forward=both if is_step else forward,
         model_both=both,
-        model_retained=None if is_step else memory.forward_bytes(solves),
+        model_retained=None if is_step else forward,
         tensors_forward=passes["forward"].counts.peak,
         tensors_both=last.peak,
         retained=passes["forward"].counts.retained,

@@ -64,10 +64,10 @@ class Pass:
 @dataclass
 class Memory:
     """Bytes beyond the inputs. ``buffer``: of B x m elements of the first solve; ``model``: the theory
-    (deq/profiling/memory.py), which counts the solves alone, and is None for those of any f and for what a step
-    retains; ``tensors``: all tensors made; ``process``: of the resident set or of the GPU, None where the system does
-    not tell; ``retained``: by the result and its graph after the forward pass; ``packed``: held for weights seen
-    lately, of every size."""
+    (deq/profiling/memory.py), which counts the solves alone, and is None for those of any f, for gradients that are not
+    implicit, and for what a step retains; ``tensors``: all tensors made; ``process``: of the resident set or of the
+    GPU, None where the system does not tell; ``retained``: by the result and its graph after the forward pass;
+    ``packed``: held for weights seen lately, of every size."""
 
     buffer: int
     model_forward: int | None

@@ -87,7 +87,7 @@ def _histogram(one: Pass, block: str) -> Group:
 
 def _memory(report: Report) -> Table:
     memory = report.memory
-    table = _table("\nMemory beyond the inputs", "", "theory", "tensors", "process", "B x m buffers")
+    table = _table("\nMemory beyond the inputs", "", "theory, solves", "tensors", "process", "B x m buffers")
     buffers = [
         f"{n / memory.buffer:.2f}" if memory.buffer else "" for n in (memory.tensors_forward, memory.tensors_both)
     ]
