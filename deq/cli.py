@@ -2,6 +2,8 @@
 
 import difflib
 import json
+import os
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -16,7 +18,8 @@ from .plan import DEFAULT_TOL, SOLVERS
 
 
 class Interruptible(click.Group):
-    """Ctrl-C ends every command with exit code 130; click's own would be 1, that of a theorem that failed."""
+    """Ctrl-C ends every command with exit code 130, and a reader that has gone, as of ``| head``, with 141, as it ends
+    other programs; click's own and rich's would be 1, that of a theorem that failed."""
 
     def invoke(self, ctx: click.Context) -> object:
         try:
@@ -24,6 +27,11 @@ class Interruptible(click.Group):
         except KeyboardInterrupt:
             click.echo("Interrupted.", err=True)
             ctx.exit(130)
+        except (BrokenPipeError, SystemExit) as error:
+            if isinstance(error, SystemExit) and not isinstance(error.__context__, BrokenPipeError):  # rich's
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left goes nowhere at exit
+            ctx.exit(141)
 
 
 @click.group(cls=Interruptible, context_settings={"help_option_names": ["-h", "--help"]})
@@ -96,7 +104,7 @@ def run(
     Writes EXPERIMENT.json, .png and .md into --out; "all" also the ledger of claims, index.html and README.md.
 
     Exit code 0: every proved claim held; 1: one did not; 2: bad options; 130: interrupted, and the same command goes on
-    where it stopped.
+    where it stopped; 141: so is the run of which nobody reads what it prints.
     """
     from rich.console import Console
 

@@ -3,7 +3,10 @@
 import hashlib
 import importlib
 import json
+import os
 import re
+import subprocess
+import sys
 import wave
 from dataclasses import fields, replace
 from pathlib import Path
@@ -370,6 +373,18 @@ def test_ctrl_c_is_exit_code_130_everywhere(where, arguments, tmp_path, monkeypa
     monkeypatch.setattr("deq.profiling.memory.can_measure", lambda: True)
     result = deq_command(*arguments, "--out", tmp_path)
     assert result.exit_code == 130 and "Interrupted" in result.stderr
+
+
+@pytest.mark.parametrize("arguments", [("run", "--list"), ("run", "regions", "--quick", "--width", "2")])
+def test_a_reader_that_has_gone_is_no_theorem_that_failed(arguments, tmp_path):
+    """Whether click prints or rich: ``deq run ... | head``."""
+    reading, end = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "deq.cli", *arguments]
+    out = ("--out", tmp_path) if "--quick" in arguments else ()
+    done = subprocess.run([*command, *out], stdout=end, stderr=subprocess.PIPE, text=True)
+    os.close(end)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_all_writes_the_ledger_and_forgets_its_parts(tmp_path, monkeypatch):
