@@ -8,13 +8,30 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deq.experiments import REGISTRY
 from deq.experiments._flow import F64, Family, integrate, off_row_space, problem
 from deq.experiments._result import CONDITIONAL, CONFOUNDED, NOT_REPRODUCED, REPRODUCED
-from deq.experiments.bias import DEQ, _descending
+from deq.experiments.bias import DEQ, _descending, run_bias
 from deq.experiments.density import CONFIG, FITTED, MODELS, _dense_claims, _fits, _solve, has_positive_solution
 from deq.experiments.gotu import _start_claims, root
 
 few = settings(max_examples=15, deadline=None)
+
+
+@pytest.mark.parametrize("width", [8, 9, 20, 25, 1500])
+def test_the_width_is_the_largest_dimension(width):
+    """9 to 19 and 21 to 39 were left out, and widths below 8 were 8."""
+    shapes = []
+    run = SimpleNamespace(settings=REGISTRY["bias"].settings(width=width), config=SimpleNamespace(samples=4))
+
+    def parts(every):
+        shapes.extend(tuple(map(int, part.key.split("/")[1:])) for part in every if part.key.startswith("flow/"))
+        raise InterruptedError
+
+    run.parts = parts
+    with pytest.raises(InterruptedError):
+        run_bias(run)
+    assert max(shapes)[0] == width and len(set(shapes)) == len(shapes) and all(d >= N for d, N in shapes)
 
 
 def test_integrator_follows_an_exponential():

@@ -33,8 +33,9 @@ CONFIG = {
 def run_bias(run: Run) -> Result:
     """The function of the registry entry."""
     config, width = run.config, run.settings.width
-    wide = [10**k for k in range(3, 1 + int(math.log10(max(width, 1)))) if 10**k < width] + [width]
-    sizes = [*((N, d) for N, d in SIZES if d <= max(width, 8)), *((config.samples, d) for d in wide if d > 40)]
+    wide = [10**k for k in range(3, 1 + int(math.log10(width))) if 10**k < width] + [width]
+    small = {d for _, d in SIZES}
+    sizes = [*((N, d) for N, d in SIZES if d <= width), *((config.samples, d) for d in wide if d not in small)]
     parts = [
         Part(f"flow/{d}/{N}", f"flow against minimiser, N = {N}, d = {d}", _flowing(run, N, d), N * d) for N, d in sizes
     ]
@@ -323,5 +324,6 @@ EXPERIMENT = Experiment(
     function=run_bias,
     width_means="largest dimension d",
     width=(10**6, 1000, 10**7),
+    smallest_width=SIZES[0][1],
     config=CONFIG,
 )
