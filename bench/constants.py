@@ -17,7 +17,7 @@ import triton.language as tl
 
 from deq import _library
 from deq.backends import cuda
-from deq.gpu_device import Device, find_device, key_of, table, write_table
+from deq.gpu_device import Device, device_at, find_device, key_of, table, write_table
 from deq.gpu_times import LATENCY, PRECISIONS, grid_tiles, grid_time
 
 from .device import capture, clock, device_seconds
@@ -213,13 +213,13 @@ def cluster_barrier(sizes: Sizes) -> float:
 
 @measures("mma_share", "mma.sync in bfloat16 on all multiprocessors, of the vendor's rate at the table's clock")
 def mma_share(sizes: Sizes) -> float:
-    rate, device = by_library("tensor_core"), find_device(device_name("cuda"), torch.cuda.get_device_capability())
+    rate, device = by_library("tensor_core"), device_at(sizes.device)
     return rate / (device.processors * device.tensor_flops_per_clock * device.clock)
 
 
 @measures("shared_bytes_per_clock", "reads of 16 bytes a thread on one multiprocessor, at the table's clock")
 def shared_bytes_per_clock(sizes: Sizes) -> float:
-    rate, device = by_library("shared_reads"), find_device(device_name("cuda"), torch.cuda.get_device_capability())
+    rate, device = by_library("shared_reads"), device_at(sizes.device)
     return rate / device.clock
 
 
@@ -278,13 +278,21 @@ class Measuring:
         self.sizes = sizes or Sizes(torch.device("cuda"))
         full = device_name(self.sizes.device.type)
         self.capability = capability or torch.cuda.get_device_capability(self.sizes.device)
-        stand_in = find_device(full, self.capability).stands_for
-        self.name = key_of(full) or " ".join(full.replace("NVIDIA", "").split())
-        self.numbers = dict(table()[stand_in or self.name]["numbers"])
+        known, stand_in = key_of(full), find_device(full, self.capability).stands_for
+        if not stand_in and self._is_another(known):  # H100 PCIe, a slice by MIG: of its name, not of its size
+            stand_in = known
+        self.name = " ".join(full.replace("NVIDIA", "").replace("-", " ").split()) if stand_in else known
+        self.numbers = dict(table()[stand_in or known]["numbers"])
         if stand_in:
             for key, number in self.numbers.items():
                 self.numbers[key] = number | {"basis": "estimated", "source": f"that of the {stand_in}"}
         self.failed: dict[str, str] = {}
+
+    def _is_another(self, known: str) -> bool:
+        """Whether this GPU has other numbers of multiprocessors than the entry of the table that its name speaks of."""
+        if self.sizes.device.type != "cuda":
+            return False
+        return of_driver(self.sizes.device)["processors"] != table()[known]["numbers"]["processors"]["value"]
 
     def __len__(self) -> int:
         return len(MEASUREMENTS)

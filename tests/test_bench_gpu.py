@@ -255,6 +255,27 @@ class TestConstants:
         assert updated["H200"] == gpu_device.table()["H200"]
         assert updated[measuring.name]["numbers"]["item"]["basis"] == "measured"
 
+    @pytest.mark.parametrize(
+        ("full", "processors", "name", "stand_in"),
+        [
+            ("NVIDIA H200", 132, "H200", ""),
+            ("NVIDIA H100 80GB HBM3", 132, "H100", ""),
+            ("NVIDIA H100 PCIe", 114, "H100 PCIe", "H100"),
+            ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", 16, "H100 80GB HBM3 MIG 1g.10gb", "H100"),
+            ("NVIDIA GH200-480GB", 132, "GH200 480GB", "H100"),
+        ],
+    )
+    def test_a_card_of_another_size_has_an_entry_of_its_own(self, monkeypatch, full, processors, name, stand_in):
+        """By its name alone it would have replaced that of its larger namesake."""
+        monkeypatch.setattr(constants, "device_name", lambda kind: full)
+        monkeypatch.setattr(constants, "of_driver", lambda device: {"processors": processors})
+        measuring = constants.Measuring(Sizes(torch.device("cuda")), (9, 0))
+        assert measuring.name == name
+        sources = {number["source"] for number in measuring.numbers.values()}
+        assert (f"that of the {stand_in}" in sources) == bool(stand_in)
+        monkeypatch.setattr(gpu_device, "table", lambda: {"H100": {}, "H200": {}, measuring.name: {}})
+        assert gpu_device.key_of(full) == name  # where plans look for it
+
     def test_known_rates_are_found(self):
         """A copy and a product take what they take: the same as by hand, within what a busy machine adds."""
         sizes = Sizes(CPU, copy=2**24, product=256, calls=3)
