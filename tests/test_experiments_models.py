@@ -14,6 +14,7 @@ from deq import reference
 from deq.experiments import _lemma2 as lemma2
 from deq.experiments import _precision as precision
 from deq.experiments import _sawtooth as sawtooth
+from deq.experiments import audio
 from deq.experiments._attempts import LONGER, WIDER, attempt_claims, attempt_table, attempts
 from deq.experiments._boolean import TASKS, cube
 from deq.experiments._conv_nets import MultiscaleDEQ, ResidualNet, convolve, grad_cam
@@ -202,6 +203,15 @@ def test_wav_files_of_every_width_are_read(tmp_path, size, kind, channels):
     assert len(read_wav(str(path), 399)) == 399
     with pytest.raises(SettingsError, match="399 samples; at least 400"):
         read_wav(str(path), 400)
+
+
+@pytest.mark.parametrize("level", ["quick", "default", "full"])
+def test_the_synthesised_sound_has_the_amplitude_that_decibels_are_over(level):
+    """A short one is a stretch of a longer chord, whose own largest amplitude was 0.81: 1.8 dB too much."""
+    count = audio.CONFIG["samples"].at(level)
+    run = SimpleNamespace(config=SimpleNamespace(samples=count), settings=SimpleNamespace(input=None))
+    sound = audio._sound(run)
+    assert sound.shape == (count,) and sound.abs().max() == 1
 
 
 def test_what_is_no_sound_is_named(tmp_path):

@@ -97,7 +97,8 @@ def _sound(run: Run) -> torch.Tensor:
     count = run.config.samples
     if run.settings.input:
         return read_wav(run.settings.input, count)
-    return chord(max(count, RATE // 4) + count)[-count:] if count < RATE // 4 else chord(count)
+    sound = chord(RATE // 4 + count)[-count:] if count < RATE // 4 else chord(count)
+    return sound / sound.abs().max()  # of the stretch, as of a file's: decibels are over an amplitude of 1
 
 
 def _models(run: Run) -> tuple[dict[str, dict[str, Make]], dict[str, Make]]:
