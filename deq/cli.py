@@ -313,6 +313,10 @@ def profile(
     except OSError as error:
         raise cannot_write(out, error) from error
     console.print(report)
+    try:  # outside of what was timed
+        deq.solve(W.detach(), c.detach(), activation, solver=solver, on_failure="raise").status  # noqa: B018
+    except deq.ConvergenceError as error:
+        console.print(str(error).partition(" Their best")[0], style="bold", markup=False, highlight=False)
     console.print(f"Written to {path} and {path.with_suffix('.png')}", soft_wrap=True)
 
 

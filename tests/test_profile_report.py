@@ -92,6 +92,14 @@ def test_command(tmp_path):
     assert bad.exit_code == 2 and "nondecreasing" in bad.output
 
 
+@pytest.mark.parametrize(("family", "fails"), [("radius3", True), ("gaussian", False)])
+def test_the_command_says_what_it_did_not_solve(family, fails, tmp_path):
+    arguments = ["--width", "16", "--batch", "4", "--family", family, "--solver", "plain", "--seconds", "0.01"]
+    result = CliRunner().invoke(main, ["profile", *arguments, "--out", str(tmp_path)])
+    assert result.exit_code == 0
+    assert ("4 of 4 samples did not converge" in result.output) == fails == ("DIVERGED" in result.output)
+
+
 def test_the_report_where_nothing_but_ascii_can_be_printed(tmp_path):
     W, c = leaves(16, 6)
     report = profile(deq.solve, W, c)
