@@ -414,10 +414,12 @@ def test_what_needs_a_missing_package_says_so_and_is_left_out_of_all(tmp_path, m
     assert not (tmp_path / "saliency.json").exists()
 
 
-def test_the_ledger_leaves_out_what_another_version_wrote(tmp_path, monkeypatch):
+@pytest.mark.parametrize("text", [json.dumps({"schema": 1, "experiment": "saliency"}), "{", "[]", None])
+def test_the_ledger_leaves_out_what_is_no_record_of_this_version(text, tmp_path, monkeypatch):
+    """None: a record whose figure is gone."""
     lacking = replace(REGISTRY["saliency"], needs=("no-such-package",))
     monkeypatch.setattr("deq.experiments.REGISTRY", {"regions": REGISTRY["regions"], "saliency": lacking})
-    (tmp_path / "saliency.json").write_text(json.dumps({"schema": 1, "experiment": "saliency"}))
+    (tmp_path / "saliency.json").write_text(text or json.dumps({"schema": SCHEMA, "experiment": "saliency"}))
     result = deq_command("run", "all", "--quick", "--width", 2, "--out", tmp_path)
     assert result.exit_code == 0, result.exception
     text = (tmp_path / "README.md").read_text()

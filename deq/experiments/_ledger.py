@@ -28,9 +28,8 @@ _RULES = (
 
 def write_ledger(out: Path, names: Iterable[str]) -> list[Path]:
     """Write HTML and MARKDOWN into ``out`` from the records there, in the order of ``names``; those without are left
-    out, and records that another version of deq wrote in another form."""
-    found = [json.loads((out / f"{n}.json").read_text()) for n in names if (out / f"{n}.json").exists()]
-    records = [record for record in found if record.get("schema") == SCHEMA]
+    out, and what is no record with a figure, or was written by another version of deq in another form."""
+    records = [record for record in (_read(out, name) for name in names) if record is not None]
     context = {"records": records, "counts": _counts(records), "rules": _RULES, "time": _time(records)}
     written = []
     for target, template in ((HTML, "ledger.html"), (MARKDOWN, "ledger.md")):
@@ -38,6 +37,15 @@ def write_ledger(out: Path, names: Iterable[str]) -> list[Path]:
         page = _environment(out, escape=target == HTML).from_string(text)
         written.append(replace_text(out / target, page.render(context)))
     return written
+
+
+def _read(out: Path, name: str) -> dict | None:
+    try:
+        record = json.loads((out / f"{name}.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    fits = isinstance(record, dict) and (record.get("schema"), record.get("experiment")) == (SCHEMA, name)
+    return record if fits and (out / f"{name}.png").is_file() else None
 
 
 def _environment(out: Path, escape: bool) -> jinja2.Environment:
