@@ -25,9 +25,14 @@ def apart_from_autocast(device: str) -> AbstractContextManager:
     """
     if device == "meta":
         return nullcontext()
-    torch.autocast_increment_nesting()  # the number can be had in no other way
-    inside = torch.autocast_decrement_nesting() > 0
-    return torch.autocast(device, enabled=False, cache_enabled=False) if inside else nullcontext()
+    _, depth = map(_call, _UP_AND_DOWN)  # the number can be had in no other way
+    return torch.autocast(device, enabled=False, cache_enabled=False) if depth > 0 else nullcontext()
+
+
+# Called by one step of Python's: Ctrl-C between the two would leave torch one autocast deep for good, and the weights
+# that autocast has rounded are forgotten where the outermost ends.
+_UP_AND_DOWN = torch.autocast_increment_nesting, torch.autocast_decrement_nesting
+_call = type(torch.autocast_increment_nesting).__call__
 
 
 def lacks_numbers(t: Tensor) -> bool:

@@ -5,6 +5,7 @@ import io
 import pickle
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import pytest
 import torch
@@ -356,6 +357,32 @@ def test_an_interrupt_where_a_context_is_left(way, monkeypatch):
     torch.testing.assert_close(z, drop(block(z, x)), rtol=1e-10, atol=1e-11)
     assert torch.autograd.grad(z.sum(), list(block.parameters()))[0].any()
     cached_weights._entered, parametrize._cache_enabled = counts
+
+
+@pytest.mark.parametrize("name", ["autocast_increment_nesting"])
+def test_an_interrupt_right_after_a_mode_of_torch_was_changed(name):
+    """Python may see Ctrl-C after any call: gradients are on as before, and no autocast is thought to be around."""
+    layer, x = deq.nn.Equilibrium(Normed()), torch.randn(2, 6)
+
+    def interrupt(frame, event, function):
+        is_ours = frame.f_globals["__name__"].startswith("deq.")
+        if event == "c_return" and function.__name__ == name and is_ours:
+            sys.setprofile(None)
+            raise KeyboardInterrupt
+
+    before = sys.getprofile()
+    try:
+        sys.setprofile(interrupt)
+        with suppress(KeyboardInterrupt):
+            layer(x)
+    finally:
+        sys.setprofile(before)
+        depth = [torch.autocast_increment_nesting(), torch.autocast_decrement_nesting()][1]
+        grad = torch.is_grad_enabled()
+        for _ in range(depth):
+            torch.autocast_decrement_nesting()
+        torch.set_grad_enabled(True)
+    assert grad and depth == 0
 
 
 def test_threads_that_train_a_parametrised_layer_keep_its_gradients():
