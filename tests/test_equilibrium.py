@@ -359,7 +359,7 @@ def test_an_interrupt_where_a_context_is_left(way, monkeypatch):
     cached_weights._entered, parametrize._cache_enabled = counts
 
 
-@pytest.mark.parametrize("name", ["autocast_increment_nesting"])
+@pytest.mark.parametrize("name", ["autocast_increment_nesting", "_set_grad_enabled"])
 def test_an_interrupt_right_after_a_mode_of_torch_was_changed(name):
     """Python may see Ctrl-C after any call: gradients are on as before, and no autocast is thought to be around."""
     layer, x = deq.nn.Equilibrium(Normed()), torch.randn(2, 6)
