@@ -136,8 +136,8 @@ class Uses:
     """Whether a block was seen to use no tensors that need gradients but its inputs and its parameters.
 
     It is then not watched again, which takes up to 5 % of a training step of a small block, as long as it stays in the
-    same mode and the same tensors need gradients. That nothing else came in meanwhile is checked in the backward pass,
-    which has the graph for it, by :func:`~deq.closures.has_strangers`.
+    same mode and the same tensors need gradients and have hooks. That nothing else came in meanwhile is checked in the
+    backward pass, which has the graph for it, by :func:`~deq.closures.has_strangers`.
     """
 
     def __init__(self):
@@ -150,8 +150,11 @@ class Uses:
     def learn(self, block: Callable, tensors: Sequence[Tensor], found: list[Tensor]) -> list[Tensor]:
         """What the block may use, given its inputs and parameters and what it was seen to use."""
         self._key = None
-        if not found or not {id(tensor) for tensor in found} <= {id(tensor) for tensor in tensors}:
+        used = {id(tensor) for tensor in found}
+        if not found or not used <= {id(tensor) for tensor in tensors}:
             return found
+        if any(tensor._backward_hooks and id(tensor) not in used for tensor in needing(tensors)):
+            return found  # torch would call the hooks of the others too, with None
         self._key = self._describe(block, tensors)
         return needing(tensors)
 
@@ -163,7 +166,8 @@ class Uses:
 
     @staticmethod
     def _describe(block: Callable, tensors: Sequence[Tensor]) -> tuple:
-        return getattr(block, "training", None), *[tensor.requires_grad for tensor in tensors]
+        needs = [tensor.requires_grad and (2 if tensor._backward_hooks else 1) for tensor in tensors]
+        return getattr(block, "training", None), *needs
 
 
 class Applied:

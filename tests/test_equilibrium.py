@@ -302,6 +302,24 @@ class Normed(nn.Module):
         return torch.tanh(0.3 * self.linear(z) + x)
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_hooks_of_parameters_that_a_block_does_not_use(late):
+    """They are not called, as torch calls none of a tensor without a gradient; the others are, with theirs."""
+    torch.manual_seed(0)
+    block, x = Normed(), torch.randn(3, 6)
+    block.spare = nn.Linear(6, 6)
+    layer = deq.nn.Equilibrium(block)
+    if late:  # when the layer already knows what its block uses
+        layer(x).sum().backward()
+        layer.zero_grad()
+    for parameter in block.parameters():
+        parameter.register_hook(lambda grad: grad.clamp(-1e-3, 1e-3))
+    for _ in range(2):
+        layer.zero_grad()
+        layer(x).sum().backward()
+        assert block.linear.bias.grad.abs().amax() == torch.tensor(1e-3) and block.spare.weight.grad is None
+
+
 @pytest.mark.parametrize("inside", [True, False])
 @pytest.mark.parametrize("kind", ["module", "closure"])
 def test_weights_that_a_caller_caches(kind, inside):
