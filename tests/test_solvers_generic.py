@@ -124,6 +124,26 @@ def test_criteria_of_compiled_steps(criterion, tol):
     assert (ours.status == Status.CONVERGED).all() and torch.equal(ours.iterations, theirs.iterations)
 
 
+@pytest.mark.parametrize("max_iter", [9, 500])
+@pytest.mark.parametrize("criterion", ["residual", "absolute"])
+@pytest.mark.parametrize("kind", [CompiledSteps, TorchSteps])
+def test_a_sample_that_was_within_the_tolerance_has_converged(kind, criterion, max_iter):
+    """Where f rounds off more than that, and nothing later comes as near: what it had reached then is its answer."""
+    if kind is CompiledSteps and _library.compiled is None:
+        pytest.skip(f"no compiled library: {_library.reason}")
+    far, one, near, over, two, more = torch.tensor([0.999, 1, 1 + 9e-6, 1 + 21e-6, 2, 2.002], dtype=torch.float64)
+    number = torch.tensor([[0], [1]])
+
+    def f(z):  # of the first sample 0, far, one, near, over, near, over: of the second never nearer than 1e-3
+        first = torch.where(z == near, over, torch.where(z < 0.9, far, torch.where(z < one, one, near)))
+        return torch.where(number == 0, first, torch.where(z == two, more, two))
+
+    rule = Rule("plain", 1e-5, max_iter, criterion=criterion)
+    found, _ = drive(kind(torch.zeros(2, 1, dtype=torch.float64), rule), f, max_iter)
+    assert found.status.tolist() == [Status.CONVERGED, Status.MAX_ITER if max_iter == 9 else Status.STALLED]
+    assert found.z[0] == near and found.iterations[0] == 3 and 0 < found.residual[0] < 1e-5
+
+
 @needs_library
 def test_threads_and_pieces_change_nothing():
     """Bit for bit: sums are taken piece by piece in a fixed order."""

@@ -185,7 +185,10 @@ struct Steps {
     uint8_t status = k >= p.max_iter ? uint8_t{DEQ_MAX_ITER} : DEQ_RUNNING;
     if (stalled) status = size > kGrown * eps * eps * s.limit ? DEQ_DIVERGED : DEQ_STALLED;
     if (lost) status = finite ? DEQ_DIVERGED : DEQ_NONFINITE;
-    if (converged) status = DEQ_CONVERGED;
+    // One that was within the tolerance on its way and came no nearer: what f rounds off may be more than that.
+    const bool met = status != DEQ_RUNNING && p.measure != DEQ_MEASURE_ERROR && s.best <= p.tol;
+    if (met) p.iterations[b] = static_cast<int32_t>(s.best_at);
+    if (converged || met) status = DEQ_CONVERGED;
     p.status[b] = status;
 
     if (keep_point) {

@@ -114,7 +114,10 @@ class TorchSteps:
         grown = size > GROWN * self.eps**2 * self.limit
         verdict = torch.where(stalled, torch.where(grown, int(Status.DIVERGED), int(Status.STALLED)), verdict)
         verdict = torch.where(lost, torch.where(finite, int(Status.DIVERGED), int(Status.NONFINITE)), verdict)
-        verdict = torch.where(converged, int(Status.CONVERGED), verdict).to(torch.uint8)
+        # One that was within the tolerance on its way and came no nearer: what f rounds off may be more than that.
+        met = (self.measure <= rule.tol) & (verdict != RUNNING) & (rule.criterion != "error")
+        verdict = torch.where(converged | met, int(Status.CONVERGED), verdict).to(torch.uint8)
+        self.iterations = torch.where(active & met, self.best_at, self.iterations)
         self.status = torch.where(active, verdict, self.status)
         self.restarted_at = torch.where(restart, k, self.restarted_at)
         self.count = torch.where(restart, 0, self.count)
