@@ -381,6 +381,21 @@ def test_normalised_weights_that_layers_share(kind, learned):
     assert model[0].weight is model[1].weight and torch.equal(model[0].weight, value)
 
 
+@pytest.mark.parametrize("kind", ["weight", "spectral"])
+def test_denormalised_copies_leave_the_others_normalised(kind):
+    """To export a copy of a model that goes on training; and of layers that are copies each is made plain."""
+    torch.manual_seed(0)
+    layer, x = deq.nn.normalise(nn.Linear(4, 4), kind).eval(), torch.randn(3, 4)
+    expected = layer(x)
+    copies = nn.ModuleList(copy.deepcopy(layer) for _ in range(2))
+    deq.nn.denormalise(copies)
+    assert [type(each) for each in copies] == [nn.Linear, nn.Linear] and parametrize.is_parametrized(layer)
+    for each in (layer, *copies, copy.deepcopy(layer)):
+        torch.testing.assert_close(each(x), expected)
+    deq.nn.denormalise(layer)
+    assert type(layer) is nn.Linear
+
+
 def test_a_single_name_to_skip():
     model = nn.ModuleDict({"body": nn.Linear(2, 2), "head": nn.Linear(2, 2)})
     deq.nn.normalise(model, skip="head")

@@ -184,6 +184,14 @@ def denormalise(model: nn.Module) -> nn.Module:
                     parts = tuple(normalised.parameters(recurse=False))
                     if parts in plain:  # another layer's weight as well
                         module.parametrizations[name] = parametrize.ParametrizationList([nn.Identity()], plain[parts])
+                    _give_own_class(module)
                     parametrize.remove_parametrizations(module, name)
                     plain[parts] = getattr(module, name)
     return model
+
+
+def _give_own_class(module: nn.Module) -> None:
+    """Copies share the class that torch made for a parametrised module, and would lose the weight that it loses."""
+    shared = type(module)
+    members = {name: value for name, value in vars(shared).items() if name not in ("__dict__", "__weakref__")}
+    module.__class__ = type(shared.__name__, shared.__bases__, members)
