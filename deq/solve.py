@@ -80,6 +80,8 @@ def solve(
         problem = problem_of.__wrapped__(*given)
     if lacks_numbers(c) or torch._C._get_dispatch_mode(_RECORDING) is not None:
         return traced.solve(W, c, z0, *options, frozen)
+    if torch._C._is_tracing():  # by torch.jit.trace, whose graphs serve known weights, with and without gradients
+        return traced.solve(W, c, z0, *options, True)
     if torch.is_autocast_enabled(device):  # which would round the products, and with them what is judged
         with no_autocast(device):
             return run(W, c, z0, problem, solver, backward, frozen)

@@ -334,13 +334,21 @@ def _below_autograd() -> Iterator[None]:
 
 
 def _outside_of_modes(kernel):
-    """The kernel without gradients and tangents, and without autocast, which would round its products to 16 bits."""
+    """The kernel without gradients, tangents and tracing, and without autocast, which would round its products to 16
+    bits."""
 
     def run(*given):
         if forward_ad._current_level >= 0:
             given = pytree.tree_map_only(Tensor, Tensor.detach, given)
-        with torch.no_grad(), no_autocast((given[0] if isinstance(given[0], Tensor) else given[0][0]).device.type):
-            return kernel(*given)
+        tracing = torch._C._get_tracing_state()
+        if tracing is not None:  # torch.jit.trace makes tensors of sizes, and would write down what the kernel does
+            torch._C._set_tracing_state(None)
+        try:
+            with torch.no_grad(), no_autocast((given[0] if isinstance(given[0], Tensor) else given[0][0]).device.type):
+                return kernel(*given)
+        finally:
+            if tracing is not None:
+                torch._C._set_tracing_state(tracing)
 
     return run
 

@@ -283,6 +283,24 @@ def test_an_exported_program_serves_in_another_process(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.filterwarnings(
+    "ignore:.*torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning", "ignore:To copy"
+)
+@pytest.mark.parametrize("weight", ["dense", "contractive", "lower_triangular", "diagonal", "diagonal_low_rank"])
+def test_a_trace_of_torchscript(weight):
+    """It is as good as the layer for other batches and for training, traced with gradients or without."""
+    torch.manual_seed(0)
+    layer, x = deq.nn.EquilibriumLinear(3, 8, weight=weight), torch.randn(2, 3)
+    wanted = [x.requires_grad_(), *layer.parameters()]
+    with torch.no_grad():
+        without = torch.jit.trace(layer, torch.randn(5, 3))
+    for program in (without, torch.jit.trace(layer, torch.randn(5, 3))):
+        torch.testing.assert_close(program(x), layer(x), rtol=0, atol=0)
+        found, expected = (torch.autograd.grad(f(x).square().sum(), wanted) for f in (program, layer))
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b)
+
+
 def test_increments_are_used_inside_of_a_graph():
     """A plan is made where the numbers are, not where the graph is drawn."""
     if _library.increments() == "native":
