@@ -300,6 +300,23 @@ def test_warm_start_inside_of_transforms():
     assert not warm._memory
 
 
+def test_a_warm_start_of_a_wrapped_layer_starts_new_samples_where_the_layer_does():
+    """In AveragedModel, as in DistributedDataParallel, whose module the layer is."""
+    starts = []
+
+    def block(z, x):
+        starts.append(z.detach().clone())
+        return torch.tanh(0.3 * z + x)
+
+    layer = deq.nn.Equilibrium(block, init=lambda x: x + 1)
+    warm, x = deq.nn.WarmStart(torch.optim.swa_utils.AveragedModel(layer)), torch.randn(3, 4)
+    with torch.no_grad():
+        z = warm(x[:2], keys=[0, 1])
+        starts.clear()
+        warm(x, keys=[0, 1, 2])
+    torch.testing.assert_close(starts[0], torch.cat((z, x[2:] + 1)))
+
+
 def test_warm_start_of_no_batch():
     linear = deq.nn.EquilibriumLinear(3, 6)
     with pytest.raises(ValueError, match=r"the layer must return 3 samples, as many as its first input; got \(6,\)"):

@@ -59,7 +59,10 @@ class WarmStart(nn.Module):
         model = next((parts for parts in known if parts is not None), None)
         if model is None:
             return None
-        init = getattr(self.layer, "init", None)
+        layer = self.layer
+        while not hasattr(layer, "init") and isinstance(getattr(layer, "module", None), nn.Module):
+            layer = layer.module  # in DistributedDataParallel, AveragedModel
+        init = getattr(layer, "init", None)
         if init is None or all(parts is not None for parts in known):
             cold = [[torch.zeros_like(part) for part in model]] * len(known)
         else:
