@@ -87,10 +87,13 @@ _ABSENT = object()
 
 
 class Exchanged:
-    """While active, every (dictionary, name, value) holds, and layers are enclosed."""
+    """While active, every (dictionary, name, value) holds, and layers are enclosed.
+
+    Ctrl-C may come where Python enters or leaves it: who must not keep the values calls :meth:`put_back` afterwards.
+    """
 
     def __init__(self, places: Sequence[tuple[dict, str, object]]):
-        self._places = places
+        self._places, self._before = places, []
 
     def __enter__(self) -> None:
         self._before = [(place, name, place.get(name, _ABSENT)) for place, name, _ in self._places]
@@ -100,11 +103,15 @@ class Exchanged:
 
     def __exit__(self, *_) -> None:
         enclosed.depth -= 1
+        self.put_back()
+
+    def put_back(self) -> None:
         for place, name, value in self._before:
             if value is _ABSENT:
                 place.pop(name, None)
             else:
                 place[name] = value
+        self._before = []
 
 
 def modules_of(f: Callable) -> list[nn.Module]:

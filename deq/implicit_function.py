@@ -30,7 +30,7 @@ from .closures import (
     uncompiled,
     within,
 )
-from .held import Call, enclosed
+from .held import Call, Exchanged, enclosed
 from .modes import apart_from_autocast
 from .profiling import ranges
 from .solvers import generic
@@ -302,6 +302,8 @@ def _gradients(ctx, g: Tensor | None, wanted: Sequence[bool]) -> tuple:
             return pullback(ctx.equation, z, tensors, g, wanted)
     finally:
         enclosed.depth = depth
+        if isinstance(again, Exchanged):
+            again.put_back()
 
 
 # torch.autograd.grad without its checks of arguments, which are known to hold here, and its care for logging and the

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import deq
-from deq import cached_weights
+from deq import cached_weights, held
 from deq.torchdeq import get_deq
 
 
@@ -375,6 +375,26 @@ def test_an_interrupt_where_a_context_is_left(way, monkeypatch):
     torch.testing.assert_close(z, drop(block(z, x)), rtol=1e-10, atol=1e-11)
     assert torch.autograd.grad(z.sum(), list(block.parameters()))[0].any()
     cached_weights._entered, parametrize._cache_enabled = counts
+
+
+@pytest.mark.parametrize("where", ["entered", "left"])
+def test_an_interrupt_where_a_backward_pass_has_the_parameters_of_a_call(where, monkeypatch):
+    """The module has its own again, and not those that functional_call gave it."""
+    layer, x = deq.nn.Equilibrium(Normed()), torch.randn(2, 6)
+    own = dict(layer.named_parameters())
+    given = {name: (1.1 * parameter).detach().requires_grad_() for name, parameter in own.items()}
+    loss = torch.func.functional_call(layer, given, (x,)).sum()
+
+    def interrupted(context, *_):
+        enter(context)
+        raise KeyboardInterrupt
+
+    enter = held.Exchanged.__enter__ if where == "entered" else lambda context: None
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(held.Exchanged, "__enter__" if where == "entered" else "__exit__", interrupted)
+        loss.backward()
+    assert all(parameter is own[name] for name, parameter in layer.named_parameters())
+    assert held.enclosed.depth == 0
 
 
 @pytest.mark.parametrize("name", ["autocast_increment_nesting", "_set_grad_enabled"])
