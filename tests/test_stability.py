@@ -300,6 +300,26 @@ def test_warm_start_inside_of_transforms():
     assert not warm._memory
 
 
+@pytest.mark.parametrize("kind", ["Equilibrium", "EquilibriumLinear"])
+def test_a_warm_start_forgets_a_sample_that_diverged(kind):
+    """It starts anew, where it converges; its mates go on from what they had."""
+    if kind == "Equilibrium":
+        layer = deq.nn.Equilibrium(lambda z, x: z * z + x, solver="plain", on_failure="ignore")
+        easy, hard = torch.full((2, 3), 0.2), torch.tensor([[0.2], [3.0]]).expand(2, 3)
+    else:
+        layer = deq.nn.EquilibriumLinear(3, 1, bias=False, solver="plain", on_failure="ignore")
+        with torch.no_grad():
+            layer.weight.W.fill_(2.0)
+            layer.injection.weight.fill_(1.0)
+        easy, hard = torch.full((2, 3), -1.0), torch.tensor([[-1.0], [1.0]]).expand(2, 3)
+    warm = deq.nn.WarmStart(layer)
+    expected = warm(easy)
+    warm(hard)
+    assert layer.solution.converged.tolist() == [True, False]
+    torch.testing.assert_close(warm(easy), expected)
+    assert layer.solution.converged.all()
+
+
 def test_a_warm_start_of_a_wrapped_layer_starts_new_samples_where_the_layer_does():
     """In AveragedModel, as in DistributedDataParallel, whose module the layer is."""
     starts = []

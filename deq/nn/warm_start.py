@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from ..closures import graph_break, outside_of_gradients
+from ..modes import lacks_numbers
+from ..solution import Solution, Status
 from ..state import State, parts_of
 
 
@@ -18,10 +20,11 @@ class WarmStart(nn.Module):
 
     ``warm(*inputs, keys=None)``: keys names the samples of the batch, by hashable values or a tensor (B,) of numbers,
     for which a GPU is waited; without, the i-th sample follows the i-th of the last call. A sample that is not known,
-    or only with inputs or parameters of another shape, dtype or device, starts where the layer does by
-    itself. Where a map has several equilibria, a warm start may find another one than a cold start. The memory holds no
-    graph, is not saved, and :meth:`forget` empties it. Inside torch.compile it is a graph break. Raises ValueError
-    where keys are not as many as samples, TypeError where one has no hash.
+    or only with inputs or parameters of another shape, dtype or device, starts where the layer does by itself, and so
+    does one that diverged the last time: its status is read, for which a GPU is waited as well. Where a map has several
+    equilibria, a warm start may find another one than a cold start. The memory holds no graph, is not saved, and
+    :meth:`forget` empties it. Inside torch.compile it is a graph break. Raises ValueError where keys are not as many as
+    samples, TypeError where one has no hash.
     """
 
     def __init__(self, layer: nn.Module, capacity: int = 65536):
@@ -59,10 +62,7 @@ class WarmStart(nn.Module):
         model = next((parts for parts in known if parts is not None), None)
         if model is None:
             return None
-        layer = self.layer
-        while not hasattr(layer, "init") and isinstance(getattr(layer, "module", None), nn.Module):
-            layer = layer.module  # in DistributedDataParallel, AveragedModel
-        init = getattr(layer, "init", None)
+        init = self._of_layer("init")
         if init is None or all(parts is not None for parts in known):
             cold = [[torch.zeros_like(part) for part in model]] * len(known)
         else:
@@ -80,11 +80,32 @@ class WarmStart(nn.Module):
             raise ValueError(f"the layer must return {len(names)} samples, as many as its first input; got {shapes}")
         self._kind = Tensor if isinstance(z, Tensor) else type(z)
         rows = zip(*(part.unbind(0) for part in parts), strict=True)
-        for name, row in zip(names, rows, strict=True):
+        for name, row, is_lost in zip(names, rows, self._lost(parts[0]), strict=True):
+            if is_lost:
+                self._memory.pop(name, None)
+                continue
             self._memory[name] = like, [part.clone() for part in row]
             self._memory.move_to_end(name)
         while len(self._memory) > self.capacity:
             self._memory.popitem(last=False)
+
+    def _lost(self, z: Tensor) -> list[bool]:
+        """Of every sample, whether it left for infinity: from where it got to it might never come back."""
+        solution = self._of_layer("solution")
+        if not isinstance(solution, Solution) or lacks_numbers(z) or len(z) == 0:
+            return [False] * len(z)
+        status = solution.status
+        if status.dim() == 0 or len(status) != len(z):
+            return [False] * len(z)
+        lost = (status == int(Status.DIVERGED)) | (status == int(Status.NONFINITE))
+        return lost.flatten(1).any(1).tolist() if lost.dim() > 1 else lost.tolist()
+
+    def _of_layer(self, name: str) -> object:
+        """An attribute of the layer, which may lie in a DistributedDataParallel or AveragedModel; None without."""
+        layer = self.layer
+        while not hasattr(layer, name) and isinstance(getattr(layer, "module", None), nn.Module):
+            layer = layer.module
+        return getattr(layer, name, None)
 
     def _like(self, inputs: Sequence[object]) -> tuple:
         """What decides on the shape, dtype and device of a sample's state: those of its inputs and of the layer."""
