@@ -84,6 +84,19 @@ def test_linear_in_the_loss(backend, activation):
         torch.testing.assert_close(scaled_W * 2.0**-exponent, dW, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("m", [24, 64, 130])  # lanes, rows, increments
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@backends
+def test_gradients_at_units_that_relu_ends_say_nothing_of_the_scale(backend, dtype, m):
+    """The others were zero beside them."""
+    W, c, g = with_margin(m, 5, dtype)
+    z = deq.solve(W, c.requires_grad_(), backend=backend).z
+    (want,) = torch.autograd.grad(z, c, g, retain_graph=True)
+    for huge, tiny in ((1e20, 1e-30), (1e36, 1.0), (1.0, 1e-20)):
+        (found,) = torch.autograd.grad(z, c, torch.where(z > 0, tiny * g, huge * g), retain_graph=True)
+        assert worst_error(found / tiny, want.double()) < 10 * torch.finfo(dtype).eps ** 0.7
+
+
 @backends
 @pytest.mark.parametrize("activation", SMOOTH)
 @pytest.mark.parametrize("stacked", [False, True])

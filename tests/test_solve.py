@@ -218,6 +218,38 @@ def test_scale_of_a_start_without_injection(m):
 
 
 @pytest.mark.parametrize("m", [24, 64, 130])  # lanes, rows, increments
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@backends
+def test_units_that_are_switched_off_say_nothing_of_the_scale(backend, dtype, m):
+    """By the least number there is, as masks of attention do it: the others were lost, and had converged."""
+    W, c, _ = gaussian(m, 5, dtype)
+    least = torch.finfo(dtype).min
+    small = c * 1e-10
+    small[:, 3] = c[:, 3] = least
+    alone = W.clone()
+    alone[3] = 0.0
+    for injection, scale in ((c, 1.0), (small, 1e-10)):
+        start = 0.1 * injection.abs().clamp(max=scale)
+        for z0 in (None, start):
+            solution = deq.solve(W, injection, z0=z0, backend=backend)
+            assert solution.converged.all()
+            expected = exact(alone, (injection / scale).clamp(min=-1.0))
+            assert worst_error(solution.z / scale, expected) < 10 * solution.plan.tol
+
+
+@pytest.mark.parametrize("m", [24, 64, 130])  # lanes, rows, increments
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu"])
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 1e-30), (torch.float64, 1e-170)], ids=str)
+def test_starts_that_are_far_too_large(dtype, size, activation, m, isa):
+    """The injection was lost beside them, or squares of float64 were, and any iterate passed for converged."""
+    W, c, _ = gaussian(m, 5, dtype)
+    for solver in ("auto", "plain"):
+        solution = deq.solve(W, c * size, activation, z0=c.flip(0) / size, solver=solver)
+        assert solution.converged.all()
+        assert worst_error(solution.z / size, exact(W, c, activation)) < 10 * solution.plan.tol
+
+
+@pytest.mark.parametrize("m", [24, 64, 130])  # lanes, rows, increments
 @pytest.mark.parametrize("solver", ["auto", "plain", "anderson", "cayley"])
 @pytest.mark.parametrize("weight", [0.0, 0.01])
 @backends

@@ -57,32 +57,35 @@ class LaneIntake {
       int64_t first;
       const int64_t n = samples_.take(queue, most, &first);
       if (n == 0) return false;
-      alignas(64) T largest[kMostLanes], start[kMostLanes] = {}, size2[kMostLanes], factor[kMostLanes];
+      alignas(64) T largest[kMostLanes], start[kMostLanes] = {}, size2[kMostLanes], factor[kMostLanes], of_start[kMostLanes];
       columns(p_.injection, s, first, n, c);
       lane_.reach(c, m_, largest);
       if (p_.start.data) {
         columns(p_.start, s, first, n, y);
         lane_.reach(y, m_, start);
       }
+      if (p_.mask.data) {
+        columns(p_.mask, s, first, n, d);
+        if (p_.mask_is_value) k_.derivative_of_value(p_.activation, d, m_ * lanes_);
+      }
       bool scaled = false;
       std::fill(factor, factor + lanes_, T(1));
+      std::fill(of_start, of_start + lanes_, T(1));
       for (int i = 0; i < n; ++i) {
         const int64_t sample = s * p_.batch + first + i;
         if (!samples_.accepts(sample, largest[i], start[i], buffer_)) continue;
         waiting |= uint32_t{1} << i;
         slots[i].sample = sample;
-        slots[i].scale = samples_.scale_for(largest[i], start[i]);
+        const auto by = samples_.factors(largest[i], start[i], c + i, d + i, lanes_);
+        slots[i].scale = by.injection;
         slots[i].unit = Unit();
-        factor[i] = static_cast<T>(slots[i].scale);
-        scaled = scaled || factor[i] != 1;
-      }
-      if (p_.mask.data) {
-        columns(p_.mask, s, first, n, d);
-        if (p_.mask_is_value) k_.derivative_of_value(p_.activation, d, m_ * lanes_);
+        factor[i] = static_cast<T>(by.injection);
+        of_start[i] = static_cast<T>(by.start);
+        scaled = scaled || factor[i] != 1 || of_start[i] != 1;
       }
       if (scaled) {
         lane_.scale(c, factor, m_);
-        if (p_.start.data) lane_.scale(y, factor, m_);
+        if (p_.start.data) lane_.scale(y, of_start, m_);
       }
       // From zero the first evaluation is that of c: no product. Its step and its size are the same.
       const bool is_zero = !p_.start.data;

@@ -103,7 +103,8 @@ class Samples {
         native_(p.type == DEQ_FLOAT32 || p.type == DEQ_FLOAT64),
         // Linear in the injection up to a positive factor: rescaling by a power of two changes no bit of the path, and
         // keeps every square in range.
-        rescaled_(p.mask.data != nullptr || is_homogeneous(p.activation)) {}
+        rescaled_(p.mask.data != nullptr || is_homogeneous(p.activation)),
+        ends_(!p.reflected && (p.mask.data != nullptr || p.activation == kRelu)) {}
 
   int64_t padded() const { return padded_; }
   // Whether samples are multiplied by what brings them near 1.
@@ -131,11 +132,10 @@ class Samples {
         read(p_.mask, s, b, d);
         if (p_.mask_is_value) k_.derivative_of_value(p_.activation, d, p_.width);
       }
-      *scale = scale_for(largest, start);
-      if (*scale != 1) {
-        k_.scale(c, static_cast<T>(*scale), padded_);
-        if (p_.start.data) k_.scale(y, static_cast<T>(*scale), padded_);
-      }
+      const Factors by = factors(largest, start, c, d, 1);
+      *scale = by.injection;
+      if (by.injection != 1) k_.scale(c, static_cast<T>(by.injection), padded_);
+      if (p_.start.data && by.start != 1) k_.scale(y, static_cast<T>(by.start), padded_);
       return sample;
     }
   }
@@ -168,15 +168,34 @@ class Samples {
     return false;
   }
 
-  // The power of two to multiply a sample by, from the largest magnitudes of its injection and of its start.
-  double scale_for(T injection, T start) const {
-    // Near 1 the squares are in range as they are, and a factor would change no bit of the path; but where there is no injection,
-    // iterates shrink until they are lost, and when that is must not tell where they began.
-    constexpr T kNear = static_cast<T>(1 << 20);
-    const T reach = std::max(injection, start);
-    if (!rescaled_ || !(reach > 0) || (injection > 0 && reach <= kNear && reach >= 1 / kNear)) return 1;
-    constexpr int kLimit = std::numeric_limits<T>::max_exponent - 2;
-    return std::ldexp(1.0, std::clamp(-std::ilogb(reach), -kLimit, kLimit));
+  // The powers of two to multiply a sample's injection and its start by, from the largest magnitudes of both; c and d have their
+  // elements `stride` apart.
+  struct Factors {
+    double injection, start;
+  };
+  Factors factors(T injection, T start, T* c, const T* d, int64_t stride) const {
+    const double scale = scale_of(injection, start);
+    if (scale == 1) return {1, 1};
+    T values = injection;
+    if (ends_) {  // the injection may be of any size where relu or a mask ends it, and beside that the values would be lost
+      values = T(0);
+      for (int64_t j = 0; j < p_.width; ++j) {
+        T& x = c[j * stride];
+        if (p_.mask.data && d[j * stride] == 0) x = T(0);
+        values = std::max(values, p_.mask.data ? std::fabs(x) : x);
+      }
+      if (p_.mask.data) injection = values;
+    }
+    // So would they beside a start that has no digit of the injection; 2^-k times it leads to 2^-k times its values.
+    constexpr int kFar = 32;
+    double nearer = 1;
+    if (injection > 0 && start > 0) nearer = std::ldexp(1.0, std::min(0, std::ilogb(injection) + kFar - std::ilogb(start)));
+    T reach = static_cast<T>(start * nearer);
+    if (values > 0 && reach > kNear * values) reach = std::ldexp(reach, -kFar);
+    double wanted = scale_of(values, reach);
+    if (injection > values)  // which stays finite
+      wanted = std::min(wanted, std::ldexp(1.0, std::numeric_limits<T>::max_exponent - 2 - std::ilogb(injection)));
+    return {wanted, wanted * nearer};
   }
 
   // Where the sample's result belongs, null if it has to be converted.
@@ -204,6 +223,16 @@ class Samples {
 
  private:
   static int64_t offset(const DeqView& view, int64_t s, int64_t b) { return s * view.stride[0] + b * view.stride[1]; }
+
+  static constexpr T kNear = static_cast<T>(1 << 20);
+  double scale_of(T injection, T start) const {
+    // Near 1 the squares are in range as they are, and a factor would change no bit of the path; but where there is no injection,
+    // iterates shrink until they are lost, and when that is must not tell where they began.
+    const T reach = std::max(injection, start);
+    if (!rescaled_ || !(reach > 0) || (injection > 0 && reach <= kNear && reach >= 1 / kNear)) return 1;
+    constexpr int kLimit = std::numeric_limits<T>::max_exponent - 2;
+    return std::ldexp(1.0, std::clamp(-std::ilogb(reach), -kLimit, kLimit));
+  }
 
   // Largest magnitude, infinity if any element is not finite.
   T read(const DeqView& view, int64_t s, int64_t b, T* dst) {
@@ -236,6 +265,7 @@ class Samples {
   Totals& totals_;
   const int64_t padded_;
   const bool native_, rescaled_;
+  const bool ends_;             // an element of the injection may be without influence
   int64_t next_ = 0, end_ = 0;  // the samples that are taken and not yet read
 };
 
