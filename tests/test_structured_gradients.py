@@ -99,6 +99,23 @@ def test_any_scale(kind):
         )
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_units_that_relu_ends_say_nothing_of_the_scale(kind, backend):
+    """Gradients there, and injections that switch them off: the others were lost beside them."""
+    W, c, g = structure(kind, *parts(kind, 30)), injection(30, 20), gaussian(30, 20)[2]
+    z = deq.solve(W, c.requires_grad_(), solver="direct", backend=backend).z
+    (want,) = torch.autograd.grad(z, c, torch.where(z > 0, g, 0.0), retain_graph=True)
+    (found,) = torch.autograd.grad(z, c, torch.where(z > 0, 1e-30 * g, 1e20 * g))
+    assert worst_error(found / 1e-30, want.double()) < 1e-6
+    off = c.detach().clone()
+    off[:, 3] = -1.0
+    far = torch.where(off == -1.0, torch.finfo(torch.float32).min, 1e-10 * off)
+    small = torch.where(off == -1.0, -1.0, 1e-10 * off)
+    a, b = (deq.solve(W, x, solver="direct", backend=backend, on_failure="raise").z for x in (far, small))
+    assert worst_error(a, b.double()) < 1e-6
+
+
 def test_gradient_that_is_not_finite_is_nan_for_its_sample():
     for kind in (*KINDS, "dense"):
         c = injection(12, 4).requires_grad_()

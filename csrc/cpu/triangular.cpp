@@ -71,12 +71,15 @@ class Substitution {
     }
     k_.load(row<T>(p_.injection, first), p_.injection.stride[1], n, m_, p_.reversed, samples, x, largest);
     for (int b = 0; b < samples; ++b) {
-      scale[b] = is_rescaled() ? to_unit(largest[b]) : T(1);
+      scale[b] = scale_of(x + b, masked ? lanes.mask + b : nullptr, samples, &largest[b]);
       unit[b] = to_unit(largest[b] * scale[b]);
     }
     // A second pass only for squares that left the range of T because the solution is far larger or smaller than the injection.
     for (int pass = 0; pass < 2; ++pass) {
-      if (pass > 0) k_.load(row<T>(p_.injection, first), p_.injection.stride[1], n, m_, p_.reversed, samples, x, largest);
+      if (pass > 0) {
+        k_.load(row<T>(p_.injection, first), p_.injection.stride[1], n, m_, p_.reversed, samples, x, largest);
+        for (int b = 0; b < n; ++b) scale_of(x + b, masked ? lanes.mask + b : nullptr, samples, &largest[b]);
+      }
       for (int b = 0; b < n; ++b)
         if (!std::isfinite(largest[b]))
           for (int64_t k = 0; k < m_; ++k) x[k * samples + b] = T(0);
@@ -108,6 +111,22 @@ class Substitution {
     }
     k_.store(x, n, m_, p_.reversed, samples, row<T>(p_.out, first), p_.out.stride[1]);
     if (derives) k_.store(lanes.mask, n, m_, p_.reversed, samples, row<T>(p_.derivative, first), p_.derivative.stride[1]);
+  }
+
+  // The power of two to multiply a sample by. Where relu or the mask ends the injection it may be of any size, beside which the
+  // values would be lost: `largest` becomes theirs, and what the mask ends is left out.
+  T scale_of(T* x, const T* mask, int64_t stride, T* largest) const {
+    const T injection = *largest, scale = is_rescaled() ? to_unit(injection) : T(1);
+    if (scale == 1 || !(mask || p_.activation == kRelu)) return scale;
+    T& values = *largest = 0;
+    for (int64_t k = 0; k < m_; ++k) {
+      T& value = x[k * stride];
+      if (mask && mask[k * stride] == 0) value = T(0);
+      values = std::max(values, mask ? std::fabs(value) : value);
+    }
+    if (mask) return to_unit(values);
+    const int most = std::numeric_limits<T>::max_exponent - 2 - std::ilogb(injection);  // with which the injection stays finite
+    return std::min(to_unit(values), std::ldexp(T(1), most));
   }
 
   void hold_in_range(T* x, int64_t stride) const {

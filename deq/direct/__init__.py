@@ -189,9 +189,12 @@ def _forward(method: Method, c: Tensor, activation: str, start: Tensor | None) -
     scale = None
     if not method.refuses_samples and ACTIVATIONS[activation].homogeneous:
         scale = _far_from_one(c)
+    if scale is not None and activation == "relu" and not methods.is_deferred(c):
+        scale = _far_from_one(c.relu())  # beside what relu ends the others would be lost
     if scale is None:
         return method.solve(c, activation, start)
-    result = method.solve(c * scale, activation, None if start is None else start * scale)
+    least = torch.finfo(c.dtype).min
+    result = method.solve((c * scale).clamp(min=least), activation, None if start is None else start * scale)
     return _held_in_range(result._replace(z=result.z / scale))
 
 
@@ -291,14 +294,14 @@ def _adjoint(
 ) -> Tensor:
     """``u = D (g + W^T u)`` at z; c where z alone does not give D, or the derivative if it is known."""
     entry = ACTIVATIONS[activation]
-    refuses_samples = isinstance(method, Triangular) and entry.derivative_of_value and plan.backend == "cpu"
-    if refuses_samples:
+    if isinstance(method, Triangular) and entry.derivative_of_value and plan.backend == "cpu":
+        derivative = None
         masked = lambda g: method.T.masked_of_value(z, activation, g)  # noqa: E731
     else:
         if derivative is None:
             derivative = entry.derivative_of_value(z) if c is None else entry.derivative(method.apply(z) + c)
         masked = lambda g: method.T.masked(derivative, g)  # noqa: E731
-    arguments = masked, g, plan, on_failure, refuses_samples
+    arguments = masked, g, plan, on_failure, derivative
     return ranges.call("adjoint", _solve_masked, *arguments) if ranges.listening else _solve_masked(*arguments)
 
 
@@ -307,7 +310,7 @@ class _Masked(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, method, plan, on_failure, s, g, *parts):
-        u = _solve_masked(lambda g: method.of(*parts).masked(s, g), g, plan, on_failure)
+        u = _solve_masked(lambda g: method.of(*parts).masked(s, g), g, plan, on_failure, s)
         ctx.save_for_backward(s, g, u, *parts)
         ctx.settings = method.of(*(None for _ in parts)), plan, on_failure
         return u
@@ -329,16 +332,24 @@ def _needed(gradients: tuple, needs: tuple[bool, ...]) -> tuple:
 
 
 def _solve_masked(
-    masked: Callable[[Tensor], Result], g: Tensor, plan: Plan, on_failure: str, refuses_samples: bool = False
+    masked: Callable[[Tensor], Result],
+    g: Tensor,
+    plan: Plan,
+    on_failure: str,
+    s: Tensor | None = None,
 ) -> Tensor:
-    """u of every row of g, NaN where g is not finite (a loss scaler looks for it). Reports residuals beyond tol."""
+    """u of every row of g, NaN where g is not finite (a loss scaler looks for it). Reports residuals beyond tol. s: the
+    derivative; None where ``masked`` looks at samples and at their scale itself."""
     finite = scale = None
     deferred = methods.is_deferred(g)
-    if not refuses_samples:
+    if s is not None:
         if deferred or not is_finite(g):
             finite = torch.isfinite(g).all(-1, keepdim=True)
             g = torch.where(finite, g, 0.0)
         scale = _far_from_one(g)  # u is linear in g
+        if scale is not None and not deferred:  # beside what s ends the others would be lost
+            g = g * (s != 0)
+            scale = _far_from_one(g)
     result = masked(g) if scale is None else masked(g * scale)
     if scale is not None:
         result = _held_in_range(result._replace(z=result.z / scale))
