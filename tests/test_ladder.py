@@ -84,6 +84,21 @@ def test_gradients_of_the_cayley_map_are_differentiable(backend):
     assert torch.autograd.gradgradcheck(run, leaves)
 
 
+@pytest.mark.parametrize("solver", ["auto", "cayley"])
+@backends
+def test_gradients_at_units_that_relu_ends_do_not_reach_the_others(backend, solver):
+    """K carries their rounding there, and no means brought it home where the gradient is far larger."""
+    W, c, g = monotone(40, 9, 0.5)
+    z = deq.solve(W, c.requires_grad_(), solver=solver, backend=backend, on_failure="ignore").z
+    options = {"retain_graph": True}
+    (want,) = torch.autograd.grad(z, c, torch.where(z > 0, g, 0.0), **options)
+    for huge, tiny in ((1e5, 1.0), (1e20, 1e-30)):
+        (found,) = torch.autograd.grad(z, c, torch.where(z > 0, tiny * g, huge * g), **options)
+        assert worst_error(found / tiny, want.double()) < 1e-4
+    gradient = torch.where(z > 0, g, torch.nan)[:1].expand_as(g)  # which a loss scaler looks for
+    assert torch.autograd.grad(z, c, gradient)[0].isnan().all()
+
+
 @backends
 def test_cayley_stacks_strides_shapes_and_starts(backend):
     parts = [monotone(20, 6, 0.3, seed=s) for s in range(3)]

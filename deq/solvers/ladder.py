@@ -71,6 +71,9 @@ class _Equilibria:
     def part(self, index) -> "_Equilibria":
         return replace(self, c=self.c[index])
 
+    def of_influence(self) -> "_Equilibria":
+        return self
+
     def plain(self, start: Tensor | None, plan: Plan, out: Tensor | None = None) -> Outcome:
         return self.backend.solve(self.W, self.c, start, self.activation, plan, out=out)
 
@@ -117,6 +120,10 @@ class _Adjoint:
 
     def part(self, index) -> "_Adjoint":
         return replace(self, g=self.g[index], d=lambda: self.d()[index])
+
+    def of_influence(self) -> "_Adjoint":
+        """The same without the elements of g that D ends: K would carry their rounding into the others."""
+        return replace(self, g=self.g * (self._derivative(self.d()) != 0))
 
     def plain(self, start: Tensor | None, plan: Plan, out: Tensor | None = None) -> Outcome:
         return self.backend.masked_linear(self.A, self.g, self.d(), self.value_of, plan, u0=start, out=out)
@@ -305,7 +312,8 @@ def _rescue(problem, z0: Tensor | None, outcome: Outcome, plan: Plan, s: int | N
 
     def by_cayley(part, index, start, most, share=TIGHTER[0]):
         warm = torch.where((residual[index] < FAR).unsqueeze(-1), start, 0.0)
-        return _by_cayley(part, warm, varied(native, acceleration="anderson", max_iter=most), share)
+        plan = varied(native, acceleration="anderson", max_iter=most)
+        return _by_cayley(part.of_influence(), warm, plan, share)
 
     def by_tight_cayley(part, index, start, most):
         return by_cayley(part, index, start, most, TIGHTER[1])
