@@ -84,6 +84,24 @@ def test_gradients_of_the_cayley_map_are_differentiable(backend):
     assert torch.autograd.gradgradcheck(run, leaves)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@backends
+def test_a_unit_that_is_switched_off_is_no_hindrance_to_the_cayley_map(backend, dtype):
+    """K carries the rounding of c there into the others: from -1e3 on no sample of float32 converged."""
+    W, c, _ = monotone(40, 9, 0.5, dtype)
+    alone = W.double().clone()
+    alone[3] = 0.0
+    c[:, 3] = -1.0
+    z, _, _, _ = reference.cayley_solve(alone, c.double(), "relu", tol=1e-13, max_iter=5000)
+    for off in (-1e3, -1e9, torch.finfo(dtype).min):
+        c[:, 3] = off
+        solution = deq.solve(W, c, solver="cayley", backend=backend)
+        assert solution.converged.all() and worst_error(solution.z, z) < 10 * solution.plan.tol
+    W, c = -10.0 * torch.eye(3, dtype=dtype), torch.full((1, 3), 1.0, dtype=dtype)
+    W[2, 0], c[0, 2] = 1e3, -50.0  # switched off it seems, and is not
+    assert deq.solve(W, c, backend=backend, on_failure="raise").z[0, 2] > 0
+
+
 @pytest.mark.parametrize("solver", ["auto", "cayley"])
 @backends
 def test_gradients_at_units_that_relu_ends_do_not_reach_the_others(backend, solver):

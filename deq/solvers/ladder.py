@@ -46,6 +46,7 @@ from . import cayley, homotopy, newton
 # equation's own residual below the tolerance. The second number is for samples with which it did not.
 TIGHTER = (1.5, 0.1)
 CHUNK = 2048  # rows whose shifted injection exists at a time: bounds the memory of the Cayley map
+SWITCHED_OFF = -8.0  # times the largest injection: with less relu's unit is taken to be without influence
 FAR = 0.1  # residual above which an iterate is no better a start than zero
 NEWTON_STEPS = 60
 NEWTON_FLOPS = 1e12  # of the systems solved, were all steps needed: about ten seconds of one core
@@ -72,7 +73,11 @@ class _Equilibria:
         return replace(self, c=self.c[index])
 
     def of_influence(self) -> "_Equilibria":
-        return self
+        """The same but for injections far below what makes relu's values: K would carry their rounding into the others.
+        A guess, for a unit that W might lift from there: the equation itself judges."""
+        if self.activation != "relu":
+            return self
+        return replace(self, c=self.c.maximum(SWITCHED_OFF * self.c.amax(-1, keepdim=True).relu()))
 
     def plain(self, start: Tensor | None, plan: Plan, out: Tensor | None = None) -> Outcome:
         return self.backend.solve(self.W, self.c, start, self.activation, plan, out=out)
@@ -313,7 +318,7 @@ def _rescue(problem, z0: Tensor | None, outcome: Outcome, plan: Plan, s: int | N
     def by_cayley(part, index, start, most, share=TIGHTER[0]):
         warm = torch.where((residual[index] < FAR).unsqueeze(-1), start, 0.0)
         plan = varied(native, acceleration="anderson", max_iter=most)
-        return _by_cayley(part.of_influence(), warm, plan, share)
+        return _by_cayley(part, warm, plan, share, is_apart=True)
 
     def by_tight_cayley(part, index, start, most):
         return by_cayley(part, index, start, most, TIGHTER[1])
@@ -405,10 +410,10 @@ def _widened(problem, dtype: torch.dtype):
     return replace(problem, A=A, g=problem.g.to(dtype), d=lambda: problem.d().to(dtype), K=transposed)
 
 
-def _by_cayley(problem, start: Tensor | None, plan: Plan, share: float) -> Outcome | None:
+def _by_cayley(problem, start: Tensor | None, plan: Plan, share: float, is_apart: bool = False) -> Outcome | None:
     """Reflected iteration to ``share`` of the tolerance, then one evaluation of the equation itself that judges.
 
-    None where K does not exist. ``plan`` says how to iterate.
+    None where K does not exist. ``plan`` says how to iterate; is_apart: without what has no influence on the others.
     """
     K, alpha = problem.K() if plan.max_iter > 1 else (None, 1.0)  # one evaluation at least to iterate, one to judge
     if K is None:
@@ -422,10 +427,11 @@ def _by_cayley(problem, start: Tensor | None, plan: Plan, share: float) -> Outco
     for first in range(0, max(c.shape[-2], 1), chunk):
         rows = (..., slice(first, first + chunk), slice(None))
         part = problem.part(rows) if c.shape[-2] > chunk else problem
-        shifted = part.backend.evaluate(K, part.injection, part.injection, "identity")
+        near = part.of_influence() if is_apart else part
+        shifted = part.backend.evaluate(K, near.injection, near.injection, "identity")
         if alpha != 1.0:
             shifted *= alpha
-        x = part.reflected(K, shifted, None if start is None else start[rows], alpha, iterate)
+        x = near.reflected(K, shifted, None if start is None else start[rows], alpha, iterate)
         point = x.z
         if isinstance(x.report, list) and x.report[0]:  # some failed: what is not finite is no point to judge at
             point = torch.where(torch.isfinite(point).all(-1, keepdim=True), point, 0.0)
