@@ -37,8 +37,9 @@ int64_t plane_bytes(int64_t m) { return Layout(m).bytes(); }
 constexpr int64_t kWordsAhead = 32;
 
 // From this size on a second plane is written past the caches: corrections read it, as a rule one a solve, and a store there
-// reads the line first. Zen 4, training with 8 or 16 samples and one thread: 1.04 to 1.09 x as fast at m = 2048, 1.04 to 1.15 at
-// 3000, 1.13 at 4096; but 0.99 at 1536 and 0.91 at 1024, and the first plane the same way gains nothing.
+// reads the line first. Zen 4, training with 8 or 16 samples, one thread: 0.99 to 1.01 x as fast at m = 2048, 1.05 at 3000, 1.01
+// at 4096; where others use the memory as well 1.04 to 1.09, 1.04 to 1.15, 1.13, but 0.99 at 1536 and 0.91 at 1024. The first
+// plane the same way gains nothing.
 constexpr int64_t kStreamedPlane = 4 << 20;
 
 DEQ_INLINE bool streams(const Layout& layout) { return DEQ_VECTOR_BYTES == 64 && layout.bytes() >= kStreamedPlane; }
