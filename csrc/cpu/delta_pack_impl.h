@@ -157,23 +157,20 @@ V largest_of_columns(const float* w, int64_t stride, int64_t m, int vectors, int
   constexpr int kRows = 4;  // together: a maximum is loaded and stored once for them
   V zeros[kRows]{};
   for (int v = 0; v < vectors; ++v) largest[v] = V{};
-  const int whole = static_cast<int>(lesser(valid / kL, vectors));
   auto see = [&](const float* at, int v, int rows) __attribute__((always_inline)) {
     V most = largest[v];
 #pragma GCC unroll 4
     for (int r = 0; r < rows; ++r) {
       __builtin_prefetch(at + (kRowsAhead + r) * stride + v * kL, 0, 2);
-      const V x = v < whole ? M::load(at + r * stride + v * kL) : load_columns(at + r * stride, v, valid);
+      const V x = load_columns(at + r * stride, v, valid);
       zeros[r] += x * M::set(0.0);
       most = Increment::larger(most, x);
     }
     largest[v] = most;
   };
   int64_t k = 0;
-  for (; k + kRows <= m; k += kRows, w += kRows * stride) {
-    for (int v = 0; v < whole; ++v) see(w, v, kRows);
-    for (int v = whole; v < vectors; ++v) see(w, v, kRows);
-  }
+  for (; k + kRows <= m; k += kRows, w += kRows * stride)
+    for (int v = 0; v < vectors; ++v) see(w, v, kRows);
   for (; k < m; ++k, w += stride)
     for (int v = 0; v < vectors; ++v) see(w, v, 1);
   return zeros[0] + zeros[1] + (zeros[2] + zeros[3]);
@@ -197,21 +194,11 @@ void pack_group(const float* w, int64_t stride, int64_t m, void* packed, int64_t
         const Increment::Weights scaled = weights[v];
         Increment::Sum sum[2] = {sums[v][0], sums[v][1]};  // in registers: stores of words might be to `sums`
         const float* at = w + start * kTerms * stride + j0 + v * kL;
-        auto put = [&](int64_t word, const auto& load) __attribute__((always_inline)) {
+        for (int64_t word = start; word < lesser(to, start + kWords); ++word, at += kTerms * stride) {
           V terms[kTerms];
 #pragma GCC unroll 4
-          for (int t = 0; t < kTerms; ++t) terms[t] = load(t);
+          for (int t = 0; t < kTerms; ++t) terms[t] = word * kTerms + t < m ? load_columns(at + t * stride, 0, valid) : V{};
           outputs.put(scaled, word, terms, sum);
-        };
-        if (valid >= kL && start + kWords <= to && (start + kWords) * kTerms <= m) {
-#pragma GCC unroll 4
-          for (int i = 0; i < kWords; ++i, at += kTerms * stride)
-            put(start + i, [&](int t) __attribute__((always_inline)) { return M::load(at + t * stride); });
-        } else {
-          for (int64_t word = start; word < lesser(to, start + kWords); ++word, at += kTerms * stride)
-            put(word, [&](int t) __attribute__((always_inline)) {
-              return word * kTerms + t < m ? load_columns(at + t * stride, 0, valid) : V{};
-            });
         }
         sums[v][0] = sum[0], sums[v][1] = sum[1];
       }

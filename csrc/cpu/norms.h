@@ -4,6 +4,7 @@
 #include <stdint.h>
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 
 #include "../judge.h"
@@ -39,6 +40,25 @@ double distance(const T* f, const T* y, int64_t m, double unit = 1) {
     sum += diff * diff;
   }
   return sum;
+}
+
+// The largest value that an injection of m elements, `stride` apart, makes where relu, or a mask if that is not null, may end
+// elements of any size, beside which the values would be lost; what the mask ends becomes zero.
+template <class T>
+T largest_of_influence(T* x, const T* mask, int64_t m, int64_t stride) {
+  T largest = 0;
+  for (int64_t j = 0; j < m; ++j) {
+    T& value = x[j * stride];
+    if (mask && mask[j * stride] == 0) value = T(0);
+    largest = std::max(largest, mask ? std::fabs(value) : value);
+  }
+  return largest;
+}
+
+// The largest power of two times which a magnitude stays finite, with a factor of two to spare.
+template <class T>
+double most_scale(T magnitude) {
+  return std::ldexp(1.0, std::numeric_limits<T>::max_exponent - 2 - std::ilogb(magnitude));
 }
 
 // What a sample's squares are taken in, and its record with them: 1, until squares of float64 leave its range where the sample

@@ -17,6 +17,7 @@
 #include "cache.h"
 #include "convert.h"
 #include "kernels.h"
+#include "norms.h"
 
 namespace deq {
 
@@ -177,24 +178,16 @@ class Samples {
     const double scale = scale_of(injection, start);
     if (scale == 1) return {1, 1};
     T values = injection;
-    if (ends_) {  // the injection may be of any size where relu or a mask ends it, and beside that the values would be lost
-      values = T(0);
-      for (int64_t j = 0; j < p_.width; ++j) {
-        T& x = c[j * stride];
-        if (p_.mask.data && d[j * stride] == 0) x = T(0);
-        values = std::max(values, p_.mask.data ? std::fabs(x) : x);
-      }
-      if (p_.mask.data) injection = values;
-    }
-    // So would they beside a start that has no digit of the injection; 2^-k times it leads to 2^-k times its values.
+    if (ends_) values = largest_of_influence(c, p_.mask.data ? d : nullptr, p_.width, stride);
+    if (p_.mask.data && ends_) injection = values;
+    // The values would be lost beside a start that has no digit of the injection; 2^-k times it leads to 2^-k times its values.
     constexpr int kFar = 32;
     double nearer = 1;
     if (injection > 0 && start > 0) nearer = std::ldexp(1.0, std::min(0, std::ilogb(injection) + kFar - std::ilogb(start)));
     T reach = static_cast<T>(start * nearer);
     if (values > 0 && reach > kNear * values) reach = std::ldexp(reach, -kFar);
     double wanted = scale_of(values, reach);
-    if (injection > values)  // which stays finite
-      wanted = std::min(wanted, std::ldexp(1.0, std::numeric_limits<T>::max_exponent - 2 - std::ilogb(injection)));
+    if (injection > values) wanted = std::min(wanted, most_scale(injection));
     return {wanted, wanted * nearer};
   }
 

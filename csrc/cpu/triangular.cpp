@@ -118,15 +118,8 @@ class Substitution {
   T scale_of(T* x, const T* mask, int64_t stride, T* largest) const {
     const T injection = *largest, scale = is_rescaled() ? to_unit(injection) : T(1);
     if (scale == 1 || !(mask || p_.activation == kRelu)) return scale;
-    T& values = *largest = 0;
-    for (int64_t k = 0; k < m_; ++k) {
-      T& value = x[k * stride];
-      if (mask && mask[k * stride] == 0) value = T(0);
-      values = std::max(values, mask ? std::fabs(value) : value);
-    }
-    if (mask) return to_unit(values);
-    const int most = std::numeric_limits<T>::max_exponent - 2 - std::ilogb(injection);  // with which the injection stays finite
-    return std::min(to_unit(values), std::ldexp(T(1), most));
+    *largest = largest_of_influence(x, mask, m_, stride);
+    return mask ? to_unit(*largest) : static_cast<T>(std::min<double>(to_unit(*largest), most_scale(injection)));
   }
 
   void hold_in_range(T* x, int64_t stride) const {
