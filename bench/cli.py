@@ -414,15 +414,21 @@ def _default_threads() -> tuple[int, ...]:
 
 def _finish(rows: list[dict], out: Path, name: str, console) -> None:
     from . import report
-    from .record import environment, write
+    from .record import environment
 
     where = environment()
-    try:
-        path = write([row | where for row in rows], out, name)
-    except OSError as error:
-        raise cannot_write(out, error) from error
+    path = save([row | where for row in rows], out, name)
     console.print(report.summary(rows))
     console.print(f"Written to {path}", soft_wrap=True)
+
+
+def save(rows: list[dict], out: Path, name: str, device: str = "cpu") -> Path:
+    from .record import write
+
+    try:
+        return write(rows, out, name, device)
+    except OSError as error:
+        raise cannot_write(out, error) from error
 
 
 def cannot_write(out: Path, error: OSError) -> click.BadParameter:

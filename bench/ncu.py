@@ -15,8 +15,8 @@ from pathlib import Path
 
 import click
 
-from .cli import cannot_write, need_folder, out_option
-from .record import environment, write
+from .cli import need_folder, out_option, save
+from .record import environment
 
 SECTIONS = ("SpeedOfLight", "SpeedOfLight_RooflineChart")
 # m, B and backend of a solve with its gradient: the regimes of deq/gpu_plan.py.
@@ -186,11 +186,7 @@ def main(launches: bool, out: Path) -> None:
             f"{name.removesuffix('_share')} {100 * row[name]:.0f} %" for name in SHARES if row[name] is not None
         )
         click.echo(f"{1e6 * (row['seconds'] or 0):9.1f} us  {row['kernel'][:48]:<48}  {shares}")
-    try:
-        path = write(rows, out, "ncu", "cuda")
-    except OSError as error:
-        raise cannot_write(out, error) from error
-    click.echo(f"Written to {path}")
+    click.echo(f"Written to {save(rows, out, 'ncu', 'cuda')}")
 
 
 if __name__ == "__main__":

@@ -23,9 +23,9 @@ from deq.gpu_times import REGIMES
 from deq.solution import Solution
 
 from .cases import TOL, Case
-from .cli import cannot_write, need_folder, out_option, shapes_option
+from .cli import need_folder, out_option, save, shapes_option
 from .device import synchronize
-from .record import environment, write
+from .record import environment
 
 # Where more than one regime can run, and those that only the streamed one can.
 SHAPES = (
@@ -119,10 +119,7 @@ def main(shapes: tuple[tuple[int, int], ...], device: str, out: Path) -> None:
                 continue
             expected = 1e6 * option.iteration
             rows.append(row | {"expected_us": expected} | where)
-            try:
-                path = write(rows, out, "regimes", device)
-            except OSError as error:
-                raise cannot_write(out, error) from error
+            path = save(rows, out, "regimes", device)
             alone = "" if row["device_us"] is None else f"{row['device_us']:9.0f} us of the device"
             total = expected * row["iterations"]
             click.echo(f"{m:>5} x {B:<5} {regime:<14}{row['clock_us']:9.0f} us{alone}, expected {total:.0f}")

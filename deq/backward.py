@@ -7,7 +7,9 @@ from functools import wraps
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction as SingleLevelFunction
 
 from .modes import has_autocast
 
@@ -34,6 +36,13 @@ def one_gradient_at_a_time(function: Callable[..., object], ctx, *given: Tensor 
         return None if each[0] is None else torch._add_batch_dim(torch.stack(each), 0, level)
 
     return batched(*found) if isinstance(found[0], Tensor) else tuple(map(batched, *found))
+
+
+def at_one_level(function: type[SingleLevelFunction], *inputs: object) -> object:
+    """``function.apply`` inside of an operator's own autograd kernel: of nested transforms of torch.func it is called
+    for one, and what it calls below goes on to the next. A torch.autograd.Function would start with the outermost."""
+    with enable_single_level_autograd_function():
+        return function.apply(*inputs)
 
 
 def backward_pass(backward: Callable[..., tuple]) -> Callable[..., tuple]:

@@ -14,15 +14,13 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
-from torch.autograd.function import _SingleLevelFunction as SingleLevelFunction
 from torch.utils import _pytree as pytree
 
 from . import _library, direct, stats
 from .activations import ACTIVATIONS
 from .backends import get_backend
-from .backward import backward_pass, saved_primals, tangent_of, tangent_pass
+from .backward import SingleLevelFunction, at_one_level, backward_pass, saved_primals, tangent_of, tangent_pass
 from .batch import Batch
 from .implicit import Problem, adjoint, approximate, derivative_at, masked_tangent, solve_masked
 from .indicators import fitted, is_large
@@ -199,12 +197,12 @@ class _Solve(SingleLevelFunction):
 def _solve_autograd(parts, structure, c, z0, *options):
     if any(tangent_of(t) is not None for t in (c, *parts)):
         W = _formed(parts, structure)
-        z, said = _apply(_Solve, Dense.structure, options, *_as(W, c, z0), W)
+        z, said = at_one_level(_Solve, Dense.structure, options, *_as(W, c, z0), W)
         return (z, said) if z.dtype == c.dtype else rounded(z, said, c.dtype)
     if not (torch.is_grad_enabled() and (c.requires_grad or any(part.requires_grad for part in parts))):
         with torch._C._AutoDispatchBelowAutograd():  # as a graph is run: a third of what the call costs the host
             return torch.ops.deq.solve.default(parts, structure, c, z0, *options)
-    return _apply(_Solve, structure, options, c, z0, *parts)
+    return at_one_level(_Solve, structure, options, c, z0, *parts)
 
 
 def _differentiable_gradient(parts, structure, c, z, g, options):
@@ -315,14 +313,7 @@ class _MaskedLinear(SingleLevelFunction):
 
 
 def _masked_autograd(*inputs):
-    return _apply(_MaskedLinear, *inputs)
-
-
-def _apply(function, *inputs):
-    """``function.apply`` inside of an operator's own autograd kernel: of nested transforms of torch.func it is called
-    for one, and what it calls below goes on to the next. A torch.autograd.Function would start with the outermost."""
-    with enable_single_level_autograd_function():
-        return function.apply(*inputs)
+    return at_one_level(_MaskedLinear, *inputs)
 
 
 @contextmanager

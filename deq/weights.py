@@ -11,10 +11,8 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import enable_single_level_autograd_function
-from torch.autograd.function import _SingleLevelFunction as SingleLevelFunction
 
-from .backward import is_batch_of_gradients, one_gradient_at_a_time
+from .backward import SingleLevelFunction, at_one_level, is_batch_of_gradients, one_gradient_at_a_time
 from .modes import no_autocast
 
 EXACT_UP_TO = 192  # width up to which all eigenvalues cost less than the estimate and its certificate
@@ -337,8 +335,7 @@ class _InGraphs(SingleLevelFunction):
 
 
 def _bound_autograd(V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    with enable_single_level_autograd_function():
-        return _InGraphs.apply(V)
+    return at_one_level(_InGraphs, V)
 
 
 def _bound_vmap(info, in_dims, V: Tensor) -> tuple:
