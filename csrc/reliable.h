@@ -3,8 +3,8 @@
 //
 // A sample keeps y = W x + c, where x is what its rounded increments have added up to, and a step adds W_low Q(f(y) - x) to y.
 // What the rounding of W leaves in y is proportional to the increments. An exact evaluation of y (an anchor) removes it, and
-// only anchors are judged. Every decision follows from the sample's own norms, so that its answer does not depend on its batch
-// mates.
+// only anchors are judged, and steps whose y a bound shows to be as good (is_proven). Every decision follows from the sample's
+// own norms, so that its answer does not depend on its batch mates.
 #pragma once
 #include <math.h>
 
@@ -79,20 +79,39 @@ DEQ_HD bool anchors_again(const Reliable& call, const Progress& s) {
   return s.native || s.record.iteration + 1 >= call.rule.max_iter;
 }
 
+// Square of the residual at which a sample whose last contractions are known leaves.
+DEQ_HD double leaves_at(const Reliable& call, const Progress& s) {
+  const double q2 = lesser(s.ratio2[0], s.ratio2[1]);
+  if (call.rule.criterion != DEQ_ERROR_ESTIMATE)
+    return q2 > kSlowContraction * kSlowContraction ? call.rule.tol2 : call.rule.leave2;
+  const double q = sqrt(greater(s.ratio2[0], s.ratio2[1])), r = q < 1 ? call.rule.tol * (1 - q) / q : 0;
+  return r * r;
+}
+
+// Of the evaluation to come.
+DEQ_HD double expected_step2(const Progress& s, double step2) { return step2 * lesser(s.ratio2[0], 1.0); }
+
 DEQ_HD Next next_of(const Reliable& call, const Progress& s, double step2, double size2) {
   if (!(step2 < INFINITY) || !(size2 <= s.record.limit2)) return Next::kAnchor;
   if (s.run >= kMaxRun || s.record.iteration + 1 >= call.rule.max_iter) return Next::kAnchor;
-  const double expected2 = step2 * lesser(s.ratio2[0], 1.0);
-  const double q2 = lesser(s.ratio2[0], s.ratio2[1]);
-  double leave2 = q2 > kSlowContraction * kSlowContraction ? call.rule.tol2 : call.rule.leave2;
-  if (call.rule.criterion == DEQ_ERROR_ESTIMATE) {
-    const double q = sqrt(greater(s.ratio2[0], s.ratio2[1])), r = q < 1 ? call.rule.tol * (1 - q) / q : 0;
-    leave2 = r * r;
-  }
-  if (expected2 <= kSafety * kSafety * leave2 * size2) return Next::kAnchor;
+  const double leave2 = leaves_at(call, s);
+  if (expected_step2(s, step2) <= kSafety * kSafety * leave2 * size2) return Next::kAnchor;
   if (step2 > call.pollution * call.pollution * s.size * s.size) return Next::kStep;
   const double rest = call.pollution * call.rest * (s.corrected + s.size);
   return rest * rest <= leave2 * size2 ? Next::kCorrectedStep : Next::kAnchor;
+}
+
+// Whether a residual is within the tolerance whatever there is in y besides W x + c: `left_out` bounds the norm of what rounding
+// left out of the products of the increments since the last anchor; a step rounds y and x once more each.
+DEQ_HD bool is_proven(const Reliable& call, const Progress& s, double step2, double size2, double left_out) {
+  return sqrt(step2) + left_out <= (call.rule.tol - (s.run + 1) * call.rule.eps) * sqrt(size2);
+}
+
+// Whether the anchor that is due may be a corrected step instead, because it is expected to leave no doubt.
+DEQ_HD bool may_be_proven(const Reliable& call, const Progress& s, double step2, double size2, double left_out) {
+  const double expected2 = expected_step2(s, step2);
+  return call.rule.criterion == DEQ_RESIDUAL && !s.sweeps && s.record.iteration + 1 < call.rule.max_iter &&
+         expected2 <= kSafety * kSafety * leaves_at(call, s) * size2 && is_proven(call, s, expected2, size2, left_out);
 }
 
 // Growing, or so slow that another means is cheaper than the steps to come.

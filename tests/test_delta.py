@@ -178,6 +178,37 @@ def test_anchors_of_a_wide_matrix_are_taken_together(increments):
     assert shared.native_rows == alone and shared.native_sweeps <= alone / 3
 
 
+@pytest.mark.skipif("int8" not in LOW, reason="this CPU or build multiplies no int8 increments")
+@pytest.mark.parametrize("activation", ["relu", "tanh"])
+def test_the_last_evaluation_is_one_of_increments_where_a_bound_proves_it(activation):
+    """One float32 evaluation a sample, and a second one where the distance to the fixed point is estimated."""
+    W, c, g = gaussian(512, 20, scale=0.45)
+    solved = solve(W, c, activation)
+    assert Work.last().native_rows == 20 and solved.converged.all()
+    truth = exact(W, c, activation)
+    assert_as_accurate(solved.z, torch_loop(W, c, activation), truth)
+    d = ACTIVATIONS[activation].derivative(truth @ W.double().mT + c.double()).float()
+    back = adjoint(W.mT, g, d)
+    assert Work.last().native_rows == 20 and back.converged.all()
+    assert (solve(W, c, activation, criterion="error").converged).all()
+    assert Work.last().native_rows >= 40
+
+
+@every
+@pytest.mark.parametrize("activation", ["relu", "tanh"])
+def test_weights_of_which_rounding_leaves_nothing_are_not_judged_by_it(activation, increments):
+    """A column that meets a zero sets the scale of every row: their other weights, by which the solution contracts
+    slowly enough to need twenty evaluations, are rounded away, and no step changes anything."""
+    W, c, _ = gaussian(128, 20, scale=0.6)
+    c = c.abs()
+    W[0], W[:, 0], c[:, 0] = 0, 1e8, 0
+    solved = solve(W, c, activation, increments)
+    assert solved.converged.all()
+    z, x = solved.z.double(), c.double()
+    image = ACTIVATIONS[activation].value(z @ W.double().mT + x)
+    assert ((image - z).norm(dim=1) <= 1e-5 * image.norm(dim=1)).all()
+
+
 @every
 def test_thread_count_does_not_matter(increments):
     W, c, _ = gaussian(200, 130)

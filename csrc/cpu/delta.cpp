@@ -1,9 +1,9 @@
 // The delta engine: the row engine's tile of sample slots, where most evaluations are low-precision steps on increments.
 //
-// Every sample decides from its own numbers when to go back to float32 (an anchor), and only anchors are judged: a sample is
-// converged on a float32 residual, by the rule of the row engine. One that gains nothing from a run of steps goes on in float32
-// alone. Integer sums are exact in any order and the other sums run in the same order in every tile shape, so that a sample's
-// answer does not depend on its batch mates.
+// Every sample decides from its own numbers when to go back to float32 (an anchor), and is judged there by the rule of the row
+// engine, or at a step that a bound shows to be within the tolerance as well (delta.h). One that gains nothing from a run of
+// steps goes on in float32 alone. Integer sums are exact in any order and the other sums run in the same order in every tile
+// shape, so that a sample's answer does not depend on its batch mates.
 #include "delta.h"
 
 #include <algorithm>
@@ -45,9 +45,12 @@ struct alignas(64) Slot {
   Progress progress;
   float* c;
   int64_t sample;
-  double scale;  // the sample was multiplied by this power of two
+  double scale;     // the sample was multiplied by this power of two
+  double changed1;  // |.|_1 of what corrections have covered since the last anchor
+  double left_out;  // of the step to come, which is judged if its y is proven to be good enough
   Next next;
   Old old;             // of the next step
+  bool is_judged;      // the next step is, as an anchor would be
   bool best_is_first;  // the best iterate is the value at zero, and not yet written
 };
 
@@ -74,6 +77,7 @@ class Tile {
   // Solves samples of matrix s taken from `queue`, as `sharing` threads do, until it is empty; the team shares the steps.
   void run(int64_t s, std::atomic<int64_t>& queue, int sharing, Team& team) {
     matrix_ = s;
+    left_out_ = low_.left_out(static_cast<const char*>(increments_.data) + s * increments_.matrix_bytes, m_);
     if (!reserve(sharing, team.members())) {
       totals_.error = DEQ_NO_MEMORY;
       return;
@@ -298,6 +302,7 @@ class Tile {
     float* d = d_[&slot - slots_];
     while ((slot.sample = samples_.take(matrix_, queue, slot.c, d, slot.row.x, &slot.scale)) >= 0) {
       slot.progress = new_progress();
+      slot.is_judged = false;
       slot.best_is_first = false;
       if (p_.start.data) {
         slot.next = Next::kAnchor;
@@ -352,24 +357,60 @@ class Tile {
     slot.old = Old::kAll;
     Scales::set_known(row);
     low_.feed(row, map_, state, slot.rest.x, padded_);
+    slot.changed1 = 0;
     scales_.expect(row, slot.progress.ratio2[0], slot.progress.sweeps);
     return true;
   }
 
-  // After a step: its increment has been fed; is the next evaluation another step or an anchor? Always true.
+  // After a step: its increment has been fed; is the next evaluation another step or an anchor? False when the sample is done.
   bool stepped(Slot& slot) {
     DeltaRow& row = slot.row;
+    if (slot.is_judged && passes(slot)) return false;
     const bool swept = slot.progress.sweeps;
     slot.next = after_step<true>(call_, slot.progress, row.step2, row.size2);
     if (slot.progress.sweeps) slot.old = swept ? Old::kRest : Old::kAll;
     scales_.expect(row, slot.progress.ratio2[0], slot.progress.sweeps);
+    if (slot.is_judged) slot.next = Next::kAnchor;
+    slot.is_judged = slot.next == Next::kAnchor && !slot.is_judged && may_be_judged(slot);
+    if (slot.is_judged) slot.next = Next::kCorrectedStep;
     if (slot.next == Next::kAnchor && map_ == DeltaMap::kRelu) low_.drop_inactive(row, padded_);
     if (slot.next == Next::kCorrectedStep) {
-      low_.measure(slot.rest, DeltaMap::kByRow, row.x, padded_);
-      Scales::set_known(slot.rest);
-      slot.rest.scale = slot.rest.next_scale;
+      if (!slot.is_judged) measure_correction(slot);
       low_.feed(slot.rest, DeltaMap::kByRow, row.x, nullptr, padded_);
     }
+    return true;
+  }
+
+  // Of the increments that no correction has covered, whose scale the next one needs.
+  void measure_correction(Slot& slot) {
+    low_.measure(slot.rest, DeltaMap::kByRow, slot.row.x, padded_);
+    Scales::set_known(slot.rest);
+    slot.rest.scale = slot.rest.next_scale;
+    if (!slot.progress.sweeps) slot.changed1 += low_.distance1(slot.rest, slot.row.x, padded_);
+  }
+
+  // Whether the anchor that is due may be a corrected step, whose correction is measured then: rounding leaves half a unit out of
+  // every element of it.
+  bool may_be_judged(Slot& slot) {
+    const DeltaRow& row = slot.row;
+    if (!may_be_proven(call_, slot.progress, row.step2, row.size2, left_out_.corrected * slot.changed1)) return false;
+    measure_correction(slot);
+    slot.left_out = left_out_.corrected * slot.changed1 + left_out_.low * slot.rest.scale / 2 * static_cast<double>(m_);
+    return squares_in_range<float>(row.size2) && may_be_proven(call_, slot.progress, row.step2, row.size2, slot.left_out);
+  }
+
+  // After a step that is judged: is the sample done?
+  bool passes(Slot& slot) {
+    const DeltaRow& row = slot.row;
+    Progress progress = slot.progress;
+    bool is_best;
+    if (!squares_in_range<float>(row.size2) ||
+        judge_anchor<true>(call_, progress, row.step2, row.size2, 0, &is_best) != Verdict::kConverged ||
+        !is_proven(call_, slot.progress, row.step2, row.size2, slot.left_out))
+      return false;
+    slot.progress = progress;
+    if (map_ == DeltaMap::kByRow) respond(slot);
+    finish(slot, Verdict::kConverged, true);
     return true;
   }
 
@@ -403,6 +444,7 @@ class Tile {
   Totals& totals_;
   const int64_t m_, padded_;
   const Reliable call_;
+  LeftOut left_out_;  // of the matrix
   const Scales scales_;
   const Segments segments_;
   const Sweep sweep_;

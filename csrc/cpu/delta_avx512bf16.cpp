@@ -43,6 +43,7 @@ struct Increment {
     }
   };
   struct Weights {
+    static constexpr double kMostUnits = INFINITY, kLeast = 0;  // no scale tells it
     V scale[2];
     DEQ_INLINE Weights of(V) { return {{VecMath<float>::set(1.0), VecMath<float>::set(1.0)}}; }
     // The words of these elements, and of what rounding left out of them.

@@ -250,6 +250,12 @@ void feed(DeltaRow& row, DeltaMap map, const float* given, float* before, int64_
   });
 }
 
+double distance1(const DeltaRow& row, const float* state, int64_t n) {
+  V sum[2]{};
+  for (int64_t j = 0; j < n; j += kL) sum[j / kL % 2] += M::abs(M::load(state + j) - M::load(row.x + j));
+  return lane_sum<float>(sum[0] + sum[1]);
+}
+
 void drop_inactive(DeltaRow& row, int64_t n) {
   for (int64_t j = 0; j < n; j += kL) M::store(row.x + j, M::select(M::load(row.y + j) <= M::set(0.0), V{}, M::load(row.x + j)));
 }
@@ -263,6 +269,7 @@ const deq::DeltaKernels* table() {
       .pack = pack,
       .pack_columns = pack_columns,
       .pack_rows = pack_rows,
+      .left_out = left_out,
       .affine = affine,
       .spread = spread,
       .most_spread = kMostSpread,
@@ -270,6 +277,7 @@ const deq::DeltaKernels* table() {
       .settle = settle,
       .add_up = add_up,
       .measure = measure,
+      .distance1 = distance1,
       .drop_inactive = drop_inactive,
       .feed = feed,
   };

@@ -125,6 +125,32 @@ void reliable_updates() {
   CHECK(contraction(0.9, 1e-3, &anchors) < 160);
 }
 
+// The last evaluation of a sample at r = 3e-6, expected at 1e-6, six steps after an anchor.
+void proven_steps() {
+  Reliable call{make_rule(1e-5, 100, DEQ_RESIDUAL, 10, false), 1e-2, 1.0 / 256, false};
+  Progress s = new_progress();
+  s.ratio2[0] = s.ratio2[1] = 1.0 / 9;
+  s.run = 6;
+  s.record.iteration = 9;
+  const double step2 = 9e-12, rounding = 7 * call.rule.eps;
+  CHECK(may_be_proven(call, s, step2, 1.0, 0.99 * (9e-6 - rounding)));
+  CHECK(!may_be_proven(call, s, step2, 1.0, 1.01 * (9e-6 - rounding)));
+  CHECK(is_proven(call, s, step2, 1.0, 0.99 * (7e-6 - rounding)) && !is_proven(call, s, step2, 1.0, 1.01 * (7e-6 - rounding)));
+  CHECK(may_be_proven(call, s, 1e12 * step2, 1e12, 1e6 * 8e-6));
+  CHECK(!may_be_proven(call, s, step2, 1.0, NAN) && !may_be_proven(call, s, step2, 1.0, INFINITY));
+  CHECK(!may_be_proven(call, s, 1e4 * step2, 1.0, 0.0));  // no anchor would pass
+  Progress other = s;
+  other.sweeps = true;  // x and y are not of one point
+  CHECK(!may_be_proven(call, other, step2, 1.0, 0.0));
+  other = s;
+  other.record.iteration = 99;
+  CHECK(!may_be_proven(call, other, step2, 1.0, 0.0));
+  call.rule.criterion = DEQ_ERROR_ESTIMATE;
+  CHECK(!may_be_proven(call, s, step2, 1.0, 0.0));
+  call.rule = make_rule(5e-7, 100, DEQ_RESIDUAL, 10, false);  // rounding alone may exceed it
+  CHECK(!is_proven(call, s, 0.0, 1.0, 0.0));
+}
+
 }  // namespace
 
 int main() {
@@ -133,5 +159,6 @@ int main() {
   roots();
   fragments();
   reliable_updates();
+  proven_steps();
   return check_result();
 }
