@@ -18,7 +18,7 @@ from .modes import apart_from_autocast, lacks_numbers, refuse_tracing
 from .solution import Solution, report_failures
 from .solvers import generic
 from .solvers.generic import Rule
-from .state import Layout, State, layout_of
+from .state import Layout, OneState, State, layout_of
 
 
 class StateSolution(Solution):
@@ -61,8 +61,8 @@ class StateSolution(Solution):
 
 
 def fixed_point(
-    f: Callable[[State], State],
-    z0: State,
+    f: Callable[[OneState], OneState],
+    z0: OneState,
     *,
     solver: str = "anderson",
     tol: float | None = None,

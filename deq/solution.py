@@ -5,6 +5,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,7 +57,7 @@ class Solution:
 
     z: Tensor
     stats: Tensor
-    plan: object = None
+    plan: Any = None
     when_read: Callable[["Solution"], None] | None = None
 
     @property

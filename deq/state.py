@@ -6,11 +6,13 @@ import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 State = Tensor | tuple[Tensor, ...] | list[Tensor]
+OneState = TypeVar("OneState", bound=State)  # what f takes is what it returns
 
 HALVES = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, torch.float64, *HALVES)

@@ -81,6 +81,7 @@ def test_wheel_from_sdist(sdist, use, tmp_path):
     assert wheel.name.startswith(f"deq_engine-{deq.__version__}-py3-none-linux_")
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
+    assert "deq/py.typed" in names
     assert not any("/bench/results/" in name for name in names)
     assert {name.split("/")[0] for name in names} == {"deq", f"deq_engine-{deq.__version__}.dist-info"}
     found, backend = use(tmp_path / "site")

@@ -1,8 +1,8 @@
 """FLOPs, bytes, iterations, memory and ranges of what the engine does. ``deq.profile`` is the front door."""
 
+from .account import profile
 from .ceilings import Ceilings, ceilings
 from .flops import register as _register
-from .profile import profile
 from .ranges import phase, record
 from .report import Report
 from .timeline import timeline
