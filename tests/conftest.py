@@ -4,7 +4,7 @@ compiles them, for the tests that run on one (bench/on_gpu.py)."""
 import os
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined: before anything imports deq
-# Threads that spin while they wait take the core from the tests beside (pytest -n 2): three files take 176 s, and so 45.
+# Threads that spin while they wait take the core from the tests beside (pytest -n 2): 176 s for three files, so 45.
 # Read by libgomp when torch loads it.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
