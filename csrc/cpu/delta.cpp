@@ -10,6 +10,7 @@
 #include <atomic>
 
 #include "../reliable.h"
+#include "delta_slots.h"
 #include "kernels.h"
 #include "norms.h"
 #include "samples.h"
@@ -23,8 +24,6 @@
 namespace deq {
 namespace {
 
-// More of a 1 MB L2 for the rows of a tile: the panels of W that stream through are a quarter as large as in float32.
-constexpr int64_t kDeltaTileBytes = 768 << 10;
 // Rounding of W leaves about this share of the increments in y, and a correction this share of that: smaller increments than
 // what is left gain nothing.
 constexpr double kPollution[] = {0, 1e-2, 2e-3}, kRest[] = {0, 1.0 / 256, 1.0 / 512};
@@ -38,21 +37,6 @@ constexpr int64_t kSkipAnyRows = 256;  // W of 256 KB is in the L2 cache, whoeve
 constexpr int64_t kWide = 512;
 constexpr int kManyAnchors = 32, kFewAnchors = 16;
 thread_local Arena rows_arena;
-
-struct alignas(64) Slot {
-  DeltaRow row;
-  DeltaRow rest;  // of the corrections: its x is the part of row.x that they have covered
-  Progress progress;
-  float* c;
-  int64_t sample;
-  double scale;     // the sample was multiplied by this power of two
-  double changed1;  // |.|_1 of what corrections have covered since the last anchor
-  double left_out;  // of the step to come, which is judged if its y is proven to be good enough
-  Next next;
-  Old old;             // of the next step
-  bool is_judged;      // the next step is, as an anchor would be
-  bool best_is_first;  // the best iterate is the value at zero, and not yet written
-};
 
 class Tile {
  public:
@@ -78,19 +62,19 @@ class Tile {
   void run(int64_t s, std::atomic<int64_t>& queue, int sharing, Team& team) {
     matrix_ = s;
     left_out_ = low_.left_out(static_cast<const char*>(increments_.data) + s * increments_.matrix_bytes, m_);
-    if (!reserve(sharing, team.members())) {
+    if (!slots_.reserve(rows_arena, p_, low_, packed_, padded_, segments_.count, sharing, team.members())) {
       totals_.error = DEQ_NO_MEMORY;
       return;
     }
-    Slot* active[kMaxTile];
+    DeltaSlot* active[kMaxTile];
     int n = 0;
-    samples_.reserve(queue, size_);
-    for (; n < size_ && fill(slots_[n], queue); ++n) active[n] = &slots_[n];
+    samples_.reserve(queue, slots_.size);
+    for (; n < slots_.size && fill(slots_.at[n], queue); ++n) active[n] = &slots_.at[n];
     while (n > 0) {
       const bool waits = anchors_wait(active, n);
       evaluate(active, n, waits, team);
       for (int a = 0; a < n;) {
-        Slot& slot = *active[a];
+        DeltaSlot& slot = *active[a];
         if (waits && slot.next == Next::kAnchor) {
           ++a;
           continue;
@@ -109,8 +93,8 @@ class Tile {
  private:
   // Whether the slots that want an anchor wait for more of them, while others take steps: W is read for all anchors at once. No
   // answer shows it.
-  bool anchors_wait(Slot* const* active, int n) const {
-    const auto anchors = std::count_if(active, active + n, [](const Slot* slot) { return slot->next == Next::kAnchor; });
+  bool anchors_wait(DeltaSlot* const* active, int n) const {
+    const auto anchors = std::count_if(active, active + n, [](const DeltaSlot* slot) { return slot->next == Next::kAnchor; });
     const auto steps = n - anchors;
     return m_ >= kWide ? steps > 0 && anchors < kManyAnchors : steps >= kFewAnchors && anchors < kFewAnchors;
   }
@@ -121,56 +105,6 @@ class Tile {
     return DeltaMap::kByRow;
   }
 
-  bool reserve(int sharing, int members) {
-    constexpr int64_t kFloat = sizeof(float);
-    const int64_t sums = 3 * 64 * segments_.count;
-    const int64_t stride = padded_ * kFloat + kRowSkew, half = (padded_ * low_.element_bytes + 63) / 64 * 64;
-    const int64_t rows = p_.mask.data ? 5 : 4, per_slot = rows * stride + 3 * half + sums;
-    const int64_t words = (m_ + 63) / 64;
-    const int64_t share = (p_.batch + sharing - 1) / sharing, fit = kDeltaTileBytes / per_slot / k_.rows * k_.rows;
-    size_ = static_cast<int>(std::min<int64_t>({kMaxTile, std::max<int64_t>(2 * k_.rows, fit), share}));
-    // A sum for every slot, or for the samples side by side as many as fill whole vectors.
-    const int64_t in_place = packed_ ? 0 : (size_ + k_.lanes - 1) / k_.lanes * k_.lanes;
-    char* at = static_cast<char*>(
-        rows_arena.get(size_ * (per_slot + words * 8 + members * kSkipWidth * kFloat) + (2 * members + 1 + in_place) * stride));
-    if (!at) return false;
-    auto take = [&](int64_t bytes) {
-      at += bytes;
-      return at - bytes;
-    };
-    for (int i = 0; i < size_; ++i) {
-      Slot& slot = slots_[i];
-      slot.row = DeltaRow{};
-      slot.row.sums = reinterpret_cast<float*>(take(sums));
-      slot.row.y = reinterpret_cast<float*>(take(stride));
-      slot.row.x = reinterpret_cast<float*>(take(stride));
-      slot.c = reinterpret_cast<float*>(take(stride));
-      d_[i] = p_.mask.data ? reinterpret_cast<float*>(take(stride)) : nullptr;
-      slot.row.d = d_[i];
-      slot.row.increment = take(half);
-      slot.row.next = take(half);
-      slot.rest = DeltaRow{};
-      slot.rest.y = slot.row.y;
-      slot.rest.sums = slot.row.sums;
-      slot.rest.x = reinterpret_cast<float*>(take(stride));
-      slot.rest.next = slot.rest.increment = take(half);
-    }
-    for (int i = 0; i < members; ++i) {
-      value_[i] = reinterpret_cast<float*>(take(stride));
-      state_[i] = reinterpret_cast<float*>(take(stride));
-    }
-    if (!packed_) {
-      char* scratch = take(in_place * stride);
-      for (int i = 0; i < size_; ++i) partial_[i] = reinterpret_cast<float*>(scratch + i * stride);
-      lanes_ = p_.W.stride[2] == 1 ? reinterpret_cast<float*>(scratch) : nullptr;
-    }
-    ones_ = reinterpret_cast<float*>(take(stride));
-    std::fill(ones_, ones_ + padded_, 1.0f);
-    total_ = reinterpret_cast<float*>(take(size_ * members * kSkipWidth * kFloat));
-    nonzeros_ = reinterpret_cast<uint64_t*>(take(size_ * words * 8));
-    return true;
-  }
-
   // Rows that take the same kind of step, and what those of them that are corrected before it have accumulated.
   struct Group {
     DeltaRow *rows[kMaxTile], *corrections[kMaxTile];
@@ -179,13 +113,13 @@ class Tile {
 
   // One evaluation of every active slot, except those whose anchor waits: the steps together, the sweeps together, the anchors
   // together.
-  void evaluate(Slot* const* active, int n, bool waits, Team& team) {
+  void evaluate(DeltaSlot* const* active, int n, bool waits, Team& team) {
     Group steps, sweeps[3];  // the latter by Old
     const float *x[kMaxTile], *c[kMaxTile], *ones[kMaxTile];
     float *y[kMaxTile], *sums[kMaxTile];
     int anchors = 0, rows = n;
     for (int a = 0; a < n; ++a) {
-      Slot& slot = *active[a];
+      DeltaSlot& slot = *active[a];
       if (slot.next == Next::kAnchor) {
         if (waits) {
           --rows;
@@ -193,7 +127,7 @@ class Tile {
         }
         x[anchors] = slot.row.x;
         c[anchors] = slot.c;
-        ones[anchors] = ones_;
+        ones[anchors] = slots_.ones;
         y[anchors] = slot.row.y;
         sums[anchors++] = slot.row.sums;
         continue;
@@ -204,10 +138,10 @@ class Tile {
     }
     const float* w = packed_ ? static_cast<const float*>(packed_->data) + matrix_ * (packed_->matrix_bytes / 4) : nullptr;
     // The float32 step with the mask 1 is y = W x + c; its sums are not used.
-    const Step<float> anchor{x, y, c, ones, sums, nullptr, w, m_, kIdentity, 0, 0, padded_, nonzeros_, total_};
+    const Step<float> anchor{x, y, c, ones, sums, nullptr, w, m_, kIdentity, 0, 0, padded_, slots_.nonzeros, slots_.total};
     const bool may_skip = packed_ && anchors > 0 && (anchors >= kSkipRows || m_ <= kSkipAnyRows);
     const auto compute_anchors = zeros_.choose(k_, anchor, anchors, may_skip, team);
-    if (lanes_ && anchors > 0) low_.spread(x, anchors, padded_, lanes_);
+    if (slots_.lanes && anchors > 0) low_.spread(x, anchors, padded_, slots_.lanes);
     count(steps);
     for (const Group& group : sweeps) count(group);
     const Range range(anchors > 0 ? Span::kAnchor : Span::kStep, rows);
@@ -222,7 +156,7 @@ class Tile {
             part.segment = piece;
             part.from = from;
             part.to = to;
-            part.total += member * size_ * kSkipWidth;
+            part.total += member * slots_.size * kSkipWidth;
             part.found = zeros_.found(piece);
             if (packed_)
               compute_anchors(part, anchors);
@@ -251,7 +185,7 @@ class Tile {
   Affine in_place(const float* const* x, float* const* y, const float* const* c, int64_t from, int64_t to) const {
     const DeqView& W = p_.W;
     const float* w = static_cast<const float*>(W.data) + matrix_ * W.stride[0];
-    return {x, y, c, partial_, lanes_, w, W.stride[lanes_ ? 1 : 2], m_, from, to};
+    return {x, y, c, slots_.partial, slots_.lanes, w, W.stride[slots_.lanes ? 1 : 2], m_, from, to};
   }
 
   // The step of a group in some columns.
@@ -287,19 +221,19 @@ class Tile {
     for (int i = 0; i < group.count; ++i) low_.add_up(*group.rows[i], segments_.count);
   }
 
-  // f at the row's y in the columns [from, to): leaves act(y) or d y in the member's value_, returns the state, both by column.
+  // f at the row's y in the columns [from, to): leaves act(y) or d y in the member's value, returns the state, both by column.
   const float* respond(const DeltaRow& row, int64_t from, int64_t to, int member) {
-    float *value = value_[member], *state = state_[member];
+    float *value = slots_.value[member], *state = slots_.state[member];
     k_.first(p_.activation, row.y + from, row.d ? row.d + from : nullptr, value + from, std::min(to, m_) - from);
     if (!p_.reflected) return value;
     for (int64_t j = from; j < to; ++j) state[j] = value[j] + (value[j] - row.y[j]);
     return state;
   }
-  const float* respond(const Slot& slot) { return respond(slot.row, 0, padded_, 0); }
+  const float* respond(const DeltaSlot& slot) { return respond(slot.row, 0, padded_, 0); }
 
   // Takes the next sample of the queue that is not done at once; false when there is none.
-  bool fill(Slot& slot, std::atomic<int64_t>& queue) {
-    float* d = d_[&slot - slots_];
+  bool fill(DeltaSlot& slot, std::atomic<int64_t>& queue) {
+    float* d = slots_.d[&slot - slots_.at];
     while ((slot.sample = samples_.take(matrix_, queue, slot.c, d, slot.row.x, &slot.scale)) >= 0) {
       slot.progress = new_progress();
       slot.is_judged = false;
@@ -317,7 +251,7 @@ class Tile {
   }
 
   // After a float32 evaluation of y: judges it and prepares what comes next; false when the sample is done.
-  bool anchored(Slot& slot) {
+  bool anchored(DeltaSlot& slot) {
     DeltaRow& row = slot.row;
     const float* state = map_ == DeltaMap::kByRow ? respond(slot) : nullptr;
     low_.measure(row, map_, state, padded_);
@@ -363,7 +297,7 @@ class Tile {
   }
 
   // After a step: its increment has been fed; is the next evaluation another step or an anchor? False when the sample is done.
-  bool stepped(Slot& slot) {
+  bool stepped(DeltaSlot& slot) {
     DeltaRow& row = slot.row;
     if (slot.is_judged && passes(slot)) return false;
     const bool swept = slot.progress.sweeps;
@@ -382,7 +316,7 @@ class Tile {
   }
 
   // Of the increments that no correction has covered, whose scale the next one needs.
-  void measure_correction(Slot& slot) {
+  void measure_correction(DeltaSlot& slot) {
     low_.measure(slot.rest, DeltaMap::kByRow, slot.row.x, padded_);
     Scales::set_known(slot.rest);
     slot.rest.scale = slot.rest.next_scale;
@@ -391,7 +325,7 @@ class Tile {
 
   // Whether the anchor that is due may be a corrected step, whose correction is measured then: rounding leaves half a unit out of
   // every element of it.
-  bool may_be_judged(Slot& slot) {
+  bool may_be_judged(DeltaSlot& slot) {
     const DeltaRow& row = slot.row;
     if (!may_be_proven(call_, slot.progress, row.step2, row.size2, left_out_.corrected * slot.changed1)) return false;
     measure_correction(slot);
@@ -400,7 +334,7 @@ class Tile {
   }
 
   // After a step that is judged: is the sample done?
-  bool passes(Slot& slot) {
+  bool passes(DeltaSlot& slot) {
     const DeltaRow& row = slot.row;
     Progress progress = slot.progress;
     bool is_best;
@@ -414,7 +348,7 @@ class Tile {
     return true;
   }
 
-  void finish(Slot& slot, Verdict verdict, bool is_best) {
+  void finish(DeltaSlot& slot, Verdict verdict, bool is_best) {
     // Otherwise the output row already holds the best iterate. One that left the range of the caller's dtype has diverged.
     bool fits = true;
     if (is_best) {
@@ -422,18 +356,18 @@ class Tile {
     } else if (slot.progress.record.best_at == 0) {  // not even the value at the start was finite
       fits = samples_.write(slot.sample, slot.scale, slot.row.x);
     } else if (slot.best_is_first) {
-      k_.first(p_.activation, slot.c, slot.row.d, value_[0], m_);
-      fits = samples_.write(slot.sample, slot.scale, value_[0]);
+      k_.first(p_.activation, slot.c, slot.row.d, slots_.value[0], m_);
+      fits = samples_.write(slot.sample, slot.scale, slots_.value[0]);
     }
     samples_.report(slot.sample, slot.progress.record, fits ? verdict : Verdict::kDiverged);
   }
 
   // The value at the slot's y becomes its result.
-  bool write(const Slot& slot) {
-    if (map_ == DeltaMap::kByRow) return samples_.write(slot.sample, slot.scale, value_[0]);  // respond() has left it there
+  bool write(const DeltaSlot& slot) {
+    if (map_ == DeltaMap::kByRow) return samples_.write(slot.sample, slot.scale, slots_.value[0]);  // respond() has left it there
     float* row = padded_ == m_ && slot.scale == 1 ? samples_.native_row(slot.sample) : nullptr;
-    k_.first(p_.activation, slot.row.y, slot.row.d, row ? row : value_[0], m_);
-    return row || samples_.write(slot.sample, slot.scale, value_[0]);
+    k_.first(p_.activation, slot.row.y, slot.row.d, row ? row : slots_.value[0], m_);
+    return row || samples_.write(slot.sample, slot.scale, slots_.value[0]);
   }
 
   const DeqProblem& p_;
@@ -450,16 +384,9 @@ class Tile {
   const Sweep sweep_;
   const DeltaMap map_;
   int64_t matrix_ = 0;
-  int size_ = 0;
   DeqWork work_{};
-  float *value_[Team::kMostPieces], *state_[Team::kMostPieces];  // of every member
-  float* partial_[kMaxTile];                                     // sums of an evaluation in place
-  float* lanes_ = nullptr;                                       // or the samples side by side, where W has its rows in place
-  float *ones_ = nullptr, *total_ = nullptr;
-  uint64_t* nonzeros_ = nullptr;
   Zeros<float> zeros_;  // of the anchors
-  float* d_[kMaxTile];
-  Slot slots_[kMaxTile];
+  DeltaSlots slots_;
 };
 
 }  // namespace
