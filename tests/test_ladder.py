@@ -6,7 +6,7 @@ from close import assert_as_accurate, worst_error
 from problems import exact, gaussian, torch_adjoint, torch_loop
 
 import deq
-from deq import _library, reference
+from deq import _library, reference, stats
 from deq.activations import ACTIVATIONS
 from deq.backends import get_backend
 from deq.solvers import ladder
@@ -115,6 +115,24 @@ def test_gradients_at_units_that_relu_ends_do_not_reach_the_others(backend, solv
         assert worst_error(found / tiny, want.double()) < 1e-4
     gradient = torch.where(z > 0, g, torch.nan)[:1].expand_as(g)  # which a loss scaler looks for
     assert torch.autograd.grad(z, c, gradient)[0].isnan().all()
+
+
+@pytest.mark.parametrize("value_of", ["relu", None])
+@backends
+def test_gradients_at_units_that_relu_ends_take_no_evaluation_more(backend, value_of):
+    W, c, g = monotone(64, 9, 1.0)
+    solution = deq.solve(W, c, solver="cayley", backend=backend)
+    z = solution.z
+    d = z if value_of else (z > 0).float()
+
+    def adjoint(g):
+        outcome = ladder.masked_linear(W.mT, g, d, value_of, "relu", solution.plan)
+        return outcome.z, stats.iterations(outcome.z, outcome.stats)
+
+    u, iterations = adjoint(torch.where(z > 0, g, 0.0))
+    for ended in (3.0, 100.0):
+        found, needed = adjoint(torch.where(z > 0, g, ended * g))
+        assert torch.equal(needed, iterations) and torch.equal(found, u)
 
 
 @backends
