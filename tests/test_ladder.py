@@ -389,3 +389,18 @@ def test_rescue_of_stacked_weights():
     solution = deq.solve(W, c, on_failure="raise")
     for s in range(3):
         assert_as_accurate(solution.z[s], deq.solve(W[s], c[s], solver="plain").z, exact(W[s], c[s]))
+
+
+@backends
+def test_gradients_of_a_stack_have_the_cayley_map_of_each_weight(backend, monkeypatch):
+    """Also where another weight of it has none, as 2 I."""
+    W, c, g = monotone(64, 20, 0.1)
+    c = 0.1 * c
+    W, c, g = torch.stack([2 * torch.eye(64), W]), torch.stack([torch.full_like(c, 5.0), c]), torch.stack([g, g])
+    z0 = deq.solve(W, c, "tanh", tol=1e-6, backend=backend).z
+    z = deq.solve(W, c.requires_grad_(), "tanh", z0=z0, backend=backend).z
+    monkeypatch.setattr(ladder, "NEWTON_FLOPS", 0.0)
+    (dc,) = torch.autograd.grad(z, c, g)  # no warning
+    D = (1 - z.detach().double() ** 2).unsqueeze(-1)
+    u = torch.linalg.solve(torch.eye(64) - D * W.mT.double().unsqueeze(1), D * g.double().unsqueeze(-1)).squeeze(-1)
+    assert worst_error(dc[1], u[1]) < 1e-3

@@ -196,8 +196,9 @@ def masked_linear(
         if _is_final(outcome, plan):
             return outcome
 
-    def transposed() -> tuple[Tensor | None, float]:
-        K, alpha = _matrix(A.mT, activation)
+    def transposed(s: int | None = None) -> tuple[Tensor | None, float]:
+        # The s-th of a stack by itself, as forward: another that has no K takes it from nobody.
+        K, alpha = _matrix(A.mT if s is None else A[s].mT, activation)
         return None if K is None else K.mT, alpha
 
     problem = _Adjoint(A, g, lambda: d, value_of, backend, transposed)
@@ -302,13 +303,7 @@ def _matrix_of_stack(problem, s: int):
     if isinstance(problem, _Equilibria):
         W = problem.W[s]
         return replace(problem, W=W, c=problem.c[s], K=partial(_matrix, W, problem.activation))
-    K = problem.K
-
-    def own() -> tuple[Tensor | None, float]:
-        stack, alpha = K()
-        return None if stack is None else stack[s], alpha
-
-    return replace(problem, A=problem.A[s], g=problem.g[s], d=lambda: problem.d()[s], K=own)
+    return replace(problem, A=problem.A[s], g=problem.g[s], d=lambda: problem.d()[s], K=partial(problem.K, s))
 
 
 def _rescue_all(problem, start: Tensor | None, outcome: Outcome, plan: Plan) -> None:
