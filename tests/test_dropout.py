@@ -191,3 +191,12 @@ def test_the_backward_pass_has_the_masks_of_its_call(between, nested):
     torch.testing.assert_close(z, expected, rtol=1e-9, atol=1e-10)
     expected = torch.autograd.grad(expected.sum(), weights)
     torch.testing.assert_close(grads, expected, rtol=1e-8, atol=1e-9)
+
+
+def test_replicas_draw_masks_of_their_own():
+    """As nn.DataParallel makes them, for other samples of the batch on other devices."""
+    drop = deq.nn.VariationalDropout(0.5)
+    mine = drop(torch.ones(4, 3))
+    replicas = [drop._replicate_for_data_parallel() for _ in range(2)]
+    assert [replica(torch.ones(n, 3)).shape[0] for replica, n in zip(replicas, (3, 2), strict=True)] == [3, 2]
+    assert torch.equal(replicas[0](torch.ones(3, 3)), replicas[0].mask) and torch.equal(drop.mask, mine)

@@ -67,6 +67,12 @@ class VariationalDropout(nn.Module):
             )
         return x * mask
 
+    def _replicate_for_data_parallel(self) -> "VariationalDropout":
+        """A list of its own for every replica, whose samples and device are others."""
+        replica = super()._replicate_for_data_parallel()
+        replica.reset_mask()
+        return replica
+
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_dropout_draw": []}
 
