@@ -299,11 +299,17 @@ def _gradients(ctx, g: Tensor | None, wanted: Sequence[bool]) -> tuple:
     depth = enclosed.depth
     try:
         with again, uncached(), apart_from_autocast(z.device.type):
-            return pullback(ctx.equation, z, tensors, g, wanted)
+            found = pullback(ctx.equation, z, tensors, g, wanted)
     finally:
         enclosed.depth = depth
         if isinstance(again, Exchanged):
             again.put_back()
+    if any(grad is None for grad in found):  # of a tensor that f does not use: torch would call its hooks with None
+        found = [
+            torch.zeros_like(t) if grad is None and want and t._backward_hooks else grad
+            for grad, want, t in zip(found, wanted, tensors, strict=True)
+        ]
+    return tuple(found)
 
 
 # torch.autograd.grad without its checks of arguments, which are known to hold here, and its care for logging and the

@@ -89,6 +89,16 @@ def test_hooks_of_leaves_see_one_gradient():
     torch.testing.assert_close(grad, 3 * seen[0])
 
 
+def test_hooks_of_given_tensors_that_f_does_not_use_get_zeros():
+    """Others of them could be used at other states: they stay in the graph, and torch would call hooks with None."""
+    a, spare = torch.randn(4, requires_grad=True), torch.randn(4, requires_grad=True)
+    for given in (spare, 2 * spare):
+        given.register_hook(lambda grad: grad.clamp(-1.0, 1.0))
+        z = deq.fixed_point(lambda z: torch.tanh(0.5 * z + a), torch.zeros(3, 4), tensors=[a, given]).z
+        grads = torch.autograd.grad(z.sum(), (a, spare))
+        assert grads[0].all() and not grads[1].any()
+
+
 def test_no_gradient_no_graph():
     W, c, _ = gaussian(6, 3)
     assert not solve(W, c).z.requires_grad
