@@ -199,6 +199,13 @@ def test_bad_options_are_named(arguments, words, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.skipif(_library.compiled is None, reason="benchmarks need the compiled library")
+@pytest.mark.parametrize("command", [("bench", "cpu", "--case", "100000000,3"), ("profile", "--width", 10**8)])
+def test_a_size_that_no_memory_holds_is_said(command, tmp_path):
+    result = deq_command(*command, "--out", tmp_path)
+    assert result.exit_code == 2 and "Error: not enough memory for this size" in result.stderr
+
+
 def test_cuda_without_a_gpu_is_refused(monkeypatch, tmp_path):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     result = deq_command("run", "steep", "--device", "cuda", "--out", tmp_path)
