@@ -22,7 +22,7 @@ CONFIG = {
     "steps": Choice(100, "of Adam: two passes over the training images", quick=3, full=600),
     "rate": Choice(1e-2, "Adam, falling on a cosine"),
     "batch": Choice(32, "images a step, drawn afresh for every seed", quick=8, full=64),
-    "tests": Choice(359, "test images, every fifth of the 1797", quick=32),
+    "tests": Choice(359, "test images, of the 360 that are every fifth of the 1797", quick=32),
     "tol": Choice(1e-4, "relative tolerance of a training step, forward and backward"),
     "cut": Choice(3, "evaluations of the block that is cut off; the equilibrium takes three times as many"),
 }
