@@ -115,7 +115,8 @@ class Exchanged:
 
 
 def modules_of(f: Callable) -> list[nn.Module]:
-    """The modules that f is, is a method of, or holds in closures, its own and those of functions in them."""
+    """The modules that f is, is a method of, or holds in closures and defaults, its own and those of functions in them:
+    by themselves, as elements of a list, tuple or dictionary, or as attributes of an object that f names."""
     found, stack, visited = [], [f], set()
     while stack:
         value = stack.pop()
@@ -128,15 +129,29 @@ def modules_of(f: Callable) -> list[nn.Module]:
             elif isinstance(value, functools.partial):
                 stack += [value.func, *value.args, *value.keywords.values()]
             elif isinstance(value, (FunctionType, MethodType)):
-                stack += [getattr(value, "__self__", None), getattr(value, "__func__", None)]
-                stack += variables.contents(value)
+                own = [getattr(value, "__self__", None), *variables.contents(value), *variables.defaults(value)]
+                stack += [getattr(value, "__func__", None), *own]
+                names = getattr(getattr(value, "__code__", None), "co_names", ())
+                stack += [
+                    item
+                    for each in own
+                    for name, item in getattr(each, "__dict__", {}).items()
+                    if name in names and not isinstance(each, (nn.Module, FunctionType))
+                ]
+            elif type(value) in _CONTAINERS:
+                elements = value.values() if type(value) is dict else value
+                found += [element for element in elements if isinstance(element, nn.Module)]
     return found
+
+
+_CONTAINERS = (list, tuple, dict)
 
 
 def modules_used(f: Callable) -> list[nn.Module]:
     """Those of :func:`modules_of`, and those that f, or a function that it finds there, finds in global variables."""
-    functions = [f, *(value for _, _, value in variables.globals_read(f) if callable(value))]
-    return [module for each in functions for module in modules_of(each)]
+    read = [value for _, _, value in variables.globals_read(f)]
+    used = [f, *(value for value in read if callable(value) or type(value) in _CONTAINERS)]
+    return [module for each in used for module in modules_of(each)]
 
 
 class Uses:

@@ -1,6 +1,7 @@
 """Dropout masks of equilibria: one for a call and its backward pass, new ones for the next."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -128,6 +129,40 @@ def test_dropout_in_a_block_that_is_a_function(way):
     expected = torch.autograd.grad(z.sum(), W, retain_graph=True)[0]
     assert layer(x[:2]).shape == (2, 6) and block.drop.mask is not mask and not torch.equal(layer(x), z)
     torch.testing.assert_close(torch.autograd.grad(z.sum(), W)[0], expected, rtol=1e-8, atol=1e-10)
+
+
+class Trainer:
+    """No module, but with one."""
+
+    def __init__(self, net):
+        self.net, self.nets = net, {"first": net}
+
+    def block(self, z, x):
+        return self.net(z, x)
+
+    def closure(self):
+        return lambda z, x: self.nets["first"](z, x)
+
+
+WAYS = {
+    "a default": lambda net: lambda z, x, net=net: net(z, x),
+    "a list": lambda net: partial(lambda nets, z, x: nets[0](z, x), [net]),
+    "a method": lambda net: Trainer(net).block,
+    "an object": lambda net: Trainer(net).closure(),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_dropout_of_a_module_that_a_function_has_as(way):
+    """New masks at every call, and those of the call in its backward pass."""
+    torch.manual_seed(0)
+    net, x = Dropping(), torch.randn(3, 6, dtype=torch.float64)
+    layer = deq.nn.Equilibrium(WAYS[way](net), tol=1e-12)
+    z = layer(x)
+    expected = torch.autograd.grad(z.sum(), net.linear.weight, retain_graph=True)[0]
+    mask = net.drop.mask
+    assert not torch.equal(layer(x), z) and net.drop.mask is not mask
+    torch.testing.assert_close(torch.autograd.grad(z.sum(), net.linear.weight)[0], expected, rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize("between", ["reset", "call", "eval"])
