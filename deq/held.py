@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from types import CellType, FunctionType, MethodType
 
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from . import variables
 from .cached_weights import are_weights_kept
@@ -26,6 +27,8 @@ class Members:
         self.parameters: list[Tensor] = []
         self.has_masks = False
         self._places: list[tuple[dict, str, object]] = []
+        self._moving: list[dict] = []  # buffers of modules that write to them whenever training reads a weight
+        self._moved: list[tuple[dict, str, Tensor, int, Tensor]] = []
         parameters, places, stack = self.parameters, self._places, list(reversed(modules))
         while stack:
             module = stack.pop()
@@ -42,28 +45,42 @@ class Members:
                 if "_dropout_draw" in own:
                     places.append((own, "_dropout_draw", own["_dropout_draw"]))
                     self.has_masks = True
+                if "_moves_buffers" in own:
+                    self._moving.append(own["_buffers"])
                 if tensors := own["_buffers"]:
                     places += [(tensors, name, tensor) for name, tensor in tensors.items()]
             if children := module._modules:
                 stack += [child for child in reversed(children.values()) if child is not None]
+
+    def settle(self) -> None:
+        """What moving buffers hold now, at the end of a call, is what they held in it."""
+        self._moved = [
+            (buffers, name, tensor, tensor._version, tensor.clone())
+            for buffers in self._moving
+            for name, tensor in buffers.items()
+            if type(tensor) is Tensor and not (tensor.is_inference() or is_functorch_wrapped_tensor(tensor))
+        ]
 
     def others(self) -> list[tuple[dict, str, object]]:
         """Where modules have other members now: the dictionary, the name, and the member of then.
 
         Sharded ones are left alone: FSDP puts them in and out by itself.
         """
-        return [
+        others = [
             (place, name, then)
             for place, name, then in self._places
             if (now := place.get(name)) is not then and type(now) in _EXCHANGEABLE and type(then) in _EXCHANGEABLE
         ]
+        others += [(place, name, copy) for place, name, then, version, copy in self._moved if then._version != version]
+        return others
 
 
 _EXCHANGEABLE = (Tensor, nn.Parameter, bool, list, type(None))
 
 
 class Masks:
-    """Whether a :class:`deq.nn.VariationalDropout` has ever been made: most programs have none, and search for none."""
+    """Whether a :class:`deq.nn.VariationalDropout` or a spectral norm of :func:`deq.nn.normalise`, which changes as its
+    weight is read, has ever been made: most programs have none, and search for none."""
 
     exist = False
 
@@ -250,6 +267,8 @@ class Call:
 
     def end(self) -> None:
         """What f changed in the call is its own business."""
+        if self._members is not None:
+            self._members.settle()
         self._data = [note for note in self._data if note[0]._version == note[1]]
 
     def again(self) -> AbstractContextManager:

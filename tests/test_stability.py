@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import deq
+from deq.torchdeq import get_deq
 
 
 def test_jacobian_penalty():
@@ -384,6 +385,32 @@ def test_spectral_norm_in_training_under_torch_func():
     of_samples = torch.vmap(torch.func.grad(loss), (None, 0))(values, x.unsqueeze(1))
     for grad, one in zip(of_samples.values(), expected, strict=True):
         torch.testing.assert_close(grad.sum(0), one, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", ["module", "closure", "fixed_point", "torchdeq"])
+def test_spectral_norm_of_two_calls_before_a_backward_pass(kind):
+    """The gradient of the first is one of the weight that it had: the second iterates for the norm."""
+    torch.manual_seed(0)
+    block = deq.nn.normalise(Dropped(nn.Linear(4, 4), nn.Identity()).double(), "spectral")
+    with torch.no_grad():
+        block.layer.parametrizations.weight.original0.add_(0.3 * torch.randn(4, 4))
+    x = torch.randn(3, 4, dtype=torch.float64)
+    grads = []
+    for again in (False, True):
+        own = copy.deepcopy(block)
+        f = own if kind == "module" else lambda z, x, own=own: own(z, x)
+        layer = deq.nn.Equilibrium(f, tol=1e-12)
+        if kind == "fixed_point":
+            layer = lambda x, f=f: deq.fixed_point(lambda z: f(z, x), torch.zeros_like(x), tol=1e-12).z  # noqa: E731
+        elif kind == "torchdeq":
+            model = get_deq(f_tol=1e-12, b_tol=1e-12, f_max_iter=100, b_max_iter=100).double()
+            layer = lambda x, f=f, model=model: model(lambda z: f(z, x), torch.zeros_like(x))[0][-1]  # noqa: E731
+        loss = layer(x).square().sum()
+        if again:
+            own(torch.zeros_like(x), x)
+            layer(2 * x)
+        grads.append(torch.autograd.grad(loss, list(own.parameters())))
+    assert all(map(torch.equal, *grads))
 
 
 def test_spectral_norm_in_a_graph():

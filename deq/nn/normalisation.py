@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..closures import in_transform, outside_of_gradients
+from ..held import Masks
 from .equilibrium_linear import Injection
 
 # The weight's name and its output dimension.
@@ -69,10 +70,15 @@ class SpectralNorm(_Normalised):
     def __init__(self, weight: Tensor, dim: int, learned: bool, target: float, clip: float | None, iterations: int):
         super().__init__(learned, target, clip)
         self.dim, self.iterations = dim, iterations
+        self._moves_buffers = True  # a backward pass that comes after the next forward pass has those of its own
         matrix = self._matrix(weight.detach())
         for name, side in (("u", matrix[:, 0]), ("v", matrix[0])):
             self.register_buffer(name, _direction(torch.randn_like(side), torch.zeros_like(side)))
         self._iterate(matrix, 30)
+
+    def __new__(cls, *args, **kwargs):
+        Masks.exist = True
+        return super().__new__(cls)
 
     def _matrix(self, weight: Tensor) -> Tensor:
         return weight.movedim(self.dim, 0).flatten(1) if weight.dim() > 1 else weight.unsqueeze(1)

@@ -273,7 +273,9 @@ class _Problem:
             graph=graph,
             call=call,
         )
-        return self.of_matrix(attached(equation, image if advance else flat, tensors))
+        z = attached(equation, image if advance else flat, tensors)
+        call.end()
+        return self.of_matrix(z)
 
     def _matrix_map(self, func: Callable) -> Callable[[Tensor], Tensor]:
         layout = self.layout
