@@ -111,6 +111,16 @@ def test_fixed_point_in_compiled_code():
         torch.compile(run, fullgraph=True, backend="aot_eager")(x)
 
 
+def test_torch_func_of_a_layer_in_a_graph():
+    """The solution that the layer keeps would belong to a transform that is over."""
+    layer, x = deq.nn.EquilibriumLinear(3, 6, "tanh"), torch.randn(4, 3)
+    values = {name: 0.9 * value.detach() for name, value in layer.named_parameters()}
+    loss = lambda values, x: torch.func.functional_call(layer, values, (x,)).square().sum()  # noqa: E731
+    found = torch.compile(torch.func.grad(loss), fullgraph=True, backend="aot_eager")(values, x)
+    assert layer.solution is None
+    torch.testing.assert_close(found, torch.func.grad(loss)(values, x))
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch 2.14 asks for it, and says nothing itself
 def test_compiled_block():
     """What is inside of an equilibrium may be compiled by itself, gradients included."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..activations import get_activation
+from ..closures import in_transform
 from ..modes import has_autocast, no_autocast
 from ..options import check, unknown_option
 from ..plan import make_plan
@@ -51,8 +52,9 @@ class EquilibriumLinear(nn.Module):
     options: keyword arguments of ``deq.solve`` other than z0, used in every call.
 
     ``layer(x, z0=None)`` solves from z0 (..., width) or zero. Gradients reach x, U, b, the parameters of W and follow
-    ``torch.is_grad_enabled()``, in training and evaluation alike. ``layer.solution`` is the last Solution, detached; it
-    is neither saved nor copied with the layer. Under autocast only ``U x + b`` runs in the lower precision.
+    ``torch.is_grad_enabled()``, in training and evaluation alike. ``layer.solution`` is the last Solution, detached
+    (None where torch.func is used inside torch.compile); it is neither saved nor copied with the layer. Under autocast
+    only ``U x + b`` runs in the lower precision.
 
     Parameters: ``injection.weight`` U (width, in_features), drawn with variance 1 / in_features so that c has the
     variance of x; ``injection.bias`` b (width,), zero; ``weight.*``, see :mod:`deq.nn.weight_modules`.
@@ -104,7 +106,8 @@ class EquilibriumLinear(nn.Module):
         with no_autocast(x.device.type):
             W = self.weight()
             solution = solve(W, c.to(W.dtype), self.activation, z0=z0, **self.options)
-        self.solution = solution.detach()
+        # A graph cannot hand out what belongs to a transform of torch.func inside of it.
+        self.solution = None if torch.compiler.is_compiling() and in_transform() else solution.detach()
         return solution.z
 
     def __getstate__(self) -> dict:
