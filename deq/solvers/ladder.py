@@ -12,10 +12,11 @@ after the other and only as long as they fail, to
 - semi-smooth Newton, sample by sample, within a bound on its arithmetic;
 - for tanh and sigmoid, whose equilibria it can always lead to, homotopy, within such a bound too.
 
-Whatever ran, a sample is converged only on the residual of the equation itself in the precision of its input, and the
-evaluations of all rungs are added up. Which means a sample gets is decided by its own numbers, by W and by the shapes,
-never by its batch mates: each has its own number of evaluations left, and one that took more beside others is taken
-again with those. Newton and homotopy alone look at how many there are.
+Whatever ran, a sample is converged only on the residual of the equation itself in the precision of its input, or with a
+bound on what int8 increments leave out of it counted in, and the evaluations of all rungs are added up. Which means a
+sample gets is decided by its own numbers, by W and by the shapes, never by its batch mates: each has its own number of
+evaluations left, and one that took more beside others is taken again with those. Newton and homotopy alone look at how
+many there are.
 
 On a GPU nothing waits for the device to learn that all is well. A solve of many launches sees on the way how many
 samples failed (deq/backends/chunks.py), and takes them up the ladder at once. One whose host has not seen it (a single
