@@ -173,6 +173,32 @@ def test_one_evaluation(activation, dtype, backend):
     assert evaluate(W, c, g, activation).isnan().any()
 
 
+@backends
+@pytest.mark.parametrize("activation", ["identity", "relu", "leaky_relu"])
+@pytest.mark.parametrize("m", [8, 70])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_one_evaluation_is_that_of_the_point_however_far_it_is(dtype, m, activation, backend):
+    """A solve may begin nearer, where the injection still counts."""
+    W, c, z = gaussian(m, 9, dtype)
+    z *= 1e13
+    value = ACTIVATIONS[activation].value
+    exact_value = value(z.double() @ W.double().mT + c.double())
+    assert_as_accurate(get_backend(backend).evaluate(W, c, z, activation), value(z @ W.mT + c), exact_value)
+
+
+@backends
+def test_an_equilibrium_far_beyond_its_injection_is_found_by_other_means(backend):
+    """Units that only the Cayley map and Newton's method solve, and others that read them with weights of 1e11."""
+    generator = torch.Generator().manual_seed(9)
+    A, S = torch.randn(2, 5, 5, generator=generator, dtype=torch.float64)
+    W = torch.zeros(10, 10, dtype=torch.float64)
+    W[:5, :5] = 0.5 * torch.eye(5) - A.mT @ A / 5 + 0.9 * (S - S.mT)
+    W[5:, :5] = 1e11 * torch.rand(5, 5, generator=generator, dtype=torch.float64)
+    W, c = W.float(), torch.randn(8, 10, generator=generator)
+    solution = deq.solve(W, c, backend=backend)
+    assert solution.converged.all()
+
+
 @needs_library
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("activation", ["relu", "tanh", "softplus"])

@@ -181,9 +181,11 @@ class Samples {
     if (ends_) values = largest_of_influence(c, p_.mask.data ? d : nullptr, p_.width, stride);
     if (p_.mask.data && ends_) injection = values;
     // The values would be lost beside a start that has no digit of the injection; 2^-k times it leads to 2^-k times its values.
+    // But who asks for one evaluation asks for that of the start itself.
     constexpr int kFar = 32;
     double nearer = 1;
-    if (injection > 0 && start > 0) nearer = std::ldexp(1.0, std::min(0, std::ilogb(injection) + kFar - std::ilogb(start)));
+    if (p_.max_iter > 1 && injection > 0 && start > 0)
+      nearer = std::ldexp(1.0, std::min(0, std::ilogb(injection) + kFar - std::ilogb(start)));
     T reach = static_cast<T>(start * nearer);
     if (values > 0 && reach > kNear * values) reach = std::ldexp(reach, -kFar);
     double wanted = scale_of(values, reach);
