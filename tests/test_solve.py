@@ -12,6 +12,7 @@ from problems import exact, gaussian, torch_loop
 import deq
 from deq import _library
 from deq.activations import ACTIVATIONS
+from deq.backends import get_backend
 
 BACKENDS = ["reference"] + (["cpu"] if _library.compiled is not None else [])
 SHAPES = [(1, 1), (17, 5), (64, 256), (333, 7), (512, 64), (1024, 256), (2048, 3)]
@@ -247,6 +248,19 @@ def test_starts_that_are_far_too_large(dtype, size, activation, m, isa):
         solution = deq.solve(W, c * size, activation, z0=c.flip(0) / size, solver=solver)
         assert solution.converged.all()
         assert worst_error(solution.z / size, exact(W, c, activation)) < 10 * solution.plan.tol
+
+
+@pytest.mark.parametrize("m", [24, 64, 130])  # lanes, rows, increments
+@pytest.mark.parametrize("activation", ["tanh", "sigmoid"])
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 1e25), (torch.float64, 1e160)], ids=str)
+def test_starts_from_which_the_square_of_the_first_step_leaves_the_range(dtype, size, activation, m, isa):
+    """They come back into the range of the activation at once, and had diverged with that step."""
+    W, c, _ = gaussian(m, 5, dtype)
+    for solver in ("plain", "auto", "anderson"):
+        solution = deq.solve(W, c, activation, z0=size * c.flip(0), solver=solver)
+        assert solution.converged.all() and (solution.iterations > 2).all()
+        assert worst_error(solution.z, exact(W, c, activation)) < 10 * solution.plan.tol
+    assert torch.isfinite(get_backend("cpu").evaluate(W, c, size * c, activation)).all()
 
 
 @pytest.mark.parametrize("m", [24, 64, 130])  # lanes, rows, increments

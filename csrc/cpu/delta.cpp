@@ -256,7 +256,7 @@ class Tile {
     const float* state = map_ == DeltaMap::kByRow ? respond(slot) : nullptr;
     low_.measure(row, map_, state, padded_);
     double step2 = row.step2, size2 = row.size2;
-    if (!squares_in_range<float>(size2)) {
+    if (!squares_in_range<float>(size2, step2)) {
       state = respond(slot);
       step2 = distance(state, row.x, m_);
       size2 = size_of(state, m_);

@@ -266,7 +266,7 @@ class LaneGroup {
     recall(lane);
     T *f = z_[current_], *y = z_[1 - current_];
     double step2 = static_cast<double>(step2_[lane]), size2 = static_cast<double>(size2_[lane]);
-    if (!squares_in_range<T>(size2) || !slot.unit.is_one()) {
+    if (!squares_in_range<T>(size2, step2) || !slot.unit.is_one()) {
       gather(f, lane, row_);
       gather(y, lane, other_);
       slot.unit.measure(slot.record, !samples_.rescales(), row_, other_, m_, &step2, &size2);

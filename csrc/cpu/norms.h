@@ -18,6 +18,12 @@ bool squares_in_range(double sum) {
   return sizeof(T) == 4 ? sum > 1e-20 && sum < 1e30 : sum > 1e-120 && sum < 1e120;
 }
 
+// The same of |f(y)|^2 and |f(y) - y|^2: an activation of bounded range brings back a y whose square is none of T.
+template <class T>
+bool squares_in_range(double size2, double step2) {
+  return squares_in_range<T>(size2) && step2 < INFINITY;
+}
+
 template <class T>
 double size_of(const T* y, int64_t m, double unit = 1) {
   double part[4] = {};  // one sum would wait for every addition
@@ -77,6 +83,8 @@ class Unit {
       *size2 = size_of(f, m, value_);
     }
     *step2 = y ? distance(f, y, m, value_) : *size2;
+    // Where both are finite their distance is, if not its square.
+    if (*size2 < INFINITY) *step2 = std::min(*step2, std::numeric_limits<double>::max());
   }
 
  private:

@@ -209,7 +209,7 @@ class Tile {
   // Judges the evaluation just made and prepares the next iterate; false when the sample is done.
   bool advance(Slot<T>& slot, double step2, double size2) {
     T *f = slot.buffer[current_], *y = slot.buffer[1 - current_];
-    if (!squares_in_range<T>(size2) || slot.has_unit) measure(slot, f, y, &step2, &size2);
+    if (!squares_in_range<T>(size2, step2) || slot.has_unit) measure(slot, f, y, &step2, &size2);
     const double start2 = slot.record.iteration == 0 ? size_of(y, m_, slot.unit.value()) : 0.0, before2 = slot.record.step2[1];
     const Verdict verdict = judge(rule_, slot.record, step2, size2, start2);
     const bool is_best = slot.record.best_at == slot.record.iteration;
