@@ -160,7 +160,9 @@ def make_plan(
         why.append("on demand: plain iteration, Anderson per sample where the measured contraction is slow")
     reflects = activation not in NOT_MONOTONE
     on_gpu = backend in ("triton", "cuda") and device != "cpu"
-    rungs = ("cayley", "tight cayley") if solver == "cayley" else ()
+    # Beside units that tanh or sigmoid saturates, whose pre-activations are large, the Cayley map ends short of the
+    # tolerance, which is relative to these.
+    rungs = ("cayley", "tight cayley", "anderson") if solver == "cayley" else ()
     if on_gpu and solver == "auto" and criterion == "residual":
         rungs = RUNGS if activation in BOUNDED else RUNGS[:-1]
         rungs = tuple(rung for rung in rungs if reflects or "cayley" not in rung)

@@ -41,7 +41,8 @@ def solve(
         tol: relative tolerance; 1e-5 in float32, 1e-10 in float64, 1e-4 in 16 bits if None. Serves the gradient too.
         max_iter: evaluations allowed for each sample, and for its gradient.
         solver: "plain" iterates ``z <- act(W z + c)`` strictly; "anderson" accelerates every sample from the start;
-            "cayley" iterates the reflected map of :mod:`deq.solvers.cayley`, which converges for every monotone W;
+            "cayley" iterates the reflected map of :mod:`deq.solvers.cayley`, which converges for every monotone W, and
+            the plain one, accelerated, from where that ends short of tol;
             "direct" solves without iterating on z: the identity activation with any W, and LowerTriangular, Diagonal
             and DiagonalLowRank of deq.weights (``z`` is then the point judged); "auto" chooses, and takes samples that
             are slow or fail to other means (:mod:`deq.solvers.ladder`).

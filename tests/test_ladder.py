@@ -151,6 +151,16 @@ def test_cayley_stacks_strides_shapes_and_starts(backend):
     assert deq.solve(W[0], c.new_empty(0, 20), solver="cayley", backend=backend).z.shape == (0, 20)
 
 
+@backends
+@pytest.mark.parametrize("activation", ["tanh", "sigmoid"])
+def test_cayley_beside_units_that_are_far_saturated(activation, backend):
+    """Its own residual is relative to their pre-activations: every sample ended short of the tolerance."""
+    W, c, _ = gaussian(64, 20, scale=0.9)
+    c[:, ::2] *= 1e3
+    solution = deq.solve(W, c, activation, solver="cayley", on_failure="raise", backend=backend)
+    assert_as_accurate(solution.z, torch_loop(W, c, activation), exact(W, c, activation))
+
+
 def radius(m: int, B: int, size: float, dtype=torch.float32):
     """A Gaussian W of so large a spectral radius that some samples are Newton's."""
     W, c, g = gaussian(m, B, torch.float64, scale=1.0, seed=3)

@@ -80,7 +80,7 @@ def test_rungs():
     assert fitted(increments="native").rungs == ("cayley", "tight cayley", "plain", "newton")
     assert [fitted(activation=name).rungs[-1] for name in ("relu", "gelu", "tanh")] == ["newton", "newton", "homotopy"]
     assert plan(solver="plain").rungs == plan(solver="anderson").rungs == ()
-    assert plan(solver="cayley").rungs == ("cayley", "tight cayley")
+    assert plan(solver="cayley").rungs == ("cayley", "tight cayley", "anderson")
 
 
 def test_properties_of_activations_are_those_of_the_table():
