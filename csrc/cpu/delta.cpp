@@ -36,6 +36,7 @@ constexpr int64_t kSkipAnyRows = 256;  // W of 256 KB is in the L2 cache, whoeve
 // 256, where waiting for kManyAnchors gains as much, but loses 3 % with two threads.
 constexpr int64_t kWide = 512;
 constexpr int kManyAnchors = 32, kFewAnchors = 16;
+constexpr double kSteepest = 1.13;  // derivative of an activation: gelu's
 thread_local Arena rows_arena;
 
 class Tile {
@@ -56,12 +57,16 @@ class Tile {
         scales_(p.width),
         segments_(m_, padded_),
         sweep_(m_, padded_),
-        map_(map_of(p)) {}
+        map_(map_of(p)),
+        steepest_(p.activation == kRelu && !p.mask.data ? 1
+                  : p.reflected                         ? 2 * kSteepest - 1
+                                                        : kSteepest) {}
 
   // Solves samples of matrix s taken from `queue`, as `sharing` threads do, until it is empty; the team shares the steps.
   void run(int64_t s, std::atomic<int64_t>& queue, int sharing, Team& team) {
     matrix_ = s;
     left_out_ = low_.left_out(static_cast<const char*>(increments_.data) + s * increments_.matrix_bytes, m_);
+    left_out_.low *= steepest_, left_out_.corrected *= steepest_;  // of f, where that is of W x
     if (!slots_.reserve(rows_arena, p_, low_, packed_, padded_, segments_.count, sharing, team.members())) {
       totals_.error = DEQ_NO_MEMORY;
       return;
@@ -383,6 +388,7 @@ class Tile {
   const Segments segments_;
   const Sweep sweep_;
   const DeltaMap map_;
+  const double steepest_;  // what a difference in y may grow by in f(y)
   int64_t matrix_ = 0;
   DeqWork work_{};
   Zeros<float> zeros_;  // of the anchors

@@ -438,6 +438,8 @@ def _by_cayley(problem, start: Tensor | None, plan: Plan, share: float, is_apart
         shifted = part.backend.evaluate(K, near.injection, near.injection, "identity")
         if alpha != 1.0:
             shifted *= alpha
+        if start is None:
+            near = part  # the injection is in `shifted`: no buffer for it
         x = near.reflected(K, shifted, None if start is None else start[rows], alpha, iterate)
         point = x.z
         if isinstance(x.report, list) and x.report[0]:  # some failed: what is not finite is no point to judge at
