@@ -302,6 +302,24 @@ class Normed(nn.Module):
         return torch.tanh(0.3 * self.linear(z) + x)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("kind", ["init", "z0", "linear"])
+def test_a_start_that_autocast_made(kind, compiled):
+    """It has 16 bits, and the block, which runs without autocast, float32."""
+    torch.manual_seed(0)
+    encoder, x = nn.Linear(6, 6), torch.randn(3, 6)
+    layer = deq.nn.EquilibriumLinear(6, 6) if kind == "linear" else deq.nn.Equilibrium(Normed())
+    if kind == "init":
+        layer.init = encoder
+    f = torch.compile(layer, fullgraph=True, backend="aot_eager") if compiled else layer
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        z = f(x) if kind == "init" else f(x, z0=encoder(x).detach())
+        expected = layer(x, z0=encoder(x).float())
+    assert z.dtype == torch.float32
+    torch.testing.assert_close(z, expected, rtol=1e-4, atol=1e-4)
+    z.sum().backward()
+
+
 @pytest.mark.parametrize("late", [False, True])
 def test_hooks_of_parameters_that_a_block_does_not_use(late):
     """They are not called, as torch calls none of a tensor without a gradient; the others are, with theirs."""

@@ -34,9 +34,10 @@ class Equilibrium(nn.Module):
     ``layer(*inputs, z0=None)`` solves from z0. Gradients reach the inputs, the parameters of block and whatever else it
     uses, and follow ``torch.is_grad_enabled()``, in training and evaluation alike. ``layer.solution`` is the last
     Solution, detached; it is neither saved nor copied with the layer. Under autocast the block runs in the precision of
-    its state: floating inputs are cast to it. Under torch.compile(fullgraph=True) and torch.export the layer
-    is one operator of its inputs and its block's parameters; what else the block uses gets no gradient there, forward
-    mode and torch.func are errors, and an exported program serves in the process that made it.
+    its state, which is that of its parameters where the start has that of autocast: floating inputs are cast to it.
+    Under torch.compile(fullgraph=True) and torch.export the layer is one operator of its inputs and its block's
+    parameters; what else the block uses gets no gradient there, forward mode and torch.func are errors, and an exported
+    program serves in the process that made it.
 
     Raises TypeError for an unknown option.
     """
@@ -64,9 +65,10 @@ class Equilibrium(nn.Module):
         fresh = z0 is None and self.init is None
         if z0 is None:
             z0 = self._start(inputs, members)
-        first = parts_of(z0)[0]
-        if has_autocast(first.device.type):
-            dtype = first.dtype
+        device = parts_of(z0)[0].device.type
+        if has_autocast(device):
+            z0 = _of_block(z0, torch.get_autocast_dtype(device), members)
+            dtype = parts_of(z0)[0].dtype
             wide = lambda x: isinstance(x, Tensor) and x.is_floating_point()  # noqa: E731
             inputs = tuple(x.to(dtype) if wide(x) else x for x in inputs)
         if is_compiling:
@@ -115,10 +117,7 @@ class Equilibrium(nn.Module):
             return self.init(*inputs)
         if not inputs or not isinstance(inputs[0], Tensor):
             raise ValueError("z0 must be given, or init, where the first input is no tensor of the shape of z")
-        dtype = inputs[0].dtype
-        if members is not None and members.parameters and members.parameters[0].is_floating_point():
-            dtype = members.parameters[0].dtype
-        return torch.zeros_like(inputs[0], dtype=dtype)
+        return torch.zeros_like(inputs[0], dtype=_dtype_of(members) or inputs[0].dtype)
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "solution": None, "_uses": Uses()}
@@ -129,3 +128,20 @@ class Equilibrium(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+def _dtype_of(members: Members | None) -> torch.dtype | None:
+    """That of the block's parameters, if it is known."""
+    if members is None or not members.parameters or not members.parameters[0].is_floating_point():
+        return None
+    return members.parameters[0].dtype
+
+
+def _of_block(z0: State, rounded: torch.dtype, members: Members | None) -> State:
+    """z0 with the dtype of the block's parameters where autocast may have given it the dtype ``rounded``, as it does to
+    what a layer made: the block, which runs without autocast, would refuse it."""
+    dtype = _dtype_of(members)
+    if dtype is None or all(part.dtype != rounded for part in parts_of(z0)):
+        return z0
+    parts = [part.to(dtype) if part.dtype == rounded else part for part in parts_of(z0)]
+    return as_state(parts, kind_of(z0))

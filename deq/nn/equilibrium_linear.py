@@ -103,6 +103,8 @@ class EquilibriumLinear(nn.Module):
         if x.dtype != dtype and not has_autocast(x.device.type):
             raise TypeError(f"x must have the dtype of the layer, {dtype}; got {x.dtype}")
         c = self.injection(x)
+        if isinstance(z0, Tensor) and has_autocast(x.device.type):  # what a layer under it made has another dtype
+            z0 = z0.to(dtype)
         with no_autocast(x.device.type):
             W = self.weight()
             solution = solve(W, c.to(W.dtype), self.activation, z0=z0, **self.options)
