@@ -387,7 +387,7 @@ def test_spectral_norm_in_training_under_torch_func():
         torch.testing.assert_close(grad.sum(0), one, rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.parametrize("kind", ["module", "closure", "fixed_point", "torchdeq"])
+@pytest.mark.parametrize("kind", ["module", "closure", "fixed_point", "torchdeq", "compiled"])
 def test_spectral_norm_of_two_calls_before_a_backward_pass(kind):
     """The gradient of the first is one of the weight that it had: the second iterates for the norm."""
     torch.manual_seed(0)
@@ -399,8 +399,10 @@ def test_spectral_norm_of_two_calls_before_a_backward_pass(kind):
     for again in (False, True):
         own = copy.deepcopy(block)
         f = own if kind == "module" else lambda z, x, own=own: own(z, x)
-        layer = deq.nn.Equilibrium(f, tol=1e-12)
-        if kind == "fixed_point":
+        layer = deq.nn.Equilibrium(own if kind == "compiled" else f, tol=1e-12)
+        if kind == "compiled":
+            layer = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        elif kind == "fixed_point":
             layer = lambda x, f=f: deq.fixed_point(lambda z: f(z, x), torch.zeros_like(x), tol=1e-12).z  # noqa: E731
         elif kind == "torchdeq":
             model = get_deq(f_tol=1e-12, b_tol=1e-12, f_max_iter=100, b_max_iter=100).double()

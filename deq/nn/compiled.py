@@ -44,6 +44,18 @@ def modes_of(block: object) -> str:
     return "".join("01"[module.training] for module in block.modules()) if isinstance(block, nn.Module) else ""
 
 
+def moving_of(block: object) -> list[Tensor]:
+    """The buffers in ``block`` that change when training reads a weight, as those of a spectral norm do."""
+    return [place[name] for place, name in _moving_places(block)]
+
+
+def _moving_places(block: object) -> list[tuple[dict, str]]:
+    if not isinstance(block, nn.Module):
+        return []
+    moving = [module for module in block.modules() if getattr(module, "_moves_buffers", False)]
+    return [(module._buffers, name) for module in moving for name in module._buffers]
+
+
 def _in_modes(block: object, modes: str) -> AbstractContextManager:
     """While active, the modules of ``block`` are in the modes of the call, whatever the caller did since."""
     if not isinstance(block, nn.Module):
@@ -174,18 +186,21 @@ def equilibrium(
     start: list[Tensor],
     inputs: list[Tensor],
     parameters: list[Tensor],
+    moving: list[Tensor],
 ) -> list[Tensor]:
-    """The equilibrium of a registered layer from ``start``, its parts."""
+    """The equilibrium of a registered layer from ``start``, its parts; and what the ``moving`` buffers hold then."""
     module = _layer(layer)
     block, device = module.block, start[0].device
     with included(_EAGER), torch.no_grad(), _in_modes(block, modes), _masks(block, seed, device):
         solution = module.solve(_function(module, inputs, _own(module, parameters)), as_state(start, kind))
-    return _as_parts(solution.z)
+    return _as_parts(solution.z) + [buffer.clone() for buffer in moving_of(block)]
 
 
 @equilibrium.register_fake
-def _(layer, seed, modes, kind, start, inputs, parameters):
-    return [torch.empty_like(part, memory_format=torch.contiguous_format) for part in start]
+def _(layer, seed, modes, kind, start, inputs, parameters, moving):
+    return [torch.empty_like(part, memory_format=torch.contiguous_format) for part in start] + [
+        torch.empty_like(buffer) for buffer in moving
+    ]
 
 
 @torch.library.custom_op("deq::equilibrium_backward", mutates_args=())
@@ -197,10 +212,11 @@ def equilibrium_backward(
     z: list[Tensor],
     inputs: list[Tensor],
     parameters: list[Tensor],
+    moved: list[Tensor],
     g: list[Tensor],
 ) -> list[Tensor]:
     """Gradients of the inputs and the parameters at the equilibrium z, in contiguous memory, as the compiler was told;
-    zeros for those that need none."""
+    zeros for those that need none. moved: what the moving buffers held when z was found."""
     module = _layer(layer)
     leaves = [t.detach().requires_grad_(_has_gradient(t)) for t in inputs]
     leaves += map(_leaf, _own(module, parameters))
@@ -209,7 +225,9 @@ def equilibrium_backward(
     if wanted:
         f = _function(module, leaves[: len(inputs)], leaves[len(inputs) :])
         block, device = module.block, z[0].device
-        with included(_EAGER), torch.enable_grad(), _in_modes(block, modes), _masks(block, seed, device):
+        places = [(*place, then) for place, then in zip(_moving_places(block), moved, strict=True)]
+        as_then = Exchanged(places) if places else nullcontext()
+        with included(_EAGER), torch.enable_grad(), _in_modes(block, modes), _masks(block, seed, device), as_then:
             parts = parts_of(module.attach(f, as_state(z, kind), wanted))
             used = [(part, v) for part, v in zip(parts, g, strict=True) if part.requires_grad]
             if used:  # else the block uses none of the tensors
@@ -225,23 +243,23 @@ def equilibrium_backward(
 
 
 @equilibrium_backward.register_fake
-def _(layer, seed, modes, kind, z, inputs, parameters, g):
+def _(layer, seed, modes, kind, z, inputs, parameters, moved, g):
     return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (*inputs, *parameters)]
 
 
 def _setup_context(ctx, inputs, output):
-    layer, seed, ctx.modes, ctx.kind, _, x, parameters = inputs
-    ctx.counts = len(output), len(x)
+    layer, seed, ctx.modes, ctx.kind, start, x, parameters, _ = inputs
+    ctx.counts = len(start), len(x), len(output)
     ctx.save_for_backward(layer, seed, *output, *x, *parameters)
 
 
 def _backward(ctx, g):
-    n, m = ctx.counts
+    n, m, both = ctx.counts
     layer, seed, *saved = ctx.saved_tensors
-    z, x, parameters = saved[:n], saved[n : n + m], saved[n + m :]
-    grads = equilibrium_backward(layer, seed, ctx.modes, ctx.kind, z, x, parameters, list(g))
+    z, moved, x, parameters = saved[:n], saved[n:both], saved[both : both + m], saved[both + m :]
+    grads = equilibrium_backward(layer, seed, ctx.modes, ctx.kind, z, x, parameters, moved, list(g[:n]))
     grads = [grad if _has_gradient(t) else None for grad, t in zip(grads, (*x, *parameters), strict=True)]
-    return None, None, None, None, [None] * n, grads[:m], grads[m:]
+    return None, None, None, None, [None] * n, grads[:m], grads[m:], [None] * (both - n)
 
 
 equilibrium.register_autograd(_backward, setup_context=_setup_context)

@@ -12,7 +12,7 @@ from ..held import Applied, Members, Uses, enclosed
 from ..modes import has_autocast
 from ..options import unknown_option
 from ..state import State, parts_of
-from .compiled import as_state, equilibrium, kind_of, modes_of, new_seed, register
+from .compiled import as_state, equilibrium, kind_of, modes_of, moving_of, new_seed, register
 from .dropout import modules_with_masks, reset_dropout
 
 OPTIONS = tuple(
@@ -110,7 +110,9 @@ class Equilibrium(nn.Module):
         start = [part.detach() for part in parts_of(z0)]
         seed = new_seed(self.block)
         modes = modes_of(self.block)
-        return as_state(equilibrium(self._number, seed, modes, kind, start, list(inputs), parameters), kind)
+        moving = moving_of(self.block)
+        found = equilibrium(self._number, seed, modes, kind, start, list(inputs), parameters, moving)
+        return as_state(found[: len(start)], kind)
 
     def _start(self, inputs: tuple[Tensor, ...], members: Members | None) -> State:
         if self.init is not None:
