@@ -214,11 +214,13 @@ class Holding(nn.Module):
             return self.cell(z, x)
 
         holder = [self]
+        nested = [holder]
         f = {
             "closure": lambda z: self.cell(z, x),
             "method": partial(self.cell, x=x),
             "behind": lambda z: step(z),
             "list": lambda z: holder[0].cell(z, x),
+            "nested": lambda z: nested[0][0].cell(z, x),
         }
         return deq.fixed_point(f[self.kind], torch.zeros_like(x), tol=1e-13).z
 
@@ -234,7 +236,7 @@ def exchanged(kind):
     return model, values, torch.randn(3, 4, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("kind", ["closure", "method", "behind", "layer"])
+@pytest.mark.parametrize("kind", ["closure", "method", "behind", "list", "layer"])
 def test_functional_call_of_a_model(kind):
     """It exchanges parameters for the call alone: the backward pass has them as well."""
     model, values, x = exchanged(kind)
@@ -264,7 +266,7 @@ def test_functional_call_of_a_model(kind):
 
 def test_parameters_that_cannot_be_given_back_are_refused():
     """Where f reaches the module by ways that are not known: an error, and never a gradient of zero."""
-    model, values, x = exchanged("list")
+    model, values, x = exchanged("nested")
     run = lambda values: torch.func.functional_call(model, values, (x,)).sum()  # noqa: E731
     with pytest.raises(RuntimeError, match="functional_call"):
         grad(run)(values)
@@ -278,7 +280,7 @@ def test_parameters_that_cannot_be_given_back_are_refused():
 
 def test_a_parametrised_weight_that_cannot_be_given_back_is_refused():
     """A solve computes it once: its other evaluations do not use what it is made of."""
-    model, _, x = exchanged("list")
+    model, _, x = exchanged("nested")
     nn.utils.parametrizations.weight_norm(model.linear)
     name = "linear.parametrizations.weight.original1"
     W = 0.7 * model.get_parameter(name).detach()
