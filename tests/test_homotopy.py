@@ -8,7 +8,7 @@ import deq
 from deq import _library, reference
 from deq.backends import get_backend
 from deq.solution import Status
-from deq.solvers import ladder
+from deq.solvers import equations
 from deq.solvers.homotopy import follow
 
 BACKENDS = ["reference"] + (["cpu"] if _library.compiled is not None else [])
@@ -74,7 +74,7 @@ def test_it_is_the_last_rung(monkeypatch):
     """What all other means leave is solved, with exact gradients; more samples than it may take on are left."""
     W, c = chaotic(64, 12, 8.0)
     with monkeypatch.context() as without:
-        without.setattr(ladder, "HOMOTOPY_FLOPS", 0.0)
+        without.setattr(equations, "HOMOTOPY_FLOPS", 0.0)
         with pytest.warns(deq.ConvergenceWarning):
             left = ~deq.solve(W, c, "tanh", max_iter=5000).converged
     assert left.sum() >= 4

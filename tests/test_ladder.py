@@ -9,7 +9,7 @@ import deq
 from deq import _library, reference, stats
 from deq.activations import ACTIVATIONS
 from deq.backends import get_backend
-from deq.solvers import ladder
+from deq.solvers import equations, ladder
 
 BACKENDS = ["reference"] + (["cpu"] if _library.compiled is not None else [])
 backends = pytest.mark.parametrize("backend", BACKENDS)
@@ -435,7 +435,7 @@ def test_gradients_of_a_stack_have_the_cayley_map_of_each_weight(backend, monkey
     W, c, g = torch.stack([2 * torch.eye(64), W]), torch.stack([torch.full_like(c, 5.0), c]), torch.stack([g, g])
     z0 = deq.solve(W, c, "tanh", tol=1e-6, backend=backend).z
     z = deq.solve(W, c.requires_grad_(), "tanh", z0=z0, backend=backend).z
-    monkeypatch.setattr(ladder, "NEWTON_FLOPS", 0.0)
+    monkeypatch.setattr(equations, "NEWTON_FLOPS", 0.0)
     (dc,) = torch.autograd.grad(z, c, g)  # no warning
     D = (1 - z.detach().double() ** 2).unsqueeze(-1)
     u = torch.linalg.solve(torch.eye(64) - D * W.mT.double().unsqueeze(1), D * g.double().unsqueeze(-1)).squeeze(-1)

@@ -26,139 +26,24 @@ all, and nothing is inside a capture of the caller's.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from .. import stats
-from ..activations import ACTIVATIONS
 from ..backends import Deferred, Outcome, Settled, get_backend
-from ..backends import reference as torch_backend
 from ..backends.outcome import first_bad
-from ..cache import remembered
 from ..modes import no_autocast
 from ..plan import Plan, varied
 from ..solution import Status
-from . import cayley, homotopy, newton
+from .equations import Adjoint, Equation, Equilibria
 
 # The Cayley map is left at this share of the tolerance; the first product with W then nearly always finds the
 # equation's own residual below the tolerance. The second number is for samples with which it did not.
 TIGHTER = (1.5, 0.1)
 CHUNK = 2048  # rows whose shifted injection exists at a time: bounds the memory of the Cayley map
-SWITCHED_OFF = -8.0  # times the largest injection: with less relu's unit is taken to be without influence
 FAR = 0.1  # residual above which an iterate is no better a start than zero
-NEWTON_STEPS = 60
-NEWTON_FLOPS = 1e12  # of the systems solved, were all steps needed: about ten seconds of one core
-HOMOTOPY_SYSTEMS = 1000  # of a sample; most take 50 to 400
-HOMOTOPY_FLOPS = 5e10  # after which no sample is begun: about ten seconds of one core
-SYSTEM_FLOPS = 5e5  # in whose time a system is set up
-
-
-@dataclass(frozen=True)
-class _Equilibria:
-    """``z = act(W z + c)`` for the rows of c (B, m) or (S, B, m), in the precision computed in."""
-
-    W: Tensor
-    c: Tensor
-    activation: str
-    backend: object
-    K: Callable[[], tuple[Tensor | None, float]]  # made when it is needed: K or None, and alpha
-    ends_exactly = False  # of_influence is a guess
-
-    @property
-    def injection(self) -> Tensor:
-        return self.c
-
-    def part(self, index) -> "_Equilibria":
-        return replace(self, c=self.c[index])
-
-    def of_influence(self) -> "_Equilibria":
-        """The same but for injections far below what makes relu's values: K would carry their rounding into the others.
-        A guess, for a unit that W might lift from there: the equation itself judges."""
-        if self.activation != "relu":
-            return self
-        return replace(self, c=self.c.maximum(SWITCHED_OFF * self.c.amax(-1, keepdim=True).relu()))
-
-    def plain(self, start: Tensor | None, plan: Plan, out: Tensor | None = None) -> Outcome:
-        return self.backend.solve(self.W, self.c, start, self.activation, plan, out=out)
-
-    def reflected(self, K: Tensor, shifted: Tensor, start: Tensor | None, alpha: float, plan: Plan) -> Outcome:
-        if start is not None:
-            evaluate = self.backend.evaluate
-            x = u = evaluate(self.W, self.c, start, "identity")
-            value = torch.relu(u) if self.activation == "relu" else evaluate(self.W, self.c, start, self.activation)
-            if alpha != 1.0:  # relu
-                x = (1.0 - alpha) * value + alpha * u
-                value = torch.relu(x)
-            start = 2.0 * value - x
-        return self.backend.solve(K, shifted, start, self.activation, plan, reflected=True)
-
-    def newton(self, start: Tensor, plan: Plan) -> tuple[Tensor, ...]:
-        steps = min(plan.max_iter, NEWTON_STEPS)
-        if self.activation == "identity":  # one linear system, whether the iteration is stable or not
-            return newton.masked_solve(self.W, torch.ones_like(self.c), self.c, plan.tol, self.backend)
-        return newton.newton(self.W, self.c, start, self.activation, plan.tol, steps, self.backend)
-
-    def homotopy(self, plan: Plan) -> tuple[Tensor, ...]:
-        """On the CPU: one sample after the other, whose every step is looked at."""
-        backend = self.backend if self.c.is_cpu else torch_backend
-        steps = min(plan.max_iter, HOMOTOPY_SYSTEMS)
-        together = HOMOTOPY_FLOPS / ((2 / 3) * (self.c.shape[-1] + 1) ** 3 + SYSTEM_FLOPS)
-        found = homotopy.follow(self.W.cpu(), self.c.cpu(), self.activation, plan.tol, steps, backend, together)
-        return tuple(t.to(self.c.device) for t in found)
-
-
-@dataclass(frozen=True)
-class _Adjoint:
-    """``u = d * (A u + g)`` for the rows of g; ``d()`` is the derivative, or with ``value_of`` the activation at z."""
-
-    A: Tensor
-    g: Tensor
-    d: Callable[[], Tensor]
-    value_of: str | None
-    backend: object
-    K: Callable[[], tuple[Tensor | None, float]]
-
-    @property
-    def ends_exactly(self) -> bool:
-        """Whether D may end elements of g: that of relu, or a given one. The Cayley map is without them from the start.
-
-        At 256 x 256 it takes 3.5 ms then, 0.04 of them to leave them out, whatever they are; with them 8.7 ms where
-        they are three times as large as the others, 8 to 16 at thirty times (mu = 1, Zen 4, one thread).
-        """
-        return self.value_of in (None, "relu")
-
-    @property
-    def injection(self) -> Tensor:
-        return self.g
-
-    def part(self, index) -> "_Adjoint":
-        return replace(self, g=self.g[index], d=lambda: self.d()[index])
-
-    def of_influence(self) -> "_Adjoint":
-        """The same without the elements of g that D ends: K would carry their rounding into the others."""
-        d = self.d()
-        return replace(self, g=self.g * ((d if self.ends_exactly else self._derivative(d)) != 0))
-
-    def plain(self, start: Tensor | None, plan: Plan, out: Tensor | None = None) -> Outcome:
-        return self.backend.masked_linear(self.A, self.g, self.d(), self.value_of, plan, u0=start, out=out)
-
-    def reflected(self, K: Tensor, shifted: Tensor, start: Tensor | None, alpha: float, plan: Plan) -> Outcome:
-        d = self.d()
-        if start is not None:
-            x = (1.0 - alpha) * start + alpha * self.backend.evaluate(self.A, self.g, start, "identity")
-            start = (2.0 * self._derivative(d) - 1.0) * x
-        return self.backend.masked_linear(K, shifted, d, self.value_of, plan, u0=start, reflected=True)
-
-    def _derivative(self, d: Tensor) -> Tensor:
-        return d if self.value_of is None else ACTIVATIONS[self.value_of].derivative_of_value(d)
-
-    def newton(self, start: Tensor, plan: Plan) -> tuple[Tensor, ...]:
-        return newton.masked_solve(self.A, self._derivative(self.d()), self.g, plan.tol, self.backend)
-
-    homotopy = None  # Newton has solved what is linear
 
 
 def solve(W: Tensor, c: Tensor, z0: Tensor | None, activation: str, plan: Plan) -> Outcome:
@@ -172,7 +57,7 @@ def solve(W: Tensor, c: Tensor, z0: Tensor | None, activation: str, plan: Plan) 
         if _is_final(outcome, plan):  # nearly always: what the rungs need is not even made, 8 us less
             waits = isinstance(outcome.report, Deferred)
             return postpone(outcome, W, c, activation, plan, z0) if waits else outcome
-    problem = _Equilibria(W, c, activation, backend, partial(_matrix, W, activation))
+    problem = Equilibria(W, c, activation, backend)
     return postpone(_climb(problem, z0, plan, outcome), W, c, activation, plan, z0)
 
 
@@ -197,12 +82,7 @@ def masked_linear(
         if _is_final(outcome, plan):
             return outcome
 
-    def transposed(s: int | None = None) -> tuple[Tensor | None, float]:
-        # The s-th of a stack by itself, as forward: another that has no K takes it from nobody.
-        K, alpha = _matrix(A.mT if s is None else A[s].mT, activation)
-        return None if K is None else K.mT, alpha
-
-    problem = _Adjoint(A, g, lambda: d, value_of, backend, transposed)
+    problem = Adjoint(A, g, lambda: d, value_of, activation, backend, A.mT)
     return _climb(problem, None, plan, outcome, out, recompute)
 
 
@@ -230,7 +110,7 @@ def postpone(outcome: Outcome, W: Tensor, c: Tensor, activation: str, plan: Plan
             # In inference mode tensors made in that mode may be written to as well; who reads a status may do so
             # under autocast.
             with torch.inference_mode(), no_autocast(c.device.type):
-                problem = _Equilibria(W, c, activation, get_backend(plan.backend), partial(_matrix, W, activation))
+                problem = Equilibria(W, c, activation, get_backend(plan.backend))
                 _rescue_all(problem, z0, Outcome(z, said, None), plan)
 
     report.rescue = rescue
@@ -241,18 +121,13 @@ def _version(t: Tensor) -> int:
     return 0 if t.is_inference() else t._version
 
 
-def _matrix(W: Tensor, activation: str) -> tuple[Tensor | None, float]:
-    """K of W and its alpha; None where it does not exist. Remembered: forward, backward and later solves share it."""
-
-    def make() -> tuple[Tensor | None, float]:
-        alpha = cayley.choose_alpha(W, activation)
-        return cayley.cayley_matrix(W, alpha), alpha
-
-    return remembered(W, ("cayley", activation == "relu"), make)
-
-
 def _climb(
-    problem, start: Tensor | None, plan: Plan, outcome: Outcome | None, out: Tensor | None = None, recompute=None
+    problem: Equation,
+    start: Tensor | None,
+    plan: Plan,
+    outcome: Outcome | None,
+    out: Tensor | None = None,
+    recompute: Callable[[], Tensor] | None = None,
 ) -> Outcome:
     """``outcome`` is that of the plain map, None where the plan begins with the Cayley map."""
     plan = varied(plan, unless_large=False)  # that was about W; K is as large as it has to be
@@ -277,11 +152,11 @@ def _climb(
     return outcome._replace(report=Settled(numbers, status.numel(), report.weight()) if deferred else numbers)
 
 
-def _first_by_cayley(problem, start: Tensor | None, plan: Plan, out: Tensor | None) -> Outcome | None:
+def _first_by_cayley(problem: Equation, start: Tensor | None, plan: Plan, out: Tensor | None) -> Outcome | None:
     """The Cayley map for the whole batch, in the precision computed in; None where K does not exist."""
     injection = problem.injection
     dtype, wide = injection.dtype, _computed_in(injection.dtype)
-    problem, start = _widened(problem, wide), None if start is None else start.to(wide)
+    problem, start = problem.widened(wide), None if start is None else start.to(wide)
     outcome = _by_cayley(problem, start, plan, TIGHTER[0])
     if outcome is None or (dtype == wide and out is None):
         return outcome
@@ -299,27 +174,19 @@ def _computed_in(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _matrix_of_stack(problem, s: int):
-    """The problem of the s-th W of a stack."""
-    if isinstance(problem, _Equilibria):
-        W = problem.W[s]
-        return replace(problem, W=W, c=problem.c[s], K=partial(_matrix, W, problem.activation))
-    return replace(problem, A=problem.A[s], g=problem.g[s], d=lambda: problem.d()[s], K=partial(problem.K, s))
-
-
-def _rescue_all(problem, start: Tensor | None, outcome: Outcome, plan: Plan) -> None:
+def _rescue_all(problem: Equation, start: Tensor | None, outcome: Outcome, plan: Plan) -> None:
     if outcome.z.dim() == 2:
         _rescue(problem, start, outcome, plan)
     else:
         for s in range(outcome.z.shape[0]):
-            _rescue(_matrix_of_stack(problem, s), None if start is None else start[s], outcome, plan, s)
+            _rescue(problem.of_weight(s), None if start is None else start[s], outcome, plan, s)
 
 
-def _rescue(problem, z0: Tensor | None, outcome: Outcome, plan: Plan, s: int | None = None) -> None:
+def _rescue(problem: Equation, z0: Tensor | None, outcome: Outcome, plan: Plan, s: int | None = None) -> None:
     """Take the failed samples of ``outcome`` (of its s-th W), begun at z0, up the rungs, and write what they reach into
     it."""
     z, iterations, residual, status = (t if s is None else t[s] for t in (outcome.z, *_read(outcome)))
-    wide, width = _computed_in(z.dtype), z.shape[-1]
+    wide = _computed_in(z.dtype)
     native = varied(plan, increments="native")
 
     def by_cayley(part, index, start, most, share=TIGHTER[0]):
@@ -338,17 +205,10 @@ def _rescue(problem, z0: Tensor | None, outcome: Outcome, plan: Plan, s: int | N
         return part.plain(first, varied(native, acceleration="none", max_iter=most))
 
     def by_newton(part, index, start, most):
-        n = start.shape[0]
-        if NEWTON_STEPS * n * (2 / 3) * width**3 > NEWTON_FLOPS:
-            return None
-        x, steps, r, how = part.newton(start, varied(plan, max_iter=most))
-        return Outcome(x, stats.pack(steps, r.to(wide), how), None)
+        return part.newton(start, varied(plan, max_iter=most))
 
     def by_homotopy(part, index, start, most):
-        if part.homotopy is None:
-            return None
-        x, steps, r, how = part.homotopy(varied(plan, max_iter=most))
-        return Outcome(x, stats.pack(steps, r.to(wide), how), None)
+        return part.homotopy(varied(plan, max_iter=most))
 
     means = {
         "cayley": by_cayley,
@@ -361,7 +221,7 @@ def _rescue(problem, z0: Tensor | None, outcome: Outcome, plan: Plan, s: int | N
 
     def attempt(name: str, index: Tensor, budget: Tensor, most: int) -> Tensor:
         """Those of the samples ``index`` that took more than their budget, for which nothing has been written."""
-        answer = means[name](_widened(problem.part(index), wide), index, z[index].to(wide), most)
+        answer = means[name](problem.part(index).widened(wide), index, z[index].to(wide), most)
         if answer is None:
             return torch.zeros_like(budget, dtype=torch.bool)
         more, now, how = _read(answer)
@@ -401,23 +261,9 @@ def _rounded_down(count: Tensor) -> Tensor:
     return torch.ldexp(torch.floor(mantissa * 16.0), exponent - 4).to(count.dtype)
 
 
-def _widened(problem, dtype: torch.dtype):
-    """The problem in the precision computed in."""
-    if problem.injection.dtype == dtype:
-        return problem
-    if isinstance(problem, _Equilibria):
-        W = problem.W.to(dtype)
-        return replace(problem, W=W, c=problem.c.to(dtype), K=partial(_matrix, W, problem.activation))
-    A = problem.A.to(dtype)
-
-    def transposed() -> tuple[Tensor | None, float]:
-        K, alpha = problem.K()
-        return None if K is None else K.to(dtype), alpha
-
-    return replace(problem, A=A, g=problem.g.to(dtype), d=lambda: problem.d().to(dtype), K=transposed)
-
-
-def _by_cayley(problem, start: Tensor | None, plan: Plan, share: float, is_apart: bool = False) -> Outcome | None:
+def _by_cayley(
+    problem: Equation, start: Tensor | None, plan: Plan, share: float, is_apart: bool = False
+) -> Outcome | None:
     """Reflected iteration to ``share`` of the tolerance, then one evaluation of the equation itself that judges.
 
     None where K does not exist. ``plan`` says how to iterate; is_apart: without what has no influence on the others.
