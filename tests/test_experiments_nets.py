@@ -18,9 +18,10 @@ from deq.experiments._equilibria import evidence
 from deq.experiments._filter_nets import FilterDEQ
 from deq.experiments._fit import fit
 from deq.experiments._judge import kind_of
-from deq.experiments._lineup import feedforward
+from deq.experiments._lineup import feedforward, width_for_flops
 from deq.experiments._nets import DiagonalDEQ, FeedForward, TriangularDEQ, feedforward_count, matching_width
 from deq.experiments._result import EQUILIBRIUM, FINITE_DEPTH
+from deq.experiments._sawtooth import widest
 from deq.experiments._steep_trained import sample
 from deq.experiments._train import cosine, square, train
 
@@ -77,6 +78,15 @@ def test_feed_forward_count_and_matching_width(inputs, width, depth):
     assert net.count == feedforward_count(inputs, width, depth) == sum(p[0].numel() for p in net.parameters)
     n = matching_width(inputs, depth, net.count)
     assert n == width
+
+
+def test_rivals_of_any_width_are_found_at_once():
+    for depth, parameters in ((2, 10**14), (3, 10**25)):
+        n = matching_width(10, depth, parameters)
+        assert feedforward_count(10, n - 1, depth) < parameters <= feedforward_count(10, n, depth)
+        n = width_for_flops(depth, parameters)
+        assert 2 * (feedforward_count(1, n, depth) - n * (depth - 1) - 1) >= parameters
+    assert sum(widest(1, 10**14)) == (10**14 - 1) // 3
 
 
 def test_feed_forward_is_lipschitz_with_the_product_of_its_norms():

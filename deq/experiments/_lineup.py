@@ -7,7 +7,7 @@ import torch
 from ._dense_nets import PARAMETRISATIONS, DenseDEQ, TiedNet
 from ._fit import Make
 from ._judge import beats
-from ._nets import FeedForward, TriangularDEQ, feedforward_count, matching_width
+from ._nets import FeedForward, TriangularDEQ, feedforward_count, matching_width, smallest
 from ._result import Claim
 
 F32 = torch.float32
@@ -47,10 +47,7 @@ def feedforward(width: int, depth: int, kinks: float, steps: int = TIED_STEPS) -
 
 def width_for_flops(depth: int, flops: float) -> int:
     """The smallest width with at least so many; a net's parameters less its biases are half of its FLOPs."""
-    width = 1
-    while 2 * (feedforward_count(1, width, depth) - width * (depth - 1) - 1) < flops:
-        width += 1
-    return width
+    return smallest(lambda width: 2 * (feedforward_count(1, width, depth) - width * (depth - 1) - 1) >= flops)
 
 
 def judge(

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -111,10 +111,19 @@ def feedforward_count(inputs: int, width: int, depth: int) -> int:
 
 def matching_width(inputs: int, depth: int, parameters: int) -> int:
     """The smallest width that gives a :class:`FeedForward` of this depth at least so many parameters."""
-    width = 1
-    while feedforward_count(inputs, width, depth) < parameters:
-        width += 1
-    return width
+    return smallest(lambda width: feedforward_count(inputs, width, depth) >= parameters)
+
+
+def smallest(enough: Callable[[int], bool], least: int = 1) -> int:
+    """The smallest integer from ``least`` on that is enough, where every larger one is too: by doubling and halving, as
+    it is 10^13 for some widths that can be asked for."""
+    above, step = least, 1
+    while not enough(above):
+        least, above, step = above + 1, above + step, 2 * step
+    while least < above:
+        middle = (least + above) // 2
+        least, above = (least, middle) if enough(middle) else (middle + 1, above)
+    return least
 
 
 class EquilibriumNet(SeededNet):

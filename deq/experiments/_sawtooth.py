@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ._nets import smallest
+
 INT64_WIDTH = 30  # |s| <= 2^(2m+1) must fit
 
 
@@ -159,8 +161,5 @@ def deq_parameters(m: int) -> int:
 
 def widest(depth: int, budget: int) -> list[int] | None:
     """Hidden widths, as equal as possible, of the largest net of this depth within so many parameters."""
-    best, neurons = None, depth
-    while parameters(spread_neurons(neurons, depth)) <= budget:
-        best = spread_neurons(neurons, depth)
-        neurons += 1
-    return best
+    beyond = smallest(lambda neurons: parameters(spread_neurons(neurons, depth)) > budget, depth)
+    return spread_neurons(beyond - 1, depth) if beyond > depth else None

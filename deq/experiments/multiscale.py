@@ -13,6 +13,7 @@ from ..fixed_point import StateSolution
 from ..nn import Equilibrium, MultiscaleBlock
 from ._equilibria import evidence
 from ._judge import beats, kind_of
+from ._nets import smallest
 from ._result import Result, Table, number, spread
 from ._run import Choice, Experiment, Part, Run, Tick
 from ._train import cosine
@@ -112,10 +113,7 @@ def run_multiscale(run: Run) -> Result:
 def _matching(channels: Sequence[int]) -> int:
     """The fewest channels with which one resolution has no fewer parameters than these resolutions."""
     wanted = _count(MultiscaleBlock(channels, groups=1))
-    n = channels[0]
-    while _count(MultiscaleBlock((n,), groups=1)) < wanted:
-        n += 1
-    return n
+    return smallest(lambda n: _count(MultiscaleBlock((n,), groups=1)) >= wanted, channels[0])
 
 
 def _count(module: nn.Module) -> int:
