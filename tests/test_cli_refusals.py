@@ -23,6 +23,10 @@ from deq.files import writing
         (("regoins",), ("no experiment 'regoins'", "Did you mean 'regions'?", "regions, sawtooth, steep")),
         ((), ("name an experiment: regions, sawtooth, steep",)),
         (("all", "--width", "5000"), ("regions: width must be at least 1 and at most 1000; got 5000",)),
+        (
+            ("steep", "--width", "10000000"),
+            ("steep: width must be at least 1 and at most 32768, where", "GiB a seed; got"),
+        ),
         (("density", "--width", "8"), ("density: width must be at least 16; got 8",)),
         (("steep", "--wdith", "3"), ("--wdith", "--width")),
     ],

@@ -80,7 +80,8 @@ class Experiment:
     name: as typed in ``deq run NAME``. title: one line. claim: what the paper says, in a sentence or two.
     function: ``Run -> Result``. width_means: what ``--width`` sets; depth_means likewise, empty if it has no depth;
     input_means: what file ``--input`` names, empty if none.
-    width, seeds, depth: the defaults of default, quick and full runs. config: every other setting, with its reason.
+    width, seeds, depth: the defaults of default, quick and full runs. largest_because: said where a larger width is
+    refused. config: every other setting, with its reason.
     needs: packages beyond the required ones.
     """
 
@@ -95,6 +96,7 @@ class Experiment:
     depth_means: str = ""
     smallest_width: int = 1
     largest_width: int | None = None
+    largest_because: str = ""
     input_means: str = ""
     config: Mapping[str, Choice] = field(default_factory=dict)
     needs: tuple[str, ...] = ()
@@ -139,6 +141,7 @@ class Experiment:
                 raise SettingsError(f"{self.name}: {name} must be an integer; got {value!r}")
             if value < low or (high is not None and value > high):
                 allowed = f"at least {low}" + (f" and at most {high}" if high else "")
+                allowed += f", {self.largest_because}" if name == "width" and self.largest_because else ""
                 raise SettingsError(f"{self.name}: {name} must be {allowed}; got {value}")
         if input is not None and not self.input_means:
             raise SettingsError(f"{self.name}: reads no input; got {input}")

@@ -31,6 +31,7 @@ SOLVED = (4, 5, 6)  # of those that the engine solves: the plain iteration needs
 TRAINED = (6, 10)  # of the trained nets; from d = 16 on nothing learns from samples of the cube
 STEPS, QUICK_STEPS = 3000, 200
 WIDE, QUICK_WIDE = (4096, 65536), (4096,)  # widths at which both laws are checked once, at d = 20
+LARGEST = 2**15  # wider ones would fail for memory only after the constructions, which take hours there
 DRAWS = 10_000  # pairs of contractions for Lemma 2
 
 
@@ -251,5 +252,7 @@ EXPERIMENT = Experiment(
     function=run_steep,
     width_means="neurons of the trained DEQs; the constructions go up to this width, at least to K = 64",
     width=(20, 20, 256),
+    largest_width=LARGEST,
+    largest_because=f"where a trained W, its gradient and Adam's moments take {LARGEST**2 * 32 >> 30} GiB a seed",
     seeds=(8, 3, 16),
 )
