@@ -158,7 +158,7 @@ def constants(update: bool, out: Path) -> None:
         path = measuring.write(out, update)
     except OSError as error:
         raise cannot_write(out, error) from error
-    console.print(f"Written to {path}", soft_wrap=True)
+    console.print(f"Written to {path}", soft_wrap=True, markup=False)
 
 
 @bench.command()
@@ -344,7 +344,7 @@ def guard(update: bool) -> None:
             run.write(measured)
         except OSError as error:
             raise click.ClickException(f"cannot write {run.GOLDEN}: {error.strerror or error}.") from error
-        console.print(f"Written to {run.GOLDEN}", soft_wrap=True)
+        console.print(f"Written to {run.GOLDEN}", soft_wrap=True, markup=False)
         return
     findings = run.compare(golden, measured)
     for finding in findings:
@@ -385,7 +385,7 @@ def _follow(run, out: Path, tables: Callable) -> None:
         except CannotWrite as error:
             raise cannot_write(out, error) from error
     if run.path:
-        console.print(f"Written to {run.path}", soft_wrap=True)
+        console.print(f"Written to {run.path}", soft_wrap=True, markup=False)
     if interrupted:
         click.echo("Interrupted: what was finished is kept.", err=True)
         click.get_current_context().exit(130)
@@ -419,7 +419,7 @@ def _finish(rows: list[dict], out: Path, name: str, console) -> None:
     where = environment()
     path = save([row | where for row in rows], out, name)
     console.print(report.summary(rows))
-    console.print(f"Written to {path}", soft_wrap=True)
+    console.print(f"Written to {path}", soft_wrap=True, markup=False)
 
 
 def save(rows: list[dict], out: Path, name: str, device: str = "cpu") -> Path:

@@ -327,7 +327,7 @@ def profile(
         deq.solve(W.detach(), c.detach(), activation, solver=solver, on_failure="raise").status  # noqa: B018
     except deq.ConvergenceError as error:
         console.print(str(error).partition(" Their best")[0], style="bold", markup=False, highlight=False)
-    console.print(f"Written to {path} and {path.with_suffix('.png')}", soft_wrap=True)
+    console.print(f"Written to {path} and {path.with_suffix('.png')}", soft_wrap=True, markup=False)
 
 
 def _names(experiment: str | None, known: list[str]) -> list[str]:

@@ -82,6 +82,12 @@ def test_regions_quick(tmp_path):
     assert exact == {"float32": 23, "float64": 52}
 
 
+@pytest.mark.parametrize("name", ["runs[bold]", "runs[/bold]"])
+def test_a_folder_may_be_named_like_a_tag_of_rich(name, tmp_path):
+    result = deq_command("run", "regions", "--quick", "--width", 2, "--out", tmp_path / name)
+    assert result.exit_code == 0 and f"Wrote {tmp_path / name / 'regions'}.json" in result.output
+
+
 def test_regions_samples_where_it_cannot_count(tmp_path, monkeypatch):
     monkeypatch.setattr(regions, "EXACT", 5)
     result = deq_command("run", "regions", "--quick", "--width", 33, "--out", tmp_path)

@@ -320,7 +320,8 @@ def execute(experiment: Experiment, settings: Settings, out: Path, console: Cons
     replace_text(out / f"{experiment.name}.md", markdown(experiment, settings, result))
     print_result(console, result)
     seconds = number(record["provenance"]["seconds"])
-    console.print(f"Wrote {out / experiment.name}.json, .md and .png in {seconds} s.", highlight=False, soft_wrap=True)
+    wrote = f"Wrote {out / experiment.name}.json, .md and .png in {seconds} s."
+    console.print(wrote, highlight=False, soft_wrap=True, markup=False)  # a path may hold what rich takes for a tag
     return result
 
 
