@@ -32,16 +32,23 @@ class Interruptible(click.Group):
                 raise
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left goes nowhere at exit
             ctx.exit(141)
-        except (MemoryError, RuntimeError) as error:
+        except (MemoryError, OverflowError, RuntimeError, TypeError) as error:
             if not (isinstance(error, MemoryError) or any(words in str(error) for words in _OF_MEMORY)):
                 raise
-            lacking = click.ClickException(f"not enough memory for this size: {str(error).strip().splitlines()[0]}")
+            why = str(error).strip().partition("\n")[0]  # Python's own MemoryError says nothing
+            lacking = click.ClickException(f"not enough memory for this size{': ' if why else ''}{why}")
             lacking.exit_code = 2  # that of bad options: 1 is that of a theorem that failed
             raise lacking from error
 
 
-# What torch's errors say, which are RuntimeErrors like others.
-_OF_MEMORY = ("can't allocate memory", "out of memory", "overflowed with sizes")
+# What torch's errors say, which are RuntimeErrors like others, and what is said of sizes beyond 64 bits.
+_OF_MEMORY = (
+    "can't allocate memory",
+    "out of memory",
+    "overflowed with sizes",
+    "Overflow when unpacking",
+    "index-sized integer",
+)
 
 
 @click.group(cls=Interruptible, context_settings={"help_option_names": ["-h", "--help"]})

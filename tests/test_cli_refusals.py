@@ -39,7 +39,17 @@ def test_bad_options_are_named(arguments, words, tmp_path):
 
 
 @pytest.mark.skipif(_library.compiled is None, reason="benchmarks need the compiled library")
-@pytest.mark.parametrize("command", [("bench", "cpu", "--case", "100000000,3"), ("profile", "--width", 10**8)])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("bench", "cpu", "--case", "100000000,3"),
+        ("profile", "--width", 10**8),
+        ("profile", "--width", 8, "--batch", 10**20),
+        ("run", "density", "--quick", "--width", 10**20),
+        ("run", "sawtooth", "--quick", "--depth", 10**12),  # of a list in Python: an error without words
+        ("run", "sawtooth", "--quick", "--depth", 10**20),
+    ],
+)
 def test_a_size_that_no_memory_holds_is_said(command, tmp_path):
     result = deq_command(*command, "--out", tmp_path)
     assert result.exit_code == 2 and "Error: not enough memory for this size" in result.stderr
