@@ -34,9 +34,28 @@ def _why_not(device: str) -> str:
         least = min(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
         if least < LEAST_CAPABILITY:
             return f"its kernels need compute capability 8.0; a GPU here has {least[0]}.{least[1]}"
+        if reason := why_not_launch():
+            return reason
     elif device != "cpu":
         return f"it has no kernels for {device} tensors"
     elif not triton.knobs.runtime.interpret:
         return "CPU tensors need Triton's interpreter, which is off"
     load("triton")
+    return ""
+
+
+@lru_cache(maxsize=1)
+def why_not_launch() -> str:
+    """Why Triton cannot launch kernels on a GPU here, "" if it can. It builds what launches them with a C compiler and
+    the headers of Python, of which runtime images of containers often have neither."""
+    try:
+        import triton
+    except ImportError:
+        return "Triton is not installed"
+    if triton.knobs.runtime.interpret:
+        return ""
+    try:
+        _ = triton.runtime.driver.active.utils
+    except Exception as error:  # of a compiler, a driver or a cache
+        return f"Triton cannot launch kernels here: {error}"
     return ""

@@ -19,6 +19,7 @@ from deq.kernels import delta, iteration, records
 from deq.kernels.tiles import Tiles
 from deq.plan import make_plan
 from deq.solvers import ladder
+from deq.solvers.generic import Rule, triton_steps
 
 SMALL = Tiles(16, 16, 16, 4, 2)  # several tiles in every direction at sizes that the interpreter can bear
 
@@ -351,6 +352,29 @@ def test_without_interpreter_and_gpu_the_error_says_so(monkeypatch):
         deq.solve(W, c, backend="triton")
     monkeypatch.undo()
     _triton._why_not.cache_clear()
+
+
+def test_where_nothing_can_build_its_launcher_a_gpu_is_left_to_the_reference(monkeypatch):
+    """As in a runtime image without a C compiler."""
+
+    class Nothing:
+        @property
+        def active(self):
+            raise RuntimeError("Failed to find C compiler")
+
+    for name, value in (("is_available", True), ("device_count", 1), ("get_device_capability", (9, 0))):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    monkeypatch.setattr(triton.runtime, "driver", Nothing())
+    for cached in (_triton._why_not, _triton.why_not_launch):
+        cached.cache_clear()
+    try:
+        assert _triton.why_not("cuda") == "Triton cannot launch kernels here: Failed to find C compiler"
+        assert not triton_steps.serves(SimpleNamespace(is_cuda=True), Rule("anderson", 1e-4, 9))
+    finally:
+        monkeypatch.undo()
+        for cached in (_triton._why_not, _triton.why_not_launch):
+            cached.cache_clear()
 
 
 def test_float64_goes_to_the_reference_and_says_why():

@@ -3,18 +3,17 @@
 All that is wide is two kernels an evaluation besides f; numbers of a sample stay torch operators, and on the device.
 """
 
-import importlib.util
-
 import torch
 from torch import Tensor
 
+from ... import _triton
 from .rule import Rule
 from .torch_steps import TorchSteps
 
 
 def serves(y: Tensor, rule: Rule) -> bool:
     """Whether this solve can use the kernels."""
-    return y.is_cuda and rule.method in ("anderson", "auto") and importlib.util.find_spec("triton") is not None
+    return y.is_cuda and rule.method in ("anderson", "auto") and _triton.why_not_launch() == ""
 
 
 class TritonSteps(TorchSteps):
