@@ -76,8 +76,9 @@ def _mix(
     damped: tl.constexpr,
     block: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    i = tl.program_id(1) * block + tl.arange(0, block)
+    pieces = tl.cdiv(D, block)
+    row = (tl.program_id(0) // pieces).to(tl.int64)
+    i = tl.program_id(0) % pieces * block + tl.arange(0, block)
     inside = i < D
     if tl.load(mixing + row):
         total = tl.zeros((block,), tl.float64)
@@ -117,7 +118,7 @@ def mix(images: Tensor, residuals: Tensor, a: Tensor, b: Tensor | None, mixing: 
     """
     B, depth, D = images.shape
     if B:
-        grid = (B, triton.cdiv(D, BLOCK))
+        grid = (B * triton.cdiv(D, BLOCK),)  # of a second dimension CUDA has 65535 at most
         with torch.cuda.device_of(images):
             _mix[grid](images, residuals, a, a if b is None else b, mixing, out, D, depth, b is not None, BLOCK)
     return out

@@ -97,3 +97,18 @@ def test_kernels_run_on_the_device_of_their_tensors(monkeypatch):
     history.measure(y, y, pairs, pairs, slots)
     history.mix(pairs, pairs, torch.zeros(2, 4), None, slots > 0, y)
     assert kernels["_measure"][0] is y and kernels["_mix"][0] is pairs
+
+
+def test_states_of_any_size_are_launched(monkeypatch):
+    """CUDA has 2^31 - 1 programs in the first dimension of a grid, 65535 in the others."""
+    grids = []
+
+    class Launcher:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return lambda *_: None
+
+    monkeypatch.setattr(history, "_mix", Launcher())
+    state = torch.empty(1, 70_000 * history.BLOCK, device="meta")
+    history.mix(state[:, None], state[:, None], torch.ones(1, 1), None, torch.ones(1, dtype=torch.bool), state)
+    assert all(n <= 65535 for n in grids[0][1:])
