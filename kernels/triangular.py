@@ -19,6 +19,7 @@ from .diagonal import root
 
 BLOCK_B = 16
 BLOCK = 32
+WIDE_FROM = 1 << 31  # elements that W reaches over, of which 32 bits cannot tell the last; wider places cost registers
 
 
 def substitute(
@@ -56,6 +57,7 @@ def substitute(
                 ACTIVATION=number,
                 STRICT=strict,
                 UPPER=upper,
+                WIDE=m * max(W.stride()) >= WIDE_FROM,
                 BLOCK_B=BLOCK_B,
                 BLOCK=BLOCK,
                 enable_fp_fusion=True,
@@ -77,6 +79,7 @@ def substitute_kernel(
     ACTIVATION: tl.constexpr,
     STRICT: tl.constexpr,
     UPPER: tl.constexpr,
+    WIDE: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -106,7 +109,7 @@ def substitute_kernel(
             k = before + tl.arange(0, BLOCK)
             earlier = tl.load(z_ptr + rows + _place(k, m, UPPER)[None, :], mask=in_b[:, None], other=0.0)
             w = tl.load(
-                w_ptr + _place(n, m, UPPER)[None, :] * stride_wn + _place(k, m, UPPER)[:, None] * stride_wk,
+                w_ptr + _row(n, m, UPPER, WIDE)[None, :] * stride_wn + _row(k, m, UPPER, WIDE)[:, None] * stride_wk,
                 mask=(n < m)[None, :],
                 other=0.0,
             )
@@ -120,7 +123,7 @@ def substitute_kernel(
         while (i < BLOCK) & (first + i < m):
             here = (tl.arange(0, BLOCK) == i)[None, :]
             own = tl.sum(tl.where(here, x, 0.0), axis=1)
-            place = _place(first + i, m, UPPER)
+            place = _row(first + i, m, UPPER, WIDE)
             w = own * 0.0
             if not STRICT:
                 w += tl.load(w_ptr + place * stride_wn + place * stride_wk)
@@ -137,7 +140,7 @@ def substitute_kernel(
             size2 += tl.sum(size * size, axis=1)
             z = tl.where(here, value[:, None], z)
             later = (tl.arange(0, BLOCK) > i) & (n < m)
-            column = tl.load(w_ptr + _place(n, m, UPPER) * stride_wn + place * stride_wk, mask=later, other=0.0)
+            column = tl.load(w_ptr + _row(n, m, UPPER, WIDE) * stride_wn + place * stride_wk, mask=later, other=0.0)
             x += value[:, None] * column[None, :]
             i += 1
         tl.store(z_ptr + at, z, mask=inside)
@@ -153,6 +156,15 @@ def _place(n, m, UPPER: tl.constexpr):
     if UPPER:
         n = tl.maximum(m - 1 - n, 0)
     return n
+
+
+@triton.jit
+def _row(n, m, UPPER: tl.constexpr, WIDE: tl.constexpr):
+    """The same, as a row or column of W."""
+    place = _place(n, m, UPPER)
+    if WIDE:
+        place = tl.full((), 1, tl.int64) * place
+    return place
 
 
 def compilations() -> list[Compilation]:
@@ -173,6 +185,7 @@ def _compilation(activation: str, masked: bool) -> Compilation:
             "ACTIVATION": ACTIVATIONS[activation].number,
             "STRICT": 0,
             "UPPER": int(masked),
+            "WIDE": 0,
             "BLOCK_B": BLOCK_B,
             "BLOCK": BLOCK,
         }

@@ -1,6 +1,7 @@
 """The kernels for weights of known structure, in the interpreter, against deq/direct/roots.py."""
 
 import contextlib
+from collections import defaultdict
 
 import pytest
 import torch
@@ -54,6 +55,24 @@ def test_triangular(m, B, strict, upper):
         z, residual = triangular.substitute(W, c, "tanh", strict=strict)
         assert_as_accurate(z, roots.substitute(T, c, "tanh"), roots.substitute(T.double(), c.double(), "tanh"))
         assert (residual < 1e-6).all()
+
+
+def test_places_in_a_large_triangle(monkeypatch):
+    """From 8 GB on they take 64 bits."""
+    generator = torch.Generator().manual_seed(3)
+    W, c = (0.1 * torch.randn(n, 40, generator=generator) for n in (40, 3))
+    narrow = [triangular.substitute(W, c, "tanh", upper=upper)[0] for upper in (False, True)]
+    monkeypatch.setattr(triangular, "WIDE_FROM", 0)
+    for upper in (False, True):
+        assert torch.equal(triangular.substitute(W, c, "tanh", upper=upper)[0], narrow[upper])
+    monkeypatch.undo()
+    launched = []
+    launch = lambda *_, **options: launched.append(options["WIDE"])  # noqa: E731
+    monkeypatch.setattr(triangular, "substitute_kernel", defaultdict(lambda: launch))
+    for m, stride in ((46_340, 46_340), (46_341, 46_341), (3000, 1 << 20)):
+        W = torch.empty_strided((m, m), (stride, 1), device="meta")
+        triangular.substitute(W.mT, torch.empty(2, m, device="meta"), "tanh")
+    assert launched == [False, True, True]
 
 
 @pytest.fixture
