@@ -145,9 +145,12 @@ def warn(message: str) -> None:
     warnings.warn(message, ConvergenceWarning, stacklevel=level)
 
 
-def refuse_non_finite(bad: list[int], W: Tensor, samples: torch.Size) -> None:
-    """Raise ValueError for ``bad``: one plus an index in W, c and z0, 0 where all is finite. samples: their shape."""
+def refuse_non_finite(bad: list[int], W: Tensor | None, samples: torch.Size) -> None:
+    """Raise ValueError for ``bad``: one plus an index in W, c and z0, 0 where all is finite. W: None where it is gone.
+    samples: their shape."""
     weight, injection, start = (index - 1 for index in bad)
+    if weight >= 0 and W is None:
+        raise ValueError("W must be finite; what was solved with held NaN or infinity")
     if weight >= 0:
         raise ValueError(f"W must be finite; W{_position(weight, W.shape)} is {W.reshape(-1)[weight].item()}")
     for name, sample in (("c", injection), ("z0", start)):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,8 @@ from deq.bench.families import draw
 from deq.direct import roots
 from deq.direct.methods import Triangular
 from deq.plan import make_plan
+from deq.run import _report_deferred
+from deq.solution import Solution
 
 WHY_NOT = _cuda.why_not("cuda")
 needs_gpu = pytest.mark.skipif(WHY_NOT != "", reason=f"the CUDA engine cannot run here: {WHY_NOT}")
@@ -377,3 +380,18 @@ def test_what_the_engine_does_not_serve_goes_elsewhere():
     assert cuda._regime(c, replace(plan(), acceleration="none")) is None
     assert cuda._regime(c.double(), plan()) is None
     assert cuda._regime(c[:0], plan()) is None
+
+
+def test_a_weight_that_is_gone_was_not_finite():
+    """The device names its element, when nobody has it any more."""
+    z = torch.zeros(3, 2)
+    said = stats.allocate(z, cuda.REPORT_BYTES).fill_(Status.DIVERGED)
+    said[-cuda.REPORT_BYTES :].view(torch.int64).copy_(torch.tensor([-1, 2, -1, -1]))
+    W = torch.tensor([[0.0, torch.nan], [0.0, 0.0]])
+    report = cuda._Report(3, said, W)
+    read = partial(_report_deferred, report, "warn", Solution(z, said, plan()))
+    with pytest.raises(ValueError, match=r"W must be finite; W\[0, 1\] is nan"):
+        read()
+    del W
+    with pytest.raises(ValueError, match="W must be finite; what was solved with held NaN or infinity"):
+        read()
