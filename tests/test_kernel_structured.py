@@ -125,6 +125,15 @@ def test_linear_failures_surface_when_the_status_is_read(as_on_gpu):
         wrong.status  # noqa: B018
 
 
+def test_in_a_capture_not_even_the_weight_is_read(as_on_gpu, monkeypatch):
+    """Of a new one, or one that a captured training step changes, the bounds are not known."""
+    W = gaussian(7, 3)[0]
+    monkeypatch.setattr(methods, "is_captured", lambda like: True)
+    with as_on_gpu():
+        for weight in (methods.Triangular(W, False), methods.Triangular(W, True), methods.Diagonal(W[0])):
+            assert weight.why_not("tanh") is None
+
+
 @pytest.mark.parametrize("structure", [deq.weights.LowerTriangular, deq.weights.Diagonal])
 def test_structured_weights_without_looking_at_samples(structure, as_on_gpu, monkeypatch):
     """The weight's bounds are read once; afterwards nothing is, forward and backward, with torch's own operations."""

@@ -46,6 +46,11 @@ def is_deferred(like: Tensor) -> bool:
     return like.is_cuda
 
 
+def is_captured(like: Tensor) -> bool:
+    """Whether a CUDA graph is captured, in which nothing can be read: where W has no unique root the status tells."""
+    return like.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def row_norm(z: Tensor) -> Tensor:
     """2-norm of every row, float64."""
     if is_deferred(z):
@@ -221,6 +226,8 @@ class Triangular:
         return (torch.tril(product, diagonal=-1 if self.strict else 0),)
 
     def why_not(self, activation: str) -> str | None:
+        if is_captured(self.W):
+            return None
         if self.strict:
             if has_kernels(self.W) or self.backend == "cuda":  # which do not look for NaN
                 cache.remembered(self.W, ("bounds", self.strict), self._bounds)
@@ -366,6 +373,8 @@ def _substitute(
 
 
 def why_not_diagonal(d: Tensor, activation: str) -> str | None:
+    if is_captured(d):
+        return None
     least, most = cache.remembered(d, "bounds", lambda: torch.stack(torch.aminmax(d.detach())).tolist())
     if not (least > -torch.inf and most < torch.inf):
         refuse_non_finite("d", d)
