@@ -4,7 +4,8 @@ The key is a 128-bit fingerprint of the elements, not an address or a version co
 freed and reused memory can never bring back what belongs to old weights. Reading W once is what a hit costs.
 
 On a GPU nobody waits for a fingerprint: there the key is the tensor itself and its version counter, which every write
-but one through ``.data`` advances. Who uses such a value must judge what comes of it by W.
+but one through ``.data`` advances, and each stream has values of its own: another's may not be there yet. Who uses such
+a value must judge what comes of it by W.
 """
 
 import threading
@@ -67,7 +68,8 @@ def remembered(W: Tensor, what: Hashable, make: Callable[[], T]) -> T:
 
 
 def by_version(W: Tensor, what: Hashable, make: Callable[[], T]) -> T:
-    """:func:`remembered` for as long as the tensor W lives and is not written to; of each ``what`` the newest."""
+    """:func:`remembered` for as long as the tensor W lives and is not written to."""
+    what = what, _stream_of(W)
     with _lock:
         known = _by_tensor.setdefault(W, {}).get(what)
     if known is not None and known[0] == W._version:
@@ -76,8 +78,16 @@ def by_version(W: Tensor, what: Hashable, make: Callable[[], T]) -> T:
     with torch.inference_mode(False), torch.no_grad():
         value = make()
     with _lock:
-        _by_tensor.setdefault(W, {})[what] = version, value
+        known_of_W = _by_tensor.setdefault(W, {})
+        for outdated in [key for key, (other, _) in known_of_W.items() if other != version]:
+            del known_of_W[outdated]  # of streams that may never come again
+        known_of_W[what] = version, value
     return value
+
+
+def _stream_of(W: Tensor) -> int:
+    """The stream that is current on the GPU of W; 0 elsewhere."""
+    return torch.cuda.current_stream(W.device).cuda_stream if W.is_cuda else 0
 
 
 def is_plain(W: Tensor) -> bool:

@@ -196,6 +196,21 @@ def test_on_a_gpu_by_version():
     assert held() is None, "what was derived goes with its weight"
 
 
+def test_streams_of_a_gpu_share_no_values(monkeypatch):
+    """What one has queued another may not read yet, and memory given back is used again in the order of its own."""
+    W, make, current = matrix(4, 4), Counted(), [1]
+    monkeypatch.setattr(cache, "_stream_of", lambda W: current[0])
+    first = cache.by_version(W, "x", make)
+    current[0] = 2
+    second = cache.by_version(W, "x", make)
+    assert second is not first and cache.by_version(W, "x", make) is second
+    current[0] = 1
+    assert cache.by_version(W, "x", make) is first and make.calls == 2
+    held, _ = weakref.ref(second), W.add_(1)
+    del second
+    assert cache.by_version(W, "x", make) is not first and held() is None
+
+
 @needs_library
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_packed_weights_follow_every_change(dtype):
