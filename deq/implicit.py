@@ -20,6 +20,7 @@ from .activations import ACTIVATIONS
 from .backends import Deferred, Outcome, get_backend
 from .backward import backward_pass, saved_primals, tangent_pass
 from .batch import Batch, largest
+from .modes import is_captured
 from .plan import Plan
 from .profiling import ranges
 from .reference import _norm
@@ -275,7 +276,7 @@ def solve_masked(A: Tensor, g: Tensor, d: Tensor, value_of: str | None, problem:
         u, stats, report = ladder.masked_linear(*arguments, **memory)
     if isinstance(report, Deferred):
         if problem.on_failure != "ignore":
-            report_later(report, problem.on_failure)
+            report_later(report, problem.on_failure, u)
     elif report is not None and report[0]:
         report_failures(
             Solution(u, stats, problem.plan), problem.on_failure, problem.plan.tol, "the gradient of deq.solve"
@@ -283,9 +284,11 @@ def solve_masked(A: Tensor, g: Tensor, d: Tensor, value_of: str | None, problem:
     return u
 
 
-def report_later(report: Deferred, on_failure: str) -> None:
-    """Tell what became of a gradient when a status is read next."""
-    _unread.append((report, on_failure))
+def report_later(report: Deferred, on_failure: str, u: Tensor) -> None:
+    """Tell what became of the gradient u when a status is read next; of one in a CUDA graph's capture nothing is there
+    to be read before the graph runs."""
+    if not is_captured(u):
+        _unread.append((report, on_failure))
 
 
 def report_gradients(solution: Solution) -> None:

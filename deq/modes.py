@@ -1,4 +1,4 @@
-"""Modes of torch that a solve meets: autocast, tensors without numbers, and tracing."""
+"""Modes of torch that a solve meets: autocast, tensors without numbers, tracing and captures."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -54,3 +54,8 @@ def refuse_tracing(what: str, instead: str) -> None:
     else:
         return
     raise RuntimeError(f"{tracer} cannot trace {what}, which stops by its numbers; {instead} can")
+
+
+def is_captured(like: Tensor) -> bool:
+    """Whether a CUDA graph is captured, in which nothing can be read."""
+    return like.is_cuda and torch.cuda.is_current_stream_capturing()

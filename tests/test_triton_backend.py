@@ -12,7 +12,7 @@ from problems import exact, gaussian, torch_adjoint, torch_loop
 from torch.func import grad, jvp, vmap
 
 import deq
-from deq import _triton, options, reference, stats
+from deq import _triton, implicit, options, reference, stats
 from deq.backends import chunks, get_backend, triton_kind
 from deq.gpu_plan import choose
 from deq.kernels import delta, iteration, records
@@ -381,6 +381,16 @@ def test_float64_goes_to_the_reference_and_says_why():
     W, c, _ = gaussian(4, 2, torch.float64)
     plan = deq.solve(W, c, backend="triton").plan
     assert plan.backend == "reference" and any("float64" in reason for reason in plan.why)
+
+
+def test_a_gradient_in_a_capture_is_not_read_before_it_runs(monkeypatch):
+    monkeypatch.setattr(get_backend("triton"), "is_deferred", lambda c: True)
+    W, c, g = gaussian(4, 3)
+    solution = deq.solve(W.requires_grad_(), c, backend="triton", max_iter=30)
+    with monkeypatch.context() as capture:
+        capture.setattr(implicit, "is_captured", lambda u: True)
+        solution.z.backward(g)
+    assert not implicit._unread
 
 
 def test_a_deferred_report_surfaces_when_the_status_is_read(monkeypatch):

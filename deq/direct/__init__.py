@@ -356,7 +356,7 @@ def _solve_masked(
     u = result.z
     if deferred and on_failure != "ignore":
         status = _status((result.residual <= plan.tol) | result.residual.isnan(), result.residual)
-        report_later(Counted(status, g), on_failure)
+        report_later(Counted(status, g), on_failure, u)
     elif on_failure != "ignore" and not bool(((result.residual <= plan.tol) | result.residual.isnan()).all()):
         status = torch.where(result.residual <= plan.tol, int(Status.CONVERGED), int(Status.STALLED)).to(torch.uint8)
         solution = Solution(u, stats.pack(_counts(result, g), result.residual, status), plan)

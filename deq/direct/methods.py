@@ -26,6 +26,7 @@ from torch import Tensor
 
 from .. import _library, _triton, cache, recycle
 from ..activations import ACTIVATIONS
+from ..modes import is_captured
 from ..products import multiply
 from ..reference import one_by_one
 from . import roots
@@ -44,11 +45,6 @@ class Result(NamedTuple):
 def is_deferred(like: Tensor) -> bool:
     """Whether looking at elements would wait for the device: then all is computed that may be needed."""
     return like.is_cuda
-
-
-def is_captured(like: Tensor) -> bool:
-    """Whether a CUDA graph is captured, in which nothing can be read: where W has no unique root the status tells."""
-    return like.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def row_norm(z: Tensor) -> Tensor:
@@ -226,7 +222,7 @@ class Triangular:
         return (torch.tril(product, diagonal=-1 if self.strict else 0),)
 
     def why_not(self, activation: str) -> str | None:
-        if is_captured(self.W):
+        if is_captured(self.W):  # where it has no unique root the status tells
             return None
         if self.strict:
             if has_kernels(self.W) or self.backend == "cuda":  # which do not look for NaN
@@ -373,7 +369,7 @@ def _substitute(
 
 
 def why_not_diagonal(d: Tensor, activation: str) -> str | None:
-    if is_captured(d):
+    if is_captured(d):  # where one has no unique root the status tells
         return None
     least, most = cache.remembered(d, "bounds", lambda: torch.stack(torch.aminmax(d.detach())).tolist())
     if not (least > -torch.inf and most < torch.inf):
