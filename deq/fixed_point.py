@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .closures import exchanged, exchanges, graph_break, in_forward_mode, in_transform, watched
 from .function_options import listed, rules_of
-from .held import Applied, Call, frozen, held, with_others
+from .held import Applied, Call, Members, frozen, held, modules_used, with_others
 from .implicit_function import Equation, attached, closed_over
 from .implicit_function import fixed_point as implicit
 from .inexact import differentiated
@@ -178,8 +178,24 @@ def fixed_point_with(
         rule, adjoint, keep = rules_of(layout.coarsest, **checked)
     except TypeError:  # what has no hash is named
         rule, adjoint, keep = rules_of.__wrapped__(layout.coarsest, **checked)
+    options = options | {"tensors": tensors}
     with apart_from_autocast(layout.device.type):
-        return _solve(f, z0, layout, rule, adjoint, keep, options | {"tensors": tensors}, fresh, solved)
+        members = _members(f) if torch.is_grad_enabled() else None
+        if members is None or not members.norms:
+            return _solve(f, z0, layout, rule, adjoint, keep, options, fresh, solved)
+        still = members.still()
+        try:  # not by a context alone: Ctrl-C may come where Python leaves it
+            with still:
+                return _solve(f, z0, layout, rule, adjoint, keep, options, fresh, solved, members)
+        finally:
+            still.put_back()
+
+
+def _members(f: Callable) -> Members | None:
+    """Those of the modules that f uses; None where whoever calls has them."""
+    if not isinstance(f, Applied):
+        return Members(modules_used(f))
+    return Members(modules_used(f.block)) if f.members is None else None
 
 
 def _solve(
@@ -192,8 +208,9 @@ def _solve(
     options: dict[str, object],
     fresh: bool,
     solved: bool,
+    members: Members | None = None,
 ) -> StateSolution:
-    """:func:`fixed_point_with`, with the options checked."""
+    """:func:`fixed_point_with`, with the options checked. members: those of f, where they are known."""
     tensors, backward, on_failure = options["tensors"], options["backward"], options["on_failure"]
     special = in_transform() or in_forward_mode()
     differentiates = torch.is_grad_enabled() or special
@@ -236,7 +253,7 @@ def _solve(
     exact = backward in ("implicit", "neumann")
     if special or (tensors and exact):  # a start may belong to a transform as well
         terms = options["backward_steps"] if backward == "neumann" else None
-        call = Call(f, tensors, watched=first is not None)
+        call = Call(f, tensors, watched=first is not None, members=members)
         equation = Equation(
             closed_over(evaluate, tensors, call),
             rule,

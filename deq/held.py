@@ -7,10 +7,12 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from types import CellType, FunctionType, MethodType
 
 from torch import Tensor, nn
+from torch._C import _are_functorch_transforms_active as are_transforms_active
 from torch._C._functorch import is_functorch_wrapped_tensor
 
 from . import variables
 from .cached_weights import are_weights_kept
+from .spectral_norms import TorchNorm, norms_of
 
 
 class Members:
@@ -21,6 +23,7 @@ class Members:
 
     modules: these and all inside of them. parameters: theirs, as ``list(module.parameters())`` in a fifth of the time;
     a shared one comes as often as it is used. has_masks: whether there is a :class:`deq.nn.VariationalDropout`.
+    norms: the spectral norms of torch that iterate whenever they are read now.
     """
 
     def __init__(self, modules: Sequence[nn.Module]):
@@ -29,6 +32,7 @@ class Members:
         self._places: list[tuple[dict, str, object]] = []
         self._moving: list[dict] = []  # buffers of modules that write to them whenever training reads a weight
         self._moved: list[tuple[dict, str, Tensor, int, Tensor]] = []
+        self.norms: list[TorchNorm] = []  # of torch, that move in training
         parameters, places, stack = self.parameters, self._places, list(reversed(modules))
         while stack:
             module = stack.pop()
@@ -47,10 +51,18 @@ class Members:
                     self.has_masks = True
                 if "_moves_buffers" in own:
                     self._moving.append(own["_buffers"])
+                self.norms += [norm for norm in norms_of(module) if norm.holder.training]
                 if tensors := own["_buffers"]:
                     places += [(tensors, name, tensor) for name, tensor in tensors.items()]
             if children := module._modules:
                 stack += [child for child in reversed(children.values()) if child is not None]
+
+    def still(self) -> "Exchanged":
+        """Spectral norms of torch take their step, and do not move while this is active nor in backward passes: they
+        would iterate at every evaluation, and f would be another one each time."""
+        places = [] if are_transforms_active() else [place for norm in set(self.norms) for place in norm.moved()]
+        self._places += places
+        return Exchanged(places)
 
     def settle(self) -> None:
         """What moving buffers hold now, at the end of a call, is what they held in it."""
@@ -75,7 +87,7 @@ class Members:
         return others
 
 
-_EXCHANGEABLE = (Tensor, nn.Parameter, bool, list, type(None))
+_EXCHANGEABLE = (Tensor, nn.Parameter, bool, int, list, type(None))
 
 
 class Masks:
@@ -252,12 +264,19 @@ class Call:
 
     f, tensors: the function and the tensors that it uses. watched: whether it was seen to use them: it is then an error
     if it does not do so in a backward pass. has_graph: whether the backward pass has a graph of f, with torch's checks
-    of the data in it.
+    of the data in it. members: those of f, where they are known.
     """
 
-    def __init__(self, f: Callable, tensors: Sequence[Tensor], watched: bool, has_graph: bool = False):
+    def __init__(
+        self,
+        f: Callable,
+        tensors: Sequence[Tensor],
+        watched: bool,
+        has_graph: bool = False,
+        members: Members | None = None,
+    ):
         own = held(f)
-        self._members, self.watched = _members(f, tensors, own), watched
+        self._members, self.watched = _members(f, tensors, own) if members is None else members, watched
         self._globals = variables.globals_read(f.block if isinstance(f, Applied) else f)
         self._used: set[int] = set()
         self._is_over = False

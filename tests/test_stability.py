@@ -415,6 +415,41 @@ def test_spectral_norm_of_two_calls_before_a_backward_pass(kind):
     assert all(map(torch.equal, *grads))
 
 
+@pytest.mark.parametrize("norm", [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm])
+@pytest.mark.parametrize("kind", ["module", "function", "fixed_point", "compiled"])
+def test_spectral_norms_of_torch_in_training(norm, kind):
+    """One step of the power iteration a call, whose weight the gradient has too, whatever is called in between."""
+    torch.manual_seed(0)
+    block = Dropped(norm(nn.Linear(4, 4)).double(), nn.Identity())
+    weight, bias = sorted(block.layer.parameters(), key=torch.Tensor.dim, reverse=True)
+    u, _ = block.layer.buffers()
+    with torch.no_grad():
+        weight.normal_()
+    x = torch.randn(3, 4, dtype=torch.float64)
+    once = copy.deepcopy(block)
+    expected = torch.zeros_like(x)
+    once(expected, x)  # takes the step
+    once.eval()
+    for _ in range(2000):
+        expected = once(expected, x)
+    layer = deq.nn.Equilibrium(block if kind in ("module", "compiled") else lambda z, x: block(z, x), tol=1e-12)
+    if kind == "compiled":
+        layer = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    elif kind == "fixed_point":
+        layer = lambda x: deq.fixed_point(lambda z: block(z, x), torch.zeros_like(x), tol=1e-12).z  # noqa: E731
+    z = layer(x)
+    torch.testing.assert_close(z, expected, rtol=1e-10, atol=1e-10)
+    assert all(map(torch.equal, block.buffers(), once.buffers()))
+    block(x, x)  # another step
+    block.eval()
+    found = torch.autograd.grad(z.square().sum(), (weight, bias))
+    assert block.layer.training is False and not torch.equal(u, next(once.layer.buffers()))
+    layer = deq.nn.Equilibrium(once, tol=1e-12)
+    own = sorted(once.layer.parameters(), key=torch.Tensor.dim, reverse=True)
+    for grad, one in zip(found, torch.autograd.grad(layer(x).square().sum(), own), strict=True):
+        torch.testing.assert_close(grad, one, rtol=1e-8, atol=1e-10)
+
+
 def test_spectral_norm_in_a_graph():
     torch.manual_seed(0)
     model = deq.nn.normalise(nn.Linear(4, 4), "spectral")

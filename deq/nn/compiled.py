@@ -14,7 +14,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from ..held import Exchanged, enclosed
+from ..held import Exchanged, Members, enclosed
+from ..spectral_norms import TorchNorm, norms_of
 from ..state import State, parts_of
 from ..traced import AUTOGRAD, included
 from .dropout import VariationalDropout
@@ -53,7 +54,12 @@ def _moving_places(block: object) -> list[tuple[dict, str]]:
     if not isinstance(block, nn.Module):
         return []
     moving = [module for module in block.modules() if getattr(module, "_moves_buffers", False)]
-    return [(module._buffers, name) for module in moving for name in module._buffers]
+    own = [(module._buffers, name) for module in moving for name in module._buffers]
+    return own + [place for norm in _torch_norms(block) for place in norm.places()]
+
+
+def _torch_norms(block: object) -> list[TorchNorm]:
+    return [norm for module in block.modules() for norm in norms_of(module)] if isinstance(block, nn.Module) else []
 
 
 def _in_modes(block: object, modes: str) -> AbstractContextManager:
@@ -192,7 +198,9 @@ def equilibrium(
     module = _layer(layer)
     block, device = module.block, start[0].device
     with included(_EAGER), torch.no_grad(), _in_modes(block, modes), _masks(block, seed, device):
-        solution = module.solve(_function(module, inputs, _own(module, parameters)), as_state(start, kind))
+        still = Members([block] if isinstance(block, nn.Module) else []).still()
+        with still:
+            solution = module.solve(_function(module, inputs, _own(module, parameters)), as_state(start, kind))
     return _as_parts(solution.z) + [buffer.clone() for buffer in moving_of(block)]
 
 
@@ -226,6 +234,7 @@ def equilibrium_backward(
         f = _function(module, leaves[: len(inputs)], leaves[len(inputs) :])
         block, device = module.block, z[0].device
         places = [(*place, then) for place, then in zip(_moving_places(block), moved, strict=True)]
+        places += [norm.stopped() for norm in _torch_norms(block)]
         as_then = Exchanged(places) if places else nullcontext()
         with included(_EAGER), torch.enable_grad(), _in_modes(block, modes), _masks(block, seed, device), as_then:
             parts = parts_of(module.attach(f, as_state(z, kind), wanted))
