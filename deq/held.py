@@ -2,6 +2,7 @@
 
 import functools
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from types import CellType, FunctionType, MethodType
@@ -60,8 +61,11 @@ class Members:
     def still(self) -> "Exchanged":
         """Spectral norms of torch take their step, and do not move while this is active nor in backward passes: they
         would iterate at every evaluation, and f would be another one each time."""
-        places = [] if are_transforms_active() else [place for norm in set(self.norms) for place in norm.moved()]
-        self._places += places
+        places: list[tuple[dict, str, object]] = []
+        for norm in () if are_transforms_active() else set(self.norms):
+            moves, found = norm.moves, norm.moved()
+            places += found if moves else ()  # what another layer holds still, maybe in another thread, it lets go
+            self._places += found
         return Exchanged(places)
 
     def settle(self) -> None:
@@ -87,7 +91,7 @@ class Members:
         return others
 
 
-_EXCHANGEABLE = (Tensor, nn.Parameter, bool, int, list, type(None))
+_EXCHANGEABLE = (Tensor, nn.Parameter, bool, int, list, OrderedDict, type(None))
 
 
 class Masks:

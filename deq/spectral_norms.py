@@ -4,6 +4,8 @@ One of :func:`torch.nn.utils.parametrizations.spectral_norm` does so where its w
 :func:`torch.nn.utils.spectral_norm` in a hook of the module.
 """
 
+import copy
+from collections import OrderedDict
 from typing import NamedTuple
 
 import torch
@@ -30,17 +32,34 @@ class TorchNorm(NamedTuple):
         return [(self.holder._buffers, name) for name in self.names]
 
     def stopped(self) -> Place:
-        return self.norm.__dict__, "n_power_iterations", 0
+        """Of a hook in a copy: replicas of DataParallel share it, in threads of their own."""
+        if not isinstance(self.norm, SpectralNorm):
+            return self.norm.__dict__, "n_power_iterations", 0
+        hooks = self.owner._forward_pre_hooks
+        others = OrderedDict((key, _stopped(hook)) for key, hook in hooks.items())
+        return self.owner.__dict__, "_forward_pre_hooks", others
+
+    @property
+    def moves(self) -> bool:
+        """Not inside of another layer, where it is stopped."""
+        return self.norm.n_power_iterations > 0
 
     def moved(self) -> list[Place]:
         """Takes the step of one call: where no further one is taken, and the vectors are copies that nobody moves."""
-        if self.norm.n_power_iterations:  # not inside of another layer, where it is stopped
+        if self.moves:
             with torch.no_grad(), apart_from_autocast(self.holder._buffers[self.names[0]].device.type):
                 if isinstance(self.norm, SpectralNorm):
                     self.norm.compute_weight(self.owner, do_power_iteration=True)
                 else:
                     self.owner()
         return [self.stopped(), *((place, name, place[name].clone()) for place, name in self.places())]
+
+
+def _stopped(hook: object) -> object:
+    if isinstance(hook, SpectralNorm):
+        hook = copy.copy(hook)
+        hook.n_power_iterations = 0
+    return hook
 
 
 def norms_of(module: nn.Module) -> list[TorchNorm]:

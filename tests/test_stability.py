@@ -450,6 +450,30 @@ def test_spectral_norms_of_torch_in_training(norm, kind):
         torch.testing.assert_close(grad, one, rtol=1e-8, atol=1e-10)
 
 
+def test_spectral_norms_of_torch_of_one_module():
+    """Both hooks stay for a solve and its gradient, and go on afterwards."""
+    torch.manual_seed(0)
+    layer = nn.Linear(4, 4).double()
+    layer.other = nn.Parameter(torch.randn(4, 4, dtype=torch.float64))
+    for name in ("weight", "other"):
+        nn.utils.spectral_norm(layer, name)
+    x = torch.randn(3, 4, dtype=torch.float64)
+    weights = []
+
+    def f(z):
+        image = 0.3 * torch.tanh(layer(z) + z @ layer.other + x)
+        weights.append((layer.weight.detach(), layer.other.detach()))
+        return image
+
+    hooks, buffers = layer._forward_pre_hooks, list(layer.buffers())
+    deq.fixed_point(f, torch.zeros_like(x)).z.sum().backward()
+    assert len(weights) > 3
+    for weight in weights:
+        assert all(map(torch.equal, weight, weights[0]))
+    assert layer._forward_pre_hooks is hooks and all(hook.n_power_iterations == 1 for hook in hooks.values())
+    assert all(a is b for a, b in zip(layer.buffers(), buffers, strict=True))
+
+
 def test_spectral_norm_in_a_graph():
     torch.manual_seed(0)
     model = deq.nn.normalise(nn.Linear(4, 4), "spectral")
