@@ -416,7 +416,7 @@ def test_spectral_norm_of_two_calls_before_a_backward_pass(kind):
 
 
 @pytest.mark.parametrize("norm", [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm])
-@pytest.mark.parametrize("kind", ["module", "function", "fixed_point", "compiled"])
+@pytest.mark.parametrize("kind", ["module", "function", "fixed_point", "torchdeq", "compiled"])
 def test_spectral_norms_of_torch_in_training(norm, kind):
     """One step of the power iteration a call, whose weight the gradient has too, whatever is called in between."""
     torch.manual_seed(0)
@@ -437,6 +437,9 @@ def test_spectral_norms_of_torch_in_training(norm, kind):
         layer = torch.compile(layer, fullgraph=True, backend="aot_eager")
     elif kind == "fixed_point":
         layer = lambda x: deq.fixed_point(lambda z: block(z, x), torch.zeros_like(x), tol=1e-12).z  # noqa: E731
+    elif kind == "torchdeq":
+        model = get_deq(ift=True, f_tol=1e-12, b_tol=1e-12, f_max_iter=100, b_max_iter=100).double()
+        layer = lambda x: model(lambda z: block(z, x), torch.zeros_like(x))[0][-1]  # noqa: E731
     z = layer(x)
     torch.testing.assert_close(z, expected, rtol=1e-10, atol=1e-10)
     assert all(map(torch.equal, block.buffers(), once.buffers()))

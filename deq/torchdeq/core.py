@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..cached_weights import CachedWeights, of_thread
 from ..closures import exchanges, graph_break, in_forward_mode, in_transform, recorded, watched
 from ..function_options import listed
-from ..held import Call, frozen, with_others
+from ..held import Call, Members, frozen, modules_used, with_others
 from ..implicit_function import Equation, attached, closed_over, fixed_point
 from ..modes import apart_from_autocast, refuse_tracing
 from ..solvers import generic
@@ -99,13 +99,24 @@ class DEQBase(nn.Module):
         limit = options.pop("f_max_iter", None)
         limit = None if limit is None else max(1, int(limit))
         problem = _Problem(self, func, z_init, backward_writer)
+        members = Members(modules_used(func)) if torch.is_grad_enabled() and callable(func) else None
         with apart_from_autocast(problem.device.type):
-            if self.training:
-                states, info = self._states(problem, limit, options)
-            else:
-                z, _, info = problem.solve(problem.start, limit or self.eval_f_max_iter, options)
-                states = [problem.implicit(z, advance=False) if torch.is_grad_enabled() else z]
-                info["sradius"] = problem.spectral_radius(z) if sradius_mode else torch.zeros(1, device=problem.device)
+            if members is None or not members.norms:
+                return self._solved(problem, limit, options, sradius_mode)
+            problem.members, still = members, members.still()
+            try:  # not by a context alone: Ctrl-C may come where Python leaves it
+                with still:
+                    return self._solved(problem, limit, options, sradius_mode)
+            finally:
+                still.put_back()
+
+    def _solved(self, problem: "_Problem", limit: int | None, options: dict, sradius_mode: bool) -> tuple[list, dict]:
+        if self.training:
+            states, info = self._states(problem, limit, options)
+        else:
+            z, _, info = problem.solve(problem.start, limit or self.eval_f_max_iter, options)
+            states = [problem.implicit(z, advance=False) if torch.is_grad_enabled() else z]
+            info["sradius"] = problem.spectral_radius(z) if sradius_mode else torch.zeros(1, device=problem.device)
         return [problem.unflatten(state) for state in states], info
 
     def _with_gradient(self, problem: "_Problem", z: object, state: int) -> list:
@@ -170,6 +181,7 @@ class _Problem:
 
     def __init__(self, model: DEQBase, func: Callable, z_init, writer):
         self.model, self.func, self.writer = model, func, writer
+        self.members: Members | None = None  # those of func, where they are known
         self.several = not isinstance(z_init, Tensor)
         is_list = isinstance(z_init, (tuple, list)) and z_init and all(isinstance(part, Tensor) for part in z_init)
         if self.several and not is_list:
@@ -264,7 +276,7 @@ class _Problem:
             image, tensors, graph = recorded(self._matrix_map, func, flat)
         if advance and not self._are_finite(image):
             image = torch.where(_finite_rows(image), image, flat)
-        call = Call(func, tensors, watched=True, has_graph=graph is not None)
+        call = Call(func, tensors, watched=True, has_graph=graph is not None, members=self.members)
         equation = Equation(
             closed_over(self._matrix_map(func), tensors, call),
             None,
