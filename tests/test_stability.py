@@ -509,6 +509,19 @@ def test_normalised_weights_that_layers_share(kind, learned):
     assert model[0].weight is model[1].weight and torch.equal(model[0].weight, value)
 
 
+@pytest.mark.parametrize("learned", [True, False])
+@pytest.mark.parametrize("how", ["frozen", "no_grad", "inference"])
+def test_denormalised_weights_are_parameters(how, learned):
+    """Without gradients too, and where they were frozen, which they stay."""
+    model = deq.nn.normalise(nn.Linear(3, 3).requires_grad_(how != "frozen"), learned=learned)
+    expected = model.weight.detach().clone()
+    with torch.inference_mode(how == "inference"), torch.set_grad_enabled(how == "frozen"):
+        deq.nn.denormalise(model)
+    assert sorted(dict(model.named_parameters())) == ["bias", "weight"] and not list(model.buffers())
+    assert torch.equal(model.weight, expected) and model.weight.requires_grad == (how != "frozen")
+    assert not model.weight.is_inference()
+
+
 @pytest.mark.parametrize("kind", ["weight", "spectral"])
 def test_denormalised_copies_leave_the_others_normalised(kind):
     """To export a copy of a model that goes on training; and of layers that are copies each is made plain."""

@@ -191,7 +191,11 @@ def denormalise(model: nn.Module) -> nn.Module:
                     if parts in plain:  # another layer's weight as well
                         module.parametrizations[name] = parametrize.ParametrizationList([nn.Identity()], plain[parts])
                     _give_own_class(module)
-                    parametrize.remove_parametrizations(module, name)
+                    with torch.inference_mode(False), torch.enable_grad():  # else torch makes it a buffer
+                        parametrize.remove_parametrizations(module, name)
+                    if parts and name in module._buffers:  # and so it does where all of them are frozen
+                        frozen = nn.Parameter(module._buffers.pop(name), requires_grad=False)
+                        module.register_parameter(name, frozen)
                     plain[parts] = getattr(module, name)
     return model
 
