@@ -8,7 +8,7 @@ import pytest
 import torch
 from blocks import Dropped
 from torch import nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
 
 import deq
 from deq.torchdeq import get_deq
@@ -507,6 +507,18 @@ def test_normalised_weights_that_layers_share(kind, learned):
     assert torch.equal(model[1].weight, value) and len(list(model.parameters())) == 1 + learned
     deq.nn.denormalise(model)
     assert model[0].weight is model[1].weight and torch.equal(model[0].weight, value)
+
+
+@pytest.mark.parametrize("norm", [nn.utils.spectral_norm, lambda layer: prune.identity(layer, "weight")])
+def test_normalise_refuses_weights_of_hooks(norm):
+    """By the layer's name, and before it has changed others."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    norm(model[1])
+    with pytest.raises(ValueError, match="that of '1' is computed by a hook"):
+        deq.nn.normalise(model)
+    assert not parametrize.is_parametrized(model[0])
+    deq.nn.normalise(model, skip="1")
+    assert parametrize.is_parametrized(model[0])
 
 
 @pytest.mark.parametrize("learned", [True, False])

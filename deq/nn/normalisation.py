@@ -139,15 +139,27 @@ def normalise(
     kind: "weight" or "spectral". skip: layers whose name contains one of these, or this one, are left out. learned:
     whether the norm is a parameter that starts at the weight's own ("spectral": at ``target``); else it is ``target``.
     clip: bound of the factor that a weight is multiplied by. iterations: of the spectral norm in every training step.
-    Layers that share a weight go on sharing it, and its norm.
+    Layers that share a weight go on sharing it, and its norm. Raises ValueError, with nothing changed, where a weight
+    is computed by a hook.
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(map(repr, KINDS))}; got {kind!r}")
     skip = [skip] if isinstance(skip, str) else skip
+    layers = [
+        (name, module)
+        for name, module in model.named_modules()
+        if type(module) in MODULES and not any(part in name for part in skip)
+    ]
+    for name, module in layers:  # before the first one is changed
+        weight = MODULES[type(module)][0]
+        if weight not in module._parameters and weight not in module._buffers:
+            raise ValueError(
+                f"model must have weights that are parameters; that of {name or 'the layer'!r} is computed by a hook, "
+                "as of torch.nn.utils.prune or the old weight_norm and spectral_norm: remove it, or skip the layer"
+            )
     done: Normalised = {}
-    for name, module in list(model.named_modules()):
-        if type(module) in MODULES and not any(part in name for part in skip):
-            normalise_layer(module, *MODULES[type(module)], kind, learned, target, clip, iterations, done)
+    for _, module in layers:
+        normalise_layer(module, *MODULES[type(module)], kind, learned, target, clip, iterations, done)
     return model
 
 
