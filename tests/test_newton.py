@@ -175,6 +175,15 @@ def test_singular_adjoints(dtype):
     assert status.item() == Status.CONVERGED and u.tolist() == [[0.0, 2.0]]
 
 
+def test_an_adjoint_system_that_overflows_fails_alone():
+    """gelu's slope of up to 1.13 takes a finite element of W out of the range of float64."""
+    A = torch.full((3, 3), 1.7e308, dtype=torch.float64)
+    d = torch.tensor([[1.1] * 3, [0.0] * 3], dtype=torch.float64)
+    u, _, residual, status = masked_solve(A, d, torch.ones_like(d), 1e-12)
+    assert torch.equal(u, d) and residual.tolist() == [1.0, 0.0]
+    assert status.tolist() == [Status.STALLED, Status.CONVERGED]
+
+
 def test_many_large_systems_after_the_thread_count_was_set():
     """torch's batched LU fails there (torch 2.13 with MKL, m >= 200)."""
     W, c, _ = gaussian(210, 6, torch.float64, scale=0.9)

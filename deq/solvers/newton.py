@@ -175,6 +175,7 @@ def masked_solve(
         J.diagonal(dim1=-2, dim2=-1).add_(1.0)
         y, info = solve_each(J, D * b)
         failed = (info != 0) | ~torch.isfinite(y).all(-1)
+        failed &= torch.isfinite(J).all(-1).all(-1)  # nothing solves what has overflowed, and an SVD of it is an error
         if failed.any():
             y[failed] = _least_squares(J[failed], (D * b)[failed])
         y = y.to(g.dtype)
