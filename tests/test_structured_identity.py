@@ -88,3 +88,12 @@ def test_identity_is_solved_whether_its_weight_is_trained_or_not():
         frozen, trained = deq.solve(W, c, "identity"), deq.solve(W.requires_grad_(), c, "identity")
         assert frozen.converged.all() and trained.converged.all()
         torch.testing.assert_close(trained.z, frozen.z, rtol=1e-6, atol=1e-8)
+
+
+def test_the_gradient_of_a_singular_system_is_reported():
+    W, c = torch.eye(4), torch.ones(2, 4, requires_grad=True)
+    with pytest.warns(deq.ConvergenceWarning, match="deq.solve: 2 of 2"):
+        z = deq.solve(W, c, "identity", solver="direct").z
+    with pytest.warns(deq.ConvergenceWarning, match="the gradient of deq.solve: 2 of 2"):
+        (gradient,) = torch.autograd.grad(z.sum(), c)
+    assert torch.equal(gradient, torch.ones(2, 4))  # the value at zero, as z is; it was NaN

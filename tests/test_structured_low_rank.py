@@ -78,3 +78,15 @@ def test_squares_of_a_reduced_solve_that_leave_the_range(activation, dtype, size
     assert bool(solution.converged.all())
     largest = f.abs().amax(-1, keepdim=True)
     assert float((((f - solution.z) / largest).norm(dim=-1) / (f / largest).norm(dim=-1)).max()) < 1e-5
+
+
+@pytest.mark.parametrize("activation", ["relu", "elu", "identity"])
+def test_a_reduced_adjoint_that_overflows_is_no_nan(activation):
+    """Its iterates grew to infinity, and NaN was the gradient without a word."""
+    generator = torch.Generator().manual_seed(0)
+    P, Q = (1000 * torch.randn(16, 2, generator=generator) for _ in range(2))
+    c = torch.randn(4, 16, generator=generator).requires_grad_()
+    parts = [t.requires_grad_() for t in (torch.zeros(16), P, Q)]
+    z = deq.solve(weights.DiagonalLowRank(*parts), c, activation, solver="direct", on_failure="ignore").z
+    gradients = torch.autograd.grad(z, (c, *parts), torch.ones_like(z))
+    assert all(torch.isfinite(gradient).all() for gradient in gradients)

@@ -353,13 +353,18 @@ def _solve_masked(
     result = masked(g) if scale is None else masked(g * scale)
     if scale is not None:
         result = _held_in_range(result._replace(z=result.z / scale))
-    u = result.z
+    u, residual = result.z, result.residual
+    if s is not None and (deferred or not bool((residual <= plan.tol).all())):
+        # What is singular or overflows has the value at zero for its only iterate, as in a solve, and did not converge.
+        lost = ~torch.isfinite(u).all(-1)
+        u = torch.where(lost.unsqueeze(-1), (s * g).nan_to_num(), u)
+        residual = torch.where(lost | residual.isnan(), torch.inf, residual)
     if deferred and on_failure != "ignore":
-        status = _status((result.residual <= plan.tol) | result.residual.isnan(), result.residual)
+        status = _status((residual <= plan.tol) | residual.isnan(), residual)
         report_later(Counted(status, g), on_failure, u)
-    elif on_failure != "ignore" and not bool(((result.residual <= plan.tol) | result.residual.isnan()).all()):
-        status = torch.where(result.residual <= plan.tol, int(Status.CONVERGED), int(Status.STALLED)).to(torch.uint8)
-        solution = Solution(u, stats.pack(_counts(result, g), result.residual, status), plan)
+    elif on_failure != "ignore" and not bool(((residual <= plan.tol) | residual.isnan()).all()):
+        status = torch.where(residual <= plan.tol, int(Status.CONVERGED), int(Status.STALLED)).to(torch.uint8)
+        solution = Solution(u, stats.pack(_counts(result, g), residual, status), plan)
         report_failures(solution, on_failure, plan.tol, "the gradient of deq.solve")
     return u if finite is None else torch.where(finite, u, torch.nan)
 
