@@ -83,9 +83,10 @@ struct Increment {
   // Integers of 16 bits, with one scale for every output: its largest weight becomes 127 * 256. The first plane is the high byte,
   // rounded, the second the low one.
   struct Weights {
-    // Of a weight, what its integer in some planes is away from it: half a unit of the last one, with a hundredth for the
-    // rounding of the two, or all of a weight in a row that is taken as zero.
-    static constexpr double kMostUnits = 0.505, kLeast = 1e-30;
+    // Of a weight, what its integer in some planes is away from it: half a unit of the last one, and for the roundings of the
+    // unit and its inverse, three or four of 2^-24, less than a hundredth of one where the integer is 127 * 256; or all of a
+    // weight in a row that is taken as zero.
+    static constexpr double kMostUnits = 0.51, kLeast = 1e-30;
     V scale[2], inverse;
     DEQ_INLINE Weights of(V largest) {
       // Where 1 / scale would overflow the row is taken as zero: anchors add what it is.
