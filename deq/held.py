@@ -94,7 +94,7 @@ class Members:
 _EXCHANGEABLE = (Tensor, nn.Parameter, bool, int, list, OrderedDict, type(None))
 
 
-class Masks:
+class Unsteady:
     """Whether a :class:`deq.nn.VariationalDropout` or a spectral norm of :func:`deq.nn.normalise`, which changes as its
     weight is read, has ever been made: most programs have none, and search for none."""
 
@@ -338,7 +338,7 @@ def _members(f: Callable, tensors: Sequence[Tensor], own: Sequence[Tensor]) -> M
     if isinstance(f, Applied) and f.members is not None:
         return f.members
     numbers = {id(tensor) for tensor in own}
-    if Masks.exist:
+    if Unsteady.exist:
         return Members(modules_used(f))
     if all([type(tensor) is nn.Parameter or id(tensor) in numbers for tensor in tensors]):
         return None

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..closures import outside_of_gradients
 from ..function_options import listed
-from ..held import Masks, modules_used
+from ..held import Unsteady, modules_used
 
 
 class VariationalDropout(nn.Module):
@@ -30,7 +30,7 @@ class VariationalDropout(nn.Module):
         self._dropout_draw: list[Tensor] = []  # the mask, once there is one: a call that is over keeps its own list
 
     def __new__(cls, *args, **kwargs):
-        Masks.exist = True
+        Unsteady.exist = True
         return super().__new__(cls)
 
     @property
@@ -91,7 +91,7 @@ def reset_dropout(model: nn.Module) -> None:
 def modules_with_masks(block: Callable) -> list[nn.Module]:
     """``block``, or the modules that it uses if it is a function, and those that functions use which are blocks of
     layers inside of these; none where no VariationalDropout is among them all."""
-    if not Masks.exist:
+    if not Unsteady.exist:
         return []
     found, visited, has_masks = _used_by(block), set(), False
     for root in found:

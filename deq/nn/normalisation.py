@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..closures import in_transform, outside_of_gradients
-from ..held import Masks
+from ..held import Unsteady
 from .equilibrium_linear import Injection
 
 # The weight's name and its output dimension.
@@ -77,7 +77,7 @@ class SpectralNorm(_Normalised):
         self._iterate(matrix, 30)
 
     def __new__(cls, *args, **kwargs):
-        Masks.exist = True
+        Unsteady.exist = True
         return super().__new__(cls)
 
     def _matrix(self, weight: Tensor) -> Tensor:
