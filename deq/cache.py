@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import _library
+from .modes import is_captured
 
 T = TypeVar("T")
 
@@ -44,7 +45,7 @@ def remembered(W: Tensor, what: Hashable, make: Callable[[], T]) -> T:
     without the compiled library, on other devices than CPUs and GPUs, inside torch.func transforms, torch.compile and
     the capture of a CUDA graph, for subclasses of Tensor.
     """
-    if W.is_cuda and is_plain(W) and not W.is_inference() and not torch.cuda.is_current_stream_capturing():
+    if W.is_cuda and is_plain(W) and not W.is_inference() and not is_captured(W):
         return by_version(W, what, make)
     key = _key(W, what)
     if key is None:

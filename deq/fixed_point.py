@@ -183,12 +183,7 @@ def fixed_point_with(
         members = _members(f) if torch.is_grad_enabled() and not solved else None
         if members is None or not members.norms:
             return _solve(f, z0, layout, rule, adjoint, keep, options, fresh, solved)
-        still = members.still()
-        try:  # not by a context alone: Ctrl-C may come where Python leaves it
-            with still:
-                return _solve(f, z0, layout, rule, adjoint, keep, options, fresh, solved, members)
-        finally:
-            still.put_back()
+        return members.while_still(lambda: _solve(f, z0, layout, rule, adjoint, keep, options, fresh, solved, members))
 
 
 def _members(f: Callable) -> Members | None:

@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from types import CellType, FunctionType, MethodType
+from typing import TypeVar
 
 from torch import Tensor, nn
 from torch._C import _are_functorch_transforms_active as are_transforms_active
@@ -14,6 +15,8 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from . import variables
 from .cached_weights import are_weights_kept
 from .spectral_norms import TorchNorm, norms_of
+
+T = TypeVar("T")
 
 
 class Members:
@@ -57,6 +60,15 @@ class Members:
                     places += [(tensors, name, tensor) for name, tensor in tensors.items()]
             if children := module._modules:
                 stack += [child for child in reversed(children.values()) if child is not None]
+
+    def while_still(self, call: Callable[[], T]) -> T:
+        """``call()`` with :meth:`still` around it, not by a context alone: Ctrl-C may come where Python leaves it."""
+        still = self.still()
+        try:
+            with still:
+                return call()
+        finally:
+            still.put_back()
 
     def still(self) -> "Exchanged":
         """Spectral norms of torch take their step, and do not move while this is active nor in backward passes: they

@@ -80,14 +80,12 @@ class Equilibrium(nn.Module):
         f = Applied(self.block, inputs, self._uses, members)
         if members is None or not (members.has_masks or members.norms):
             return self.solve(f, z0, fresh).z
-        depth, still = enclosed.depth, members.still()
-        try:  # not by contexts alone: Ctrl-C may come where Python leaves one, and no mask would be drawn any more
+        depth = enclosed.depth
+        try:  # no context: Ctrl-C may come where Python leaves one, and no mask would be drawn any more
             enclosed.depth = depth + 1
-            with still:
-                return self.solve(f, z0, fresh).z
+            return members.while_still(lambda: self.solve(f, z0, fresh)).z
         finally:
             enclosed.depth = depth
-            still.put_back()
 
     def solve(self, f: Callable[[State], State], z0: State, fresh: bool = False) -> StateSolution:
         """:func:`deq.fixed_point` with the layer's options; ``solution`` keeps it, detached. fresh: as

@@ -34,7 +34,7 @@ from torch import Tensor
 from .. import stats
 from ..backends import Deferred, Outcome, Settled, get_backend
 from ..backends.outcome import first_bad
-from ..modes import no_autocast
+from ..modes import is_captured, no_autocast
 from ..plan import Plan, varied
 from ..solution import Status
 from .equations import Adjoint, Equation, Equilibria
@@ -98,7 +98,7 @@ def postpone(outcome: Outcome, W: Tensor, c: Tensor, activation: str, plan: Plan
     report = outcome.report
     if not plan.rungs or not isinstance(report, Deferred) or report.failed is not None:
         return outcome
-    if c.is_cuda and torch.cuda.is_current_stream_capturing():
+    if is_captured(c):
         return outcome
     # Without their graphs, which a solution that is kept must not keep; z with a version of its own, as it is saved for
     # the gradient, which is that at the equilibrium reached.

@@ -103,12 +103,8 @@ class DEQBase(nn.Module):
         with apart_from_autocast(problem.device.type):
             if members is None or not members.norms:
                 return self._solved(problem, limit, options, sradius_mode)
-            problem.members, still = members, members.still()
-            try:  # not by a context alone: Ctrl-C may come where Python leaves it
-                with still:
-                    return self._solved(problem, limit, options, sradius_mode)
-            finally:
-                still.put_back()
+            problem.members = members
+            return members.while_still(lambda: self._solved(problem, limit, options, sradius_mode))
 
     def _solved(self, problem: "_Problem", limit: int | None, options: dict, sradius_mode: bool) -> tuple[list, dict]:
         if self.training:
