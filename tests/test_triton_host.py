@@ -1,0 +1,143 @@
+"""What the host does around Triton's kernels: which backend it takes, what it launches, when it reads a status."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import triton
+from problems import gaussian
+
+import deq
+from deq import _triton, implicit, options
+from deq.backends import chunks, get_backend
+from deq.kernels import records
+from deq.solvers.generic import Rule, triton_steps
+
+
+def test_without_interpreter_and_gpu_the_error_says_so(monkeypatch):
+    W, c, _ = gaussian(4, 2)
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    _triton._why_not.cache_clear()
+    options.problem_of.cache_clear()
+    with pytest.raises(ValueError, match=r"backend='triton' cannot solve cpu tensors here: .*interpreter"):
+        deq.solve(W, c, backend="triton")
+    monkeypatch.undo()
+    _triton._why_not.cache_clear()
+
+
+def test_where_nothing_can_build_its_launcher_a_gpu_is_left_to_the_reference(monkeypatch):
+    """As in a runtime image without a C compiler."""
+
+    class Nothing:
+        @property
+        def active(self):
+            raise RuntimeError("Failed to find C compiler")
+
+    for name, value in (("is_available", True), ("device_count", 1), ("get_device_capability", (9, 0))):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    monkeypatch.setattr(triton.runtime, "driver", Nothing())
+    for cached in (_triton._why_not, _triton.why_not_launch):
+        cached.cache_clear()
+    try:
+        assert _triton.why_not("cuda") == "Triton cannot launch kernels here: Failed to find C compiler"
+        assert not triton_steps.serves(SimpleNamespace(is_cuda=True), Rule("anderson", 1e-4, 9))
+    finally:
+        monkeypatch.undo()
+        for cached in (_triton._why_not, _triton.why_not_launch):
+            cached.cache_clear()
+
+
+def test_float64_goes_to_the_reference_and_says_why():
+    W, c, _ = gaussian(4, 2, torch.float64)
+    plan = deq.solve(W, c, backend="triton").plan
+    assert plan.backend == "reference" and any("float64" in reason for reason in plan.why)
+
+
+def test_a_gradient_in_a_capture_is_not_read_before_it_runs(monkeypatch):
+    monkeypatch.setattr(get_backend("triton"), "is_deferred", lambda c: True)
+    W, c, g = gaussian(4, 3)
+    solution = deq.solve(W.requires_grad_(), c, backend="triton", max_iter=30)
+    with monkeypatch.context() as capture:
+        capture.setattr(implicit, "is_captured", lambda u: True)
+        solution.z.backward(g)
+    assert not implicit._unread
+
+
+def test_a_deferred_report_surfaces_when_the_status_is_read(monkeypatch):
+    """As on a GPU, where nothing is read before."""
+    monkeypatch.setattr(get_backend("triton"), "is_deferred", lambda c: True)
+    W, c, _ = gaussian(4, 3)
+    grows = deq.solve(5 * torch.eye(4), c.abs(), backend="triton", solver="plain")
+    with pytest.warns(deq.ConvergenceWarning, match="3 of 3 samples did not converge"):
+        assert (grows.status == deq.Status.DIVERGED).all()
+    assert (grows.status == deq.Status.DIVERGED).all()  # and says so once
+    c[2, 1] = float("nan")
+    wrong = deq.solve(W, c, backend="triton")
+    with pytest.raises(ValueError, match=r"c must be finite; c\[2\]"):
+        wrong.converged  # noqa: B018
+    slow, one = torch.tensor([[0.99]]).requires_grad_(), torch.ones(1, 1)
+    short = deq.solve(slow, one, z0=100 * one, backend="triton", solver="plain", max_iter=5, on_failure="warn")
+    short.z.backward(one)
+    with pytest.warns(deq.ConvergenceWarning, match="the gradient of deq.solve: 1 of 1 samples did not converge"):
+        short.status  # noqa: B018
+    raises = deq.solve(5 * torch.eye(4), c[:1].abs(), backend="triton", solver="plain", on_failure="raise").detach()
+    with pytest.raises(deq.ConvergenceError):
+        raises.status  # noqa: B018
+
+
+def test_what_is_launched_on_a_device_and_in_which_order(monkeypatch):
+    """The part of a loop that only a GPU runs, with its streams, events and graphs replaced: four turns are needed."""
+    launched, left = [], [0]
+
+    class Graph:
+        def __init__(self, launch):
+            launched.append("capture")
+            self.replay = launch
+
+    class Copy:  # in pinned memory
+        def copy_(self, counters, non_blocking):
+            self.read = left[0]
+
+        def tolist(self):
+            return [self.read, 7]
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(chunks, "_captured", lambda launch, device: Graph(launch))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "this one")
+    recorded = []
+    event = SimpleNamespace(record=recorded.append, synchronize=lambda: None)
+    loop = chunks.Loop(torch.device("cpu"))
+    loop._seen = [(Copy(), event), (Copy(), event)]
+
+    def begin():
+        launched.append("begin")
+        left[0] = 4
+
+    def turn(t):
+        launched.append(t)
+        left[0] -= 1
+
+    counters = SimpleNamespace(device=SimpleNamespace(type="cuda"))
+    for expected in (
+        ["begin", 0, 1, "capture", 2, 3, "capture", 4, 5, "end"],  # at first nothing is compiled
+        ["capture", "begin", 0, 1, 2, 3, 4, 5, "capture", "end"],
+        ["begin", 0, 1, 2, 3, 4, 5, "end"],
+    ):
+        launched.clear()
+        assert loop.repeat(begin, turn, lambda: launched.append("end"), 40, 6, 2, counters) == 7
+        assert launched == expected
+    launched.clear()
+    assert loop.repeat(begin, turn, lambda: launched.append("end"), 2, 6, 2, counters) is None
+    assert launched == ["begin", 0, 1, "end"] and set(recorded) == {"this one"}
+
+
+def test_the_table_is_written_either_way(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)  # which needs a CUDA build
+    loop = chunks.Loop(torch.device("cpu"))
+    loop.fill(list(range(100, 100 + len(records.TABLE))))
+    by_kernel = loop.table.clone()
+    loop.table.zero_()
+    loop._graphs["any"] = None
+    loop.fill(list(range(100, 100 + len(records.TABLE))))
+    assert torch.equal(loop.table, by_kernel) and by_kernel[len(records.TABLE) - 1] == 99 + len(records.TABLE)
