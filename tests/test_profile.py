@@ -333,7 +333,7 @@ def test_bytes_of_an_operator_are_its_inputs_and_outputs_once():
         assert counted.counts.bytes == 4 * (2 * 4 * 8 + 4 * 4)
 
 
-@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+@pytest.mark.filterwarnings("ignore:Sparse [BC]S[RC] tensor support")
 @pytest.mark.parametrize(
     "layout", [torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc]
 )
@@ -349,7 +349,7 @@ def test_a_sparse_tensor_is_its_indices_and_values(layout):
     assert live.bytes == before
 
 
-@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+@pytest.mark.filterwarnings("ignore:Sparse [BC]S[RC] tensor support")
 @pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
 def test_a_block_of_a_sparse_graph(layout):
     A = (0.3 * torch.eye(6)).to_sparse(layout=layout)
