@@ -180,7 +180,7 @@ def fixed_point_with(
         rule, adjoint, keep = rules_of.__wrapped__(layout.coarsest, **checked)
     options = options | {"tensors": tensors}
     with apart_from_autocast(layout.device.type):
-        members = _members(f) if torch.is_grad_enabled() and not solved else None
+        members = None if solved else _members(f)
         if members is None or not members.norms:
             return _solve(f, z0, layout, rule, adjoint, keep, options, fresh, solved)
         return members.while_still(lambda: _solve(f, z0, layout, rule, adjoint, keep, options, fresh, solved, members))

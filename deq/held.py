@@ -9,7 +9,6 @@ from types import CellType, FunctionType, MethodType
 from typing import TypeVar
 
 from torch import Tensor, nn
-from torch._C import _are_functorch_transforms_active as are_transforms_active
 from torch._C._functorch import is_functorch_wrapped_tensor
 
 from . import variables
@@ -74,7 +73,7 @@ class Members:
         """Spectral norms of torch take their step, and do not move while this is active nor in backward passes: they
         would iterate at every evaluation, and f would be another one each time."""
         places: list[tuple[dict, str, object]] = []
-        for norm in () if are_transforms_active() else set(self.norms):
+        for norm in set(self.norms):
             moves, found = norm.moves, norm.moved()
             places += found if moves else ()  # what another layer holds still, maybe in another thread, it lets go
             self._places += found
@@ -167,7 +166,7 @@ def modules_of(f: Callable) -> list[nn.Module]:
         value = stack.pop()
         if isinstance(value, nn.Module):
             found.append(value)
-        elif id(value) not in visited:
+        elif type(value) is not Tensor and id(value) not in visited:
             visited.add(id(value))
             if isinstance(value, Applied):
                 stack.append(value.block)
@@ -180,8 +179,9 @@ def modules_of(f: Callable) -> list[nn.Module]:
                 stack += [
                     item
                     for each in own
+                    if not isinstance(each, (nn.Module, Tensor, FunctionType))
                     for name, item in getattr(each, "__dict__", {}).items()
-                    if name in names and not isinstance(each, (nn.Module, FunctionType))
+                    if name in names
                 ]
             elif type(value) in _CONTAINERS:
                 elements = value.values() if type(value) is dict else value

@@ -171,6 +171,54 @@ def test_spectral_norms_of_torch_in_training(norm, kind):
         torch.testing.assert_close(grad, one, rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+@pytest.mark.parametrize("norm", [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm])
+@pytest.mark.parametrize(
+    "kind", ["no_grad", "inference", "torchdeq", "compiled function", "vmap", "grad", "vjp", "samples", "hessian"]
+)
+def test_spectral_norms_of_torch_step_once_a_call(norm, kind):
+    """Without gradients, in the transforms of torch.func and in a graph whose block is a function as well."""
+    torch.manual_seed(0)
+    block = Dropped(norm(nn.Linear(4, 4)).double(), nn.Identity())
+    x = torch.randn(3, 4, dtype=torch.float64)
+    once = copy.deepcopy(block)
+    once(x, x)  # takes the step
+    still = deq.nn.Equilibrium(once.eval(), tol=1e-13)
+    layer = deq.nn.Equilibrium(block, tol=1e-13)
+    f = lambda z: block(z, x)  # noqa: E731
+    loss = lambda layer, x: layer(x).square().sum()  # noqa: E731
+    grad = torch.func.grad(loss, 1)
+    if kind in ("no_grad", "inference"):
+        with torch.inference_mode() if kind == "inference" else torch.no_grad():
+            found, expected = deq.fixed_point(f, torch.zeros_like(x), tol=1e-13).z, still(x)
+    elif kind == "torchdeq":
+        with torch.no_grad():
+            found, expected = get_deq(f_tol=1e-13, f_max_iter=100).eval()(f, torch.zeros_like(x))[0][-1], still(x)
+    elif kind == "compiled function":
+        layer = deq.nn.Equilibrium(lambda z, x: block(z, x), tol=1e-13)
+        layer = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        leaf = x.clone().requires_grad_()
+        found, expected = torch.autograd.grad(loss(layer, leaf), leaf)[0], grad(still, x)
+    elif kind == "vmap":
+        found, expected = torch.vmap(layer)(x.unsqueeze(1)).squeeze(1), still(x)
+    elif kind == "vjp":
+        image, pull = torch.func.vjp(layer, x)
+        once.load_state_dict(block.state_dict())
+        block(x, x)  # another step
+        found, expected = pull(2 * image)[0], grad(still, x)
+        block.load_state_dict(once.state_dict())
+    else:
+        transform = {
+            "grad": lambda layer: grad(layer, x),
+            "samples": lambda layer: torch.vmap(grad, (None, 0))(layer, x.unsqueeze(1)),
+            "hessian": lambda layer: torch.func.hessian(loss, 1)(layer, x),
+        }[kind]
+        found, expected = transform(layer), transform(still)
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
+    assert all(map(torch.equal, block.buffers(), once.buffers()))
+    assert not any(map(torch._C._functorch.is_functorch_wrapped_tensor, block.buffers()))
+
+
 def test_spectral_norms_of_torch_of_one_module():
     """Both hooks stay for a solve and its gradient, and go on afterwards."""
     torch.manual_seed(0)

@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from ..held import Exchanged, Members, enclosed
+from ..held import Applied, Exchanged, Members, enclosed, modules_used
 from ..spectral_norms import TorchNorm, norms_of
 from ..state import State, parts_of
 from ..traced import AUTOGRAD, included
@@ -125,7 +125,7 @@ def _function(layer: nn.Module, inputs: list[Tensor], parameters: list[Tensor]) 
     leaves the ``parameters`` in it (as of torch 2.13)."""
     block = layer.block
     if not isinstance(block, nn.Module):
-        return lambda z: block(z, *inputs)
+        return Applied(block, inputs)
     new = {id(own): p for own, p in zip(block.parameters(), parameters, strict=True)}
     places = [
         (module._parameters, name, new[id(own)])
@@ -134,7 +134,7 @@ def _function(layer: nn.Module, inputs: list[Tensor], parameters: list[Tensor]) 
         if own is not None and new[id(own)] is not own
     ]
     if not places:
-        return lambda z: block(z, *inputs)
+        return Applied(block, inputs)
 
     def f(z: State) -> State:
         with Exchanged(places):
@@ -234,7 +234,8 @@ def equilibrium_backward(
         f = _function(module, leaves[: len(inputs)], leaves[len(inputs) :])
         block, device = module.block, z[0].device
         places = [(*place, then) for place, then in zip(_moving_places(block), moved, strict=True)]
-        places += [norm.stopped() for norm in _torch_norms(block)]
+        roots = [block] if isinstance(block, nn.Module) else modules_used(block)  # which no graph can look for
+        places += [norm.stopped() for root in roots for norm in _torch_norms(root)]
         as_then = Exchanged(places) if places else nullcontext()
         with included(_EAGER), torch.enable_grad(), _in_modes(block, modes), _masks(block, seed, device), as_then:
             parts = parts_of(module.attach(f, as_state(z, kind), wanted))

@@ -99,7 +99,7 @@ class DEQBase(nn.Module):
         limit = options.pop("f_max_iter", None)
         limit = None if limit is None else max(1, int(limit))
         problem = _Problem(self, func, z_init, backward_writer)
-        members = Members(modules_used(func)) if torch.is_grad_enabled() and callable(func) else None
+        members = Members(modules_used(func)) if callable(func) else None
         with apart_from_autocast(problem.device.type):
             if members is None or not members.norms:
                 return self._solved(problem, limit, options, sradius_mode)
