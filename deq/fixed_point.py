@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .closures import exchanged, exchanges, graph_break, in_forward_mode, in_transform, watched
 from .function_options import listed, rules_of
-from .held import Applied, Call, Members, frozen, held, modules_used, with_others
+from .held import Applied, Call, Members, Unsteady, frozen, held, modules_used, with_others
 from .implicit_function import Equation, attached, closed_over
 from .implicit_function import fixed_point as implicit
 from .inexact import differentiated
@@ -182,7 +182,8 @@ def fixed_point_with(
     with apart_from_autocast(layout.device.type):
         members = None if solved else _members(f)
         if members is None or not members.norms:
-            return _solve(f, z0, layout, rule, adjoint, keep, options, fresh, solved)
+            members = members if Unsteady.exist else None  # else a call needs them only where f is seen to use others
+            return _solve(f, z0, layout, rule, adjoint, keep, options, fresh, solved, members)
         return members.while_still(lambda: _solve(f, z0, layout, rule, adjoint, keep, options, fresh, solved, members))
 
 

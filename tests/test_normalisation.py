@@ -105,7 +105,7 @@ def test_spectral_norm_in_training_under_torch_func():
         torch.testing.assert_close(grad.sum(0), one, rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.parametrize("kind", ["module", "closure", "fixed_point", "torchdeq", "compiled"])
+@pytest.mark.parametrize("kind", ["module", "closure", "global", "fixed_point", "torchdeq", "compiled"])
 def test_spectral_norm_of_two_calls_before_a_backward_pass(kind):
     """The gradient of the first is one of the weight that it had: the second iterates for the norm."""
     torch.manual_seed(0)
@@ -117,6 +117,9 @@ def test_spectral_norm_of_two_calls_before_a_backward_pass(kind):
     for again in (False, True):
         own = copy.deepcopy(block)
         f = own if kind == "module" else lambda z, x, own=own: own(z, x)
+        if kind == "global":  # a function of a script, whose modules are global variables
+            exec("def f(z, x): return own(z, x)", space := {"own": own})
+            f = space["f"]
         layer = deq.nn.Equilibrium(own if kind == "compiled" else f, tol=1e-12)
         if kind == "compiled":
             layer = torch.compile(layer, fullgraph=True, backend="aot_eager")
