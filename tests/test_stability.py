@@ -64,6 +64,13 @@ def test_spectral_radius_by_no_iteration(iterations):
         deq.nn.spectral_radius(0.5 * z, z, iterations)
 
 
+def test_jacobian_of_an_image_that_does_not_depend_on_the_point():
+    x, z = (torch.ones(3, 2, requires_grad=True) for _ in range(2))
+    assert float(deq.nn.jacobian_penalty(torch.tanh(x), z).detach()) == 0
+    radius, vector = deq.nn.spectral_radius(torch.tanh(x), z)
+    assert torch.equal(radius, torch.zeros(3)) and torch.equal(vector, torch.zeros(3, 2))
+
+
 def test_correction_loss():
     states = [torch.full((2, 2), float(k), requires_grad=True) for k in range(3)]
     loss = deq.nn.correction_loss(lambda z, y: (z - y).abs().sum(), states, torch.zeros(2, 2), decay=0.5)

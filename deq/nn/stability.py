@@ -20,7 +20,7 @@ def jacobian_penalty(image: Tensor, point: Tensor, samples: int = 1, create_grap
     total = point.new_zeros((), dtype=torch.promote_types(point.dtype, torch.float32))  # 16 bits do not hold a sum
     for _ in range(samples):
         probe = torch.randn_like(image)
-        (product,) = torch.autograd.grad(image, point, probe, retain_graph=True, create_graph=create_graph)
+        product = _product(image, point, probe, create_graph)
         total = total + product.to(total.dtype).square().sum()
     return total / max(1, samples * point.numel())
 
@@ -38,11 +38,17 @@ def spectral_radius(image: Tensor, point: Tensor, iterations: int = 100) -> tupl
     norms = []
     v = v / _row_norm(v)
     for _ in range(iterations):
-        (v,) = torch.autograd.grad(image, point, v, retain_graph=True)
+        v = _product(image, point, v)
         size = _row_norm(v)
         norms.append(size.reshape(B))
         v = v / torch.where(size > 0, size, 1.0)
     return torch.stack(norms[len(norms) // 2 :]).log().mean(0).exp(), v
+
+
+def _product(image: Tensor, point: Tensor, v: Tensor, create_graph: bool = False) -> Tensor:
+    """``J^T v``: zeros where ``image`` does not depend on ``point``."""
+    options = {"retain_graph": True, "create_graph": create_graph, "materialize_grads": True}
+    return torch.autograd.grad(image, point, v, **options)[0]
 
 
 def _check_positive(name: str, value: object) -> None:
