@@ -81,6 +81,16 @@ def test_spectral_norm_of_a_weight_that_starts_at_nothing(dtype, size):
     assert abs(float(torch.linalg.matrix_norm(layer.weight.detach().float(), 2)) - 1) < 1e-2
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors is a no-op")
+@pytest.mark.parametrize("kind", ["weight", "spectral"])
+@pytest.mark.parametrize("sizes", [(4, 0), (0, 4)])
+def test_norm_of_a_layer_without_elements(kind, sizes):
+    layer = deq.nn.normalise(nn.Linear(*sizes), kind)
+    out = layer(torch.ones(2, sizes[0]))
+    assert torch.equal(out, layer.bias.expand(2, sizes[1]))
+    out.sum().backward()
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
 def test_spectral_norm_in_training_under_torch_func():
     """What iterates for the norm belongs to the module, not to a transform, and the gradient is that of autograd."""

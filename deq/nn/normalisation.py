@@ -72,7 +72,8 @@ class SpectralNorm(_Normalised):
         self.dim, self.iterations = dim, iterations
         self._moves_buffers = True  # a backward pass that comes after the next forward pass has those of its own
         matrix = self._matrix(weight.detach())
-        for name, side in (("u", matrix[:, 0]), ("v", matrix[0])):
+        for name, size in zip(("u", "v"), matrix.shape, strict=True):
+            side = matrix.new_empty(size)
             self.register_buffer(name, _direction(torch.randn_like(side), torch.zeros_like(side)))
         self._iterate(matrix, 30)
 
@@ -109,6 +110,8 @@ class SpectralNorm(_Normalised):
 
 def _direction(x: Tensor, before: Tensor) -> Tensor:
     """x (n,) with norm 1; ``before`` where x is zero or not finite, as a weight that starts at zero makes it."""
+    if x.numel() == 0:  # which has no largest element
+        return x
     size = x.abs().amax()
     usable = (size > 0) & torch.isfinite(size)
     x = x / torch.where(usable, size, 1.0)  # squares of x may be beyond its dtype
