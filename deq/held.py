@@ -62,11 +62,12 @@ class Members:
 
     def while_still(self, call: Callable[[], T]) -> T:
         """``call()`` with :meth:`still` around it, not by a context alone: Ctrl-C may come where Python leaves it."""
-        still = self.still()
+        still, depth = self.still(), enclosed.depth
         try:
             with still:
                 return call()
         finally:
+            enclosed.depth = depth
             still.put_back()
 
     def still(self) -> "Exchanged":

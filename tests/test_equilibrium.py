@@ -415,6 +415,23 @@ def test_an_interrupt_where_a_backward_pass_has_the_parameters_of_a_call(where, 
     assert held.enclosed.depth == 0
 
 
+@pytest.mark.parametrize("way", ["fixed_point", "torchdeq"])
+def test_an_interrupt_where_spectral_norms_go_on(way, monkeypatch):
+    """They go on, and layers are not taken for parts of another one, whose masks they would keep."""
+
+    def interrupted(context, *_):
+        raise KeyboardInterrupt
+
+    linear, x = nn.utils.spectral_norm(nn.Linear(4, 4)), torch.randn(2, 4)
+    hooks = linear._forward_pre_hooks
+    f = lambda z: torch.tanh(0.3 * linear(z) + x)  # noqa: E731
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(held.Exchanged, "__exit__", interrupted)
+        deq.fixed_point(f, x) if way == "fixed_point" else get_deq()(f, x)
+    assert linear._forward_pre_hooks is hooks
+    assert held.enclosed.depth == 0
+
+
 @pytest.mark.parametrize("name", ["autocast_increment_nesting", "_set_grad_enabled"])
 def test_an_interrupt_right_after_a_mode_of_torch_was_changed(name):
     """Python may see Ctrl-C after any call: gradients are on as before, and no autocast is thought to be around."""
