@@ -31,7 +31,7 @@ from .closures import (
     within,
 )
 from .held import Call, Exchanged, enclosed
-from .modes import apart_from_autocast
+from .modes import apart_from_autocast, vjp
 from .profiling import ranges
 from .solvers import generic
 from .solvers.generic import Rule
@@ -399,13 +399,13 @@ def _differentiable_pullback(
     """The same gradients as differentiable functions of z, the tensors and g, to any order and under any transform."""
 
     def bind(g: Tensor, z: Tensor, *tensors: Tensor) -> Map:
-        _, pull = torch.func.vjp(equation.bind(*tensors), z)
+        _, pull = vjp(equation.bind(*tensors), z)
         return lambda u: g + pull(u)[0]
 
     _refuse_strays(equation, z, tensors)
     u = _FixedPoint.apply(equation.linear(bind), g, None, g, z, *tensors)[0]
     moving = [i for i, want in enumerate(wanted) if want]
-    _, pull = torch.func.vjp(_along(equation, z, tensors, moving), *(tensors[i] for i in moving))
+    _, pull = vjp(_along(equation, z, tensors, moving), *(tensors[i] for i in moving))
     found = dict(zip(moving, pull(u), strict=True))
     return tuple(found.get(i) for i in range(len(tensors)))
 
@@ -433,8 +433,8 @@ def _refuse_strays(equation: Equation, z: Tensor, tensors: list[Tensor]) -> None
 
 def _jvp(f: Callable[..., Tensor], primals: list[Tensor], tangents: list[Tensor]) -> Tensor:
     """The product of f's Jacobian with tangents, by two reverse passes: forward mode cannot be nested in itself."""
-    out, pull = torch.func.vjp(f, *primals)
-    _, push = torch.func.vjp(pull, torch.zeros_like(out))
+    out, pull = vjp(f, *primals)
+    _, push = vjp(pull, torch.zeros_like(out))
     return push(tuple(tangents))[0]
 
 

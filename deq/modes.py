@@ -1,5 +1,6 @@
-"""Modes of torch that a solve meets: autocast, tensors without numbers, tracing and captures."""
+"""Modes of torch that a solve meets: autocast, hooks on saved tensors, tracing and captures, and no numbers at all."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -33,6 +34,20 @@ def apart_from_autocast(device: str) -> AbstractContextManager:
 # that autocast has rounded are forgotten where the outermost ends.
 _UP_AND_DOWN = torch.autocast_increment_nesting, torch.autocast_decrement_nesting
 _call = type(torch.autocast_increment_nesting).__call__
+
+
+def vjp(f: Callable[..., Tensor], *primals: Tensor) -> tuple[Tensor, Callable]:
+    """torch.func.vjp as if no hooks on saved tensors were around, as checkpointing has: it refuses them, and what it
+    saves is inside of the transform."""
+    hooks = []
+    try:
+        while (pair := torch._C._autograd._top_saved_tensors_default_hooks(True)) is not None:
+            torch._C._autograd._pop_saved_tensors_default_hooks()
+            hooks.append(pair)
+        return torch.func.vjp(f, *primals)
+    finally:
+        for pair in reversed(hooks):
+            torch._C._autograd._push_saved_tensors_default_hooks(*pair)
 
 
 def lacks_numbers(t: Tensor) -> bool:

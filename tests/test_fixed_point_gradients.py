@@ -185,3 +185,25 @@ def test_unrolled_returns_the_best_iterate(damping, criterion):
     z = unrolled.z
     (grad,) = torch.autograd.grad(z.sum(), x)
     torch.testing.assert_close(grad * c, z.detach(), rtol=1e-9, atol=0)  # z is linear in x
+
+
+@pytest.mark.parametrize("solver", ["anderson", "newton_krylov"])
+@pytest.mark.parametrize("way", ["save_on_cpu", "checkpoint"])
+def test_second_derivatives_and_newton_where_saved_tensors_have_hooks(way, solver):
+    """Which torch.func refuses, and users have: to save memory, and in every checkpoint."""
+    W, c, _ = gaussian(6, 3, torch.float64)
+    c = c.requires_grad_()
+
+    def loss(c):
+        z = solve(W, c, solver=solver, tol=1e-13).z
+        return torch.autograd.grad(z.square().sum(), c, create_graph=True)[0].square().sum()
+
+    expected = torch.autograd.grad(loss(c), c)[0]
+    if way == "checkpoint":
+        total = torch.utils.checkpoint.checkpoint(loss, c, use_reentrant=False)
+    else:
+        with torch.autograd.graph.save_on_cpu():
+            total = loss(c)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+        found = torch.autograd.grad(total, c)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-11)

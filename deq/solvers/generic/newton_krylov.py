@@ -14,6 +14,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from ...modes import vjp
 from ...solution import Status
 from .result import Result
 from .rule import Rule
@@ -110,8 +111,8 @@ def _product(f, y: Tensor, zero: Tensor | None, g: Tensor) -> Callable[[Tensor],
         image, size = y + g, torch.maximum(norm(y), norm(g))
         size = math.sqrt(torch.finfo(y.dtype).eps) * torch.where(size > 0, size, 1.0).to(y.dtype).unsqueeze(1)
         return lambda v: v - (f(y + size * v) - image) / size
-    image, pull = torch.func.vjp(f, y)
-    _, push = torch.func.vjp(lambda u: pull(u)[0], torch.zeros_like(image))
+    image, pull = vjp(f, y)
+    _, push = vjp(lambda u: pull(u)[0], torch.zeros_like(image))
     return lambda v: v - push(v)[0]
 
 
