@@ -110,6 +110,37 @@ def test_evaluation_between_a_call_and_its_backward_pass(x, backend):
     assert not any(module.training for module in layer.modules())
 
 
+@pytest.mark.parametrize("inner", [False, True])
+def test_dropout_of_a_block_that_is_a_function(x, inner):
+    """New masks at every call, and those of the call in its backward pass."""
+    torch.manual_seed(0)
+    block = Block(0.5)
+    f = lambda z, x: block(z, x)  # noqa: E731
+    if inner:
+        within = deq.nn.Equilibrium(f, tol=1e-13)
+        outer = nn.ModuleDict({"within": within})
+        outer.forward = lambda z, x: torch.tanh(0.3 * within(z) + x)
+        layer = deq.nn.Equilibrium(outer, tol=1e-12, on_failure="raise")
+    else:
+        layer = deq.nn.Equilibrium(f, tol=1e-12, on_failure="raise")
+    seen = []
+    block.dropout.register_forward_hook(lambda module, *_: seen.append(module.mask))
+    layer = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    given = x.detach().clone().requires_grad_()
+    z = layer(given)
+    mask = seen[-1]
+    assert not torch.equal(layer(x), z) and not torch.equal(seen[-1], mask)
+    seen.clear()
+    found = torch.autograd.grad(z.sum(), given)[0]
+    assert all(torch.equal(other, mask) for other in seen)
+    own = x.detach().clone().requires_grad_()
+    step = lambda z, x: torch.tanh(mask * block.linear(z) + x)  # noqa: E731
+    exact = lambda x: deq.fixed_point(lambda z: step(z, x), torch.zeros_like(x), tol=1e-13).z  # noqa: E731
+    y = deq.fixed_point(lambda z: torch.tanh(0.3 * exact(z) + own), x, tol=1e-12).z if inner else exact(own)
+    torch.testing.assert_close(z, y, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(found, torch.autograd.grad(y.sum(), own)[0], rtol=1e-8, atol=1e-9)
+
+
 def test_dropout_of_an_inner_layer():
     """Masks are of the outer call."""
 

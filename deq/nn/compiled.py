@@ -14,11 +14,11 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from ..held import Applied, Exchanged, Members, enclosed, modules_used
+from ..held import Applied, Exchanged, Members, Unsteady, enclosed, modules_used
 from ..spectral_norms import TorchNorm, norms_of
 from ..state import State, parts_of
 from ..traced import AUTOGRAD, included
-from .dropout import VariationalDropout
+from .dropout import VariationalDropout, modules_with_masks
 
 _numbers = itertools.count()
 _layers: "weakref.WeakValueDictionary[int, nn.Module]" = weakref.WeakValueDictionary()
@@ -33,11 +33,14 @@ def register(layer: nn.Module) -> Tensor:
 
 def new_seed(block: object) -> Tensor | None:
     """Of the masks of one call, int64 on the CPU; None for a block that draws none."""
-    if not isinstance(block, nn.Module):
-        return None
-    if not any(isinstance(module, VariationalDropout) and module.training for module in block.modules()):
+    if not Unsteady.exist or (isinstance(block, nn.Module) and not any(map(_may_draw, block.modules()))):
         return None
     return torch.randint(2**62, (), dtype=torch.int64, device="cpu")
+
+
+def _may_draw(module: nn.Module) -> bool:
+    """Whether it draws masks, or has a function as its block, which may, and which no graph can look into."""
+    return (isinstance(module, VariationalDropout) and module.training) or callable(module.__dict__.get("block"))
 
 
 def modes_of(block: object) -> str:
@@ -104,7 +107,8 @@ def _masks(block: object, seed: Tensor | None, device: torch.device) -> Iterator
     if seed is None:
         yield
         return
-    dropouts = [module for module in block.modules() if isinstance(module, VariationalDropout)]
+    inside = {module: None for root in modules_with_masks(block) for module in root.modules()}
+    dropouts = [module for module in inside if isinstance(module, VariationalDropout)]
     before = [dropout.mask for dropout in dropouts]
     on_gpu = device.type == "cuda"
     with torch.random.fork_rng([device] if on_gpu else []), enclosed:
