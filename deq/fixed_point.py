@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .closures import exchanged, exchanges, graph_break, in_forward_mode, in_transform, watched
 from .function_options import listed, rules_of
-from .held import Applied, Call, Members, Unsteady, frozen, held, modules_used, with_others
+from .held import Applied, Call, Members, Unsteady, frozen, held, members_of, modules_used, with_others
 from .implicit_function import Equation, attached, closed_over
 from .implicit_function import fixed_point as implicit
 from .inexact import differentiated
@@ -181,7 +181,7 @@ def fixed_point_with(
     options = options | {"tensors": tensors}
     with apart_from_autocast(layout.device.type):
         members = None if solved else _members(f)
-        if members is None or not members.norms:
+        if members is None or not (members.norms or members.has_masks):
             members = members if Unsteady.exist else None  # else a call needs them only where f is seen to use others
             return _solve(f, z0, layout, rule, adjoint, keep, options, fresh, solved, members)
         return members.while_still(lambda: _solve(f, z0, layout, rule, adjoint, keep, options, fresh, solved, members))
@@ -190,7 +190,7 @@ def fixed_point_with(
 def _members(f: Callable) -> Members | None:
     """Those of the modules that f uses; None where whoever calls has them."""
     if not isinstance(f, Applied):
-        return Members(modules_used(f))
+        return members_of(f)
     return Members(modules_used(f.block)) if f.members is None else None
 
 

@@ -200,6 +200,44 @@ def modules_used(f: Callable) -> list[nn.Module]:
     return [module for each in used for module in modules_of(each)]
 
 
+def modules_with_masks(block: Callable) -> list[nn.Module]:
+    """``block``, or the modules that it uses if it is a function, and those that functions use which are blocks of
+    layers inside of these; none where no VariationalDropout is among them all."""
+    if not Unsteady.exist:
+        return []
+    found, has_masks = _modules_behind(block)
+    return found if has_masks else []
+
+
+def _modules_behind(block: Callable) -> tuple[list[nn.Module], bool]:
+    found, visited, has_masks = _used_by(block), set(), False
+    for root in found:
+        for module in root.modules():
+            if module not in visited:
+                visited.add(module)
+                has_masks |= "_dropout_draw" in module.__dict__
+                inner = module.__dict__.get("block")  # a module is elsewhere
+                found += [each for each in _used_by(inner) if each not in visited] if callable(inner) else ()
+    return found, has_masks
+
+
+def _used_by(function: Callable) -> list[nn.Module]:
+    return [function] if isinstance(function, nn.Module) else modules_used(function)
+
+
+def members_of(f: Callable) -> Members:
+    """Those of the modules that f uses. Layers among them, which keep their masks through the call, have new ones."""
+    if not Unsteady.exist:
+        return Members(modules_used(f))
+    found, has_masks = _modules_behind(f)
+    if has_masks and not enclosed.depth:
+        for layer in (module for root in found for module in root.modules() if "_uses" in module.__dict__):
+            for each in (module for root in modules_with_masks(layer) for module in root.modules()):
+                if "_dropout_draw" in each.__dict__:
+                    each.reset_mask()
+    return Members(found)
+
+
 class Uses:
     """Whether a block was seen to use no tensors that need gradients but its inputs and its parameters.
 

@@ -9,6 +9,7 @@ from blocks import Dropped
 from torch import nn
 
 import deq
+from deq.torchdeq import get_deq
 
 
 def test_dropout_in_an_equilibrium():
@@ -188,6 +189,35 @@ def test_the_backward_pass_of_a_function_has_the_masks_of_its_call(way, between)
 
 def global_block(z, x):
     return DROPPING(z, x)  # noqa: F821
+
+
+@pytest.mark.parametrize("inner", ["module", "function"])
+@pytest.mark.parametrize("way", ["fixed_point", "torchdeq"])
+def test_dropout_of_a_layer_inside_of_a_function(way, inner):
+    """One mask for a call and its backward pass, where every evaluation calls the layer: it drew one each time, and
+    there was no solution."""
+    torch.manual_seed(0)
+    net, x = Dropping(), torch.randn(3, 6, dtype=torch.float64)
+    layer = deq.nn.Equilibrium(net if inner == "module" else lambda z, x: net(z, x), tol=1e-13)
+    f = lambda z: torch.tanh(0.3 * layer(z) + x)  # noqa: E731
+    if way == "fixed_point":
+        solve = lambda: deq.fixed_point(f, torch.zeros_like(x), tol=1e-12, on_failure="raise").z  # noqa: E731
+    else:
+        model = get_deq(ift=True, f_tol=1e-12, b_tol=1e-12, f_max_iter=100, b_max_iter=100)
+        solve = lambda: model(f, torch.zeros_like(x))[0][-1]  # noqa: E731
+    z = solve()
+    mask = net.drop.mask
+    solve()
+    assert net.drop.mask is not mask
+    y, own = torch.zeros_like(x), net.linear.weight
+    for _ in range(40):
+        u = torch.zeros_like(x)
+        for _ in range(40):
+            u = torch.tanh(0.3 * mask * net.linear(u) + y)
+        y = torch.tanh(0.3 * u + x)
+    torch.testing.assert_close(z, y, rtol=1e-9, atol=1e-10)
+    found, expected = (torch.autograd.grad(t.sum(), own)[0] for t in (z, y))
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-9)
 
 
 @pytest.mark.parametrize("between", ["call", "eval", "other size"])

@@ -14,11 +14,11 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from ..held import Applied, Exchanged, Members, Unsteady, enclosed, modules_used
+from ..held import Applied, Exchanged, Members, Unsteady, enclosed, modules_used, modules_with_masks
 from ..spectral_norms import TorchNorm, norms_of
 from ..state import State, parts_of
 from ..traced import AUTOGRAD, included
-from .dropout import VariationalDropout, modules_with_masks
+from .dropout import VariationalDropout
 
 _numbers = itertools.count()
 _layers: "weakref.WeakValueDictionary[int, nn.Module]" = weakref.WeakValueDictionary()

@@ -1,13 +1,13 @@
 """Dropout whose mask stays the same through a solve: otherwise there would be no fixed point."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ..closures import outside_of_gradients
 from ..function_options import listed
-from ..held import Unsteady, modules_used
+from ..held import Unsteady, modules_with_masks
 
 
 class VariationalDropout(nn.Module):
@@ -16,9 +16,10 @@ class VariationalDropout(nn.Module):
     p: probability of zero, in [0, 1]; 1 gives zeros. shared: dimensions of x along which the mask is constant, such as
     (1,) to drop whole features of (B, tokens, features). In evaluation, and for p = 0, x itself is returned.
 
-    :class:`deq.nn.Equilibrium` draws new masks at every call, one inside of another with it, and its backward pass has
-    those of the call; in a loop of your own call :func:`reset_dropout`. The mask is the module's: threads cannot train
-    the same one. Raises ValueError for an x of another shape than the mask was drawn for.
+    :class:`deq.nn.Equilibrium` draws new masks at every call, one inside of another or of a function that is solved
+    with that, and its backward pass has those of the call; in a loop of your own call :func:`reset_dropout`. The mask
+    is the module's: threads cannot train the same one. Raises ValueError for an x of another shape than the mask was
+    drawn for.
     """
 
     def __init__(self, p: float = 0.5, shared: Sequence[int] = ()):
@@ -86,23 +87,3 @@ def reset_dropout(model: nn.Module) -> None:
         for each in module.modules():
             if isinstance(each, VariationalDropout):
                 each.reset_mask()
-
-
-def modules_with_masks(block: Callable) -> list[nn.Module]:
-    """``block``, or the modules that it uses if it is a function, and those that functions use which are blocks of
-    layers inside of these; none where no VariationalDropout is among them all."""
-    if not Unsteady.exist:
-        return []
-    found, visited, has_masks = _used_by(block), set(), False
-    for root in found:
-        for module in root.modules():
-            if module not in visited:
-                visited.add(module)
-                has_masks |= isinstance(module, VariationalDropout)
-                inner = module.__dict__.get("block")  # a module is elsewhere
-                found += [each for each in _used_by(inner) if each not in visited] if callable(inner) else ()
-    return found if has_masks else []
-
-
-def _used_by(function: Callable) -> list[nn.Module]:
-    return [function] if isinstance(function, nn.Module) else modules_used(function)

@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 from ..closures import in_forward_mode
 from ..fixed_point import StateSolution, fixed_point, fixed_point_with
-from ..held import Applied, Members, Uses, enclosed
+from ..held import Applied, Members, Uses, enclosed, modules_with_masks
 from ..modes import has_autocast
 from ..options import unknown_option
 from ..state import State, parts_of
 from .compiled import as_state, equilibrium, kind_of, modes_of, moving_of, new_seed, register
-from .dropout import modules_with_masks, reset_dropout
+from .dropout import reset_dropout
 
 OPTIONS = tuple(
     name
