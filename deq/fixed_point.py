@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from .closures import exchanged, exchanges, graph_break, in_forward_mode, in_transform, watched
 from .function_options import listed, rules_of
@@ -15,7 +16,7 @@ from .implicit_function import Equation, attached, closed_over
 from .implicit_function import fixed_point as implicit
 from .inexact import differentiated
 from .modes import apart_from_autocast, lacks_numbers, refuse_tracing
-from .solution import Solution, report_failures
+from .solution import Solution, outside_of_transforms, report_failures
 from .solvers import generic
 from .solvers.generic import Rule
 from .state import Layout, OneState, State, layout_of
@@ -47,7 +48,8 @@ class StateSolution(Solution):
 
     def detach(self) -> "StateSolution":
         z = self.z.detach() if isinstance(self.z, Tensor) else type(self.z)(part.detach() for part in self.z)
-        return StateSolution(z, self._told, self._samples, self.plan, self.trajectory)
+        kind = StateSolutionOfTransform if in_transform() else StateSolution
+        return kind(z, self._told, self._samples, self.plan, self.trajectory)
 
     def __repr__(self) -> str:
         total = self.status.numel()
@@ -58,6 +60,46 @@ class StateSolution(Solution):
             f"Solution(z={', '.join(map(str, shapes))}, converged={int(self.converged.sum())}/{total}, "
             f"iterations<={most}, residual<={worst:.1e}, plan={self.plan})"
         )
+
+
+class StateSolutionOfTransform(StateSolution):
+    """As :class:`deq.solution.SolutionOfTransform`."""
+
+    @property
+    def z(self) -> State:
+        parts = (self._z,) if isinstance(self._z, Tensor) else self._z
+        if any(map(is_functorch_wrapped_tensor, (*parts, self._told.status))) and not in_transform():
+            bare = lambda t: outside_of_transforms(t)[0]  # noqa: E731
+            parts = list(map(bare, parts))
+            self._z = parts[0] if isinstance(self._z, Tensor) else type(self._z)(parts)
+            names = ("iterations", "residual", "status")
+            told, batches = zip(*(outside_of_transforms(getattr(self._told, name)) for name in names), strict=True)
+            self._told, self._samples = generic.Told(*told), (*told[0].shape[: batches[0]], *self._samples)
+            self.trajectory = [bare(t) if isinstance(t, Tensor) else type(t)(map(bare, t)) for t in self.trajectory]
+        return self._z
+
+    @z.setter
+    def z(self, z: State) -> None:
+        self._z = z
+
+    @property
+    def iterations(self) -> Tensor:
+        _ = self.z
+        return super().iterations
+
+    @property
+    def residual(self) -> Tensor:
+        _ = self.z
+        return super().residual
+
+    @property
+    def status(self) -> Tensor:
+        _ = self.z
+        return super().status
+
+    def __getstate__(self) -> dict:
+        _ = self.z
+        return super().__getstate__()
 
 
 def fixed_point(

@@ -82,7 +82,9 @@ class Solution:
 
     def detach(self) -> "Solution":
         """The same solution without its autograd graph."""
-        return Solution(self.z.detach(), self.stats, self.plan, self.when_read)
+        inside = torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling()
+        kind = SolutionOfTransform if inside else Solution
+        return kind(self.z.detach(), self.stats, self.plan, self.when_read)
 
     def __getstate__(self) -> dict:
         """Of a copy, or of what goes to another process: what was to be said when the status is read is said first."""
@@ -101,6 +103,54 @@ class Solution:
             f"Solution(z={tuple(self.z.shape)}, converged={done}/{total}, "
             f"iterations<={most}, residual<={worst:.1e}, plan={self.plan})"
         )
+
+
+class SolutionOfTransform(Solution):
+    """Of a call inside of torch.func, for who reads it when that is over: batches of torch.vmap are dimensions then,
+    the first ones."""
+
+    @property
+    def z(self) -> Tensor:
+        if torch._C._functorch.is_functorch_wrapped_tensor(self._z) and not torch._C._are_functorch_transforms_active():
+            (self._z, self._batches), (self.stats, _) = map(outside_of_transforms, (self._z, self.stats))
+        return self._z
+
+    @z.setter
+    def z(self, z: Tensor) -> None:
+        self._z, self._batches = z, 0
+
+    @property
+    def iterations(self) -> Tensor:
+        return self._said(layout.iterations)
+
+    @property
+    def residual(self) -> Tensor:
+        return self._said(layout.residual)
+
+    @property
+    def status(self) -> Tensor:
+        return self._said(layout.status) if self.when_read is None else super().status
+
+    def __getstate__(self) -> dict:
+        _ = self.z
+        return super().__getstate__()
+
+    def _said(self, field: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        z = self.z
+        for _ in range(self._batches):
+            field = torch.vmap(field)
+        return field(z, self.stats)
+
+
+def outside_of_transforms(t: Tensor) -> tuple[Tensor, int]:
+    """The numbers of a tensor of transforms of torch.func that are over, and how many of the first dimensions are
+    batches of torch.vmap, the outermost first."""
+    if not torch._C._functorch.is_functorch_wrapped_tensor(t):
+        return t, 0
+    inner, batches = outside_of_transforms(torch._C._functorch.get_unwrapped(t))
+    if not torch._C._functorch.is_batchedtensor(t):
+        return inner, batches
+    return inner.movedim(batches + torch._C._functorch.maybe_get_bdim(t), batches), batches + 1
 
 
 def rounded(z: Tensor, stats: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -53,8 +53,8 @@ class EquilibriumLinear(nn.Module):
 
     ``layer(x, z0=None)`` solves from z0 (..., width) or zero. Gradients reach x, U, b, the parameters of W and follow
     ``torch.is_grad_enabled()``, in training and evaluation alike. ``layer.solution`` is the last Solution, detached
-    (None where torch.func is used inside torch.compile); it is neither saved nor copied with the layer. Under autocast
-    only ``U x + b`` runs in the lower precision.
+    (None where torch.func is used inside torch.compile), after torch.vmap with the batches as its first dimensions; it
+    is neither saved nor copied with the layer. Under autocast only ``U x + b`` runs in the lower precision.
 
     Parameters: ``injection.weight`` U (width, in_features), drawn with variance 1 / in_features so that c has the
     variance of x; ``injection.bias`` b (width,), zero; ``weight.*``, see :mod:`deq.nn.weight_modules`.
