@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.compiler import is_compiling
 
 from . import variables
 from .cached_weights import are_weights_kept
@@ -24,8 +25,9 @@ class Members:
     ``torch.func.functional_call`` exchanges them for a call alone, which is over before the backward pass evaluates the
     modules again.
 
-    modules: these and all inside of them. parameters: theirs, as ``list(module.parameters())`` in a fifth of the time;
-    a shared one comes as often as it is used. has_masks: whether there is a :class:`deq.nn.VariationalDropout`.
+    modules: these and all inside of them, and, but for parameters and in graphs, what functions use that are blocks of
+    layers there. parameters: theirs, as ``list(module.parameters())`` in a fifth of the time; a shared one comes as
+    often as it is used. has_masks: whether there is a :class:`deq.nn.VariationalDropout`.
     norms: the spectral norms of torch that iterate whenever they are read now.
     """
 
@@ -37,7 +39,11 @@ class Members:
         self._moved: list[tuple[dict, str, Tensor, int, Tensor]] = []
         self.norms: list[TorchNorm] = []  # of torch, that move in training
         parameters, places, stack = self.parameters, self._places, list(reversed(modules))
-        while stack:
+        layers: list[nn.Module] = []  # inside, whose blocks are functions
+        behind: list[nn.Module] = []  # what those use
+        while stack or behind:
+            if not stack:
+                stack, behind, parameters = behind, [], []
             module = stack.pop()
             own = module.__dict__
             is_python = "training" in own  # one of TorchScript keeps its members elsewhere, for good
@@ -54,6 +60,9 @@ class Members:
                     self.has_masks = True
                 if "_moves_buffers" in own:
                     self._moving.append(own["_buffers"])
+                if "_uses" in own and "block" in own and module not in layers and not is_compiling():
+                    layers.append(module)
+                    behind += modules_used(own["block"])
                 self.norms += [norm for norm in norms_of(module) if norm.holder.training]
                 if tensors := own["_buffers"]:
                     places += [(tensors, name, tensor) for name, tensor in tensors.items()]

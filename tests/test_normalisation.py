@@ -232,6 +232,24 @@ def test_spectral_norms_of_torch_step_once_a_call(norm, kind):
     assert not any(map(torch._C._functorch.is_functorch_wrapped_tensor, block.buffers()))
 
 
+@pytest.mark.parametrize("norm", [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm])
+@pytest.mark.parametrize("kind", ["fixed_point", "module", "compiled"])
+def test_spectral_norms_of_torch_in_a_layer_inside_whose_block_is_a_function(norm, kind):
+    """They stay for the outer solve."""
+    torch.manual_seed(0)
+    linear, x = norm(nn.Linear(4, 4)).double(), torch.randn(3, 4, dtype=torch.float64)
+    inner = deq.nn.Equilibrium(lambda u, z: torch.tanh(0.3 * linear(u) + z), tol=1e-13)
+    seen = []
+    inner.register_forward_hook(lambda *_: seen.append(next(linear.buffers()).clone()))
+    outer = Dropped(inner, nn.Identity())
+    if kind == "fixed_point":
+        deq.fixed_point(lambda z: outer(z, x), torch.zeros_like(x), tol=1e-12)
+    else:
+        layer = deq.nn.Equilibrium(outer, tol=1e-12)
+        (torch.compile(layer, fullgraph=True, backend="aot_eager") if kind == "compiled" else layer)(x)
+    assert len(seen) > 3 and all(torch.equal(u, seen[0]) for u in seen)
+
+
 def test_spectral_norms_of_torch_of_one_module():
     """Both hooks stay for a solve and its gradient, and go on afterwards."""
     torch.manual_seed(0)
