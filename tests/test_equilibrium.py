@@ -477,3 +477,24 @@ def test_threads_that_train_a_parametrised_layer_keep_its_gradients():
     finally:
         sys.setswitchinterval(interval)
     assert nn.utils.parametrize._cache_enabled == 0 and type(nn.utils.parametrize._cache) is dict
+
+
+@pytest.mark.parametrize("around", ["nothing", "autocast"])
+def test_a_block_whose_first_parameter_is_of_integers(around):
+    """The state has the dtype of the first one that is not."""
+
+    class Shuffled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.places = nn.Parameter(torch.arange(4), requires_grad=False)
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, z, x):
+            return torch.tanh(0.3 * self.linear(z)[:, self.places] + x)
+
+    x = torch.randn(3, 4)
+    with torch.autocast("cpu", enabled=around == "autocast"):
+        layer = deq.nn.Equilibrium(Shuffled() if around == "autocast" else Shuffled().double())
+        z = layer(nn.Linear(4, 4)(x))
+    assert z.dtype is layer.block.linear.weight.dtype
+    z.sum().backward()

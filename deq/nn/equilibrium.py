@@ -133,10 +133,11 @@ class Equilibrium(nn.Module):
 
 
 def _dtype_of(members: Members | None) -> torch.dtype | None:
-    """That of the block's parameters, if it is known."""
-    if members is None or not members.parameters or not members.parameters[0].is_floating_point():
-        return None
-    return members.parameters[0].dtype
+    """That of the block's parameters, if it is known: the first one that is no integer, as tables of indices are."""
+    for parameter in () if members is None else members.parameters:
+        if parameter.dtype.is_floating_point:
+            return parameter.dtype
+    return None
 
 
 def _of_block(z0: State, rounded: torch.dtype, members: Members | None) -> State:
