@@ -11,7 +11,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 
 from .closures import exchanged, exchanges, graph_break, in_forward_mode, in_transform, watched
 from .function_options import listed, rules_of
-from .held import Applied, Call, Members, Unsteady, frozen, held, members_of, modules_used, with_others
+from .held import Applied, Call, Members, Unsteady, frozen, held, may_train, members_of, modules_used, with_others
 from .implicit_function import Equation, attached, closed_over
 from .implicit_function import fixed_point as implicit
 from .inexact import differentiated
@@ -222,7 +222,8 @@ def fixed_point_with(
         rule, adjoint, keep = rules_of.__wrapped__(layout.coarsest, **checked)
     options = options | {"tensors": tensors}
     with apart_from_autocast(layout.device.type):
-        members = None if solved else _members(f)
+        searched = not solved and (torch.is_grad_enabled() or may_train(f.block if isinstance(f, Applied) else f))
+        members = _members(f) if searched else None
         if members is None or not (members.norms or members.has_masks):
             members = members if Unsteady.exist else None  # else a call needs them only where f is seen to use others
             return _solve(f, z0, layout, rule, adjoint, keep, options, fresh, solved, members)

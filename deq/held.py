@@ -5,7 +5,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from types import CellType, FunctionType, MethodType
+from types import BuiltinFunctionType, CellType, FunctionType, MethodType, ModuleType
 from typing import TypeVar
 
 from torch import Tensor, nn
@@ -209,16 +209,24 @@ def modules_used(f: Callable) -> list[nn.Module]:
     return [module for each in used for module in modules_of(each)]
 
 
+def may_train(f: Callable) -> bool:
+    """Whether f may use modules in training: without gradients no others need be looked for, which takes longer than
+    this. One in evaluation is not searched for parts that are not."""
+    if type(f) is not FunctionType:
+        return not isinstance(f, nn.Module) or f.training
+    place, names = f.__globals__, variables.global_names(f.__code__)
+    values = [*variables.contents(f), *variables.defaults(f), *[place.get(name) for name in names]]
+    return any([value.training if isinstance(value, nn.Module) else type(value) not in _PLAIN for value in values])
+
+
+_PLAIN = (Tensor, nn.Parameter, ModuleType, BuiltinFunctionType, type(None), int, float, bool)
+
+
 def modules_with_masks(block: Callable) -> list[nn.Module]:
     """``block``, or the modules that it uses if it is a function, and those that functions use which are blocks of
     layers inside of these; none where no VariationalDropout is among them all."""
     if not Unsteady.exist:
         return []
-    found, has_masks = _modules_behind(block)
-    return found if has_masks else []
-
-
-def _modules_behind(block: Callable) -> tuple[list[nn.Module], bool]:
     found, visited, has_masks = _used_by(block), set(), False
     for root in found:
         for module in root.modules():
@@ -227,7 +235,7 @@ def _modules_behind(block: Callable) -> tuple[list[nn.Module], bool]:
                 has_masks |= "_dropout_draw" in module.__dict__
                 inner = module.__dict__.get("block")  # a module is elsewhere
                 found += [each for each in _used_by(inner) if each not in visited] if callable(inner) else ()
-    return found, has_masks
+    return found if has_masks else []
 
 
 def _used_by(function: Callable) -> list[nn.Module]:
@@ -236,15 +244,14 @@ def _used_by(function: Callable) -> list[nn.Module]:
 
 def members_of(f: Callable) -> Members:
     """Those of the modules that f uses. Layers among them, which keep their masks through the call, have new ones."""
-    if not Unsteady.exist:
-        return Members(modules_used(f))
-    found, has_masks = _modules_behind(f)
-    if has_masks and not enclosed.depth:
-        for layer in (module for root in found for module in root.modules() if "_uses" in module.__dict__):
-            for each in (module for root in modules_with_masks(layer) for module in root.modules()):
-                if "_dropout_draw" in each.__dict__:
-                    each.reset_mask()
-    return Members(found)
+    members = Members(modules_used(f))
+    if not members.has_masks or enclosed.depth:
+        return members
+    for layer in (module for root in modules_with_masks(f) for module in root.modules() if "_uses" in module.__dict__):
+        for each in (module for root in modules_with_masks(layer) for module in root.modules()):
+            if "_dropout_draw" in each.__dict__:
+                each.reset_mask()
+    return Members(modules_used(f))
 
 
 class Uses:

@@ -138,7 +138,7 @@ def globals_read(f: Callable) -> list[tuple[dict, str, object]]:
             stack += _held_by(value) if type(value) in _MADE_OF_OTHERS else ()
         elif value.__globals__ is place and value.__code__ not in visited:
             visited.add(value.__code__)
-            for name in _global_names(value.__code__):
+            for name in global_names(value.__code__):
                 content = place.get(name, _EMPTY)  # builtins are elsewhere
                 if content is not _EMPTY and type(content) is not ModuleType:
                     found.append((place, name, content))
@@ -155,7 +155,7 @@ def _function_of(f: object) -> FunctionType | None:
 
 
 @functools.lru_cache(maxsize=256)
-def _global_names(code: CodeType) -> tuple[str, ...]:
+def global_names(code: CodeType) -> tuple[str, ...]:
     """The global variables that a function, or one inside of it, reads and does not assign to."""
     inner = [constant for constant in code.co_consts if isinstance(constant, CodeType)]
     read, assigned = set(), set()
@@ -164,4 +164,4 @@ def _global_names(code: CodeType) -> tuple[str, ...]:
             read.add(instruction.argval)
         elif instruction.opname in ("STORE_GLOBAL", "DELETE_GLOBAL"):
             assigned.add(instruction.argval)
-    return tuple(sorted(read.union(*map(_global_names, inner)) - assigned))
+    return tuple(sorted(read.union(*map(global_names, inner)) - assigned))

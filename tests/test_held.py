@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import deq
-from deq.held import frozen, with_others
+from deq.held import frozen, may_train, with_others
 
 
 def holders(x, y):
@@ -197,3 +197,11 @@ def test_global_data_that_is_overwritten_before_the_backward_pass():
     space["x"].mul_(2)
     with pytest.raises(RuntimeError, match=r"modified by an inplace operation: the one of shape \(2, 3\)"):
         z.sum().backward()
+
+
+def test_what_a_function_without_gradients_is_searched_for():
+    """Modules in training, however it has them; those in evaluation are not worth the time."""
+    trained, still, x = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3).eval(), torch.ones(3)
+    assert may_train(lambda z: trained(z) + x) and may_train(trained) and may_train(trained.forward)
+    assert may_train(lambda z, layers=(trained,): layers[0](z)) and may_train(functools.partial(trained))
+    assert not may_train(lambda z: torch.tanh(still(z) + x)) and not may_train(still)

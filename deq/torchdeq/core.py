@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..cached_weights import CachedWeights, of_thread
 from ..closures import exchanges, graph_break, in_forward_mode, in_transform, recorded, watched
 from ..function_options import listed
-from ..held import Call, Members, Unsteady, frozen, members_of, with_others
+from ..held import Call, Members, Unsteady, frozen, may_train, members_of, with_others
 from ..implicit_function import Equation, attached, closed_over, fixed_point
 from ..modes import apart_from_autocast, refuse_tracing
 from ..solvers import generic
@@ -99,7 +99,8 @@ class DEQBase(nn.Module):
         limit = options.pop("f_max_iter", None)
         limit = None if limit is None else max(1, int(limit))
         problem = _Problem(self, func, z_init, backward_writer)
-        members = members_of(func) if callable(func) else None
+        searched = callable(func) and (torch.is_grad_enabled() or may_train(func))
+        members = members_of(func) if searched else None
         problem.members = members if Unsteady.exist or (members is not None and members.norms) else None
         with apart_from_autocast(problem.device.type):
             if members is None or not (members.norms or members.has_masks):
