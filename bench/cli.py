@@ -1,10 +1,13 @@
 """The command ``deq bench``."""
 
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import click
+
+LARGEST = 2**63 - 1  # size of a tensor
 
 
 class ShapeType(click.ParamType):
@@ -15,10 +18,11 @@ class ShapeType(click.ParamType):
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
         if isinstance(value, tuple):
             return value
-        parts = str(value).split(",")
-        if len(parts) != 2 or not all(part.strip().isdigit() and int(part) > 0 for part in parts):
-            self.fail(f"{value!r} is not a width and a batch such as 256,64.", param, ctx)
-        return int(parts[0]), int(parts[1])
+        found = re.fullmatch(r"\s*([0-9]{1,19})\s*,\s*([0-9]{1,19})\s*", str(value))
+        sizes = tuple(map(int, found.groups())) if found else ()
+        if not sizes or min(sizes) < 1 or max(sizes) > LARGEST:
+            self.fail(f"{value!r} is not a width and a batch such as 256,64, each at most {LARGEST}.", param, ctx)
+        return sizes
 
 
 shapes_option = click.option(

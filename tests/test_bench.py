@@ -275,7 +275,7 @@ class TestCommand:
             assert buffers[name, "forward + backward"] > 1.75
         assert buffers["deq", "forward"] < buffers["loop", "forward"]
 
-    @pytest.mark.parametrize("value", ["64", "64x2", "a,b", "0,4", "1,2,3"])
+    @pytest.mark.parametrize("value", ["64", "64x2", "a,b", "0,4", "1,2,3", "²,3", f"{10**20},1"])
     def test_bad_case(self, value):
         result = CliRunner().invoke(bench, ["cpu", "--case", value])
         assert result.exit_code == 2
