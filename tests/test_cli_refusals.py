@@ -55,6 +55,15 @@ def test_a_size_that_no_memory_holds_is_said(command, tmp_path):
     assert result.exit_code == 2 and "Error: not enough memory for this size" in result.stderr
 
 
+@pytest.mark.skipif(_library.compiled is None, reason="benchmarks need the compiled library")
+@pytest.mark.parametrize("command", ["cpu", "digits", "seeds", "steep", "peers"])
+def test_more_threads_than_a_process_can_have_are_refused(command, tmp_path):
+    """torch's error of a number beyond 32 bits was a traceback; some thousands ended the process in OpenMP."""
+    result = deq_command("bench", command, "--threads", 99999999999, "--out", tmp_path / "out")
+    words = "Invalid value for '--threads': 99999999999 is not in the range 1<=x<=1024."
+    assert result.exit_code == 2 and words in " ".join(result.stderr.split())
+
+
 def test_cuda_without_a_gpu_is_refused(monkeypatch, tmp_path):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     result = deq_command("run", "steep", "--device", "cuda", "--out", tmp_path)
