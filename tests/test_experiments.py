@@ -27,7 +27,7 @@ from deq.experiments._result import (
     spread,
     to_json,
 )
-from deq.experiments._run import LARGEST_SEED, KeptParts, Run, _code_digest
+from deq.experiments._run import LARGEST_SEED, LEVELS, KeptParts, Run, _code_digest
 
 
 def test_proved_for_all_names_the_worst_case():
@@ -139,6 +139,22 @@ def test_settings_take_defaults_and_refuse_what_cannot_run():
     with pytest.raises(SettingsError, match=f"seed must be at least 0 and at most {LARGEST_SEED}; got {2**64}"):
         steep.settings(seed=2**64)
     assert json.dumps(vars(steep.settings()))
+
+
+@pytest.mark.parametrize("name", [name for name, e in REGISTRY.items() if e.holds])
+def test_what_memory_cannot_hold_is_refused_with_the_largest_width_that_it_may(name, monkeypatch):
+    """The usual runs of every level take less than 2 GiB."""
+    if REGISTRY[name].missing:
+        pytest.skip(REGISTRY[name].missing)
+    monkeypatch.setattr("deq.experiments._run.memory", lambda device: 2**31)
+    for level in LEVELS:
+        REGISTRY[name].settings(level=level)
+    with pytest.raises(SettingsError, match=r"not enough memory for width 30000\d* with 9 seed") as refused:
+        REGISTRY[name].settings(width=30000 * (1000 if name == "bias" else 1), seeds=9)
+    widest = int(str(refused.value).split()[-1])
+    REGISTRY[name].settings(width=widest, seeds=9)
+    with pytest.raises(SettingsError, match="not enough memory"):
+        REGISTRY[name].settings(width=widest + 1, seeds=9)
 
 
 def test_tables_break_no_word_and_align_numbers_beside_blanks():

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,12 +23,15 @@ from .. import _library
 from ..files import replace_text, writing
 from ..info import info
 from ..profiling import phase
+from ._nets import smallest
 from ._report import markdown, print_result
 from ._result import Result, number, to_json
 
 ONE_THREAD = 2**18  # entries of the largest array of a training step up to which two threads are not worth it
 LEVELS = ("quick", "default", "full")  # seconds, for CI; minutes, on two cores; large widths and many seeds, on a GPU
 LARGEST_SEED = 2**63 - 1  # torch's generators take twice as much: some experiments count on from the seed
+LARGEST_SEEDS = 10_000  # days for most, and more than a sign test needs
+TRAINED = 4 * 4  # bytes of a float32 weight, its gradient and Adam's two moments
 SCHEMA = 2  # of the JSON file; raise it when a key changes its meaning
 
 Tick = Callable[[float], None]  # called with the finished fraction of a part
@@ -81,7 +85,8 @@ class Experiment:
     function: ``Run -> Result``. width_means: what ``--width`` sets; depth_means likewise, empty if it has no depth;
     input_means: what file ``--input`` names, empty if none.
     width, seeds, depth: the defaults of default, quick and full runs. largest_because: said where a larger width is
-    refused. config: every other setting, with its reason.
+    refused. holds(width, seeds): bytes that a run has in memory at once, at the least, growing with the width.
+    config: every other setting, with its reason.
     needs: packages beyond the required ones.
     """
 
@@ -97,6 +102,7 @@ class Experiment:
     smallest_width: int = 1
     largest_width: int | None = None
     largest_because: str = ""
+    holds: Callable[[int, int], int] | None = None
     input_means: str = ""
     config: Mapping[str, Choice] = field(default_factory=dict)
     needs: tuple[str, ...] = ()
@@ -133,7 +139,7 @@ class Experiment:
         limits = [
             ("width", width, self.smallest_width, self.largest_width),
             ("seed", seed, 0, LARGEST_SEED),
-            ("seeds", seeds, 1, None),
+            ("seeds", seeds, 1, LARGEST_SEEDS),
         ]
         limits += [("depth", depth, 2, None)] if self.depth else []
         for name, value, low, high in limits:
@@ -143,6 +149,14 @@ class Experiment:
                 allowed = f"at least {low}" + (f" and at most {high}" if high else "")
                 allowed += f", {self.largest_because}" if name == "width" and self.largest_because else ""
                 raise SettingsError(f"{self.name}: {name} must be {allowed}; got {value}")
+        has = memory(device)
+        if self.holds is not None and has is not None and self.holds(width, seeds) > has:
+            widest = smallest(lambda width: self.holds(width, seeds) > has) - 1
+            raise SettingsError(
+                f"{self.name}: not enough memory for width {width} with {seeds} seed(s), which take at least "
+                f"{number(self.holds(width, seeds) / 2**30)} GiB of the {number(has / 2**30)} here; with so many seeds "
+                f"width must be at most {widest}"
+            )
         if input is not None and not self.input_means:
             raise SettingsError(f"{self.name}: reads no input; got {input}")
         if not isinstance(input, str | None):
@@ -150,6 +164,16 @@ class Experiment:
         if self.missing:
             raise SettingsError(self.missing)
         return Settings(width, depth, seed, seeds, device, level, input)
+
+
+def memory(device: str) -> int | None:
+    """Bytes that this machine or its GPU has; None where that is not told."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_properties(device).total_memory if torch.cuda.is_available() else None
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
 
 
 _IMPORTS = {"scikit-learn": "sklearn"}

@@ -15,7 +15,7 @@ from ._fit import FIT_COLUMNS, Make, fit, fit_table_rows
 from ._judge import beats
 from ._lineup import F32, FINITE, equilibria, feedforward, tied
 from ._result import CONDITIONAL, REPRODUCED, Claim, Result, Table, spread
-from ._run import Choice, Experiment, Part, Run, Tick
+from ._run import TRAINED, Choice, Experiment, Part, Run, Tick
 from ._sound import RATE, chord, read_wav
 
 SMOOTHED = (16, 4, 1)  # stages of the curriculum: samples on either side of a mean
@@ -205,6 +205,7 @@ EXPERIMENT = Experiment(
     claim="A DEQ represents audio with a noticeably smaller error than a feed-forward net of the same size.",
     function=run_audio,
     width_means="neurons of the DEQs",
+    holds=lambda width, seeds: TRAINED * seeds * width**2,
     width=(16, 8, 256),
     depth=(3, 3, 4),
     depth_means="weight matrices of the ReLU net with the DEQ's parameters; two more at equal FLOPs",

@@ -323,6 +323,7 @@ EXPERIMENT = Experiment(
     ),
     function=run_bias,
     width_means="largest dimension d",
+    holds=lambda width, seeds: 14 * 8 * width,  # X of four samples, and the stages of a step of the flow
     width=(10**6, 1000, 10**7),
     smallest_width=SIZES[0][1],
     config=CONFIG,

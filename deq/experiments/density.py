@@ -212,6 +212,7 @@ EXPERIMENT = Experiment(
     ),
     function=run_density,
     width_means="dimension d, more than the samples",
+    holds=lambda width, seeds: 8 * width**2,  # a basis of what the samples do not see
     width=(20, 20, 1000),
     seeds=(16, 8, 64),
     smallest_width=16,  # twice the samples: with fewer, positive solutions hardly differ, or there is none

@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 from ._boolean import TASKS, training_parts
 from ._judge import beats
 from ._result import CONDITIONAL, REPRODUCED, Claim, Result, Table, number, spread
-from ._run import Choice, Experiment, Run
+from ._run import TRAINED, Choice, Experiment, Run
 
 SHOWN = ("linear", "f1", "f2")
 CONFIG = {
@@ -98,6 +98,7 @@ EXPERIMENT = Experiment(
     claim="Features of diagonal and vanilla DEQs are denser than those of feed-forward nets: their maps are lighter.",
     function=run_features,
     width_means="neurons of the DEQs",
+    holds=lambda width, seeds: TRAINED * seeds * width**2,
     width=(20, 8, 256),
     seeds=(8, 2, 32),
     config=CONFIG,

@@ -8,7 +8,7 @@ from ._judge import beats
 from ._lineup import F32, FINITE, TIED_STEPS, equilibria, tied, width_for_flops
 from ._nets import FeedForward
 from ._result import Claim, Result, Table, number, spread
-from ._run import Choice, Experiment, Part, Run
+from ._run import TRAINED, Choice, Experiment, Part, Run
 from .sawtooth import CONFIG as SAWTOOTH
 from .sawtooth import TRIVIAL, training
 
@@ -140,6 +140,7 @@ EXPERIMENT = Experiment(
     claim="At similar FLOPs per iteration, a DEQ of width 10 fits the sawtooth of 2^5 pieces better than other nets.",
     function=run_flops,
     width_means="neurons of the DEQs",
+    holds=lambda width, seeds: TRAINED * seeds * width**2,
     width=(10, 6, 64),
     seeds=(8, 2, 32),
     config=CONFIG,

@@ -6,7 +6,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ._attempts import Attempt, attempt_claims, attempt_table, attempts
+from ._attempts import WIDER, Attempt, attempt_claims, attempt_table, attempts
 from ._boolean import F32, TASKS, cube, models, seen_part, train_on_seen, training_parts
 from ._dense_nets import DenseDEQ
 from ._fit import FIT_COLUMNS, fit_table_rows
@@ -25,7 +25,7 @@ from ._result import (
     proved_for_all,
     spread,
 )
-from ._run import Choice, Experiment, Part, Run, Tick
+from ._run import TRAINED, Choice, Experiment, Part, Run, Tick
 
 MEMBERS = {"DEQ": -1, "depth 2": 2, "depth 3": 3}
 LINEAR = (
@@ -308,6 +308,7 @@ EXPERIMENT = Experiment(
     ),
     function=run_gotu,
     width_means="neurons of the trained DEQs",
+    holds=lambda width, seeds: TRAINED * seeds * (WIDER * width) ** 2,
     width=(20, 8, 256),
     seeds=(8, 2, 32),
     config=CONFIG,

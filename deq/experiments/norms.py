@@ -226,6 +226,7 @@ EXPERIMENT = Experiment(
     ),
     function=run_norms,
     width_means="neurons of the DEQ",
+    holds=lambda width, seeds: 8 * seeds * width**2,  # diag(w), of which the norm is taken
     width=(10, 6, 10),
     seeds=(8, 2, 32),
     config=CONFIG,

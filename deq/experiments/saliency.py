@@ -11,7 +11,7 @@ from ._conv_nets import ConvNet, MultiscaleDEQ, ResidualNet, grad_cam
 from ._equilibria import evidence
 from ._judge import beats, kind_of
 from ._result import Result, Table, number, spread
-from ._run import Choice, Experiment, Part, Run, Tick
+from ._run import TRAINED, Choice, Experiment, Part, Run, Tick
 from ._train import cosine, train
 
 SIZE, DIGITS = 20, 4  # pixels of an image; classes are the digits 0 to 3
@@ -217,6 +217,7 @@ EXPERIMENT = Experiment(
     claim="Saliency maps of a multiscale DEQ cover more features, in the background too, than those of a residual net.",
     function=run_saliency,
     width_means="channels",
+    holds=lambda width, seeds: TRAINED * seeds * 9 * width**2,
     width=(8, 4, 32),
     depth=(2, 2, 4),
     depth_means="blocks of the residual net",

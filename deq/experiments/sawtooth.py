@@ -14,7 +14,7 @@ from ._fit import FIT_COLUMNS, Make, fit, fit_table_rows
 from ._lineup import F32, equilibria, feedforward, judge, tied
 from ._nets import SeededNet, TriangularDEQ
 from ._result import Claim, Result, Table, proved_for_all, spread
-from ._run import Choice, Experiment, Part, Run, Tick
+from ._run import TRAINED, Choice, Experiment, Part, Run, Tick
 from ._train import cosine, train
 
 F64 = torch.float64
@@ -259,6 +259,7 @@ EXPERIMENT = Experiment(
     claim="Trained on a sawtooth of 2^5 or 2^10 linear pieces, a DEQ reaches a smaller error than feed-forward nets.",
     function=run_sawtooth,
     width_means="neurons of the DEQs",
+    holds=lambda width, seeds: TRAINED * seeds * width**2,
     width=(20, 8, 256),
     depth=(3, 3, 3),
     depth_means="weight matrices of the feed-forward net with the DEQ's parameters; two more at equal FLOPs",

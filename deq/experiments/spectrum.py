@@ -11,7 +11,7 @@ from ._attempts import Attempt, Batch, attempt_claims, attempt_table, attempts
 from ._fit import FIT_COLUMNS, fit, fit_table_rows
 from ._lineup import F32, equilibria, feedforward, judge, tied
 from ._result import Claim, Result, Table, number, spread
-from ._run import Choice, Experiment, Part, Run, Tick
+from ._run import TRAINED, Choice, Experiment, Part, Run, Tick
 
 TONES = (1, 2, 4, 8, 16)
 TESTS = 2048  # points
@@ -165,6 +165,7 @@ EXPERIMENT = Experiment(
     claim="A DEQ has potential advantages in learning certain high-frequency components.",
     function=run_spectrum,
     width_means="neurons of the DEQs",
+    holds=lambda width, seeds: TRAINED * seeds * width**2,
     width=(20, 8, 256),
     depth=(3, 3, 3),
     depth_means="weight matrices of the feed-forward net with the DEQ's parameters; two more at equal FLOPs",

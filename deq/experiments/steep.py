@@ -253,6 +253,7 @@ EXPERIMENT = Experiment(
     width_means="neurons of the trained DEQs; the constructions go up to this width, at least to K = 64",
     width=(20, 20, 256),
     largest_width=LARGEST,
+    holds=lambda width, seeds: 32 * seeds * width**2,  # float64
     largest_because=f"where a trained W, its gradient and Adam's moments take {LARGEST**2 * 32 >> 30} GiB a seed",
     seeds=(8, 3, 16),
 )
