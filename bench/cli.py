@@ -1,40 +1,22 @@
 """The command ``deq bench``."""
 
-import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import click
 
-LARGEST = 2**63 - 1  # size of a tensor
-COUNT = click.IntRange(1, 1024)  # of threads: more than the system lets a process have end it in OpenMP
-
-
-class ShapeType(click.ParamType):
-    """``M,B``: width and batch."""
-
-    name = "M,B"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
-        if isinstance(value, tuple):
-            return value
-        found = re.fullmatch(r"\s*([0-9]{1,19})\s*,\s*([0-9]{1,19})\s*", str(value))
-        sizes = tuple(map(int, found.groups())) if found else ()
-        if not sizes or min(sizes) < 1 or max(sizes) > LARGEST:
-            self.fail(f"{value!r} is not a width and a batch such as 256,64, each at most {LARGEST}.", param, ctx)
-        return sizes
-
-
-shapes_option = click.option(
-    "--case", "shapes", type=ShapeType(), multiple=True, help="Only cases of this shape; repeatable."
-)
-out_option = click.option(
-    "--out",
-    type=click.Path(file_okay=False, path_type=Path),
-    default=Path("bench/results"),
-    show_default=True,
-    help="Folder for the JSON result; a folder named after the device is made in it.",
+from .options import (
+    COUNT,
+    ShapeType,
+    cannot_write,
+    families_option,
+    need_folder,
+    out_option,
+    pass_option,
+    save,
+    shapes_option,
+    threads_option,
 )
 
 
@@ -43,22 +25,11 @@ def bench() -> None:
     """Measure speed and memory against a torch loop, torchdeq and bare matrix products."""
 
 
-def _family(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
-    from .families import split
-
-    try:
-        for value in values:
-            split(value)
-    except ValueError as error:
-        raise click.BadParameter(f"{error}.", ctx, param) from error
-    return values
-
-
 @bench.command()
 @shapes_option
-@click.option("--family", "families", multiple=True, callback=_family, help="Only these problems; repeatable.")
-@click.option("--pass", "which", type=click.Choice(["forward", "training"]), help="One pass instead of both.")
-@click.option("--threads", type=COUNT, multiple=True, help="Repeatable; 1 and 2 if not given.")
+@families_option
+@pass_option
+@threads_option
 @click.option(
     "--seconds",
     type=click.FloatRange(min=0, min_open=True),
@@ -99,8 +70,8 @@ def cpu(
 
 @bench.command()
 @shapes_option
-@click.option("--family", "families", multiple=True, callback=_family, help="Only these problems; repeatable.")
-@click.option("--pass", "which", type=click.Choice(["forward", "training"]), help="One pass instead of both.")
+@families_option
+@pass_option
 @click.option(
     "--seconds", type=click.FloatRange(min=0, min_open=True), default=1.0, show_default=True, help="Per case and pass."
 )
@@ -224,7 +195,7 @@ def digits(epochs: int, threads: int | None, seed: int, out: Path) -> None:
 
 
 @bench.command()
-@click.option("--threads", type=COUNT, multiple=True, help="Repeatable; 1 and 2 if not given.")
+@threads_option
 @out_option
 def seeds(threads: tuple[int, ...], out: Path) -> None:
     """Train 16 seeds of a small equilibrium net in one go, and one after the other in a plain torch loop."""
@@ -244,7 +215,7 @@ def seeds(threads: tuple[int, ...], out: Path) -> None:
 
 @bench.command()
 @click.option("--width", type=click.IntRange(min=1), default=4096, show_default=True, help="Neurons of the DEQ.")
-@click.option("--threads", type=COUNT, multiple=True, help="Repeatable; 1 and 2 if not given.")
+@threads_option
 @out_option
 def steep(width: int, threads: tuple[int, ...], out: Path) -> None:
     """A training step of the experiment steep at a large width against its matrix products alone. About two minutes."""
@@ -263,7 +234,7 @@ def steep(width: int, threads: tuple[int, ...], out: Path) -> None:
 
 
 @bench.command()
-@click.option("--threads", type=COUNT, multiple=True, help="Repeatable; 1 and 2 if not given.")
+@threads_option
 @click.option(
     "--seconds",
     type=click.FloatRange(min=0, min_open=True),
@@ -425,25 +396,3 @@ def _finish(rows: list[dict], out: Path, name: str, console) -> None:
     path = save([row | where for row in rows], out, name)
     console.print(report.summary(rows))
     console.print(f"Written to {path}", soft_wrap=True, markup=False)
-
-
-def save(rows: list[dict], out: Path, name: str, device: str = "cpu") -> Path:
-    from .record import write
-
-    try:
-        return write(rows, out, name, device)
-    except OSError as error:
-        raise cannot_write(out, error) from error
-
-
-def cannot_write(out: Path, error: OSError) -> click.BadParameter:
-    return click.BadParameter(f"cannot write to {out}: {error.strerror or error}.", param_hint="'--out'")
-
-
-def need_folder(out: Path) -> None:
-    """Makes the folder, and sees that files can be written there before anything is computed."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out).close()
-    except OSError as error:
-        raise cannot_write(out, error) from error

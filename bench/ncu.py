@@ -15,7 +15,7 @@ from pathlib import Path
 
 import click
 
-from .cli import need_folder, out_option, save
+from .options import need_folder, out_option, save
 from .record import environment
 
 SECTIONS = ("SpeedOfLight", "SpeedOfLight_RooflineChart")

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import click
 
-from .cli import cannot_write, need_folder, out_option
+from .options import cannot_write, need_folder, out_option
 
 ROOT = Path(__file__).resolve().parents[1]
 TAIL = 6000  # characters of a step's output that are kept

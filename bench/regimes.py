@@ -23,8 +23,8 @@ from deq.gpu_times import REGIMES
 from deq.solution import Solution
 
 from .cases import TOL, Case
-from .cli import need_folder, out_option, save, shapes_option
 from .device import synchronize
+from .options import need_folder, out_option, save, shapes_option
 from .record import environment
 
 # Where more than one regime can run, and those that only the streamed one can.

@@ -12,7 +12,8 @@ import click
 from . import __version__
 from .activations import ACTIVATIONS
 from .bench import families
-from .bench.cli import bench, cannot_write, need_folder
+from .bench.cli import bench
+from .bench.options import cannot_write, need_folder
 from .files import CannotWrite, replace_text
 from .plan import DEFAULT_TOL, SOLVERS
 
