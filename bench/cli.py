@@ -1,7 +1,8 @@
 """The command ``deq bench``."""
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
@@ -155,14 +156,13 @@ def memory(shape: tuple[int, int] | None, out: Path) -> None:
         raise click.ClickException(f"peak memory is read from Linux's {STATUS.parent}, which is not here")
     need_folder(out)
     case = MEMORY_CASE if shape is None else Case(*shape)
-    console = Console()
-    try:
-        with console.status("Measuring"):
-            rows = run.measure(case)
-    except RuntimeError as error:
-        raise click.ClickException(f"{error}") from error
-    console.print(report.memory(rows))
-    _finish(rows, out, "memory", console)
+    console, rows = Console(), []
+    with _kept(rows, report.memory, out, "memory", console), console.status("Measuring"):
+        try:
+            for row in run.measure(case):
+                rows.append(row)
+        except RuntimeError as error:
+            raise click.ClickException(f"{error}") from error
 
 
 @bench.command()
@@ -206,11 +206,11 @@ def seeds(threads: tuple[int, ...], out: Path) -> None:
 
     _need_compiled()
     need_folder(out)
-    console = Console()
-    with console.status("Training"):
-        rows = [run.measure(run.Case(batch=B), n) for B in run.BATCHES for n in threads or _default_threads()]
-    console.print(report.seeds(rows))
-    _finish(rows, out, "seeds", console)
+    console, rows = Console(), []
+    with _kept(rows, report.seeds, out, "seeds", console), console.status("Training"):
+        for B in run.BATCHES:
+            for count in threads or _default_threads():
+                rows.append(run.measure(run.Case(batch=B), count))
 
 
 @bench.command()
@@ -226,11 +226,10 @@ def steep(width: int, threads: tuple[int, ...], out: Path) -> None:
 
     _need_compiled()
     need_folder(out)
-    console = Console()
-    with console.status("Training"):
-        rows = [run.measure(run.Case(width), n) for n in threads or _default_threads()]
-    console.print(report.steep(rows))
-    _finish(rows, out, "steep", console)
+    console, rows = Console(), []
+    with _kept(rows, report.steep, out, "steep", console), console.status("Training"):
+        for count in threads or _default_threads():
+            rows.append(run.measure(run.Case(width), count))
 
 
 @bench.command()
@@ -258,14 +257,12 @@ def peers(threads: tuple[int, ...], seconds: float, out: Path) -> None:
     need_folder(out)
     console, rows = Console(), []
     todo = list(run.steps(threads or _default_threads(), seconds))
-    with Progress(console=console, transient=True) as progress:
+    with _kept(rows, report.peers, out, "peers", console), Progress(console=console, transient=True) as progress:
         task = progress.add_task("", total=len(todo))
         for name, measure in todo:
             progress.update(task, description=name)
             rows += measure()
             progress.advance(task)
-    console.print(report.peers(rows))
-    _finish(rows, out, "peers", console)
 
 
 @bench.command()
@@ -386,6 +383,24 @@ def _default_threads() -> tuple[int, ...]:
     import torch
 
     return (1, 2) if torch.get_num_threads() > 1 else (1,)
+
+
+@contextmanager
+def _kept(rows: list[dict], table: Callable, out: Path, name: str, console) -> Iterator[None]:
+    """What is done inside fills ``rows``; they are printed and written, also where Ctrl-C or an error ends it."""
+    ended = None
+    try:
+        yield
+    except (KeyboardInterrupt, RuntimeError, click.ClickException) as error:
+        ended = error
+    if rows:
+        console.print(table(rows))
+        _finish(rows, out, name, console)
+    if isinstance(ended, KeyboardInterrupt):
+        click.echo(f"Interrupted: {'what was finished is kept' if rows else 'nothing was finished'}.", err=True)
+        click.get_current_context().exit(130)
+    if ended is not None:
+        raise ended
 
 
 def _finish(rows: list[dict], out: Path, name: str, console) -> None:

@@ -8,7 +8,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
 
@@ -36,27 +36,23 @@ def _make(name: str) -> Callable:
     return {"deq": engine, "deq auto": partial(engine, solver="auto"), "loop": torch_loop}[name]
 
 
-def measure(case: Case) -> list[dict]:
+def measure(case: Case) -> Iterator[dict]:
     """One row a competitor and pass; ``buffers`` is the peak beyond the inputs in units of B x m elements. RuntimeError
     where a process fails, for want of memory say."""
-    rows = []
     unit = case.B * case.m * torch.empty((), dtype=getattr(torch, case.dtype)).itemsize
     for name in competitors():
         for which in PASSES:
             peak = _in_fresh_process(name, case, which)
             must = MEMORY_MUST[which] if name.startswith("deq") else None
-            rows.append(
-                {
-                    "case": case.name,
-                    "variant": name,
-                    "pass": which,
-                    "bytes": peak,
-                    "buffers": peak / unit,
-                    "must": must,
-                    "reached": None if must is None else peak / unit <= must,
-                }
-            )
-    return rows
+            yield {
+                "case": case.name,
+                "variant": name,
+                "pass": which,
+                "bytes": peak,
+                "buffers": peak / unit,
+                "must": must,
+                "reached": None if must is None else peak / unit <= must,
+            }
 
 
 def _in_fresh_process(name: str, case: Case, which: str) -> int:

@@ -209,7 +209,7 @@ def memory(rows: list[dict]) -> Table:
     for row in rows:
         by_name.setdefault(row["variant"], {})[row["pass"]] = row
     for name, found in by_name.items():
-        table.add_row(name, *(_cell(found[which], "buffers") for which in passes))
+        table.add_row(name, *(_cell(found[which], "buffers") if which in found else "-" for which in passes))
     return table
 
 

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from commands import deq_command
 from rich.console import Console
 
 from deq import _library, reference
-from deq.bench import baselines, memory, peers, record, report
+from deq.bench import baselines, memory, peers, record, report, seeds, steep
 from deq.bench.cases import AUTO_CASES, CPU_CASES, KERNEL_CASES, MEMORY_CASE, TOL, Case
 from deq.bench.cli import bench
 from deq.bench.cpu import measure, measure_kernel
@@ -287,6 +288,47 @@ class TestCommand:
         result = CliRunner().invoke(bench, ["memory", "--case", f"{2**22},1", "--out", str(tmp_path)])
         assert result.exit_code == 1 and f"Error: deq, forward, at gaussian-m{2**22}-B1-float32: " in result.output
         assert "memory" in result.output
+
+    @needs_library
+    @needs_proc
+    @pytest.mark.parametrize("ends, code", [(KeyboardInterrupt(), 130), (RuntimeError("no memory"), 1)])
+    def test_what_was_measured_before_an_end_is_kept(self, ends, code, tmp_path, monkeypatch):
+        peaks = iter((4 * 17 * 5, 8 * 17 * 5, 4 * 17 * 5))
+
+        def peak(*arguments) -> int:
+            try:
+                return next(peaks)
+            except StopIteration:
+                raise ends from None
+
+        monkeypatch.setattr(memory, "_in_fresh_process", peak)
+        result = deq_command("bench", "memory", "--case", "17,5", "--out", tmp_path)
+        assert result.exit_code == code
+        assert ("Interrupted: what was finished is kept." if code == 130 else "Error: no memory") in result.stderr
+        assert re.search(r"deq auto +1.00 \(1.2\) +-", result.output)
+        (path,) = tmp_path.glob("*/memory.json")
+        assert [row["buffers"] for row in json.loads(path.read_text())] == [1, 2, 1]
+
+    @needs_library
+    @pytest.mark.parametrize("name", ["seeds", "steep", "peers"])
+    def test_ctrl_c_keeps_what_was_measured(self, name, tmp_path, monkeypatch):
+        if name == "peers":
+            pytest.importorskip("torchdeq")
+        module = {"seeds": seeds, "steep": steep, "peers": peers}[name]
+        measure, calls = module.measure, []
+
+        def once(*arguments) -> object:
+            if calls:
+                raise KeyboardInterrupt
+            calls.append(arguments)
+            return measure(*arguments)
+
+        monkeypatch.setattr(module, "measure", once)
+        options = {"seeds": (), "steep": ("--width", 8), "peers": ("--seconds", 0.01)}[name]
+        result = deq_command("bench", name, "--threads", 1, "--threads", 2, *options, "--out", tmp_path)
+        assert result.exit_code == 130 and "Interrupted: what was finished is kept." in result.stderr
+        (path,) = tmp_path.glob(f"*/{name}.json")
+        assert {row["threads"] for row in json.loads(path.read_text())} == {1}
 
     @pytest.mark.parametrize("command", ["cpu", "memory"])
     def test_without_the_library(self, command, monkeypatch):
