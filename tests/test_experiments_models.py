@@ -14,7 +14,7 @@ from deq import reference
 from deq.experiments import _lemma2 as lemma2
 from deq.experiments import _precision as precision
 from deq.experiments import _sawtooth as sawtooth
-from deq.experiments import audio
+from deq.experiments import audio, multiscale
 from deq.experiments._attempts import LONGER, WIDER, attempt_claims, attempt_table, attempts
 from deq.experiments._boolean import TASKS, cube
 from deq.experiments._conv_nets import MultiscaleDEQ, ResidualNet, convolve, grad_cam
@@ -277,6 +277,13 @@ def test_the_multiscale_map_contracts_and_is_solved():
         assert not net.failed().any() and net.residual(f, maps).max() < 1e-4
         cam = grad_cam(net, maps, torch.zeros(2, 5, dtype=torch.long), SIZE)
         assert cam.shape == (2, 5, SIZE, SIZE) and cam.min() >= 0 and cam.max() <= 1 + 1e-6
+
+
+def test_the_curves_of_nets_that_are_all_at_equilibria_are_told_apart():
+    """Blue all of them, as a cut-off net may be at one."""
+    still = {"loss": [[2.0, 1.0]], "error": [0.5], "evidence": {}, "kind": "equilibrium"}
+    left, _ = multiscale.draw([still | {"model": name} for name in ("multiscale", "one", "cut off")]).axes
+    assert len({(line.get_color(), line.get_linestyle()) for line in left.lines}) == 3
 
 
 def test_grad_cam_of_a_linear_head_is_its_weights():

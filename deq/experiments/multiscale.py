@@ -205,7 +205,7 @@ def draw(rows: list[dict]) -> Figure:
     @_plot.styled
     def paint() -> Figure:
         fig, (left, right) = _plot.figure(2, (10, 3.6), width_ratios=(1.4, 1))
-        for r, style in zip(rows, ("-", "--", "-"), strict=True):
+        for r, style in zip(rows, ("-", "--", ":"), strict=True):  # a cut-off net may be at an equilibrium: same colour
             median = torch.tensor(r["loss"]).median(0).values.tolist()
             left.plot(range(1, len(median) + 1), median, style, color=_plot.kind_colour(r), label=r["model"])
         left.set_yscale("log")
