@@ -9,6 +9,7 @@ import click
 
 from .options import (
     COUNT,
+    Seconds,
     ShapeType,
     cannot_write,
     families_option,
@@ -33,7 +34,7 @@ def bench() -> None:
 @threads_option
 @click.option(
     "--seconds",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Seconds(),
     default=2.0,
     show_default=True,
     help="Per case and number of threads.",
@@ -73,9 +74,7 @@ def cpu(
 @shapes_option
 @families_option
 @pass_option
-@click.option(
-    "--seconds", type=click.FloatRange(min=0, min_open=True), default=1.0, show_default=True, help="Per case and pass."
-)
+@click.option("--seconds", type=Seconds(), default=1.0, show_default=True, help="Per case and pass.")
 @click.option("--budget", type=click.FloatRange(min=0), help="Seconds in which to end, the most valuable cases first.")
 @click.option("--resume", is_flag=True, help="Go on with a file of the same commit.")
 @out_option
@@ -236,7 +235,7 @@ def steep(width: int, threads: tuple[int, ...], out: Path) -> None:
 @threads_option
 @click.option(
     "--seconds",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Seconds(),
     default=2.0,
     show_default=True,
     help="Per case and method.",

@@ -1,5 +1,6 @@
 """Options that several commands have, and the refusal of a folder that cannot be written to."""
 
+import math
 import re
 import tempfile
 from pathlib import Path
@@ -8,6 +9,19 @@ import click
 
 LARGEST = 2**63 - 1  # size of a tensor
 COUNT = click.IntRange(1, 1024)  # of threads: more than the system lets a process have end it in OpenMP
+
+
+class Seconds(click.FloatRange):
+    """Of a measurement: one of infinitely many has no end, inside of a kernel where Ctrl-C does not reach it."""
+
+    def __init__(self):
+        super().__init__(min=0, min_open=True)
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        seconds = super().convert(value, param, ctx)
+        if not math.isfinite(seconds):
+            self.fail(f"{value} is no finite number.", param, ctx)
+        return seconds
 
 
 class ShapeType(click.ParamType):

@@ -13,7 +13,7 @@ from . import __version__
 from .activations import ACTIVATIONS
 from .bench import families
 from .bench.cli import bench
-from .bench.options import cannot_write, need_folder
+from .bench.options import Seconds, cannot_write, need_folder
 from .files import CannotWrite, replace_text
 from .plan import DEFAULT_TOL, SOLVERS
 
@@ -275,7 +275,7 @@ def _compare(recorded: dict, path: Path) -> str:
 @click.option("--depth", type=click.IntRange(min=1), default=3, show_default=True, help="Of the feed-forward nets.")
 @click.option(
     "--seconds",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Seconds(),
     default=2.0,
     show_default=True,
     help="For timing each pass.",

@@ -68,6 +68,15 @@ def test_more_threads_than_a_process_can_have_are_refused(command, tmp_path):
     assert result.exit_code == 2 and words in " ".join(result.stderr.split())
 
 
+@pytest.mark.skipif(_library.compiled is None, reason="benchmarks need the compiled library")
+@pytest.mark.parametrize("command", [("bench", "cpu", "--case", "17,5"), ("bench", "peers"), ("profile", "--width", 8)])
+@pytest.mark.parametrize("seconds", ["inf", "nan"])
+def test_seconds_without_an_end_are_refused(command, seconds, tmp_path):
+    result = deq_command(*command, "--seconds", seconds, "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert f"Invalid value for '--seconds': {seconds} is no finite number." in " ".join(result.stderr.split())
+
+
 def test_cuda_without_a_gpu_is_refused(monkeypatch, tmp_path):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     result = deq_command("run", "steep", "--device", "cuda", "--out", tmp_path)
