@@ -329,6 +329,7 @@ def profile(
         replace_text(path, json.dumps(report.as_dict() | environment(), indent=1) + "\n")
         report.draw(path.with_suffix(".png"))
     except OSError as error:
+        console.print(report)
         raise cannot_write(out, error) from error
     console.print(report)
     try:  # outside of what was timed

@@ -92,6 +92,16 @@ def test_command(tmp_path):
     assert bad.exit_code == 2 and "nondecreasing" in bad.output
 
 
+def test_the_command_tells_what_it_measured_where_that_cannot_be_written(tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("deq.cli.replace_text", full)
+    arguments = ["profile", "--width", "16", "--batch", "4", "--seconds", "0.01", "--out", str(tmp_path)]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 2 and "No space left on device" in result.stderr and "GFLOP/s" in result.stdout
+
+
 @pytest.mark.parametrize(("family", "fails"), [("radius3", True), ("gaussian", False)])
 def test_the_command_says_what_it_did_not_solve(family, fails, tmp_path):
     arguments = ["--width", "16", "--batch", "4", "--family", family, "--solver", "plain", "--seconds", "0.01"]
