@@ -303,6 +303,8 @@ def guard(update: bool) -> None:
             golden = run.read()
     except FileNotFoundError as error:
         raise click.ClickException(f"there is no {run.GOLDEN}: run this in a checkout.") from error
+    except ValueError as error:  # of a merge that is not done, say
+        raise click.ClickException(f"{run.GOLDEN} is no JSON: {error}.") from error
     except OSError as error:
         doing = "write" if update else "read"
         raise click.ClickException(f"cannot {doing} {run.GOLDEN}: {error.strerror or error}.") from error

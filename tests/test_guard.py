@@ -84,6 +84,9 @@ def test_command(golden, monkeypatch, tmp_path):
     run = lambda *options: CliRunner().invoke(main, ["bench", "guard", *options])  # noqa: E731
     missing = run()
     assert missing.exit_code == 1 and "run this in a checkout" in missing.output
+    guard.GOLDEN.write_text("<<<<<<< HEAD\n")
+    unmerged = run()
+    assert unmerged.exit_code == 1 and f"{guard.GOLDEN} is no JSON: " in unmerged.output
     monkeypatch.setattr(guard, "measure", lambda: golden)
     assert run("--update").exit_code == 0 and json.loads(guard.GOLDEN.read_text()) == golden
     assert run().exit_code == 0
