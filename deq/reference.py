@@ -264,6 +264,8 @@ class _History:
             if not todo_now.any():
                 continue
             G = self.G[todo_now, :size].double()
+            unit = torch.frexp(G.abs().amax((-2, -1), keepdim=True)).exponent
+            G = torch.ldexp(G, -unit.clamp(-1022, 1022))  # no digit is lost, and squares of any size are in range
             norms = G.norm(dim=-1).clamp(min=torch.finfo(torch.float64).tiny)
             G = G / norms.unsqueeze(-1)  # unit diagonal: the regulariser below is relative by construction
             eye = torch.eye(size, dtype=torch.float64, device=G.device)

@@ -401,6 +401,25 @@ def test_anderson_is_faster_on_slow_modes(backend):
     assert_as_accurate(auto.z, plain.z, truth)
 
 
+@pytest.mark.parametrize("solver", ["anderson", "cayley"])
+@pytest.mark.parametrize("m", [6, 40, 70])  # lanes, and rows
+@pytest.mark.parametrize(
+    ("dtype", "scale"),
+    [(torch.float32, s) for s in (1e-20, 1e-22, 1e-36)] + [(torch.float64, s) for s in (1e-75, 1e-160, 1e-300)],
+)
+@backends
+def test_anderson_is_faster_where_squares_leave_the_range(backend, dtype, scale, m, solver):
+    """Of injections as small as that with tanh, a line there, products of steps underflow."""
+    torch.manual_seed(m)
+    Q = torch.linalg.qr(torch.randn(m, m, dtype=dtype))[0]
+    W = Q * torch.linspace(-0.9, 0.985, m, dtype=dtype) @ Q.mT
+    c = torch.randn(5, m, dtype=dtype)
+    options = {"solver": solver, "backend": backend}
+    tiny, ordinary = deq.solve(W, c * scale, "tanh", **options), deq.solve(W, c, "identity", **options)
+    assert tiny.converged.all()
+    assert tiny.iterations.max() < 1.5 * ordinary.iterations.max()
+
+
 @backends
 @pytest.mark.parametrize("solver", ["anderson", "auto"])
 def test_anderson_survives_dead_samples_and_exact_convergence(backend, solver):

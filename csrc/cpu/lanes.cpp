@@ -224,6 +224,8 @@ class LaneGroup {
     slot.record = new_record();
     slot.saved = false;
     slot.depth = depth_;
+    exponent_[lane] = 0;
+    windows_.factor[lane] = T(1);
     accelerated_ = p_.acceleration == DEQ_ANDERSON ? accelerated_ | bit(lane) : accelerated_ & ~bit(lane);
     if (!p_.start.data) {
       double size2 = slot.start2, step2 = size2;
@@ -231,7 +233,6 @@ class LaneGroup {
       if (!squares_in_range<T>(size2)) {
         gather(intake_.y, place, row_);
         slot.unit.measure(slot.record, !samples_.rescales(), row_, static_cast<T*>(nullptr), m_, &step2, &size2);
-        if (!slot.unit.is_one()) accelerated_ &= ~bit(lane);
       }
       const Verdict verdict = judge(rule_, slot.record, step2, size2, 0.0);
       if (verdict != Verdict::kContinue) {
@@ -288,10 +289,7 @@ class LaneGroup {
     }
     if (p_.acceleration == DEQ_ON_DEMAND && !(accelerated_ & bit(lane)) && is_slow(slot.record, before2))
       accelerated_ |= bit(lane);
-    if (!slot.unit.is_one()) {  // products of rows have no other unit
-      accelerated_ &= ~bit(lane);
-      windows_.held[lane] = 0;
-    }
+    if (accelerated_ & bit(lane)) fit_window(lane);
     remember(lane);
     return true;
   }
@@ -308,7 +306,7 @@ class LaneGroup {
     const bool watched = p_.acceleration == DEQ_ON_DEMAND && !(accelerated_ & bit(lane));
     records_.slowest[lane] = watched ? static_cast<T>(kSlowContraction * kSlowContraction) : T(1);
     records_.first2[lane] = static_cast<T>(slots_[lane].start2);
-    const bool always = p_.criterion != DEQ_RESIDUAL || !slots_[lane].unit.is_one() ||
+    const bool always = p_.criterion != DEQ_RESIDUAL || !slots_[lane].unit.is_one() || exponent_[lane] != 0 ||
                         (record.iteration == 0 && slots_[lane].start2 > 0 && !squares_in_range<T>(slots_[lane].start2));
     left_[lane] = always ? 0 : static_cast<int>(std::min<int64_t>(rule_.max_iter - record.iteration, kUnseen));
     records_.left[lane] = static_cast<T>(left_[lane]);
@@ -372,6 +370,24 @@ class LaneGroup {
     if (!d_) nonzero_ = all_;
   }
 
+  // Takes the lane's steps in the window to where the products with one as long as the last are in the range of T: of an
+  // activation that is not homogeneous they are as small or as large as the sample.
+  void fit_window(int lane) {
+    const LaneSlot& slot = slots_[lane];
+    const int exponent = exponent_of_steps<T>(slot.record.step2[0], slot.unit.value()), shift = exponent - exponent_[lane];
+    if (!shift) return;
+    exponent_[lane] = exponent;
+    windows_.factor[lane] = std::ldexp(T(1), exponent);
+    if (windows_.held[lane] == 0) return;
+    for (int i = 0; i < depth_; ++i) {
+      for (int64_t j = 0; j < m_; ++j) {
+        T& step = windows_.g[i][j * lanes_ + lane];
+        step = std::ldexp(step, shift);
+      }
+      for (int k = 0; k < depth_; ++k) windows_.gram[i][k][lane] = std::ldexp(windows_.gram[i][k][lane], 2 * shift);
+    }
+  }
+
   static constexpr int64_t kUnseen = 1 << 20;  // an integer in every T
 
   const DeqProblem& p_;
@@ -403,6 +419,7 @@ class LaneGroup {
   LaneWindows<T> windows_{};
   alignas(64) T step2_[kMostLanes], size2_[kMostLanes], alive_[kMostLanes];
   int left_[kMostLanes];
+  int exponent_[kMostLanes] = {};  // of windows_.factor
   LaneSlot slots_[kMostLanes];
 };
 

@@ -61,7 +61,8 @@ struct LaneWindows {
   T *f[kMaxDepth], *g[kMaxDepth];  // by ring position
   alignas(64) T gram[kMaxDepth][kMaxDepth][kMostLanes];
   alignas(64) T weights[kMaxDepth][kMostLanes];
-  alignas(64) T held[kMostLanes];  // pairs of every lane that count, newest first; 0: the lane is not accelerated
+  alignas(64) T factor[kMostLanes];  // powers of two that the f(y) - y are multiplied by
+  alignas(64) T held[kMostLanes];    // pairs of every lane that count, newest first; 0: the lane is not accelerated
 };
 
 // What look() found of the live lanes, a bit for each.

@@ -204,12 +204,13 @@ DEQ_INLINE void lane_take_n(LaneWindows<T>& s, const int* order, const T* f, con
 #pragma GCC unroll 8
   for (int i = 0; i < N; ++i) g[i] = s.g[order[i]];
   T *new_f = s.f[order[0]], *new_g = s.g[order[0]];
+  const V factor = M::load(s.factor);
   V dots[N] = {};
   for (int64_t block = 0; block < width; block += kLaneBlock) {
     const int64_t end = block + kLaneBlock < width ? block + kLaneBlock : width;
     V part[N] = {};
     for (int64_t j = block; j < end; ++j) {
-      const V value = M::load(f + j * L), diff = value - M::load(y + j * L);
+      const V value = M::load(f + j * L), diff = (value - M::load(y + j * L)) * factor;
       M::store(new_f + j * L, value);
       M::store(new_g + j * L, diff);
       part[0] += diff * diff;

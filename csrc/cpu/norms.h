@@ -67,6 +67,16 @@ double most_scale(T magnitude) {
   return std::ldexp(1.0, std::numeric_limits<T>::max_exponent - 2 - std::ilogb(magnitude));
 }
 
+// The power of two, as its exponent, times which steps of this squared length have products in the range of T: 0 where they have
+// as they are. `unit`: what the square was taken in.
+template <class T>
+int exponent_of_steps(double step2, double unit) {
+  const int own = std::ilogb(unit);
+  if (!(step2 > 0) || !std::isfinite(step2) || squares_in_range<T>(std::ldexp(step2, -2 * own))) return 0;
+  constexpr int kLimit = std::numeric_limits<T>::max_exponent - 2;
+  return std::clamp(own - std::ilogb(step2) / 2, -kLimit, kLimit);
+}
+
 // What a sample's squares are taken in, and its record with them: 1, until squares of float64 leave its range where the sample
 // itself is not rescaled, because the activation is not homogeneous.
 class Unit {

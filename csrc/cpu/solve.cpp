@@ -47,6 +47,7 @@ struct alignas(64) Slot {
   double scale;    // the sample was multiplied by this power of two
   Unit unit;
   int depth, window, newest;          // Anderson: pairs to hold, those held, ring position of the newest
+  int exponent;                       // steps in the window are multiplied by this power of two
   double gram[kMaxDepth][kMaxDepth];  // by ring position
 };
 
@@ -179,6 +180,7 @@ class Tile {
       slot.accelerated = p_.acceleration == DEQ_ANDERSON;
       slot.window = 0;
       slot.depth = depth_;
+      slot.exponent = 0;
       if (p_.start.data) {
         if (p_.reflected) std::copy(y, y + padded_, slot.pre[current_]);  // handed out if not even f(y) is finite
         return true;
@@ -226,7 +228,7 @@ class Tile {
       return false;
     }
     if (p_.acceleration == DEQ_ON_DEMAND && !slot.accelerated) slot.accelerated = is_slow(slot.record, before2);
-    if (slot.accelerated && !slot.has_unit) accelerate(slot, f, y);  // products of rows have no other unit
+    if (slot.accelerated) accelerate(slot, f, y);
     return true;
   }
 
@@ -264,9 +266,11 @@ class Tile {
         return;
       }
     }
+    fit_window(slot);
     slot.newest = slot.window ? (slot.newest + 1) % depth_ : 0;
     slot.window = std::min(slot.window + 1, slot.depth);
     k_.residual(f, y, window_row(slot, slot.newest, 0), window_row(slot, slot.newest, 1), padded_);
+    if (slot.exponent) k_.scale(window_row(slot, slot.newest, 1), std::ldexp(T(1), slot.exponent), padded_);
     int ring[kMaxDepth];
     const T *F[kMaxDepth], *G[kMaxDepth];
     for (int i = 0; i < slot.window; ++i) {
@@ -288,6 +292,22 @@ class Tile {
       for (int i = 0; i < count; ++i) w[i] = static_cast<T>(weights[i]);
       k_.mix(F, w, count, padded_, f);
       return;
+    }
+  }
+
+  // Takes the steps in the window to where the products with one as long as the last are in the range of T: of an activation that
+  // is not homogeneous they are as small or as large as the sample.
+  void fit_window(Slot<T>& slot) {
+    const int exponent = exponent_of_steps<T>(slot.record.step2[0], slot.unit.value()), shift = exponent - slot.exponent;
+    slot.exponent = exponent;
+    if (!shift) return;
+    for (int i = 0; i < slot.window; ++i) {
+      const int ring = (slot.newest - i + depth_) % depth_;
+      k_.scale(window_row(slot, ring, 1), std::ldexp(T(1), shift), padded_);
+      for (int j = 0; j < slot.window; ++j) {
+        double& product = slot.gram[ring][(slot.newest - j + depth_) % depth_];
+        product = std::ldexp(product, 2 * shift);
+      }
     }
   }
 
