@@ -116,6 +116,25 @@ def test_units_that_relu_ends_say_nothing_of_the_scale(kind, backend):
     assert worst_error(a, b.double()) < 1e-6
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_of_a_weight_that_leave_the_range_are_not_nan(backend, dtype):
+    """Of two samples whose terms overflow to both sides: their sum where that is in range, else infinity."""
+    big = torch.finfo(dtype).max ** 0.75
+    entries = torch.tensor([[0.0, 0.0], [0.5, 0.0]], dtype=dtype, requires_grad=True)
+    d = torch.zeros(2, dtype=dtype, requires_grad=True)
+    c = big * torch.tensor([[1.0, 1.0], [1.0, 2.0], [2.0, 1.0]], dtype=dtype)
+    g = big * torch.tensor([[0.0, 1.0], [0.0, 1.0], [0.0, -1.0]], dtype=dtype)
+    for W, of in ((weights.LowerTriangular(entries), entries), (weights.Diagonal(d), d)):
+        solution = deq.solve(W, c, "identity", solver="direct", backend=backend)
+        (grad,) = torch.autograd.grad(solution.z, of, g)
+        assert not grad.isnan().any()
+        if of is entries:
+            assert grad[1, 0] == 0 and grad[1, 1] == torch.inf
+        else:
+            assert grad[0] == 0 and grad[1] == torch.inf
+
+
 def test_gradient_that_is_not_finite_is_nan_for_its_sample():
     for kind in (*KINDS, "dense"):
         c = injection(12, 4).requires_grad_()

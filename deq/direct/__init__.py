@@ -153,7 +153,7 @@ def gradients(
     method = method.of(*(part.to(precision) for part in method.parts))
     c, z, g = (None if x is None else x.reshape(_flat(W, x)).to(precision) for x in (c, z, g))
     u = _adjoint(method, activation, plan, on_failure, z, c, None, g)
-    return u.to(dtype), [t.to(dtype) for t in method.outer(u, z)] if of_parts else []
+    return u.to(dtype), [t.to(dtype) for t in _outer(method, u, z)] if of_parts else []
 
 
 def _flat(W: Tensor | weights.Structure, c: Tensor) -> tuple[int, ...]:
@@ -278,7 +278,7 @@ class _Direct(torch.autograd.Function):
             u = _Masked.apply(method.T, plan, on_failure, s, g, *method.T.parts)
         else:
             u = _adjoint(method, activation, plan, on_failure, z, c, derivative, g)
-        outer = method.outer(u, z) if any(ctx.needs_input_grad[6:]) else (None,) * len(parts)
+        outer = _outer(method, u, z) if any(ctx.needs_input_grad[6:]) else (None,) * len(parts)
         return None, None, None, None, None, u, *_needed(outer, ctx.needs_input_grad[6:])
 
 
@@ -325,6 +325,19 @@ class _Masked(torch.autograd.Function):
         ds = (h + method.T.apply(q)) * (method.apply(u) + g) if ctx.needs_input_grad[3] else None
         outer = method.outer(q, u) if any(ctx.needs_input_grad[5:]) else (None,) * len(parts)
         return None, None, None, ds, q, *_needed(outer, ctx.needs_input_grad[5:])
+
+
+def _outer(method: Method, u: Tensor, z: Tensor) -> tuple[Tensor, ...]:
+    """``method.outer`` without NaN where terms of a sum left the range to both sides: their sum, or infinity."""
+    outer = method.outer(u, z)
+    if torch.is_grad_enabled() or methods.is_deferred(u) or not any(bool(t.sum().isnan()) for t in outer):
+        return outer
+    exponents = [int(torch.frexp(t.double().abs().amax()).exponent) if u.dtype == torch.float64 else 0 for t in (u, z)]
+    near = (torch.ldexp(t.double(), torch.tensor(-e)) for t, e in zip((u, z), exponents, strict=True))
+    again = method.of(*(part.double() for part in method.parts)).outer(*near)
+    for e in exponents:
+        again = [torch.ldexp(t, torch.tensor(e)) for t in again]
+    return tuple(torch.where(t.isnan(), a.to(t.dtype), t) for t, a in zip(outer, again, strict=True))
 
 
 def _needed(gradients: tuple, needs: tuple[bool, ...]) -> tuple:
