@@ -427,6 +427,25 @@ def test_rescue_of_stacked_weights():
         assert_as_accurate(solution.z[s], deq.solve(W[s], c[s], solver="plain").z, exact(W[s], c[s]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@backends
+def test_a_weight_without_a_cayley_map_takes_it_from_nobody(backend, dtype):
+    """Others of a stack, and their gradients, begin with their own."""
+    W, c, _ = (torch.stack(t) for t in zip(monotone(40, 10, 1.0), monotone(40, 10, 1.0), strict=True))
+    W[0] = 2 * torch.eye(40)
+    W, c = W.to(dtype), c.to(dtype).requires_grad_()
+    both = deq.solve(W, c, "tanh", backend=backend)
+    alone = deq.solve(W[1], c[1], "tanh", backend=backend)
+    assert both.converged.all()
+    assert torch.equal(both.iterations[1], alone.iterations) and torch.equal(both.z[1], alone.z)
+    grad, own = (torch.autograd.grad(z.sum(), c)[0][1] for z in (both.z, alone.z))
+    assert torch.equal(grad, own)
+    bad = c.detach().clone()
+    bad[1, 3, 5] = torch.nan
+    with pytest.raises(ValueError, match=r"c\[1, 3\]"):
+        deq.solve(W, bad, "tanh", backend=backend)
+
+
 @backends
 def test_gradients_of_a_stack_have_the_cayley_map_of_each_weight(backend, monkeypatch):
     """Also where another weight of it has none, as 2 I."""

@@ -158,6 +158,8 @@ def _first_by_cayley(problem: Equation, start: Tensor | None, plan: Plan, out: T
     dtype, wide = injection.dtype, _computed_in(injection.dtype)
     problem, start = problem.widened(wide), None if start is None else start.to(wide)
     outcome = _by_cayley(problem, start, plan, TIGHTER[0])
+    if outcome is None and plan.adapts and injection.dim() == 3 and plan.max_iter > 1:
+        outcome = _each_by_its_map(problem, start, plan)
     if outcome is None or (dtype == wide and out is None):
         return outcome
     largest = torch.finfo(dtype).max
@@ -168,6 +170,26 @@ def _first_by_cayley(problem: Equation, start: Tensor | None, plan: Plan, out: T
     if isinstance(report, list):
         report = [int((status != Status.CONVERGED).sum()), *report[1:]]
     return Outcome(z.to(dtype) if out is None else out.copy_(z), stats.pack(iterations, residual, status), report)
+
+
+def _each_by_its_map(problem: Equation, start: Tensor | None, plan: Plan) -> Outcome | None:
+    """Of a stack in which not every weight has a K: those that have one by the Cayley map, the others by the plain one.
+    None where none has one, or where a weight is not finite, of which the backend tells."""
+    if not torch.isfinite(problem.W).all():
+        return None
+    found, mapped = [], False
+    for s in range(problem.injection.shape[0]):
+        part, own = problem.of_weight(s), None if start is None else start[s]
+        outcome = _by_cayley(part, own, plan, TIGHTER[0])
+        mapped = mapped or outcome is not None
+        found.append(part.plain(own, plan) if outcome is None else outcome)
+    if not mapped:
+        return None
+    reports, batch = [outcome.report for outcome in found], problem.injection.shape[1]
+    bad = [next((s * batch + r[kind] for s, r in enumerate(reports) if r[kind]), 0) for kind in (2, 3)]
+    iterations, residual, status = (torch.stack(each) for each in zip(*map(_read, found), strict=True))
+    z = torch.stack([outcome.z for outcome in found])
+    return Outcome(z, stats.pack(iterations, residual, status), [sum(r[0] for r in reports), 0, *bad])
 
 
 def _computed_in(dtype: torch.dtype) -> torch.dtype:
