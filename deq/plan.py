@@ -205,7 +205,9 @@ def fit(plan: Plan, width: int, batch: int, large: bool | None, frozen: bool, in
         why.append(f"{increments} increments between float32 evaluations; slow samples take Gauss-Seidel sweeps")
     # The plain map with all its patience says how a sample failed, unless it had the first word already.
     rungs = [] if kind == "plain" and increments == "native" else ["anderson"]
-    if plan.reflects:
+    if kind == "cayley":  # has been, to a looser tolerance, and a sample that ended short of tol is a few steps away
+        rungs = ["tight cayley", *rungs]
+    elif plan.reflects:
         rungs = ["cayley", *rungs] if is_cheap(width, batch, frozen) else [*rungs, "cayley"]
         rungs.append("tight cayley")
     rungs += ["plain", "newton", *(["homotopy"] if plan.bounded else [])]

@@ -427,6 +427,18 @@ def test_rescue_of_stacked_weights():
         assert_as_accurate(solution.z[s], deq.solve(W[s], c[s], solver="plain").z, exact(W[s], c[s]))
 
 
+@pytest.mark.parametrize("B", [2, 64])
+@pytest.mark.parametrize("m", [40, 128])
+@backends
+def test_units_that_are_far_below_zero_cost_a_few_evaluations_more(backend, m, B):
+    """The Cayley map, whose iterate holds them, ends short of the tolerance there, and not far from it."""
+    W, c, _ = monotone(m, B, 1.0)
+    few = deq.solve(W, c, backend=backend).iterations.max()
+    for far in (torch.where(c < 0, 10 * c, c), torch.cat([c[:, :3], torch.full_like(c[:, :1], -100.0), c[:, 4:]], 1)):
+        solution = deq.solve(W, far, backend=backend)
+        assert solution.converged.all() and solution.iterations.max() <= 1.5 * few
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @backends
 def test_a_weight_without_a_cayley_map_takes_it_from_nobody(backend, dtype):

@@ -78,6 +78,8 @@ def test_rungs():
     assert fitted(batch=4).rungs == ("anderson", "cayley", "tight cayley", "plain", "newton")
     assert fitted(batch=64, frozen=True).rungs[0] == "cayley"
     assert fitted(increments="native").rungs == ("cayley", "tight cayley", "plain", "newton")
+    for batch in (4, 4096):  # K is there whatever it cost
+        assert fitted(batch=batch, large=True).rungs == ("tight cayley", "anderson", "plain", "newton")
     assert [fitted(activation=name).rungs[-1] for name in ("relu", "gelu", "tanh")] == ["newton", "newton", "homotopy"]
     assert plan(solver="plain").rungs == plan(solver="anderson").rungs == ()
     assert plan(solver="cayley").rungs == ("cayley", "tight cayley", "anderson")

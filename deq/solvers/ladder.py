@@ -5,7 +5,7 @@ after the other and only as long as they fail, to
 
 - the Cayley map with Anderson acceleration, first where its matrix K is cheap beside the batch (:func:`deq.plan.fit`);
 - the plain map with Anderson acceleration, from the best iterate so far;
-- the Cayley map with a tighter tolerance;
+- the Cayley map with a tighter tolerance, at once where the first rung was the Cayley map;
 - the plain iteration from z0, as ``solver="plain"`` runs it: where the curve of f nearly touches the diagonal, far from
   the equilibrium, whatever makes the residual smaller stays, and the plain iteration goes on (9 to 16 of 512 samples
   of gelu and silu with a mode of 0.97, c between -0.3 and 1, failed without);
