@@ -93,7 +93,8 @@ def solve_diagonal(
     """``z = act(d z + x)`` of d (m,) and x (B, m), float32, any strides: z (B, m), the residual
     ``||act(d z + x) - z|| / ||act(d z + x)||`` (B,), and with ``derives`` also ``act'(d z + x)`` (B, m), else None.
 
-    A row that is not finite has the residual NaN. Raises ValueError for wrong shapes, dtypes and devices.
+    A row of x that is not finite has the residual NaN, but for infinity where the activation is flat, as tanh on both
+    sides and relu below zero: who has to refuse it looks at x. Raises ValueError for wrong shapes, dtypes and devices.
     """
     number = get_activation(activation).number
     B, m = x.shape
