@@ -40,9 +40,10 @@ HAVE_A_DIRECT_METHOD = (
 # m^2 B below which a low rank is not worth its fixed cost of 0.3 ms (64 x 256, rank 8: half the dense engine's speed,
 # 256 x 64: 1.8 times).
 REDUCING_PAYS_FROM = 2e6
-# Width up to which plain PyTorch substitutes too: 2 ms where iterating takes 5 to 12 (64 x 64, relu; tanh as long), and
-# exact where large entries make the iterates grow. At 512 x 16 it takes 2 to 10 times as long as iterating.
-SUBSTITUTED_IN_PYTORCH = 64
+# Width up to which plain PyTorch substitutes too, on a CPU and elsewhere: exact where large entries make the iterates
+# grow, in a tenth of the time or less (100 x 16 to 1024 x 16); where they do not, in a third of it at 64 x 64 and at
+# 512 x 256, in 2 to 10 times of it at 512 x 16 on a quiet machine. A GPU has ten launches and more to wait for a unit.
+SUBSTITUTED_IN_PYTORCH = {True: 1024, False: 64}
 FACTOR_PAYS_BELOW = 8  # m / B; one LU costs 14 products W z at m = 512, B = 64, iterating about ten and more
 
 
@@ -233,7 +234,7 @@ def _choose(
         inverts = m <= B or (frozen and m <= FACTOR_PAYS_BELOW * B)
         return Linear(W, inverts, tol=plan.tol), None
     if isinstance(W, weights.LowerTriangular):
-        if not forced and plan.backend == "reference" and W.width > SUBSTITUTED_IN_PYTORCH:
+        if not forced and plan.backend == "reference" and W.width > SUBSTITUTED_IN_PYTORCH[c.is_cpu]:
             return None, "in plain PyTorch substitution takes longer than iterating"
         return Triangular(W.W, W.strict, backend=plan.backend), None
     if isinstance(W, weights.Diagonal):
