@@ -5,13 +5,12 @@ from functools import lru_cache
 import torch
 
 from .backends import load
-
-LEAST_CAPABILITY = (8, 0)  # Ampere: asynchronous copies and tf32 on tensor cores
+from .gpu_device import why_too_old
 
 
 def why_not(device: str) -> str:
-    """Why the Triton backend cannot solve tensors of this device type ("cpu", "cuda", ...) here, "" if it can: then it
-    has been loaded."""
+    """Why the Triton backend cannot solve tensors of this device ("cpu", "cuda:1", ...; "cuda": of the best GPU here),
+    "" if it can: then it has been loaded."""
     return _why_not(device)
 
 
@@ -20,21 +19,18 @@ def why_not(device: str) -> str:
 why_not._dynamo_marked_constant = True
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=64)
 def _why_not(device: str) -> str:
     try:
         import triton
     except ImportError:
         return "Triton is not installed"
-    if device == "cuda":
+    if device.startswith("cuda"):
         if torch.version.hip:
             return "its kernels are for NVIDIA GPUs"
         if not torch.cuda.is_available():  # a FakeTensorMode has tensors on devices that are not there
             return "torch sees no device" if torch.version.cuda else "this torch is a CPU build"
-        least = min(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
-        if least < LEAST_CAPABILITY:
-            return f"its kernels need compute capability 8.0; a GPU here has {least[0]}.{least[1]}"
-        if reason := why_not_launch():
+        if reason := why_too_old(device) or why_not_launch():
             return reason
     elif device != "cpu":
         return f"it has no kernels for {device} tensors"

@@ -131,6 +131,18 @@ def device_at(place: torch.device | int) -> Device:
     return replace(device, processors=torch.cuda.get_device_properties(place).multi_processor_count)
 
 
+def why_too_old(device: str) -> str:
+    """Why the kernels cannot run on a GPU, "" if they can: "cuda:1", or "cuda" for the best of those that torch sees;
+    one GPU may be older than another."""
+    index, count = torch.device(device).index, torch.cuda.device_count()
+    if index is not None and index >= count:  # of a FakeTensorMode
+        return "torch sees no such device"
+    capability = max(map(torch.cuda.get_device_capability, range(count) if index is None else (index,)))
+    if capability < OLDEST:
+        return f"its kernels need compute capability {OLDEST[0]}.{OLDEST[1]}; it has {capability[0]}.{capability[1]}"
+    return ""
+
+
 def _device(name: str, key: str) -> Device:
     entry = table()[key]
     return Device(name, tuple(entry["capability"]), **{k: number["value"] for k, number in entry["numbers"].items()})

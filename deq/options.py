@@ -33,7 +33,7 @@ def problem_of(
     device: str,
     compiled: bool,
 ) -> Problem:
-    """What the options of :func:`deq.solve` ask for, for an injection of that dtype on that type of device.
+    """What the options of :func:`deq.solve` ask for, for an injection of that dtype on that device.
 
     compiled: whether the compiled library is loaded. Raises ValueError or TypeError that name the option.
     """

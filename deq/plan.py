@@ -108,7 +108,7 @@ def make_plan(
     """Choose backend, map, precision and acceleration.
 
     dtype: "float32" | "float64" | "bfloat16" | "float16" of the injection; halves are solved in float32.
-    device: torch device type of the injection.
+    device: of the injection, "cpu", "cuda:1", ...
     compiled: whether the compiled CPU kernels are loaded.
     why_no_triton: why the Triton backend cannot solve tensors of this device here, "" if it can.
     why_no_cuda: the same of the compiled CUDA kernels.

@@ -74,7 +74,8 @@ def solve(
     if torch.compiler.is_compiling():
         return traced.solve(W, c, z0, *options, frozen)
     device = "cpu" if c.is_cpu else c.device.type
-    given = *options, c.dtype, device, _library.compiled is not None
+    place = str(c.device) if device == "cuda" else device  # one GPU may have kernels and another none
+    given = *options, c.dtype, place, _library.compiled is not None
     try:
         problem = problem_of(*given)
     except TypeError:  # an option that cannot be a key, or a wrong one: its own error

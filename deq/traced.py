@@ -105,7 +105,8 @@ def _as(W: Tensor, *given: Tensor | None) -> tuple[Tensor | None, ...]:
 
 def _problem(c: Tensor, activation, tol, max_iter, solver, criterion, on_failure, backend) -> Problem:
     given = activation, tol, max_iter, solver, criterion, "implicit", on_failure, backend
-    return problem_of(*given, c.dtype, c.device.type, _library.compiled is not None)
+    place = str(c.device) if c.device.type == "cuda" else c.device.type
+    return problem_of(*given, c.dtype, place, _library.compiled is not None)
 
 
 def _fitted(problem: Problem, A: Tensor, c: Tensor, frozen: bool) -> Problem:

@@ -8,7 +8,7 @@ import triton
 from problems import gaussian
 
 import deq
-from deq import _triton, implicit, options
+from deq import _cuda, _library, _triton, implicit, options
 from deq.backends import chunks, get_backend
 from deq.kernels import records
 from deq.solvers.generic import Rule, triton_steps
@@ -45,6 +45,31 @@ def test_where_nothing_can_build_its_launcher_a_gpu_is_left_to_the_reference(mon
     finally:
         monkeypatch.undo()
         for cached in (_triton._why_not, _triton.why_not_launch):
+            cached.cache_clear()
+
+
+def test_a_gpu_that_is_too_old_keeps_the_kernels_from_itself_alone(monkeypatch):
+    capabilities = [(9, 0), (7, 5)]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: capabilities[i])
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(_triton, "why_not_launch", lambda: "")
+    monkeypatch.setattr(_library, "has_cuda", True)
+    asked = (_triton._why_not, _cuda.why_not, options.problem_of)
+    for cached in asked:
+        cached.cache_clear()
+    try:
+        for why_not in (_triton.why_not, _cuda.why_not):
+            assert [why_not(device) for device in ("cuda:0", "cuda")] == ["", ""]
+            assert why_not("cuda:1") == "its kernels need compute capability 8.0; it has 7.5"
+            assert why_not("cuda:2") == "torch sees no such device"
+        given = ("tanh", None, None, "auto", "residual", "implicit", "warn", "auto", torch.float32)
+        plans = [options.problem_of(*given, device, True).plan for device in ("cuda:0", "cuda:1")]
+        assert [plan.backend for plan in plans] == ["cuda", "reference"]
+    finally:
+        monkeypatch.undo()
+        for cached in asked:
             cached.cache_clear()
 
 

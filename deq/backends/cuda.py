@@ -315,7 +315,7 @@ def _regime(c: Tensor, plan: Plan) -> str | None:
 
 
 def _elsewhere(c: Tensor) -> ModuleType:
-    if c.dtype == torch.float64 or _triton.why_not(c.device.type):
+    if c.dtype == torch.float64 or _triton.why_not(str(c.device)):
         return reference
     from . import triton  # takes a second to import
 

@@ -78,7 +78,7 @@ def is_compiled(like: Tensor) -> bool:
 
 def has_kernels(like: Tensor) -> bool:
     """Whether the Triton kernels for structured weights take such a tensor."""
-    return like.is_cuda and like.dtype == torch.float32 and _triton.why_not("cuda") == ""
+    return like.is_cuda and like.dtype == torch.float32 and _triton.why_not(str(like.device)) == ""
 
 
 def rows_contiguous(t: Tensor) -> Tensor:
