@@ -114,7 +114,7 @@ int32_t deq_cuda_kernel(int32_t regime, int64_t width, int64_t batch, int32_t pr
 
 int32_t deq_cuda_plan(int64_t weights, int64_t batch, int64_t width, int32_t device, int32_t regime, DeqCudaPlan* plan) {
   using namespace deq;
-  if (!plan || weights < 1 || batch < 1 || width < 1 || weights > 65535 || regime < -1 || regime > DEQ_GRID)
+  if (!plan || weights < 1 || batch < 1 || width < 1 || regime < -1 || regime > DEQ_GRID)
     return failed(DEQ_BAD_ARGUMENT, "an argument is out of range");
   *plan = DeqCudaPlan{};
   Limits limits{};
@@ -141,14 +141,20 @@ int32_t deq_cuda_rescue_plan(int64_t weights, int64_t batch, int64_t width, int3
 
 int32_t deq_cuda_pack(const DeqView* W, int64_t weights, int64_t width, float* packed, int32_t device, void* stream) {
   using namespace deq;
-  if (!W || weights < 0 || width < 0 || weights > 65535) return failed(DEQ_BAD_ARGUMENT, "an argument is out of range");
+  if (!W || weights < 0 || width < 0) return failed(DEQ_BAD_ARGUMENT, "an argument is out of range");
   if (weights * width == 0) return DEQ_OK;
   const DeviceScope scope(device);
   if (int32_t error = check_cuda(scope.error(), "choosing the device")) return error;
   const int64_t tiles = (width + kPackTile - 1) / kPackTile;
-  const dim3 grid(static_cast<unsigned>(tiles * tiles), static_cast<unsigned>(weights));
-  pack_weight<<<grid, kPackThreads, 0, static_cast<cudaStream_t>(stream)>>>(*W, packed, width);
-  return check_cuda(cudaGetLastError(), "the launch of a copy of W");
+  constexpr int64_t kMostRows = 65535;  // of a grid
+  for (int64_t first = 0; first < weights; first += kMostRows) {
+    DeqView from = *W;
+    from.data = static_cast<float*>(W->data) + first * W->stride[0];
+    const dim3 grid(static_cast<unsigned>(tiles * tiles), static_cast<unsigned>(std::min(kMostRows, weights - first)));
+    pack_weight<<<grid, kPackThreads, 0, static_cast<cudaStream_t>(stream)>>>(from, packed + first * width * width, width);
+    if (int32_t error = check_cuda(cudaGetLastError(), "the launch of a copy of W")) return error;
+  }
+  return DEQ_OK;
 }
 
 int32_t deq_cuda_rescue(const DeqProblem* p, int32_t blocks, void* scratch, int64_t bytes, int32_t device, void* stream) {

@@ -17,6 +17,37 @@ __global__ void __launch_bounds__(kBlockKernels[KERNEL].threads, 1) solve_block(
 using Kernel = void (*)(Call);
 constexpr Kernel kKernels[kBlockKernelCount] = {solve_block<0>, solve_block<1>, solve_block<2>};
 
+// Weights of a launch, whose blocks have scratch of their own each: a grid has no more rows, and what waits for its turn in a
+// later launch shares that of those before. The last blocks of a launch leave a part of the device idle: a small one of so many.
+constexpr int64_t kMostRows = 65535, kTurns = 16;
+
+int64_t weights_at_once(int64_t weights, int64_t blocks, const Limits& limits) {
+  return std::min({weights, kMostRows, std::max<int64_t>(1, kTurns * limits.processors / blocks)});
+}
+
+int32_t launch_stretch(const Call& call, int64_t weights, const DeqCudaPlan& plan, const Limits& limits, cudaStream_t stream) {
+  const dim3 grid(plan.blocks, static_cast<unsigned>(weights));
+  if (limits.clusters && shares_weight(call.width, plan.blocks)) {
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid;
+    config.blockDim = plan.threads;
+    config.dynamicSmemBytes = static_cast<size_t>(plan.shared);
+    config.stream = stream;
+    cudaLaunchAttribute cluster{};
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = kCluster, cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+    config.attrs = &cluster;
+    config.numAttrs = 1;
+    int together = 0;  // clusters that a device has room for, which depends on how its multiprocessors are grouped
+    const bool fits = cudaOccupancyMaxActiveClusters(&together, kKernels[plan.kernel], &config) == cudaSuccess &&
+                      static_cast<int64_t>(together) * kCluster >= plan.blocks * weights;
+    if (fits && cudaLaunchKernelEx(&config, kKernels[plan.kernel], call) == cudaSuccess) return DEQ_OK;
+    cudaGetLastError();  // then every block reads all of W
+  }
+  kKernels[plan.kernel]<<<grid, plan.threads, plan.shared, stream>>>(call);
+  return check_cuda(cudaGetLastError(), "the launch of a block solve");
+}
+
 }  // namespace
 
 int32_t complete_block(int64_t weights, int64_t width, const Limits& limits, DeqCudaPlan* plan) {
@@ -28,7 +59,8 @@ int32_t complete_block(int64_t weights, int64_t width, const Limits& limits, Deq
   plan->regime = DEQ_BLOCK;
   plan->threads = (at.warps + 1) * kWarp, plan->shared = at.bytes;
   if (at.bytes + at.exchange <= limits.shared) plan->shared += at.exchange;
-  plan->scratch = weights * plan->blocks * block_scratch(width) * static_cast<int64_t>(sizeof(float));
+  plan->scratch =
+      weights_at_once(weights, plan->blocks, limits) * plan->blocks * block_scratch(width) * static_cast<int64_t>(sizeof(float));
   return DEQ_OK;
 }
 
@@ -55,26 +87,10 @@ int32_t plan_block(int64_t weights, int64_t batch, int64_t width, const Limits& 
 int32_t launch_block(Call call, int64_t weights, const DeqCudaPlan& plan, const Limits& limits, cudaStream_t stream) {
   const BlockKernel& kernel = kBlockKernels[plan.kernel];
   call.exchanges = plan.shared > block_layout(call.width, kernel.rows, kernel.held).bytes;
-  const dim3 grid(plan.blocks, static_cast<unsigned>(weights));
-  if (limits.clusters && shares_weight(call.width, plan.blocks)) {
-    cudaLaunchConfig_t config{};
-    config.gridDim = grid;
-    config.blockDim = plan.threads;
-    config.dynamicSmemBytes = static_cast<size_t>(plan.shared);
-    config.stream = stream;
-    cudaLaunchAttribute cluster{};
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim.x = kCluster, cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-    config.attrs = &cluster;
-    config.numAttrs = 1;
-    int together = 0;  // clusters that a device has room for, which depends on how its multiprocessors are grouped
-    const bool fits = cudaOccupancyMaxActiveClusters(&together, kKernels[plan.kernel], &config) == cudaSuccess &&
-                      static_cast<int64_t>(together) * kCluster >= plan.blocks * weights;
-    if (fits && cudaLaunchKernelEx(&config, kKernels[plan.kernel], call) == cudaSuccess) return DEQ_OK;
-    cudaGetLastError();  // then every block reads all of W
-  }
-  kKernels[plan.kernel]<<<grid, plan.threads, plan.shared, stream>>>(call);
-  return check_cuda(cudaGetLastError(), "the launch of a block solve");
+  const int64_t most = weights_at_once(weights, plan.blocks, limits);
+  for (call.first_weight = 0; call.first_weight < weights; call.first_weight += most)
+    if (int32_t error = launch_stretch(call, std::min(most, weights - call.first_weight), plan, limits, stream)) return error;
+  return DEQ_OK;
 }
 
 }  // namespace deq

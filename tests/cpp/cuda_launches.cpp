@@ -221,6 +221,30 @@ void regimes() {
   check_launch(1, "solve_grid", 70, true);
 }
 
+int32_t pack(int64_t m, int64_t S = 1) {
+  static float here;
+  const DeqView W{&here, {m * m, 1, m}};
+  fake().launches.clear();
+  return deq_cuda_pack(&W, S, m, &here, 0, nullptr);
+}
+
+// A grid has 65535 rows at most, and what is solved later shares the scratch of what is solved before.
+void stacks() {
+  reset();
+  DeqCudaPlan few, many;
+  CHECK(solve(1, 64, DEQ_BLOCK, &few, 2000) == DEQ_OK && fake().launches.size() == 1 && fake().launches[0].grid.y == 2000);
+  CHECK(solve(1, 64, DEQ_BLOCK, &many, 70000) == DEQ_OK);
+  unsigned weights = 0;
+  for (size_t i = 0; i < fake().launches.size(); ++i) {
+    check_launch(i, "solve_block", 1);
+    weights += fake().launches[i].grid.y;
+  }
+  CHECK(weights == 70000 && many.scratch - 70000 * 16 < few.scratch * 2);
+  CHECK(solve(1, 600, DEQ_GRID, nullptr, 70000) == DEQ_OK);
+  CHECK(pack(3, 70000) == DEQ_OK && fake().launches.size() == 2 && fake().launches[0].grid.y == 65535 &&
+        fake().launches[1].grid.y == 70000 - 65535);
+}
+
 void refusals() {
   reset();
   CHECK(solve(8, 4225) == DEQ_NOT_SUPPORTED && says("does not fit into 132 multiprocessors"));
@@ -256,13 +280,6 @@ int32_t substitute(int64_t B, int64_t m, int64_t missing = 0) {
   const DeqCudaSubstitution s = substitution(B, m);
   fake().launches.clear();
   return deq_cuda_substitute(&s, nullptr, deq_cuda_substitute_bytes(B, m) - missing, 0, nullptr);
-}
-
-int32_t pack(int64_t m, int64_t S = 1) {
-  static float here;
-  const DeqView W{&here, {m * m, 1, m}};
-  fake().launches.clear();
-  return deq_cuda_pack(&W, S, m, &here, 0, nullptr);
 }
 
 int32_t rescue(int64_t B, int64_t m, int64_t missing = 0) {
@@ -324,6 +341,7 @@ void failures() {
 
 int main() {
   regimes();
+  stacks();
   refusals();
   others();
   failures();
