@@ -1,5 +1,6 @@
 """What the host does around Triton's kernels: which backend it takes, what it launches, when it reads a status."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -155,6 +156,38 @@ def test_what_is_launched_on_a_device_and_in_which_order(monkeypatch):
     launched.clear()
     assert loop.repeat(begin, turn, lambda: launched.append("end"), 2, 6, 2, counters) is None
     assert launched == ["begin", 0, 1, "end"] and set(recorded) == {"this one"}
+
+
+def test_graphs_are_captured_on_a_stream_that_nobody_else_has(monkeypatch):
+    """Those of torch.cuda.Stream come from a pool, and another thread may work on the same one."""
+    made, used = [], []
+
+    def create(at, flags):
+        made.append(flags)
+        at._obj.value = 77
+        return 0
+
+    class Graph:
+        def capture_begin(self, capture_error_mode):
+            used.append(capture_error_mode)
+
+        def capture_end(self):
+            used.append("end")
+
+    monkeypatch.setattr(chunks, "_streams", {})
+    monkeypatch.setattr(chunks.ctypes, "CDLL", lambda name: SimpleNamespace(cuStreamCreate=create))
+    monkeypatch.setattr(torch.cuda, "ExternalStream", lambda stream, device: (stream, device))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: "of the pool")
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: used.append(stream) or nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    device = torch.device("cuda", 1)
+    for _ in range(2):
+        chunks._captured(lambda: used.append("launch"), device)
+    assert used == 2 * [(77, device), "thread_local", "launch", "end"] and made == [1]
+    used.clear()
+    with pytest.raises(RuntimeError, match="no room"):
+        chunks._captured(lambda: (_ for _ in ()).throw(RuntimeError("no room")), device)
+    assert used == [(77, device), "thread_local", "end"] and not chunks._capturing.locked()
 
 
 def test_the_table_is_written_either_way(monkeypatch):

@@ -9,6 +9,7 @@ looked at, and all turns that are allowed are launched. Triton's interpreter wor
 every turn.
 """
 
+import ctypes
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
@@ -23,6 +24,9 @@ KEPT = 64  # loops of different shapes, with graphs of some tens of kilobytes
 
 _loops: OrderedDict[Hashable, "Loop"] = OrderedDict()
 _lock = threading.Lock()
+_streams: dict[torch.device, torch.cuda.Stream] = {}  # that graphs are captured on, one at a time
+_capturing = threading.Lock()
+_NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: else what others launch on the default stream would end the capture
 
 
 class Loop:
@@ -125,13 +129,25 @@ def _in_order(begin: Callable[[], None] | None, turn: Callable[[int], None], tur
 def _captured(launch: Callable[[], None], device: torch.device) -> torch.cuda.CUDAGraph:
     # torch.cuda.graph() would synchronise the device and empty its cache first.
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.stream(torch.cuda.Stream(device)):
+    with _capturing, torch.cuda.stream(_own_stream(device)):
         graph.capture_begin(capture_error_mode="thread_local")
         try:
             launch()
         finally:
             graph.capture_end()
     return graph
+
+
+def _own_stream(device: torch.device) -> torch.cuda.Stream:
+    """A stream that nobody else has. torch.cuda.Stream hands out those of a pool, again and again, and what another
+    thread launches meanwhile on one of them would become part of the graph, and not be done."""
+    if device not in _streams:
+        stream = ctypes.c_void_p()
+        error = ctypes.CDLL("libcuda.so.1").cuStreamCreate(ctypes.byref(stream), _NON_BLOCKING)
+        if error:
+            raise RuntimeError(f"CUDA made no stream to capture a graph on: error {error}")
+        _streams[device] = torch.cuda.ExternalStream(stream.value, device=device)
+    return _streams[device]
 
 
 def loop_of(key: Hashable, device: torch.device) -> Loop:
