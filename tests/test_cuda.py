@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -319,7 +320,9 @@ def test_a_substitution_that_fails_goes_elsewhere_with_one_warning(monkeypatch):
     monkeypatch.setattr(cuda, "_told", set())
 
     class OnGpu:  # a tensor that says that it is on a GPU
-        is_cuda, dtype = True, torch.float32
+        is_cuda, dtype, device = True, torch.float32, torch.device("cuda", 0)
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
 
     def refuse(*arguments):
         raise cuda.Refused("no memory")
@@ -331,6 +334,32 @@ def test_a_substitution_that_fails_goes_elsewhere_with_one_warning(monkeypatch):
         warnings.simplefilter("error")
         assert cuda.substitute(W, OnGpu(), "tanh") is None
     assert cuda.substitute(W, c, "tanh") is None  # nor is a tensor on the CPU served
+
+
+def test_the_device_of_a_tensor_is_the_current_one_while_it_is_served(monkeypatch):
+    """Torch changes devices without a context on one that is not used; the library, which would open one, has nothing
+    to change then."""
+    now, served = [0], []
+
+    class OnGpu:
+        is_cuda, dtype, device, shape = True, torch.float32, torch.device("cuda", 1), (2, 3)
+
+    @contextmanager
+    def device(place):
+        now.append(place.index)
+        yield
+        now.pop()
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: now[-1])
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(cuda, "_regime", lambda c, plan: "block")
+    for name in ("_run", "_substitute"):
+        monkeypatch.setattr(cuda, name, lambda *arguments: served.append(now[-1]))
+    c = OnGpu()
+    cuda.solve(c, c, None, "relu", plan())
+    cuda.masked_linear(c, c, c, None, plan())
+    cuda.substitute(c, c, "relu")
+    assert served == [1, 1, 1] and now == [0]
 
 
 def test_which_solves_are_rescued():
