@@ -30,6 +30,18 @@ from .solvers import ladder
 # Reports of gradients that are still on a GPU: nobody holds them, so they wait for the next status that is read.
 _unread: deque[tuple[Deferred, str]] = deque(maxlen=64)  # with on_failure
 
+
+class _Tally(NamedTuple):
+    """counts (2,) int64: samples of captured gradients that failed, in all replays, by _TOLD; told: those told of."""
+
+    counts: Tensor
+    told: list[int]
+
+
+_TOLD = ("warn", "raise")
+_tallies: dict[torch.device, _Tally] = {}
+_replayed: set[torch.device] = set()  # with gradients in captures
+
 PHANTOM_STEPS, PHANTOM_DAMPING = 5, 0.5  # Geng et al. 2021 use a handful of damped steps
 
 
@@ -285,10 +297,19 @@ def solve_masked(A: Tensor, g: Tensor, d: Tensor, value_of: str | None, problem:
 
 
 def report_later(report: Deferred, on_failure: str, u: Tensor) -> None:
-    """Tell what became of the gradient u when a status is read next; of one in a CUDA graph's capture nothing is there
-    to be read before the graph runs."""
-    if not is_captured(u):
+    """Tell what became of the gradient u when a status is read next. Of one in a CUDA graph's capture there is nothing
+    to be read before the graph runs, and then its memory is the next replay's: failures are added up beside it, if a
+    gradient outside of a capture was there before, as a warm-up is."""
+    captured = is_captured(u)
+    if not captured:
         _unread.append((report, on_failure))
+    if u.device not in _tallies and not captured:
+        with torch.inference_mode(False):
+            _tallies[u.device] = _Tally(torch.zeros(2, dtype=torch.int64, device=u.device), [0, 0])
+    if captured and u.device in _tallies:
+        tally = _tallies[u.device]
+        tally.counts[_TOLD.index(on_failure)].add_(report.failures())
+        _replayed.add(u.device)
 
 
 def report_gradients(solution: Solution) -> None:
@@ -296,10 +317,21 @@ def report_gradients(solution: Solution) -> None:
     while _unread:
         report, on_failure = _unread.popleft()
         if failed := report.read()[0]:
-            message = f"the gradient of deq.solve: {failed} of {report.samples} samples did not converge"
-            if on_failure == "raise":
-                raise ConvergenceError(message, solution)
-            warn(f"{message}; pass on_failure='ignore' to silence this.")
+            _tell(f"{failed} of {report.samples} samples did not converge", on_failure, solution)
+    for device in () if is_captured(solution.z) else list(_replayed):
+        tally = _tallies[device]
+        counts = tally.counts.tolist()
+        before, tally.told[:] = list(tally.told), counts
+        for on_failure, now, then in zip(_TOLD, counts, before, strict=True):
+            if now > then:
+                _tell(f"{now - then} samples did not converge in replays of CUDA graphs", on_failure, solution)
+
+
+def _tell(what: str, on_failure: str, solution: Solution) -> None:
+    message = f"the gradient of deq.solve: {what}"
+    if on_failure == "raise":
+        raise ConvergenceError(message, solution)
+    warn(f"{message}; pass on_failure='ignore' to silence this.")
 
 
 def _outer(u: Tensor, z: Tensor, backend: str) -> Tensor:

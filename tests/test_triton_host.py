@@ -1,5 +1,6 @@
 """What the host does around Triton's kernels: which backend it takes, what it launches, when it reads a status."""
 
+import warnings
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -88,6 +89,42 @@ def test_a_gradient_in_a_capture_is_not_read_before_it_runs(monkeypatch):
         capture.setattr(implicit, "is_captured", lambda u: True)
         solution.z.backward(g)
     assert not implicit._unread
+
+
+def test_a_gradient_in_a_capture_that_fails_is_told_of_once_it_has_run(monkeypatch):
+    """At the next status that is read, with those of all replays since."""
+    monkeypatch.setattr(get_backend("triton"), "is_deferred", lambda c: True)
+    monkeypatch.setattr(implicit, "_tallies", {})
+    monkeypatch.setattr(implicit, "_replayed", set())
+    implicit._unread.clear()
+    slow, one = torch.tensor([[0.99]]).requires_grad_(), torch.ones(2, 1)
+
+    def solve(on_failure="warn"):
+        options = {"backend": "triton", "solver": "plain", "max_iter": 5, "on_failure": on_failure}
+        return deq.solve(slow, one, z0=100 * one, **options)
+
+    solve("ignore").z.backward(one)
+    with monkeypatch.context() as capture:
+        capture.setattr(implicit, "is_captured", lambda u: True)
+        solve().z.backward(one)  # without a warm-up there is nowhere to count
+        assert not implicit._replayed
+    solve().z.backward(one)
+    implicit._unread.clear()
+    with monkeypatch.context() as capture:
+        capture.setattr(implicit, "is_captured", lambda u: True)
+        for _ in range(2):
+            solve().z.backward(one)
+    assert not implicit._unread
+    with pytest.warns(deq.ConvergenceWarning, match="gradient of deq.solve: 4 samples did not converge in replays"):
+        solve().status  # noqa: B018
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        solve().status  # noqa: B018
+    with monkeypatch.context() as capture:
+        capture.setattr(implicit, "is_captured", lambda u: True)
+        solve("raise").z.backward(one)
+    with pytest.raises(deq.ConvergenceError, match="2 samples did not converge in replays"):
+        solve().status  # noqa: B018
 
 
 def test_a_deferred_report_surfaces_when_the_status_is_read(monkeypatch):

@@ -209,11 +209,13 @@ class _Report(Deferred):
     def __init__(self, samples: int, said: Tensor, W: Tensor):
         self.samples, self.said, self.weight = samples, said, weakref.ref(W)
 
+    def failures(self) -> Tensor:
+        *_, status = stats.Place(self.said, self.samples).views(self.samples)
+        return (status != Status.CONVERGED).sum()
+
     def read(self) -> list[int]:
         _, *bad = self.said[-REPORT_BYTES:].view(torch.int64).tolist()
-        *_, status = stats.Place(self.said, self.samples).views(self.samples)
-        failed = int((status != Status.CONVERGED).sum())
-        return [failed, *(max(place, 0) for place in bad)]
+        return [int(self.failures()), *(max(place, 0) for place in bad)]
 
 
 class _Rescued(Deferred):
@@ -226,9 +228,12 @@ class _Rescued(Deferred):
     def samples(self) -> int:
         return self.status.numel()
 
+    def failures(self) -> Tensor:
+        return (self.status != Status.CONVERGED).sum()
+
     def read(self) -> list[int]:
         _, *bad = self.solved.read()
-        return [int((self.status != Status.CONVERGED).sum()), *bad]
+        return [int(self.failures()), *bad]
 
 
 def _rescues(plan: Plan) -> bool:

@@ -60,6 +60,10 @@ class Deferred:
         known = [part.failed for part in self.parts]
         return None if None in known or not known else sum(known)
 
+    def failures(self) -> Tensor:
+        """Samples that failed, on the device, without waiting for it."""
+        return torch.stack([part.counters[1] for part in self.parts]).sum()
+
     def read(self) -> list[int]:
         """The four numbers; waits for the device."""
         W = self.weight()
@@ -104,9 +108,12 @@ class Counted(Deferred):
     def samples(self) -> int:
         return self._status.numel()
 
+    def failures(self) -> Tensor:
+        return (self._status != Status.CONVERGED).sum()
+
     def read(self) -> list[int]:
         W = self.weight()
-        failed = int((self._status != Status.CONVERGED).sum())
+        failed = int(self.failures())
         bad = 0 if W is None or not failed else first_bad(~torch.isfinite(W))
         return [failed, bad, first_bad(self._status == Status.NONFINITE) if failed else 0, 0]
 
