@@ -265,7 +265,9 @@ DEQ_GPU float reach_of(const float* row, int64_t stride, int64_t width) {
   return reach_of<Gpu>(width, [&](int64_t k) { return row[k * stride]; });
 }
 
-constexpr float kNear = 1 << 20;  // that near 1 squares are in range as they are
+constexpr float kFar = static_cast<float>(1ull << 60);  // times that a start may be larger than what it leads to
+constexpr float kMostScale = kFar * kFar * 64;          // 2^126
+constexpr float kNear = 1 << 20;                        // that near 1 squares are in range as they are
 
 // A power of two that takes `reach` near 1, or 1 if it is not far from there.
 DEQ_HD float to_unit(float reach) {
@@ -299,7 +301,10 @@ DEQ_GPU void prepare_sample(const Call& call, int64_t weight, int64_t sample) {
       const float d = mask[k * call.mask.stride[2]];
       return x * (call.mask_is_value ? derivative_of_value<ScalarMath<float>>(call.activation, d) : d);
     });
-    const float wanted = to_unit(values > reach[1] ? values : reach[1]);
+    // Beside a start that is far larger the equilibrium itself must stay within the range of its increments.
+    const float spare = values > 0 && reach[1] / kFar > values ? kFar : 1;
+    const float unit = to_unit(values > reach[1] ? values : reach[1]),
+                wanted = unit * spare < kMostScale ? unit * spare : kMostScale;
     note.scale = held_scale(wanted, reach[0]);
     // Squares of what comes of the injection may leave the range below, then and beside a start that is far larger.
     note.is_wide = note.scale != wanted || (values > 0 && reach[1] > kNear * values);

@@ -411,7 +411,7 @@ void switched_off() {
 
 // A start that is far larger than the equilibrium: squares of its last steps would leave the range below, and pass for none.
 void far_starts() {
-  for (float factor : {1e20f, 1e30f}) {
+  for (float factor : {1e20f, 1e30f, 1e36f}) {
     Case block(3, 20), grid(3, 20);
     for (Case* k : {&block, &grid}) {
       k->start.resize(3 * 20);
@@ -426,6 +426,12 @@ void far_starts() {
   nothing.start = nothing.c;
   std::fill(nothing.c.begin(), nothing.c.end(), 0.0f);
   nothing.call.start = {nothing.start.data(), {0, 23, 1}};
+  Case least(3, 20);  // of which no scale is large enough
+  least.c.assign(least.c.size(), 1e-45f);
+  least.start.assign(least.c.size(), 1e-25f);
+  least.call.start = {least.start.data(), {0, 23, 1}};
+  least.solve_in_blocks<1, 0>(2);
+  for (int64_t b = 0; b < 3; ++b) CHECK(least.status[b] != DEQ_NONFINITE && std::fabs(least.z[b * 23]) < 1e-25f);
   nothing.solve_in_blocks<1, 0>(2);
   for (int64_t b = 0; b < 3; ++b) CHECK(nothing.status[b] == DEQ_CONVERGED && std::fabs(nothing.z[b * 23]) < 1e-15f);
 }
