@@ -88,16 +88,9 @@ def substitute_kernel(
     b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     in_b = b < B
     rows = (b * m)[:, None]
-    step2 = tl.zeros((BLOCK_B,), tl.float32)
-    size2 = tl.zeros((BLOCK_B,), tl.float32)
-    largest = tl.zeros((BLOCK_B,), tl.float32)
-    first = 0
-    while first < m:  # how large the samples are, for the sums of squares
-        n = (first + tl.arange(0, BLOCK))[None, :]
-        c = tl.load(c_ptr + rows + n, mask=in_b[:, None] & (n < m), other=0.0)
-        largest = tl.maximum(largest, tl.max(tl.abs(c), axis=1))
-        first += BLOCK
-    unit = (1.0 / tl.where((largest > 1e-30) & (largest < 1e30), largest, 1.0))[:, None]
+    # In double, as squares of float32 leave its range: those of a tanh beside a large c below.
+    step2 = tl.zeros((BLOCK_B,), tl.float64)
+    size2 = tl.zeros((BLOCK_B,), tl.float64)
     first = 0
     while first < m:
         n = first + tl.arange(0, BLOCK)
@@ -134,10 +127,9 @@ def substitute_kernel(
             else:
                 value = root(w, own, ACTIVATION)[0]
                 f = activations.value(w * value + own, ACTIVATION)
-            step = (f - value)[:, None] * unit
-            size = f[:, None] * unit
-            step2 += tl.sum(step * step, axis=1)
-            size2 += tl.sum(size * size, axis=1)
+            step, size = f.to(tl.float64) - value.to(tl.float64), f.to(tl.float64)
+            step2 += step * step
+            size2 += size * size
             z = tl.where(here, value[:, None], z)
             later = (tl.arange(0, BLOCK) > i) & (n < m)
             column = tl.load(w_ptr + _row(n, m, UPPER, WIDE) * stride_wn + place * stride_wk, mask=later, other=0.0)
@@ -147,7 +139,7 @@ def substitute_kernel(
         tl.debug_barrier()  # the next blocks read it
         first += BLOCK
     residual = tl.where(step2 == 0.0, 0.0, tl.sqrt(step2 / tl.where(size2 == 0.0, 1.0, size2)))
-    tl.store(residual_ptr + b, residual, mask=in_b)
+    tl.store(residual_ptr + b, residual.to(tl.float32), mask=in_b)
 
 
 @triton.jit

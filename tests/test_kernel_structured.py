@@ -12,6 +12,7 @@ import deq
 from deq import cache
 from deq.activations import ACTIVATIONS
 from deq.direct import methods, roots
+from deq.direct.methods import relative_residual
 from deq.kernels import diagonal, triangular
 
 
@@ -55,6 +56,22 @@ def test_triangular(m, B, strict, upper):
         z, residual = triangular.substitute(W, c, "tanh", strict=strict)
         assert_as_accurate(z, roots.substitute(T, c, "tanh"), roots.substitute(T.double(), c.double(), "tanh"))
         assert (residual < 1e-6).all()
+
+
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered")
+@pytest.mark.parametrize("activation", ["tanh", "gelu", "softplus"])
+def test_residuals_of_a_triangle_far_from_one(activation):
+    """Of a saturated tanh they were 0 beside any large c, whatever z was, and of gelu NaN from 1e30 on."""
+    W, c, _ = gaussian(40, 6)
+    W = torch.tril(0.5 * W)
+    c *= torch.tensor([1e10, 1e25, 1e32, 1e34, 1e36, 1e-34]).unsqueeze(-1)
+    z, residual = triangular.substitute(W, c, activation)
+    exact = relative_residual(ACTIVATIONS[activation].value(z.double() @ W.double().mT + c.double()), z.double())
+    assert (residual <= 1e-6).all() and (exact <= 1e-6).all()
+    if activation == "tanh":  # a value whose last bit shows, alone and beside one that is saturated
+        W, c = torch.diag(torch.tensor([0.0, -0.7])), torch.tensor([[1e25, 0.33]])
+        alone = triangular.substitute(W[1:, 1:].contiguous(), c[:, 1:].contiguous(), activation)[1]
+        assert triangular.substitute(W, c, activation)[1] > 0.1 * alone > 0
 
 
 def test_places_in_a_large_triangle(monkeypatch):
