@@ -28,7 +28,8 @@ from .solution import ConvergenceError, Solution, Status, refuse_non_finite, rep
 from .solvers import ladder
 
 # Reports of gradients that are still on a GPU: nobody holds them, so they wait for the next status that is read.
-_unread: deque[tuple[Deferred, str]] = deque(maxlen=64)  # with on_failure
+# With on_failure, and the stream that the gradient is computed on: who reads the status may work on another.
+_unread: deque[tuple[Deferred, str, torch.cuda.Stream | None]] = deque(maxlen=64)
 
 
 class _Tally(NamedTuple):
@@ -302,7 +303,7 @@ def report_later(report: Deferred, on_failure: str, u: Tensor) -> None:
     gradient outside of a capture was there before, as a warm-up is."""
     captured = is_captured(u)
     if not captured:
-        _unread.append((report, on_failure))
+        _unread.append((report, on_failure, torch.cuda.current_stream(u.device) if u.is_cuda else None))
     if u.device not in _tallies and not captured:
         with torch.inference_mode(False):
             _tallies[u.device] = _Tally(torch.zeros(2, dtype=torch.int64, device=u.device), [0, 0])
@@ -315,8 +316,10 @@ def report_later(report: Deferred, on_failure: str, u: Tensor) -> None:
 def report_gradients(solution: Solution) -> None:
     """Warn or raise for the gradients computed on a GPU that did not converge; called where a status is read."""
     while _unread:
-        report, on_failure = _unread.popleft()
-        if failed := report.read()[0]:
+        report, on_failure, stream = _unread.popleft()
+        with torch.cuda.stream(stream):
+            failed = report.read()[0]
+        if failed:
             _tell(f"{failed} of {report.samples} samples did not converge", on_failure, solution)
     for device in () if is_captured(solution.z) else list(_replayed):
         tally = _tallies[device]

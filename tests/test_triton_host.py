@@ -1,7 +1,7 @@
 """What the host does around Triton's kernels: which backend it takes, what it launches, when it reads a status."""
 
 import warnings
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -89,6 +89,36 @@ def test_a_gradient_in_a_capture_is_not_read_before_it_runs(monkeypatch):
         capture.setattr(implicit, "is_captured", lambda u: True)
         solution.z.backward(g)
     assert not implicit._unread
+
+
+def test_gradients_are_read_on_the_stream_that_computes_them(monkeypatch):
+    """Whoever reads a status may work on another, where nothing waits for them: what is read is not written yet."""
+    now, read = ["one"], []
+
+    class Report:
+        samples = 1
+
+        def read(self):
+            read.append(now[-1])
+            return [0, 0, 0, 0]
+
+    @contextmanager
+    def on(stream):
+        now.append(stream)
+        yield
+        now.pop()
+
+    monkeypatch.setattr(implicit, "_tallies", {torch.device("cuda:0"): None})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: now[-1])
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    implicit._unread.clear()
+    u = SimpleNamespace(is_cuda=True, device=torch.device("cuda:0"))
+    with on("another"):
+        implicit.report_later(Report(), "warn", u)
+    implicit.report_later(Report(), "warn", u)
+    implicit.report_gradients(SimpleNamespace(z=torch.zeros(1)))
+    assert read == ["another", "one"]
 
 
 def test_a_gradient_in_a_capture_that_fails_is_told_of_once_it_has_run(monkeypatch):
