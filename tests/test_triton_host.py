@@ -91,6 +91,18 @@ def test_a_gradient_in_a_capture_is_not_read_before_it_runs(monkeypatch):
     assert not implicit._unread
 
 
+def test_a_weight_that_was_changed_since_is_not_blamed(monkeypatch):
+    """As by the step of an optimiser that ends in NaN: the solve before it was of another weight."""
+    monkeypatch.setattr(get_backend("triton"), "is_deferred", lambda c: True)
+    W, c = 0.3 * torch.eye(4), torch.ones(3, 4)
+    before = deq.solve(W, c, backend="triton")
+    W[1, 2] = torch.nan
+    assert before.converged.all()
+    after = deq.solve(W, c, backend="triton")
+    with pytest.raises(ValueError, match=r"W must be finite; W\[1, 2\] is nan"):
+        after.status  # noqa: B018
+
+
 def test_gradients_are_read_on_the_stream_that_computes_them(monkeypatch):
     """Whoever reads a status may work on another, where nothing waits for them: what is read is not written yet."""
     now, read = ["one"], []

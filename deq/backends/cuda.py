@@ -8,7 +8,6 @@ solved.
 """
 
 import warnings
-import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from ctypes import byref, c_double
@@ -25,7 +24,7 @@ from ..plan import Plan
 from ..solution import Status, rounded
 from . import reference
 from .cpu import _options
-from .outcome import Deferred, Outcome
+from .outcome import Deferred, Outcome, unchanged
 from .reference import evaluate, outer
 
 __all__ = [
@@ -207,7 +206,7 @@ class _Report(Deferred):
     samples: int = 0
 
     def __init__(self, samples: int, said: Tensor, W: Tensor):
-        self.samples, self.said, self.weight = samples, said, weakref.ref(W)
+        self.samples, self.said, self.weight = samples, said, unchanged(W)
 
     def failures(self) -> Tensor:
         *_, status = stats.Place(self.said, self.samples).views(self.samples)

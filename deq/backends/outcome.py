@@ -39,8 +39,9 @@ class Part(NamedTuple):
 class Deferred:
     """A report that is still on a GPU.
 
-    parts: of all samples. W: (m, m) or (S, m, m); not kept alive, so that a weight that is gone when the report is read
-    passes for finite. rescue: None, or what takes the samples that failed to other means, once (deq/solvers/ladder.py).
+    parts: of all samples. W: (m, m) or (S, m, m); not kept alive, so that a weight that is gone when the report is
+    read, or was written to by then, as by an optimiser, passes for finite. rescue: None, or what takes the samples that
+    failed to other means, once (deq/solvers/ladder.py).
     """
 
     parts: Sequence[Part] = ()
@@ -48,7 +49,7 @@ class Deferred:
     rescue: Callable[[], None] | None = None
 
     def __init__(self, parts: Sequence[Part], W: Tensor):
-        self.parts, self.weight = parts, weakref.ref(W)
+        self.parts, self.weight = parts, unchanged(W)
 
     @property
     def samples(self) -> int:
@@ -116,6 +117,22 @@ class Counted(Deferred):
         failed = int(self.failures())
         bad = 0 if W is None or not failed else first_bad(~torch.isfinite(W))
         return [failed, bad, first_bad(self._status == Status.NONFINITE) if failed else 0, 0]
+
+
+def unchanged(W: Tensor) -> Callable[[], Tensor | None]:
+    """What gives W as long as it is there and nobody has written to it."""
+    found, version = weakref.ref(W), version_of(W)
+
+    def weight() -> Tensor | None:
+        W = found()
+        return W if W is not None and version_of(W) == version else None
+
+    return weight
+
+
+def version_of(t: Tensor) -> int:
+    """How often it was written to; tensors of inference mode do not count."""
+    return 0 if t.is_inference() else t._version
 
 
 def first_bad(bad: Tensor) -> int:

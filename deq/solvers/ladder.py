@@ -33,7 +33,7 @@ from torch import Tensor
 
 from .. import stats
 from ..backends import Deferred, Outcome, Settled, get_backend
-from ..backends.outcome import first_bad
+from ..backends.outcome import first_bad, version_of
 from ..modes import is_captured, no_autocast
 from ..plan import Plan, varied
 from ..solution import Status
@@ -103,10 +103,10 @@ def postpone(outcome: Outcome, W: Tensor, c: Tensor, activation: str, plan: Plan
     # Without their graphs, which a solution that is kept must not keep; z with a version of its own, as it is saved for
     # the gradient, which is that at the equilibrium reached.
     W, c = (t.detach() if t.requires_grad else t for t in (W, c))
-    z, said, versions = outcome.z.data, outcome.stats, (_version(W), _version(c))
+    z, said, versions = outcome.z.data, outcome.stats, (version_of(W), version_of(c))
 
     def rescue() -> None:
-        if (_version(W), _version(c)) == versions:  # else that equation is gone
+        if (version_of(W), version_of(c)) == versions:  # else that equation is gone
             # In inference mode tensors made in that mode may be written to as well; who reads a status may do so
             # under autocast.
             with torch.inference_mode(), no_autocast(c.device.type):
@@ -115,10 +115,6 @@ def postpone(outcome: Outcome, W: Tensor, c: Tensor, activation: str, plan: Plan
 
     report.rescue = rescue
     return outcome
-
-
-def _version(t: Tensor) -> int:
-    return 0 if t.is_inference() else t._version
 
 
 def _climb(
