@@ -1,6 +1,7 @@
 """What the host does around Triton's kernels: which backend it takes, what it launches, when it reads a status."""
 
 import warnings
+from collections import defaultdict
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
@@ -10,9 +11,12 @@ import triton
 from problems import gaussian
 
 import deq
-from deq import _cuda, _library, _triton, implicit, options
-from deq.backends import chunks, get_backend
-from deq.kernels import records
+from deq import _cuda, _library, _triton, implicit, options, stats
+from deq.activations import ACTIVATIONS
+from deq.backends import chunks, get_backend, triton_resident
+from deq.backends.triton_kind import Kind
+from deq.kernels import records, solve_resident
+from deq.plan import make_plan
 from deq.solvers.generic import Rule, triton_steps
 
 
@@ -278,3 +282,20 @@ def test_the_table_is_written_either_way(monkeypatch):
     loop._graphs["any"] = None
     loop.fill(list(range(100, 100 + len(records.TABLE))))
     assert torch.equal(loop.table, by_kernel) and by_kernel[len(records.TABLE) - 1] == 99 + len(records.TABLE)
+
+
+def test_places_in_a_weight_of_far_rows(monkeypatch):
+    """A resident program counts them by 32 bits: rows that lie 2^25 elements apart are brought together first."""
+    launched = []
+    monkeypatch.setattr(
+        solve_resident, "solve_kernel", defaultdict(lambda: lambda W, *_, **options: launched.append(W.stride()))
+    )
+    plan = make_plan(dtype="float32", device="cpu", compiled=False)
+    kind = Kind(False, False, ACTIVATIONS["relu"], plan)
+    c = torch.empty(3, 64, device="meta")
+    place = stats.Place(stats.allocate(c), 3)
+    for stride in (1 << 24, 1 << 25):
+        W = torch.empty_strided((64, 64), (stride, 1), device="meta")
+        for given in (W, W.mT):
+            triton_resident.solve_rows(kind, SimpleNamespace(increments="native"), given, c, None, None, c, place, 1.0)
+    assert launched == [(1 << 24, 1), (1, 1 << 24), (64, 1), (64, 1)]

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from deq.kernels import judge, records, solve_resident
+from deq.kernels.triangular import WIDE_FROM
 
 from .. import stats
 from ..gpu_plan import GpuPlan
@@ -31,6 +32,8 @@ def solve_rows(
     scratch = torch.empty(programs * each, dtype=torch.float32, device=c.device)
     if m < width:
         W = torch.nn.functional.pad(W, (0, width - m, 0, width - m))
+    elif m * max(W.stride()) >= WIDE_FROM:  # the kernel counts places in W by 32 bits
+        W = W.contiguous()
     if B > 0:
         solve_resident.solve_kernel[(programs,)](
             W,
