@@ -30,6 +30,7 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _lock = threading.Lock()
 _entries: OrderedDict[Hashable, tuple[object, int]] = OrderedDict()  # key: (value, bytes); most recently used last
 _by_tensor: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # tensor: {what: (version, value)}
+_captured: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # tensors that CUDA graphs work with
 _held = 0  # bytes of all entries
 
 
@@ -45,7 +46,9 @@ def remembered(W: Tensor, what: Hashable, make: Callable[[], T]) -> T:
     without the compiled library, on other devices than CPUs and GPUs, inside torch.func transforms, torch.compile and
     the capture of a CUDA graph, for subclasses of Tensor.
     """
-    if W.is_cuda and is_plain(W) and not W.is_inference() and not is_captured(W):
+    if is_captured(W):
+        forget_captured(W)
+    elif W.is_cuda and is_plain(W) and not W.is_inference() and W not in _captured:
         return by_version(W, what, make)
     key = _key(W, what)
     if key is None:
@@ -84,6 +87,15 @@ def by_version(W: Tensor, what: Hashable, make: Callable[[], T]) -> T:
             del known_of_W[outdated]  # of streams that may never come again
         known_of_W[what] = version, value
     return value
+
+
+def forget_captured(W: Tensor) -> None:
+    """Remember nothing of W any more: a replay of the CUDA graph that is captured may write to it, as a training step
+    does, and its version will not tell."""
+    if is_plain(W):
+        with _lock:
+            _captured[W] = True
+            _by_tensor.pop(W, None)
 
 
 def _stream_of(W: Tensor) -> int:

@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 import deq
 from deq import _library, cache
@@ -194,6 +195,27 @@ def test_on_a_gpu_by_version():
     del W
     gc.collect()
     assert held() is None, "what was derived goes with its weight"
+
+
+def test_nothing_is_remembered_of_a_weight_that_a_graph_works_with(monkeypatch):
+    """Replays of a captured training step write to it, and its version stays."""
+
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+    monkeypatch.setattr(cache, "is_plain", lambda W: True)
+    monkeypatch.setattr(cache, "_captured", WeakTensorKeyDictionary())
+    W, other = (torch.ones(2, 2).as_subclass(OnGpu) for _ in range(2))
+    make = Counted()
+    monkeypatch.setattr(cache, "_stream_of", lambda W: 1)
+    monkeypatch.setattr(cache, "is_captured", lambda W: False)
+    assert cache.remembered(W, "x", make) is cache.remembered(W, "x", make)
+    monkeypatch.setattr(cache, "_key", lambda W, what: None)
+    monkeypatch.setattr(cache, "is_captured", lambda W: True)
+    cache.remembered(W, "x", make)
+    monkeypatch.setattr(cache, "is_captured", lambda W: False)
+    assert cache.remembered(W, "x", make) is not cache.remembered(W, "x", make)
+    assert cache.remembered(other, "x", make) is cache.remembered(other, "x", make)
 
 
 def test_streams_of_a_gpu_share_no_values(monkeypatch):

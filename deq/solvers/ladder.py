@@ -34,6 +34,7 @@ from torch import Tensor
 from .. import stats
 from ..backends import Deferred, Outcome, Settled, get_backend
 from ..backends.outcome import first_bad, version_of
+from ..cache import forget_captured
 from ..modes import is_captured, no_autocast
 from ..plan import Plan, varied
 from ..solution import Status
@@ -99,6 +100,7 @@ def postpone(outcome: Outcome, W: Tensor, c: Tensor, activation: str, plan: Plan
     if not plan.rungs or not isinstance(report, Deferred) or report.failed is not None:
         return outcome
     if is_captured(c):
+        forget_captured(W)
         return outcome
     # Without their graphs, which a solution that is kept must not keep; z with a version of its own, as it is saved for
     # the gradient, which is that at the equilibrium reached.
