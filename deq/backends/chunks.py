@@ -140,13 +140,13 @@ def _captured(launch: Callable[[], None], device: torch.device) -> torch.cuda.CU
 
 def _own_stream(device: torch.device) -> torch.cuda.Stream:
     """A stream that nobody else has. torch.cuda.Stream hands out those of a pool, again and again, and what another
-    thread launches meanwhile on one of them would become part of the graph, and not be done."""
+    thread launches meanwhile on one of them would become part of the graph, and not be done. One of them where the
+    driver makes none."""
     if device not in _streams:
         stream = ctypes.c_void_p()
         error = ctypes.CDLL("libcuda.so.1").cuStreamCreate(ctypes.byref(stream), _NON_BLOCKING)
-        if error:
-            raise RuntimeError(f"CUDA made no stream to capture a graph on: error {error}")
-        _streams[device] = torch.cuda.ExternalStream(stream.value, device=device)
+        own = None if error else torch.cuda.ExternalStream(stream.value, device=device)
+        _streams[device] = own or torch.cuda.Stream(device)
     return _streams[device]
 
 
