@@ -17,8 +17,9 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .applied import needing
 from .cached_weights import uncached
-from .held import held, needing, with_others
+from .held import held, with_others
 
 
 def in_transform() -> bool:

@@ -9,12 +9,15 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
+from .applied import Applied
 from .closures import exchanged, exchanges, graph_break, in_forward_mode, in_transform, watched
+from .equation import Equation, closed_over
 from .function_options import listed, rules_of
-from .held import Applied, Call, Members, Unsteady, frozen, held, may_train, members_of, modules_used, with_others
-from .implicit_function import Equation, attached, closed_over
+from .held import Call, frozen, held, with_others
+from .implicit_function import attached
 from .implicit_function import fixed_point as implicit
 from .inexact import differentiated
+from .members import Members, Unsteady, may_train, members_of, modules_used
 from .modes import apart_from_autocast, lacks_numbers, refuse_tracing
 from .solution import Solution, outside_of_transforms, report_failures
 from .solvers import generic

@@ -8,148 +8,20 @@ is wanted. Between forward and backward nothing is kept but z, the tensors of t,
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
-from functools import partial, wraps
+from dataclasses import replace
+from functools import wraps
 
 import torch
 from torch import Tensor
 
 from .backward import backward_pass, saved_primals, tangent_pass
-from .cached_weights import CachedWeights, of_thread, uncached
-from .closures import (
-    Exchange,
-    Graph,
-    exchanged,
-    exchanges,
-    has_strangers,
-    in_forward_mode,
-    in_transform,
-    next_node,
-    reaches,
-    strays,
-    uncompiled,
-    within,
-)
-from .held import Call, Exchanged, enclosed
+from .cached_weights import uncached
+from .closures import has_strangers, in_forward_mode, in_transform, next_node, reaches, strays
+from .equation import Equation, Map
+from .members import Exchanged, enclosed
 from .modes import apart_from_autocast, vjp
-from .profiling import ranges
+from .pullback import pullback
 from .solvers import generic
-from .solvers.generic import Rule
-
-Map = Callable[[Tensor], Tensor]
-Solver = Callable[[Map, Tensor, Tensor | None], generic.Result]
-
-
-@dataclass(eq=False)  # not frozen: that costs each call 4 us where caches are cold
-class Equation:
-    """``z = f(z, t)`` for states (B, D).
-
-    bind: the tensors t -> the map ``z -> f(z, t)``, differentiable in z and t.
-    rule, adjoint: how it is solved, and how its linear equations are: a Rule, of the latter an affine one, or a
-        function (f, z0, f(z0) or None) -> Result that does it.
-    terms: None, or how many terms of the Neumann series stand in for the adjoint's solution.
-    report: told the result of every solve.
-    direct: the tensors t -> the map as far as f takes them as arguments, or None; what it takes otherwise stays in it.
-    owns_start: whether :func:`fixed_point` may overwrite z0.
-    constant: whether the solution is to carry no gradient, under any transform.
-    graph: None, or an evaluation of f near the solution whose leaves stand for t: the first backward pass uses it
-        instead of evaluating f.
-    stranger: None, or raises: called where the backward pass meets a tensor that f uses and that t lacks, though there
-        should be none.
-    call: what backward passes, which evaluate f again, need to know of the call, or None.
-    """
-
-    bind: Callable[..., Map]
-    rule: Rule | Solver
-    adjoint: Rule | Solver
-    terms: int | None = None
-    keep: tuple[int, ...] = ()
-    report: Callable[[generic.Result, Rule, str], None] = field(default=lambda result, rule, what: None)
-    what: str = "deq.fixed_point"
-    direct: Callable[..., Map | None] = field(default=lambda *tensors: None)
-    stranger: Callable[[], None] | None = None
-    owns_start: bool = False
-    constant: bool = False
-    graph: Graph | None = None
-    call: Call | None = None
-
-    def linear(self, bind: Callable[..., Map]) -> "Equation":
-        """One of the linear equations that derivatives need."""
-        rule = self.adjoint
-        return Equation(bind, rule, rule, self.terms, report=self.report, what=self._named_gradient, call=self.call)
-
-    @property
-    def is_watched(self) -> bool:
-        """Whether f was seen to use the tensors, and is to use them in backward passes as well."""
-        return self.call is not None and self.call.watched and self.rule is not self.adjoint
-
-    @property
-    def _named_gradient(self) -> str:
-        return f"the gradient of {self.what.split()[-1]}"
-
-    def solve_adjoint(self, product: Map, g: Tensor) -> generic.Result:
-        """``u = g + product(u)``, product linear."""
-        if self.terms is not None or callable(self.adjoint):
-            return self.linear(lambda: lambda u: g + product(u)).solve(g)
-        result = _run("adjoint", product, g, self.adjoint, shift=g)
-        self.report(result, self.adjoint, self._named_gradient)
-        return result
-
-    def solve(self, z0: Tensor, *tensors: Tensor, first: Tensor | None = None, owned: bool = False) -> generic.Result:
-        """The solution from z0, which may be overwritten if it is ``owned``."""
-        f = self.bind(*tensors)
-        if self.terms is not None and self.rule is self.adjoint:
-            z = z0
-            for _ in range(self.terms - 1):
-                z = f(z)
-            return generic.Result(z, generic.Told.unjudged(z))
-        if callable(self.rule):
-            return self.rule(f, z0, first)
-        before = of_thread.evaluates, of_thread.weights
-        try:
-            with uncached() if in_transform() else CachedWeights():  # weights are computed once a solve
-                name = "adjoint" if self.rule is self.adjoint else "solve"
-                result = _run(name, f, z0, self.rule, first=first, keep=self.keep, owned=owned)
-        finally:
-            of_thread.evaluates, of_thread.weights = before
-        self.report(result, self.rule, self.what)
-        return result
-
-
-def _run(name: str, f: Map, z0: Tensor, rule: Rule, **options) -> generic.Result:
-    if ranges.listening:
-        return ranges.call(name, partial(generic.run, **options), f, z0, rule)
-    return generic.run(f, z0, rule, **options)
-
-
-def closed_over(
-    f: Callable[[Tensor], Tensor], tensors: Sequence[Tensor], call: Call | None = None
-) -> Callable[..., Map]:
-    """``bind`` of a function that closes over ``tensors``; ``call`` is told which of them f uses.
-
-    A solve inside of another function whose tensors are exchanged goes on with that in its backward pass, which may
-    come when the exchange is over.
-    """
-    names = list(tensors)  # all that calls of torch's functions may know the tensors by
-    if outer := exchanges():
-        f = partial(within, outer, f)
-        names = [exchanged(tensor, outer) for tensor in tensors] + names
-
-    def bind(*new: Tensor) -> Map:
-        if all(a is b for a, b in zip(tensors, new, strict=True)):
-            return f
-
-        def with_new(z: Tensor) -> Tensor:
-            exchange = Exchange(names, new * (len(names) // len(new)))
-            with exchange, uncompiled():
-                image = f(z)
-            if call is not None:
-                call.tell(exchange.met)
-            return image
-
-        return with_new
-
-    return bind
 
 
 def attached(equation: Equation, z: Tensor, tensors: Sequence[Tensor]) -> Tensor:
@@ -294,12 +166,12 @@ def _gradients(ctx, g: Tensor | None, wanted: Sequence[bool]) -> tuple:
     z, *tensors = ctx.saved_tensors
     if g is None:
         return (None,) * len(tensors)
-    pullback = _differentiable_pullback if torch.is_grad_enabled() or in_transform() else _pullback
+    pull = _differentiable_pullback if torch.is_grad_enabled() or in_transform() else pullback
     again = nullcontext() if ctx.equation.call is None else ctx.equation.call.again()
     depth = enclosed.depth
     try:
         with again, uncached(), apart_from_autocast(z.device.type):
-            found = pullback(ctx.equation, z, tensors, g, wanted)
+            found = pull(ctx.equation, z, tensors, g, wanted)
     finally:
         enclosed.depth = depth
         if isinstance(again, Exchanged):
@@ -310,87 +182,6 @@ def _gradients(ctx, g: Tensor | None, wanted: Sequence[bool]) -> tuple:
             for grad, want, t in zip(found, wanted, tensors, strict=True)
         ]
     return tuple(found)
-
-
-# torch.autograd.grad without its checks of arguments, which are known to hold here, and its care for logging and the
-# compiler's threads, taken already by the call that this one is part of: 20 us a product where caches are cold.
-_run_backward = torch.autograd.Variable._execution_engine.run_backward
-
-
-def _pullback(equation: Equation, z: Tensor, tensors: list[Tensor], g: Tensor, wanted: Sequence[bool]) -> tuple:
-    """Gradients of ``tensors`` for the gradient g of z; one graph of f serves every product J^T u."""
-    g, finite, scale = _normalised(g)
-    graph, watched = equation.graph, equation.is_watched
-    image = None if graph is None else graph.take()
-    if image is not None:
-        point, leaves, missed = graph.point, graph.leaves, []
-        begin = 0  # every node is one of this graph
-    else:  # where the graph was, if there was one: the same gradients once more
-        point, begin = (z if graph is None else graph.point).detach().requires_grad_(), next_node()
-        image, leaves, missed = _image(equation, point, tensors, wanted)
-        if not image.requires_grad:
-            if watched:
-                equation.call.refuse()
-            return (None,) * len(tensors)
-        if equation.stranger is not None and has_strangers(image, begin, [point, *leaves, *tensors]):
-            equation.stranger()
-
-    images, points = (image,), (point,)
-
-    def product(u: Tensor) -> Tensor:
-        (v,) = _run_backward(images, (u,), True, False, points, allow_unreachable=True, accumulate_grad=False)
-        return torch.zeros_like(u) if v is None else v
-
-    u = equation.solve_adjoint(product, g).z
-    if finite is not None:
-        u = torch.where(finite, u, torch.nan)
-    if scale is not None:
-        u = u * scale
-    sources = [leaf for leaf, want in zip(leaves, wanted, strict=True) if want] + [tensors[i] for i in missed]
-    if sources:
-        found = _run_backward(images, (u,), False, False, tuple(sources), allow_unreachable=True, accumulate_grad=False)
-    else:
-        found = ()
-    if watched and any(grad is None for grad in found):
-        there = [*leaves, *(tensors[i] for i in missed)]
-        if not reaches(image, there) or has_strangers(image, begin, [point, *there, *tensors]):
-            equation.call.refuse()
-    found = iter(found)
-    grads = [next(found) if want else None for want in wanted]
-    for i in missed:
-        more = next(found)
-        grads[i] = more if grads[i] is None else grads[i] + more
-    return tuple(grads)
-
-
-def _image(
-    equation: Equation, point: Tensor, tensors: list[Tensor], wanted: Sequence[bool]
-) -> tuple[Tensor, list[Tensor], list[int]]:
-    """f at ``point`` with its graph, what stands for every one of ``tensors`` there, and which of them are there
-    themselves, though they were to be replaced.
-
-    A leaf may stay: no other tensor is behind it, and without hooks nobody sees that it is differentiated twice. Others
-    are replaced, so that the gradient ends at them: as arguments of f where they are nothing else, which costs nothing,
-    or by watching f, which costs 15 us an operator.
-    """
-    stays = [t.is_leaf and not t._backward_hooks for t in tensors]
-    if all(stays):
-        with torch.enable_grad():
-            return equation.bind(*tensors)(point), tensors, []
-    replaced = [t for t, stay in zip(tensors, stays, strict=True) if not stay]
-    pairs = list(zip(tensors, wanted, strict=True))
-    if any(stays):
-        leaves = [t if stay else t.detach().requires_grad_(want) for (t, want), stay in zip(pairs, stays, strict=True)]
-        f = equation.direct(*leaves)
-        if f is not None:
-            with torch.enable_grad():
-                image = f(point)
-            if not reaches(image, replaced):
-                return image, leaves, []
-    leaves = [t.detach().requires_grad_(want) for t, want in pairs]
-    with torch.enable_grad():
-        image = equation.bind(*leaves)(point)
-    return image, leaves, strays([image], tensors) if image.requires_grad else []
 
 
 def _differentiable_pullback(
@@ -436,27 +227,3 @@ def _jvp(f: Callable[..., Tensor], primals: list[Tensor], tangents: list[Tensor]
     out, pull = vjp(f, *primals)
     _, push = vjp(pull, torch.zeros_like(out))
     return push(tuple(tangents))[0]
-
-
-def _normalised(g: Tensor) -> tuple[Tensor, Tensor | None, Tensor | float | None]:
-    """g (B, D) scaled by a power of two, which rounds nothing, with zeros for rows that are not finite; which rows are
-    finite (B, 1), None if all are; and what undoes the scaling, None for 1.
-
-    Where looking at a number costs nothing, a g that can be used as it is is left alone.
-    """
-    looking = g.device.type == "cpu" and type(g) is Tensor
-    if looking and 2.0**-20 < generic.norm(g) < 2.0**20:
-        return g, None, None
-    finite = torch.isfinite(g).all(1, keepdim=True)
-    scale = _power_of_two(g)
-    return torch.where(finite, g * (1 / scale), 0.0), finite, scale
-
-
-def _power_of_two(g: Tensor) -> Tensor:
-    """The power of two that brings the largest finite element of g near 1."""
-    if g.numel() == 0:
-        return torch.ones((), dtype=g.dtype, device=g.device)
-    largest = torch.where(torch.isfinite(g), g, 0.0).abs().amax()
-    limit = 100.0 if g.dtype == torch.float32 else 1000.0
-    exponent = torch.where(largest > 0, largest.log2().round(), 0.0).clamp(-limit, limit)
-    return torch.exp2(exponent)

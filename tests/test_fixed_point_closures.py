@@ -10,8 +10,8 @@ from fixed_points import solve
 from problems import gaussian
 
 import deq
-from deq import implicit_function
-from deq.held import Applied
+from deq import equation
+from deq.applied import Applied
 
 
 def test_gradients_reach_what_f_closes_over():
@@ -68,12 +68,12 @@ def test_every_evaluation_is_used(kind, monkeypatch):
         calls.append(z)
         return torch.tanh(z @ W.mT + x)
 
-    class Exchange(implicit_function.Exchange):
+    class Exchange(equation.Exchange):
         def __init__(self, old, new):
             exchanges.append(old)
             super().__init__(old, new)
 
-    monkeypatch.setattr(implicit_function, "Exchange", Exchange)
+    monkeypatch.setattr(equation, "Exchange", Exchange)
     holder = SimpleNamespace(x=x)
     kinds = {"input": Applied(cell, (x,)), "attribute": lambda z: cell(z, holder.x)}
     solution = deq.fixed_point(kinds.get(kind, lambda z: cell(z, x)), torch.zeros_like(c), tol=1e-12)

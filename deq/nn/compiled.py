@@ -14,7 +14,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from ..held import Applied, Exchanged, Members, Unsteady, enclosed, modules_used, modules_with_masks
+from ..applied import Applied
+from ..members import Exchanged, Members, Unsteady, enclosed, modules_used, modules_with_masks
 from ..spectral_norms import TorchNorm, norms_of
 from ..state import State, parts_of
 from ..traced import AUTOGRAD, included

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..closures import outside_of_gradients
 from ..function_options import listed
-from ..held import Unsteady, modules_with_masks
+from ..members import Unsteady, modules_with_masks
 
 
 class VariationalDropout(nn.Module):

@@ -6,9 +6,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ..applied import Applied, Uses
 from ..closures import in_forward_mode
 from ..fixed_point import StateSolution, fixed_point, fixed_point_with
-from ..held import Applied, Members, Uses, enclosed, modules_with_masks
+from ..members import Members, enclosed, modules_with_masks
 from ..modes import has_autocast
 from ..options import unknown_option
 from ..state import State, parts_of

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..closures import in_transform, outside_of_gradients
-from ..held import Unsteady
+from ..members import Unsteady
 from .equilibrium_linear import Injection
 
 # The weight's name and its output dimension.

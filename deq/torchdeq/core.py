@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from ..cached_weights import CachedWeights, of_thread
 from ..closures import exchanges, graph_break, in_forward_mode, in_transform, recorded, watched
+from ..equation import Equation, closed_over
 from ..function_options import listed
-from ..held import Call, Members, Unsteady, frozen, may_train, members_of, with_others
-from ..implicit_function import Equation, attached, closed_over, fixed_point
+from ..held import Call, frozen, with_others
+from ..implicit_function import attached, fixed_point
+from ..members import Members, Unsteady, may_train, members_of
 from ..modes import apart_from_autocast, refuse_tracing
 from ..solvers import generic
 from ..solvers.generic import Rule
