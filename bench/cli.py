@@ -242,7 +242,7 @@ def steep(width: int, threads: tuple[int, ...], out: Path) -> None:
 )
 @out_option
 def peers(threads: tuple[int, ...], seconds: float, out: Path) -> None:
-    """Equilibria of convolution and attention blocks against torchdeq, forward + backward. About a minute."""
+    """Equilibria of convolution and attention blocks against torchdeq, forward + backward. About two minutes."""
     from rich.console import Console
     from rich.progress import Progress
 

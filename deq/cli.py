@@ -358,7 +358,7 @@ def _device(text: str) -> str:
     import torch
 
     kind, _, index = str(text).partition(":")
-    if kind not in ("cpu", "cuda") or (index and not (kind == "cuda" and index.isdigit())):
+    if kind not in ("cpu", "cuda") or (index and not (kind == "cuda" and index.isascii() and index.isdigit())):
         raise click.BadParameter(f"must be cpu, cuda or cuda:N; got {text!r}.", param_hint="'--device'")
     if kind == "cuda" and not torch.cuda.is_available():
         raise click.BadParameter("torch sees no CUDA GPU here; `deq info` says why.", param_hint="'--device'")
