@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import deq
-from deq import cached_weights, held
+from deq import cached_weights, members
 from deq.torchdeq import get_deq
 
 
@@ -407,12 +407,12 @@ def test_an_interrupt_where_a_backward_pass_has_the_parameters_of_a_call(where, 
         enter(context)
         raise KeyboardInterrupt
 
-    enter = held.Exchanged.__enter__ if where == "entered" else lambda context: None
+    enter = members.Exchanged.__enter__ if where == "entered" else lambda context: None
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(held.Exchanged, "__enter__" if where == "entered" else "__exit__", interrupted)
+        patch.setattr(members.Exchanged, "__enter__" if where == "entered" else "__exit__", interrupted)
         loss.backward()
     assert all(parameter is own[name] for name, parameter in layer.named_parameters())
-    assert held.enclosed.depth == 0
+    assert members.enclosed.depth == 0
 
 
 @pytest.mark.parametrize("way", ["fixed_point", "torchdeq"])
@@ -426,10 +426,10 @@ def test_an_interrupt_where_spectral_norms_go_on(way, monkeypatch):
     hooks = linear._forward_pre_hooks
     f = lambda z: torch.tanh(0.3 * linear(z) + x)  # noqa: E731
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(held.Exchanged, "__exit__", interrupted)
+        patch.setattr(members.Exchanged, "__exit__", interrupted)
         deq.fixed_point(f, x) if way == "fixed_point" else get_deq()(f, x)
     assert linear._forward_pre_hooks is hooks
-    assert held.enclosed.depth == 0
+    assert members.enclosed.depth == 0
 
 
 @pytest.mark.parametrize("name", ["autocast_increment_nesting", "_set_grad_enabled"])
