@@ -18,7 +18,7 @@ import hypothesis
 import pytest
 import torch
 
-from deq import _library
+from deq import _library, implicit
 
 # The same examples in every run: a change is judged by what it does, not by which examples it draws.
 hypothesis.settings.register_profile("fixed", derandomize=True)
@@ -53,6 +53,14 @@ def pytest_configure(config):
     wanted = config.getoption("--isa")
     if wanted != "auto" and not _library.use_isa(wanted):
         raise pytest.UsageError(f"--isa {wanted}: this CPU or build has no such kernels; deq info lists what there is")
+
+
+@pytest.fixture(autouse=True)
+def no_reports():
+    """Of gradients that a test does not read: another one would tell of them."""
+    yield
+    for waiting in (implicit._unread, implicit._tallies, implicit._replayed):
+        waiting.clear()
 
 
 def pytest_report_header():

@@ -128,7 +128,6 @@ def test_gradients_are_read_on_the_stream_that_computes_them(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: now[-1])
     monkeypatch.setattr(torch.cuda, "stream", on)
-    implicit._unread.clear()
     u = SimpleNamespace(is_cuda=True, device=torch.device("cuda:0"))
     with on("another"):
         implicit.report_later(Report(), "warn", u)
@@ -140,9 +139,6 @@ def test_gradients_are_read_on_the_stream_that_computes_them(monkeypatch):
 def test_a_gradient_in_a_capture_that_fails_is_told_of_once_it_has_run(monkeypatch):
     """At the next status that is read, with those of all replays since."""
     monkeypatch.setattr(get_backend("triton"), "is_deferred", lambda c: True)
-    monkeypatch.setattr(implicit, "_tallies", {})
-    monkeypatch.setattr(implicit, "_replayed", set())
-    implicit._unread.clear()
     slow, one = torch.tensor([[0.99]]).requires_grad_(), torch.ones(2, 1)
 
     def solve(on_failure="warn"):
